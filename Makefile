@@ -1,0 +1,65 @@
+# `make` lists the targets. Each sets up what it needs in .venv.
+PYTHON ?= python3
+MODEL ?= tiny
+
+VENV := .venv
+BIN := $(VENV)/bin
+ENDPOINT_VENV := .venv-endpoint
+SOURCES := handler.py handlers scripts tests
+
+# $(call options,name=VARIABLE ...): "--name value" for each of the variables that is set
+options = $(foreach pair,$(1),$(if $($(lastword $(subst =, ,$(pair)))),--$(firstword $(subst =, ,$(pair))) "$($(lastword $(subst =, ,$(pair))))"))
+
+.DEFAULT_GOAL := help
+.PHONY: help
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/.installed: requirements/dev.txt requirements/test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on -r requirements/dev.txt
+	@touch $@
+
+$(ENDPOINT_VENV)/bin/.installed: requirements/toolkit-image.txt requirements.txt requirements/test.txt
+	$(PYTHON) -m venv --clear $(ENDPOINT_VENV)
+	$(ENDPOINT_VENV)/bin/python -m pip install -r requirements/toolkit-image.txt
+	$(ENDPOINT_VENV)/bin/python -m pip install -r requirements.txt
+	$(ENDPOINT_VENV)/bin/python -m pip install -r requirements/test.txt
+	@touch $@
+
+.PHONY: install
+install: $(BIN)/.installed  ## the .venv that the other targets use (newest releases)
+
+.PHONY: demo
+demo: install  ## a photograph through the tiny VAE over HTTP, into out/demo.png
+	$(BIN)/python scripts/demo.py
+
+.PHONY: serve
+serve: install  ## serve MODEL [PORT=8000] [HOST=127.0.0.1] [WEIGHTS=dir|random] [DEVICE=cpu|cuda|mps] [DTYPE=...]
+	$(BIN)/python scripts/serve.py $(call options,model=MODEL port=PORT host=HOST weights=WEIGHTS device=DEVICE dtype=DTYPE)
+
+.PHONY: models
+models: install  ## the table of models
+	@$(BIN)/python scripts/models.py
+
+.PHONY: test
+test: install  ## the tests, with the newest releases
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-endpoint
+test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## the same tests with what the Inference Toolkit's image holds
+	$(ENDPOINT_VENV)/bin/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: install  ## check style
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+.PHONY: format
+format: install  ## mend style
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+.PHONY: train-tiny
+train-tiny: install  ## train the embedded VAE again
+	$(BIN)/python scripts/train_tiny.py

@@ -1,0 +1,28 @@
+"""The entry point in the Hugging Face Inference Toolkit.
+
+The toolkit executes this file at startup, when its own app exists, and then calls `EndpointHandler(model_dir)`. Its
+routes cannot carry raw tensors, so the project's app goes in front of them.
+"""
+
+import sys
+
+from starlette.routing import Mount
+
+from handlers import get_model
+from handlers.serving.app import build_app
+from handlers.serving.settings import Settings
+
+app = build_app()
+
+
+class EndpointHandler(get_model(Settings.load().model)):
+    """The model that `endpoint.json` or `VAE_MODEL` names; once loaded, `app` serves it."""
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__(path)
+        app.state.handler = self
+
+
+for module in ("webservice_starlette", "huggingface_inference_toolkit.webservice_starlette"):
+    if module in sys.modules:
+        sys.modules[module].app.router.routes.insert(0, Mount("/", app=app))

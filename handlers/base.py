@@ -1,0 +1,63 @@
+"""What every model has in common: `EndpointHandler`, in the custom-handler format of the Inference Toolkit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from handlers.serving.pipeline import Pipeline
+
+
+def vae_scale_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent in height and in width, from a diffusers VAE config (8 for every published model here)."""
+    return config.get("spatial_compression_ratio") or 2 ** (len(config["block_out_channels"]) - 1)
+
+
+class EndpointHandler:
+    """A VAE as an endpoint. A subclass only declares what it is; everything else is the same for all.
+
+    Reading the declarations needs no torch: it is imported when a handler is made.
+    """
+
+    checkpoint: ClassVar[str]
+    """Repository on the Hub, or a local folder, that holds the weights."""
+    subfolder: ClassVar[str | None] = None
+    """Folder of the VAE inside the checkpoint; None where it lies at the root."""
+    vae_class: ClassVar[str]
+    """Class in diffusers."""
+    kind: ClassVar[Literal["image", "video"]] = "image"
+    """Latents are [B, C, H, W] for "image" and [B, C, F, H, W] for "video"."""
+    dtype: ClassVar[str]
+    """What the weights run in on a GPU; on a CPU every model runs in float32."""
+    fps: ClassVar[int] = 24
+    """Frames per second of an MP4 for which the request names none."""
+    published_config: ClassVar[dict[str, Any]]
+    """The checkpoint's `config.json` where it differs from the defaults of `vae_class`.
+
+    It describes the model before it is loaded (`make models`) and builds it with random weights. A loaded VAE is
+    described by its own config.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        """Loads the VAE. `path` is the folder that the toolkit mounted the repository at; "" where there is none."""
+        from handlers.serving.pipeline import Pipeline
+
+        self.pipeline: Pipeline = Pipeline.load(type(self), path)
+
+    def __call__(self, data: dict[str, Any]) -> Any:
+        """Runs one request given as a plain object, as the toolkit's own routes do.
+
+        Args:
+            data: `inputs` is base64 text or bytes (a tensor with `shape` and `dtype` in the parameters, or an image or
+                video file), a torch tensor, or a PIL image. `parameters` are those of the HTTP interface.
+
+        Returns:
+            A PIL image for `output_type="pil"` (a list of frames for a video model), a tensor where a tensor or bytes
+            came in, bytes for an MP4 asked for so; else `{"inputs": <base64>, "parameters": {"shape", "dtype"}}`, which
+            the toolkit can send as JSON.
+
+        Raises:
+            RequestError: the request is wrong; the message says what was wrong and what would be right.
+        """
+        return self.pipeline.run_object(data)

@@ -1,0 +1,14 @@
+"""The way of a request. Each stage is a module, and imports only from those below it:
+
+app       HTTP: routes, headers, status codes
+pipeline  one request, from its payload to its answer
+output    tensors to the bytes of pictures, videos and tensors
+vae       the model: weights, device, forward passes
+pixels    value range and layout of pixels
+latents   layout and scaling of latents
+payload   bytes to tensors, images and frames
+layout    the shapes of a VAE's tensors
+request   what was asked for, validated
+settings  environment variables
+errors    the one exception for a wrong request
+"""

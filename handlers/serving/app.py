@@ -1,0 +1,134 @@
+"""HTTP: routes, headers, status codes. Every answer that is no success is JSON with a string under `error`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, TypeVar
+
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from handlers.serving.errors import RequestError
+from handlers.serving.output import to_json
+from handlers.serving.pipeline import Pipeline
+from handlers.serving.request import Task
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def build_app() -> Starlette:
+    """The service. It answers 503 until `app.state.handler` is set to a loaded `EndpointHandler`."""
+    app = Starlette(
+        routes=[
+            Route("/", root, methods=["GET", "POST"]),
+            Route("/predict", predict, methods=["POST"]),
+            Route("/decode", decode, methods=["POST"]),
+            Route("/encode", encode, methods=["POST"]),
+            Route("/health", health, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+        ],
+        exception_handlers={RequestError: on_request_error, HTTPException: on_http_error, Exception: on_crash},
+    )
+    app.state.handler = None
+    app.state.in_flight = 0
+    return app
+
+
+async def root(request: Request) -> Response:
+    return await (predict(request) if request.method == "POST" else health(request))
+
+
+async def predict(request: Request) -> Response:
+    return await run(request, task=None)
+
+
+async def decode(request: Request) -> Response:
+    return await run(request, task="decode")
+
+
+async def encode(request: Request) -> Response:
+    return await run(request, task="encode")
+
+
+async def health(request: Request) -> Response:
+    _pipeline(request)
+    return PlainTextResponse("Ok")
+
+
+async def metrics(request: Request) -> Response:
+    """The toolkit's two gauges: requests in the VAE, and requests that wait for it."""
+    in_flight = request.app.state.in_flight
+    running = min(in_flight, 1)
+    return PlainTextResponse(f"inf_batch_current_size {running}\ninf_queue_size {in_flight - running}\n")
+
+
+async def run(request: Request, task: Task | None) -> Response:
+    """One request through the pipeline. Nothing heavy happens here: each stage runs on a thread."""
+    pipeline = _pipeline(request)
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    accept = request.headers.get("accept")
+    values: dict[str, Any] = dict(request.query_params)
+    if "shape" in values:
+        values["shape"] = request.query_params.getlist("shape")
+    body = await request.body()
+
+    def read() -> Any:
+        parsed = pipeline.parse(body, content_type, accept, values, task)
+        return parsed, pipeline.prepare(parsed)
+
+    def write() -> Response:
+        content = pipeline.render(parsed, result)
+        if parsed.accept.json:
+            return JSONResponse(to_json(content))
+        return Response(content.body, media_type=content.media_type, headers=content.headers)
+
+    timing = {}
+    (parsed, inputs), timing["payload"] = await to_thread.run_sync(timed, read)
+    request.app.state.in_flight += 1
+    try:
+        forward = asyncio.get_running_loop().run_in_executor(
+            pipeline.device_worker, timed, pipeline.forward, parsed, inputs
+        )
+        result, timing["vae"] = await forward
+    finally:
+        request.app.state.in_flight -= 1
+    response, timing["output"] = await to_thread.run_sync(timed, write)
+    response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in timing.items())
+    return response
+
+
+def timed(function: Callable[..., T], *args: Any) -> tuple[T, float]:
+    """The function's result and the milliseconds it took."""
+    start = perf_counter()
+    result = function(*args)
+    return result, (perf_counter() - start) * 1000
+
+
+def _pipeline(request: Request) -> Pipeline:
+    if request.app.state.handler is None:
+        raise HTTPException(503, "the model is loading", headers={"Retry-After": "5"})
+    return request.app.state.handler.pipeline
+
+
+async def on_request_error(request: Request, error: RequestError) -> Response:
+    return JSONResponse({"error": str(error)}, status_code=error.status)
+
+
+async def on_http_error(request: Request, error: HTTPException) -> Response:
+    detail = {
+        404: f"there is no {request.url.path}; POST to /, /predict, /decode or /encode",
+        405: f"{request.url.path} does not take {request.method}",
+    }.get(error.status_code, error.detail)
+    return JSONResponse({"error": detail}, status_code=error.status_code, headers=error.headers)
+
+
+async def on_crash(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "the service failed on this request; its log says why"}, status_code=500)

@@ -1,0 +1,102 @@
+"""Bytes as they came to what they hold: a tensor, an image, or the frames of a video."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import math
+from typing import Any
+
+import av
+import torch
+from PIL import Image, ImageOps
+
+from handlers.serving.errors import RequestError
+from handlers.serving.request import BodyKind
+
+DTYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+}
+
+
+def sniff(body: bytes) -> BodyKind:
+    """What a body without a shape holds, from its first bytes. Raises `RequestError` when they are no known file's."""
+    if body.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP"):
+        return "image"
+    if body[4:8] == b"ftyp":
+        return "video"
+    raise RequestError(
+        "`shape` is missing, and the body is no PNG, JPEG, WebP or MP4 file; a tensor needs its shape and dtype as "
+        "parameters, e.g. ?shape=1&shape=4&shape=64&shape=64&dtype=float16"
+    )
+
+
+def read_json(body: bytes) -> tuple[bytes, dict[str, Any]]:
+    """The decoded `inputs` and the `parameters` of `{"inputs": <base64>, "parameters": {...}}`."""
+    try:
+        message = json.loads(body)
+    except ValueError as error:  # bytes that are not UTF-8 included
+        raise RequestError(f"the body is not JSON: {error}") from None
+    if not isinstance(message, dict) or "inputs" not in message:
+        raise RequestError('the body must be a JSON object with base64 text under `inputs`: {"inputs": "..."}')
+    parameters = message.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise RequestError(f"`parameters` must be a JSON object, got {type(parameters).__name__}")
+    return read_base64(message["inputs"]), parameters
+
+
+def read_base64(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise RequestError(f"`inputs` must be base64 text, got {type(text).__name__}")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"`inputs` is not base64: {error}") from None
+
+
+def read_tensor(body: bytes, shape: tuple[int, ...] | None, dtype: str | None) -> torch.Tensor:
+    """Raw C-contiguous little-endian bytes to a tensor of `shape` and `dtype` on the CPU."""
+    if shape is None:
+        raise RequestError("`shape` is missing: repeat it for each dimension, e.g. shape=1&shape=4&shape=64&shape=64")
+    if dtype is None:
+        raise RequestError(f"`dtype` is missing: one of {', '.join(DTYPES)}")
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if len(body) != expected:
+        raise RequestError(f"`shape` {list(shape)} of {dtype} is {expected} bytes, but {len(body)} came")
+    return torch.frombuffer(bytearray(body), dtype=DTYPES[dtype]).reshape(shape)
+
+
+def read_image(body: bytes) -> Image.Image:
+    """A PNG, JPEG or WebP file."""
+    try:
+        image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG", "WEBP"))
+        image.load()
+    except Exception as error:  # Pillow's decoders raise a dozen types for broken files
+        raise RequestError(f"the image cannot be read ({error}); send a PNG, JPEG or WebP file") from None
+    return image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image as a viewer shows it: its EXIF orientation applied, its transparency flattened on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_video(body: bytes) -> list[Image.Image]:
+    """The frames of an MP4 file's first video stream, in the order they are shown."""
+    try:
+        with av.open(io.BytesIO(body), format="mp4") as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise RequestError(f"the video cannot be read ({error}); send an MP4 file with a video stream") from None
+    if not frames:
+        raise RequestError("the video holds no frames")
+    return frames

@@ -1,0 +1,142 @@
+"""One request, in the order it happens: parse, prepare, forward, render."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from handlers.base import EndpointHandler
+from handlers.serving import latents, output, payload, pixels
+from handlers.serving.errors import RequestError
+from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, Task, decode_answer
+from handlers.serving.settings import Settings
+from handlers.serving.vae import VAE
+
+
+class Pipeline:
+    """The stages of a request around one VAE.
+
+    They share nothing but the request, so different requests may be in different stages at the same time. Only
+    `forward` is bound to a thread: the one of `device_worker`.
+    """
+
+    def __init__(self, vae: VAE, fps: float) -> None:
+        self.vae = vae
+        self.layout = vae.layout
+        self.fps = fps
+        self.device_worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vae")
+
+    @classmethod
+    def load(cls, handler: type[EndpointHandler], path: str) -> Pipeline:
+        return cls(VAE.load(handler, path, Settings.load()), handler.fps)
+
+    def parse(
+        self, body: bytes, content_type: str, accept: str | None, values: Mapping[str, Any], task: Task | None = None
+    ) -> Request:
+        """The request that an HTTP message carries; without a `task`, its payload tells which it is."""
+        if content_type in ("application/json", "tensor/base64"):
+            body, more = payload.read_json(body)
+            values = {**values, **more}
+        kind: BodyKind | None = "tensor" if content_type == "tensor/binary" or "shape" in values else None
+        return self._request(body, kind, Parameters.parse(values), Accept.parse(accept, content_type), task)
+
+    def _request(
+        self, body: Any, body_kind: BodyKind | None, parameters: Parameters, accept: Accept, task: Task | None
+    ) -> Request:
+        body_kind = body_kind or payload.sniff(body)
+        if task is None:
+            task = "encode" if body_kind != "tensor" or self._holds_pixels(parameters) else "decode"
+        if task == "decode" and body_kind != "tensor":
+            raise RequestError(f"the body is {body_kind} data, but decoding takes latents; POST it to /encode")
+        if self.layout.kind == "image" and body_kind == "video":
+            raise RequestError("the body is a video, but this is an image model; send PNG, JPEG or WebP")
+        answer = Answer.LATENTS if task == "encode" else decode_answer(self.layout.kind, parameters, accept)
+        return Request(task, body, body_kind, parameters, answer, accept)
+
+    def _holds_pixels(self, parameters: Parameters) -> bool:
+        shape = parameters.shape or ()
+        packed = latents.is_packed(shape, parameters, self.layout)
+        return not packed and pixels.is_pixels(shape, parameters.dtype, self.layout)
+
+    def prepare(self, request: Request) -> Tensor:
+        """The VAE's input, on the CPU: raw latents, or pixels in [-1, 1], both with a batch dimension first."""
+        if request.task == "encode":
+            return self._read_pixels(request)
+        batch = latents.to_batch(self._read_tensor(request), request.parameters, self.layout)
+        if len(batch) > 1 and not self._takes_batch(request.answer):
+            raise RequestError(
+                f"`shape`: a batch of {len(batch)} cannot be answered as {request.answer.value}; use output_type=pt "
+                "(with partial_postprocess=False for videos), or send one at a time"
+            )
+        return latents.Scaling.of(request.parameters, self.vae.config, self.layout).unscale(batch, self.vae.dtype)
+
+    def _read_tensor(self, request: Request) -> Tensor:
+        if isinstance(request.body, Tensor):
+            return request.body
+        return payload.read_tensor(request.body, request.parameters.shape, request.parameters.dtype)
+
+    def _read_pixels(self, request: Request) -> Tensor:
+        if request.body_kind == "tensor":
+            return pixels.from_tensor(self._read_tensor(request), self.layout)
+        if request.body_kind == "video":
+            return pixels.from_images(payload.read_video(request.body), self.layout)
+        image = request.body if isinstance(request.body, Image.Image) else payload.read_image(request.body)
+        return pixels.from_images([payload.upright_rgb(image)], self.layout)
+
+    def _takes_batch(self, answer: Answer) -> bool:
+        if self.layout.kind == "video":
+            return answer is Answer.DECODED
+        return answer is not Answer.IMAGE
+
+    def forward(self, request: Request, inputs: Tensor) -> Tensor:
+        """The VAE and what belongs on its device; gives the answer's tensor, on the CPU."""
+        parameters = request.parameters
+        if request.task == "decode":
+            return pixels.to_answer(self.vae.decode(inputs), request.answer).cpu()
+        generator = None
+        if parameters.sample_mode == "sample":
+            generator = torch.Generator()  # on the CPU, so that a seed gives the same sample on every device
+            generator.seed() if parameters.seed is None else generator.manual_seed(parameters.seed)
+        encoded = self.vae.encode(inputs, generator)
+        return latents.Scaling.of(parameters, self.vae.config, self.layout).scale(encoded).cpu()
+
+    def render(self, request: Request, result: Tensor) -> output.Content:
+        """The answer's bytes."""
+        parameters = request.parameters
+        image_format = parameters.image_format or request.accept.image_format or "jpg"
+        return output.render(result, request.answer, image_format, parameters.quality, parameters.fps or self.fps)
+
+    def run_object(self, data: Mapping[str, Any]) -> Any:
+        """All stages in a row for a request given as a plain object; see `EndpointHandler.__call__`."""
+        request = self._parse_object(data.get("inputs"), data.get("parameters") or {})
+        inputs = self.prepare(request)
+        result = self.device_worker.submit(self.forward, request, inputs).result()
+        if request.answer is Answer.IMAGE:
+            return output.to_image(result[0])
+        if request.parameters.output_type == "pil":
+            return [output.to_image(frame) for frame in result]
+        if not request.accept.json and request.answer is not Answer.MP4:
+            return result
+        content = self.render(request, result)
+        return output.to_json(content) if request.accept.json else content.body
+
+    def _parse_object(self, inputs: Any, values: Mapping[str, Any]) -> Request:
+        accept = Accept(json=isinstance(inputs, str | Image.Image))
+        kind: BodyKind | None = "tensor" if "shape" in values else None
+        if isinstance(inputs, Tensor):
+            shape, dtype = output.describe(inputs)
+            kind, values = "tensor", {**values, "shape": shape, "dtype": dtype}
+        elif isinstance(inputs, Image.Image):
+            kind = "image"
+        elif not isinstance(inputs, bytes):
+            inputs = payload.read_base64(inputs)
+        request = self._request(inputs, kind, Parameters.parse(values), accept, task=None)
+        if request.answer is Answer.PIXELS:  # a video's frames, which are given as PIL images
+            request = replace(request, answer=Answer.UINT8)
+        return request

@@ -1,0 +1,138 @@
+"""What a client asks for: parameters as they came, validated once, and the answer's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from handlers.serving.errors import RequestError
+
+Kind = Literal["image", "video"]
+Task = Literal["decode", "encode"]
+BodyKind = Literal["tensor", "image", "video"]
+
+
+def _not_zero(value: float) -> float:
+    if value == 0:
+        raise ValueError("Input should not be zero")
+    return value
+
+
+def _image_format(value: str) -> str:
+    return "jpg" if value == "jpeg" else value
+
+
+class Parameters(BaseModel):
+    """The parameters of a request; those that are not listed here are ignored, as some clients send more."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    shape: tuple[PositiveInt, ...] | None = None
+    dtype: Literal["float16", "float32", "bfloat16", "uint8"] | None = None
+    scaling_factor: Annotated[float, AfterValidator(_not_zero)] | None = None
+    shift_factor: float | None = None
+    do_scaling: bool = False
+    height: int | None = None
+    """Pixels; looked at for packed latents only."""
+    width: int | None = None
+    output_type: Literal["pil", "pt", "mp4"] | None = None
+    partial_postprocess: bool = False
+    image_format: Annotated[Literal["jpg", "jpeg", "png", "webp"], AfterValidator(_image_format)] | None = None
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Of JPEG and WebP; PNG has none."""
+    fps: Annotated[float, Field(gt=0, le=240)] | None = None
+    """Frames per second of an MP4; None takes the model's own."""
+    sample_mode: Literal["argmax", "sample"] = "argmax"
+    """Of the encoder's distribution: its mode, or a sample drawn with `seed`."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Parameters:
+        """Validates what came. Raises `RequestError` that names each wrong parameter, what came, what is expected."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RequestError("; ".join(_describe(e) for e in error.errors(include_url=False))) from None
+
+
+def _describe(error: Any) -> str:
+    name, *inner = error["loc"]
+    position = f"[{inner[0]}]" if inner and isinstance(inner[0], int) else ""
+    return f"`{name}{position}`: {error['msg']}, got {str(error['input'])[:100]!r}"
+
+
+class Answer(Enum):
+    """The form of an answer."""
+
+    IMAGE = "one encoded image"
+    MP4 = "one MP4 file"
+    PIXELS = "floats in [0, 1], [B, C, H, W] or [F, C, H, W]"
+    UINT8 = "uint8, [B, H, W, C] or [F, H, W, C]"
+    DECODED = "floats about [-1, 1] as the decoder gave them, [B, C, H, W] or [B, C, F, H, W]"
+    LATENTS = "latents"
+
+
+@dataclass(frozen=True)
+class Accept:
+    """What the `Accept` header asks for, as far as it matters."""
+
+    tensor: bool = False
+    """A tensor rather than a picture file."""
+    json: bool = False
+    """Bytes as base64 inside JSON."""
+    image_format: Literal["jpg", "png", "webp"] | None = None
+    video: bool = False
+
+    @classmethod
+    def parse(cls, header: str | None, content_type: str = "") -> Accept:
+        """Reads the header. As in the toolkit, a JSON request that accepts anything is answered in JSON."""
+        header = (header or "*/*").lower()
+        if header == "*/*" and content_type == "application/json":
+            header = content_type
+        formats = {"image/jpeg": "jpg", "image/jpg": "jpg", "image/png": "png", "image/webp": "webp"}
+        return cls(
+            tensor="tensor/" in header,
+            json="tensor/base64" in header or "application/json" in header,
+            image_format=next((name for media_type, name in formats.items() if media_type in header), None),
+            video="video/mp4" in header or "text/plain" in header,
+        )
+
+
+def decode_answer(kind: Kind, parameters: Parameters, accept: Accept) -> Answer:
+    """The answer to a decode request: the table of `docs/http-api.md`. Raises `RequestError` where it has no row."""
+    output_type = parameters.output_type or _default_output_type(kind, accept)
+    answers = {
+        ("image", "pil"): Answer.PIXELS if accept.tensor else Answer.IMAGE,
+        ("image", "pt"): Answer.UINT8 if parameters.partial_postprocess else Answer.DECODED,
+        ("video", "pil"): Answer.PIXELS,
+        ("video", "pt"): Answer.UINT8 if parameters.partial_postprocess else Answer.DECODED,
+        ("video", "mp4"): Answer.MP4,
+    }
+    if (kind, output_type) not in answers:
+        raise RequestError("`output_type`: 'mp4' needs a video model, and this is an image model; use 'pil' or 'pt'")
+    if kind == "video" and accept.image_format and parameters.output_type in (None, "pil"):
+        raise RequestError("a video cannot be answered as one image: use output_type=mp4, or Accept: tensor/binary")
+    return answers[kind, output_type]
+
+
+def _default_output_type(kind: Kind, accept: Accept) -> str:
+    if accept.tensor:
+        return "pt"
+    return "mp4" if accept.video or kind == "video" else "pil"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A validated request: what to do with which body, and how to answer."""
+
+    task: Task
+    body: Any
+    """Bytes, or a tensor or PIL image where the request came as a plain object."""
+    body_kind: BodyKind
+    parameters: Parameters
+    answer: Answer
+    accept: Accept

@@ -1,0 +1,293 @@
+"""Train `tiny`, the small AutoencoderKL that ships with this repository, on images found inside PyPI packages.
+
+    pip install torch diffusers scikit-image scikit-learn matplotlib tqdm
+    python scripts/train_tiny.py --output models/tiny
+
+Read top to bottom: images -> batches -> model -> train -> evaluate -> save.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import skimage
+import sklearn
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import trange
+
+SKIMAGE = Path(skimage.__file__).parent / "data"
+SKLEARN = Path(sklearn.__file__).parent / "datasets/images"
+MATPLOTLIB = Path(matplotlib.get_data_path())
+
+# Public domain, CC0 or "no known copyright restrictions", every one of them inside the package's wheel.
+TRAINING = [SKIMAGE / f"{name}.png" for name in "chelsea ihc camera brick grass gravel moon coins cell page".split()]
+TRAINING += [SKIMAGE / f"{name}.jpg" for name in "rocket retina hubble_deep_field".split()]
+TRAINING += [MATPLOTLIB / "sample_data/grace_hopper.jpg"]
+# Never trained on; china and flower are CC-BY and the licence of motorcycle is not stated.
+HELD_OUT = [SKIMAGE / f"{name}.png" for name in ("astronaut", "coffee", "motorcycle_left")]
+HELD_OUT += [SKLEARN / f"{name}.jpg" for name in ("china", "flower")]
+
+LATENT_CHANNELS = 16
+ANCHOR = 100.0
+POSTERIOR_DEVIATION = 0.02
+KERNEL_RATE = 0.01
+
+Pyramid = list[Tensor]
+Images = tuple[list[Pyramid], list[Pyramid]]
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Image.Image:
+    return Image.open(path).convert("RGB")
+
+
+def noise(rng: np.random.Generator, size: int = 512) -> Image.Image:
+    """Coloured noise whose amplitude falls as 1/frequency**a, as it does in photographs: clouds to sand."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+    frequency[0, 0] = 1 / size
+    spectrum = frequency ** -rng.uniform(0.6, 1.8) * np.exp(2j * np.pi * rng.random((3, *frequency.shape)))
+    planes = np.fft.irfft2(spectrum, s=(size, size))
+    planes /= planes.std()
+    # One plane carries the luminance that the three channels share, the others only tint it.
+    planes = planes[:1] * rng.normal(1, 0.15, (3, 1, 1)) + planes * rng.uniform(0.1, 0.5)
+    pixels = planes * rng.uniform(15, 60) + rng.uniform(70, 180, (3, 1, 1))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def collage(rng: np.random.Generator, photos: list[Image.Image], size: int = 512) -> Image.Image:
+    """Overlapping discs, polygons, lines and words, filled with flat colours, noise and `photos`: sharp edges."""
+    canvas = noise(rng, size)
+    fills = [noise(rng, size), *(photos[i].resize((size, size)) for i in rng.choice(len(photos), 3, replace=False))]
+    fonts = [str(MATPLOTLIB / "fonts/ttf" / f"DejaVu{face}.ttf") for face in ("Sans", "Serif-Bold", "SansMono")]
+    for _ in range(150):
+        # Supersampled, because PIL does not smooth the edges of what it draws.
+        stencil = Image.new("L", (2 * size, 2 * size))
+        draw = ImageDraw.Draw(stencil)
+        radius, (x, y) = 8 * 20 ** rng.random() ** 1.3, rng.uniform(0, 2 * size, 2)
+        match rng.integers(4):
+            case 0:
+                draw.ellipse((x - radius, y - radius * rng.uniform(0.3, 1), x + radius, y + radius), fill=255)
+            case 1:
+                angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 8)))
+                draw.polygon([(x + radius * np.cos(a), y + radius * np.sin(a)) for a in angles], fill=255)
+            case 2:
+                draw.line((x, y, *rng.uniform(0, 2 * size, 2)), fill=255, width=int(rng.integers(2, 14)))
+            case 3:
+                word = "".join(chr(code) for code in rng.integers(33, 127, rng.integers(4, 30)))
+                font = ImageFont.truetype(str(rng.choice(fonts)), rng.uniform(16, 90))
+                draw.text((x - size / 4, y), word, fill=255, font=font)
+        colour = tuple(int(level) for level in (rng.uniform(0, 255) + rng.normal(0, 35, 3)).clip(0, 255))
+        canvas.paste(colour if rng.random() < 0.5 else fills[rng.integers(4)], (0, 0), stencil.reduce(2))
+    return canvas
+
+
+def pyramid(image: Image.Image) -> Pyramid:
+    """The image at several sizes: uint8 [3, H, W] each, the shorter side at least 160 pixels."""
+    sizes = [(round(image.width * scale), round(image.height * scale)) for scale in (1.3, 1, 0.7, 0.5, 0.35)]
+    resized = [np.array(image.resize(size, Image.Resampling.LANCZOS)) for size in sizes if min(size) >= 160]
+    return [torch.from_numpy(pixels).permute(2, 0, 1).contiguous() for pixels in resized]
+
+
+def training_images(rng: np.random.Generator) -> tuple[list[Pyramid], list[Pyramid]]:
+    """The photographs and the generated images."""
+    photos = [load(path) for path in TRAINING]
+    generated = [collage(rng, photos) for _ in range(24)] + [noise(rng) for _ in range(12)]
+    return [pyramid(image) for image in photos], [pyramid(image) for image in generated]
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def crop(rng: np.random.Generator, images: list[Pyramid], size: int) -> Tensor:
+    """A random square of a random image, turned, mirrored and sometimes with its channels swapped: uint8 [3, H, W]."""
+    levels = images[rng.integers(len(images))]
+    image = levels[rng.integers(len(levels))]
+    y, x = (rng.integers(side - size + 1) for side in image.shape[1:])
+    square = image[:, y : y + size, x : x + size]
+    square = torch.rot90(square, int(rng.integers(4)), (1, 2))
+    if rng.random() < 0.5:
+        square = square.flip(2)
+    return square[torch.from_numpy(rng.permutation(3))] if rng.random() < 0.3 else square
+
+
+def batch(rng: np.random.Generator, photos: list[Pyramid], generated: list[Pyramid], count: int, size: int) -> Tensor:
+    """Three photographs to one generated image, in random light: float32 [count, 3, size, size] in [-1, 1]."""
+
+    def uniform(low: float, high: float, channels: int = 1) -> Tensor:
+        return torch.from_numpy(rng.uniform(low, high, (count, channels, 1, 1))).float()
+
+    crops = [crop(rng, photos if rng.random() < 0.75 else generated, size) for _ in range(count)]
+    pixels = torch.stack(crops).float() / 127.5 - 1
+    grey = pixels.mean(1, keepdim=True)
+    pixels = grey + (pixels - grey) * uniform(0.3, 1.5)
+    gain, offset = uniform(0.6, 1.3) * uniform(0.9, 1.1, 3), uniform(-0.2, 0.2) + uniform(-0.1, 0.1, 3)
+    return (pixels * gain + offset).clamp(-1, 1)
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+def build() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 64, 128),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=1,
+        sample_size=512,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+@torch.no_grad()
+def anchor(vae: AutoencoderKL) -> None:
+    """Hold channel 0 of every layer at a large constant, so that group normalisation divides by a constant.
+
+    The statistics of a GroupNorm depend on the content and the size of the image: a network trained on small crops then
+    fails on whole photographs. Here the constant dominates them, for any image of any size.
+    """
+
+    def pin(parameter: nn.Parameter, place: int | tuple[slice, int], value: float = 0) -> None:
+        parameter[place] = value
+        if parameter.grad is not None:
+            parameter.grad[place] = 0
+
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.endswith("conv_out"):
+            pin(module.weight, 0)
+            pin(module.bias, 0, 0 if name.endswith("conv2") else ANCHOR)  # conv2 adds to a stream that has its anchor
+            if not name.endswith("conv_in"):
+                pin(module.weight, (slice(None), 0))
+        elif isinstance(module, nn.GroupNorm):
+            pin(module.weight, 0)
+            pin(module.bias, 0)
+
+
+@torch.no_grad()
+def initialise(vae: AutoencoderKL, pixels: Tensor) -> None:
+    """Start as the best linear transform of `pixels` ([B, 3, H, W] in [-1, 1]) that the layers can express.
+
+    The encoder halves the image three times, each time keeping the principal components of 2x2 squares; the decoder
+    undoes each step by linear regression. Training then begins near 25 dB instead of at noise.
+    """
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.GroupNorm):  # with the anchor's mean and deviation, this is the identity
+            count = module.num_channels
+            module.weight.fill_(ANCHOR * (count - 1) ** 0.5 / count)
+            module.bias.fill_(ANCHOR / count + (4 if name.endswith("norm_out") else 0))  # SiLU is linear far from 0
+        elif isinstance(module, nn.Conv2d):
+            module.bias.zero_()
+            if name.endswith("conv2"):
+                module.weight.zero_()  # every residual branch starts silent
+            elif not name.endswith("conv1"):
+                module.weight.zero_()
+                module.weight[:, :, *(side // 2 for side in module.kernel_size)] = torch.eye(*module.weight.shape[:2])
+    conv_in, conv_out = vae.encoder.conv_in, vae.decoder.conv_out
+    conv_in.weight.zero_()
+    conv_in.weight[1:4, :, 1, 1] = torch.eye(3)
+
+    levels = [pixels]
+    for block in vae.encoder.down_blocks[:3]:
+        conv = block.downsamplers[0].conv
+        squares = F.pixel_unshuffle(levels[-1], 2)
+        rows = squares.movedim(1, -1).flatten(0, -2)
+        kept = min(conv.out_channels - 1, rows.shape[1], LATENT_CHANNELS if len(levels) == 3 else rows.shape[1])
+        components = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :kept].T / 2
+        conv.weight.zero_()
+        conv.weight[1 : kept + 1, 1 : levels[-1].shape[1] + 1, :2, :2] = components.unflatten(1, (-1, 2, 2))
+        levels.append(F.conv2d(squares, components[:, :, None, None]))
+    deviation = levels[-1].std((0, 2, 3))
+    vae.encoder.conv_out.weight.zero_()
+    vae.encoder.conv_out.weight[:LATENT_CHANNELS, 1 : LATENT_CHANNELS + 1, 1, 1] = torch.diag(1 / deviation)
+    vae.encoder.conv_out.bias[:LATENT_CHANNELS] = -4 / deviation
+    vae.encoder.conv_out.bias[LATENT_CHANNELS:] = -8  # log variance of the posterior
+
+    vae.decoder.conv_in.weight.zero_()
+    vae.decoder.conv_in.weight[1 : LATENT_CHANNELS + 1, :, 1, 1] = torch.diag(deviation)
+    features = levels.pop()
+    for block in vae.decoder.up_blocks[:3]:
+        conv, target = block.upsamplers[0].conv, levels.pop()
+        features = F.interpolate(features, scale_factor=2.0, mode="nearest")
+        columns = F.unfold(features, 3, padding=1).movedim(1, -1).flatten(0, 1).double()
+        wanted = target.movedim(1, -1).flatten(0, -2).double()
+        ridge = 1e-6 * len(columns) * torch.eye(columns.shape[1])
+        kernel = torch.linalg.solve(columns.T @ columns + ridge, columns.T @ wanted).T.float()
+        kernel = kernel.unflatten(1, (-1, 3, 3))
+        conv.weight.zero_()
+        conv.weight[1 : len(kernel) + 1, 1 : kernel.shape[1] + 1] = kernel
+        features = F.conv2d(features, kernel, padding=1)
+    conv_out.weight.zero_()
+    conv_out.weight[:, 1:4, 1, 1] = torch.eye(3)
+    conv_out.bias.fill_(-4)
+    anchor(vae)
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each kernel, as a matrix [out, in * 3 * 3], is made orthogonal (Newton-Schulz).
+
+    All directions of a kernel learn at one speed: several times fewer steps than Adam (https://kellerjordan.github.io).
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(average, group["momentum"]).flatten(1)
+                update /= update.norm() + 1e-7
+                for _ in range(5):
+                    gram = update @ update.T
+                    update = 3.4445 * update + (-4.7750 * gram + 2.0315 * gram @ gram) @ update
+                parameter.sub_(update.view_as(parameter), alpha=group["lr"])
+
+
+def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, steps: int) -> None:
+    """Minimise the root mean square error of each crop, so that hard textures do not outweigh everything else."""
+    device = vae.device
+    kernels = [parameter for parameter in vae.parameters() if parameter.ndim == 4]
+    vectors = [parameter for parameter in vae.parameters() if parameter.ndim == 1]
+    optimizers = [Muon(kernels, lr=KERNEL_RATE), torch.optim.Adam(vectors, lr=2e-3, betas=(0.9, 0.99))]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100, 1.5 * (1 - step / steps)))
+        for optimizer in optimizers
+    ]
+    average = None
+    for step in (progress := trange(steps, mininterval=5)):
+        # Small crops are varied, larger ones have fewer borders.
+        count, size = (16, 64) if step < 0.7 * steps else (7, 96)
+        pixels = batch(rng, *images, count, size).to(device)
+        latents = vae.encoder(pixels)[:, :LATENT_CHANNELS]
+        noise_ = torch.randn(latents.shape).to(device) * POSTERIOR_DEVIATION
+        error = (vae.decoder(latents + noise_) - pixels).square().mean((1, 2, 3))
+        loss = (error + 1e-5).sqrt().mean()
+        vae.zero_grad()
+        loss.backward()
+        anchor(vae)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        decibel = float(10 * torch.log10(4 / error.detach()).mean())
+        average = decibel if average is None else 0.98 * average + 0.02 * decibel
+        progress.set_postfix_str(f"{average:.2f} dB", refresh=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit
