@@ -32,15 +32,15 @@ install: $(BIN)/.installed  ## the .venv that the other targets use (newest rele
 
 .PHONY: demo
 demo: install  ## a photograph through the tiny VAE over HTTP, into out/demo.png
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 .PHONY: serve
 serve: install  ## serve MODEL [PORT=8000] [HOST=127.0.0.1] [WEIGHTS=dir|random] [DEVICE=cpu|cuda|mps] [DTYPE=...]
-	$(BIN)/python scripts/serve.py $(call options,model=MODEL port=PORT host=HOST weights=WEIGHTS device=DEVICE dtype=DTYPE)
+	$(BIN)/python -m scripts.serve $(call options,model=MODEL port=PORT host=HOST weights=WEIGHTS device=DEVICE dtype=DTYPE)
 
 .PHONY: models
 models: install  ## the table of models
-	@$(BIN)/python scripts/models.py
+	@$(BIN)/python -m scripts.models
 
 .PHONY: test
 test: install  ## the tests, with the newest releases
@@ -62,4 +62,4 @@ format: install  ## mend style
 
 .PHONY: train-tiny
 train-tiny: install  ## train the embedded VAE again
-	$(BIN)/python scripts/train_tiny.py
+	$(BIN)/python -m scripts.train_tiny

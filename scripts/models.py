@@ -1,12 +1,9 @@
 """Prints the table of models: `make models`."""
 
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from handlers import MODELS
 from handlers.base import vae_scale_factor

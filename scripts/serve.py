@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,6 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     options = {"model": model, "weights": weights, "device": device, "dtype": dtype}
     os.environ.update({f"VAE_{name.upper()}": value for name, value in options.items() if value})
-    sys.path.insert(0, str(REPOSITORY))
     try:
         from handler import EndpointHandler, app
 

@@ -50,8 +50,8 @@ def to_batch(latents: Tensor, parameters: Parameters, layout: Layout) -> Tensor:
         return latents
     raise RequestError(
         f"`shape` {list(shape)} is no shape of this VAE's latents: expected {layout.describe(channels, scale)}, the "
-        f"same without B, or packed [B, (height/{2 * scale})*(width/{2 * scale}), {channels * 4}] with `height` and `width` "
-        f"(got height={parameters.height}, width={parameters.width})"
+        f"same without B, or packed [B, (height/{2 * scale})*(width/{2 * scale}), {channels * 4}] with `height` and "
+        f"`width` (got height={parameters.height}, width={parameters.width})"
     )
 
 

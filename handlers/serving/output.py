@@ -63,7 +63,7 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def write_image(image: Image.Image, image_format: str, quality: int) -> Content:
-    """A picture file: PNG at zlib's fastest level, several times as fast as its default; JPEG in full colour (4:4:4)."""
+    """A picture file: PNG at zlib's fastest level, several times as fast as its default; JPEG with 4:4:4 colour."""
     name, options = {
         "png": ("png", {"compress_level": 1}),
         "jpg": ("jpeg", {"quality": quality, "subsampling": 0}),

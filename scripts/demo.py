@@ -1,0 +1,120 @@
+"""From nothing to a result: a photograph through a VAE served on this machine: `make demo`.
+
+Writes `out/demo.png` (the original beside what came back) and `out/demo.mp4` (the video path).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import requests
+import torch
+from diffusers.utils.remote_utils import remote_decode, remote_encode
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio
+
+from handlers import MODELS
+from handlers.serving.output import write_mp4
+from scripts.local_server import ROOT, serve
+
+OUT = ROOT / "out"
+console = Console(width=100, highlight=False)
+
+
+def main() -> None:
+    OUT.mkdir(exist_ok=True)
+    console.print("Serving [bold]tiny[/], the VAE in this repository, and sending it a photograph ...")
+    with serve("--model", "tiny", log=OUT / "tiny.log") as url:
+        show_image(url, Image.fromarray(data.astronaut()))
+    console.print(
+        "Serving [bold]HunyuanVideo[/]'s architecture with RANDOM weights: noise, but all of the video path ..."
+    )
+    with serve("--model", "hunyuan-video", "--weights", "random", log=OUT / "hunyuan-video.log") as url:
+        show_video(url, data.astronaut())
+
+
+def show_image(url: str, photograph: Image.Image) -> None:
+    """Encodes and decodes with diffusers' own client; writes `out/demo.png` and prints what it took."""
+    config = MODELS["tiny"].published_config
+    scaling = {"scaling_factor": config["scaling_factor"], "shift_factor": config["shift_factor"]}
+    with recorded() as calls:
+        latents = remote_encode(url, photograph, **scaling)
+        image = remote_decode(url, latents, image_format="png", **scaling)
+    psnr = peak_signal_noise_ratio(np.asarray(photograph), np.asarray(image))
+    pictures = {"original": photograph, f"encoded and decoded over HTTP: {psnr:.1f} dB PSNR": image}
+    side_by_side(pictures).save(OUT / "demo.png")
+    print_calls(calls)
+    console.print(f"PSNR {psnr:.2f} dB: look at [bold]out/demo.png[/]\n")
+
+
+def show_video(url: str, photograph: np.ndarray) -> None:
+    """Encodes an MP4, decodes its latents to another; writes `out/demo.mp4` and prints what it took."""
+    frames = np.stack([photograph[60:124, 180 + 4 * step : 276 + 4 * step] for step in range(9)])
+    scaling = {"scaling_factor": MODELS["hunyuan-video"].published_config["scaling_factor"]}
+    with recorded() as calls:
+        response = requests.post(url, data=write_mp4(frames, fps=24), params=scaling, timeout=600)
+        latents = torch.frombuffer(bytearray(response.content), dtype=torch.float32)
+        latents = latents.reshape(json.loads(response.headers["shape"]))
+        video = remote_decode(url, latents, output_type="mp4", return_type="mp4", **scaling)
+    (OUT / "demo.mp4").write_bytes(video)
+    print_calls(calls)
+    console.print(f"{len(frames)} frames: [bold]out/demo.mp4[/]")
+
+
+@contextmanager
+def recorded() -> Iterator[list[requests.Response]]:
+    """Every response that `requests` gets meanwhile; the client keeps them to itself."""
+    calls: list[requests.Response] = []
+    send = requests.Session.send
+
+    def record(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        response = send(session, request, **options)
+        response.raise_for_status()
+        calls.append(response)
+        return response
+
+    requests.Session.send = record
+    try:
+        yield calls
+    finally:
+        requests.Session.send = send
+
+
+def print_calls(calls: list[requests.Response]) -> None:
+    """Bytes and milliseconds of an encode and a decode call."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("", "sent", "received", "in all", "payload", "VAE", "output"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, response in zip(("encode", "decode"), calls, strict=True):
+        stages = re.findall(r"dur=([\d.]+)", response.headers["Server-Timing"])
+        sizes = (len(response.request.body), len(response.content))
+        total = response.elapsed.total_seconds() * 1000
+        table.add_row(
+            name, *(f"{size:,} B" for size in sizes), f"{total:,.0f} ms", *(f"{float(ms):,.1f} ms" for ms in stages)
+        )
+    console.print(table)
+
+
+def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
+    """The pictures in a row, each under its label."""
+    margin, band = 12, 34
+    width, height = next(iter(pictures.values())).size
+    canvas = Image.new("RGB", (margin + len(pictures) * (width + margin), band + height + margin), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=20)
+    for column, (label, picture) in enumerate(pictures.items()):
+        left = margin + column * (width + margin)
+        draw.text((left, 5), label, fill="black", font=font)
+        canvas.paste(picture, (left, band))
+    return canvas
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""A server process on this machine for as long as a `with` block lasts: for the demo, the benchmark and the tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+
+ROOT = Path(__file__).parent.parent
+
+
+@contextmanager
+def serve(
+    *arguments: str, log: Path, command: Sequence[str] = ("-m", "scripts.serve"), **environment: str
+) -> Iterator[str]:
+    """Starts `python <command> --port <free port> <arguments>`; gives its URL once it is healthy, and stops it at the end.
+
+    The process sees none of this one's `VAE_*` and `HF_*` variables, but those given here.
+
+    Raises:
+        RuntimeError: it ended, or was not healthy within two minutes; the message holds its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command, "--port", str(port), *arguments],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**clean_environment(), **environment},
+        )
+    try:
+        _wait_until_healthy(url, process, log)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what configures the service."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("VAE_", "HF_"))}
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if requests.get(f"{url}/health", timeout=5).ok:
+                return
+        except (requests.ConnectionError, requests.Timeout):
+            pass
+        time.sleep(0.1)
+    raise RuntimeError(f"the server did not come up; its log:\n{log.read_text()}")

@@ -1,0 +1,151 @@
+"""Small checkpoints of the published classes, and a real server for each, started when a test first asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+
+from handlers import MODELS
+from handlers.serving.output import describe, tensor_bytes
+from scripts.local_server import serve
+
+SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
+IMAGE_MODELS = ("sd-v1", "sdxl", "flux")
+
+
+def save_small_checkpoint(key: str, folder: Path) -> Path:
+    """The model's published config with few channels and random weights that fill [-1, 1] and beyond, in float32."""
+    model = MODELS[key]
+    torch.manual_seed(sum(key.encode()))
+    vae = getattr(diffusers, model.vae_class).from_config({**model.published_config, **SMALL})
+    conv_out = vae.decoder.conv_out.conv if model.kind == "video" else vae.decoder.conv_out
+    with torch.no_grad():
+        conv_out.weight.mul_(6)
+    vae.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Endpoint:
+    """A running service, and the same weights in plain diffusers: what is true."""
+
+    key: str
+    url: str
+    vae: Any
+    log: Path
+    kind: str = field(init=False)
+    scaling: dict[str, float] = field(init=False)
+    """What a client sends for this model."""
+
+    def __post_init__(self) -> None:
+        self.kind = MODELS[self.key].kind
+        shift = self.vae.config.get("shift_factor")
+        self.scaling = {"scaling_factor": self.vae.config.scaling_factor, **({"shift_factor": shift} if shift else {})}
+
+    def latents(
+        self, batch: int = 1, height: int = 64, width: int = 96, frames: int = 2, seed: int = 0
+    ) -> torch.Tensor:
+        """Scaled latents as a diffusion model gives them, for pixels of this height and width."""
+        time_axis = (frames,) if self.kind == "video" else ()
+        shape = (batch, self.vae.config.latent_channels, *time_axis, height // 8, width // 8)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        raw = latents / self.scaling["scaling_factor"] + self.scaling.get("shift_factor", 0)
+        return self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0]
+
+    @torch.no_grad()
+    def encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        return (latents - self.scaling.get("shift_factor", 0)) * self.scaling["scaling_factor"]
+
+    def post(
+        self, tensor: torch.Tensor, path: str = "/", headers: dict[str, str] | None = None, **parameters: Any
+    ) -> Any:
+        """POSTs a tensor as `remote_decode` does, with its shape and dtype unless they are among the parameters."""
+        shape, dtype = describe(tensor)
+        return requests.post(
+            self.url + path,
+            data=tensor_bytes(tensor),
+            params={"shape": shape, "dtype": dtype, **parameters},
+            headers={"Content-Type": "tensor/binary", **(headers or {})},
+            timeout=60,
+        )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a model's small checkpoint."""
+    folders: dict[str, Path] = {}
+
+    def get(key: str) -> Path:
+        if key not in folders:
+            folders[key] = save_small_checkpoint(key, tmp_path_factory.mktemp(key))
+        return folders[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def running(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Endpoint]]:
+    """The endpoint of a model key, started once in a session."""
+    endpoints: dict[str, Endpoint] = {}
+    with ExitStack() as servers:
+
+        def get(key: str) -> Endpoint:
+            if key not in endpoints:
+                weights, log = checkpoint(key), tmp_path_factory.mktemp("log") / f"{key}.log"
+                url = servers.enter_context(serve("--model", key, "--weights", str(weights), log=log))
+                vae = getattr(diffusers, MODELS[key].vae_class).from_pretrained(weights).eval()
+                endpoints[key] = Endpoint(key, url, vae, log)
+            return endpoints[key]
+
+        yield get
+
+
+@pytest.fixture(params=IMAGE_MODELS)
+def image_endpoint(request: pytest.FixtureRequest, running: Callable[[str], Endpoint]) -> Endpoint:
+    return running(request.param)
+
+
+@pytest.fixture
+def video_endpoint(running: Callable[[str], Endpoint]) -> Endpoint:
+    return running("hunyuan-video")
+
+
+@pytest.fixture(params=[*IMAGE_MODELS, "hunyuan-video"])
+def endpoint(request: pytest.FixtureRequest, running: Callable[[str], Endpoint]) -> Endpoint:
+    return running(request.param)
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Image.Image:
+    """A crop of scikit-image's astronaut, 96x64 pixels."""
+    from skimage import data
+
+    return Image.fromarray(data.astronaut()).crop((180, 40, 276, 104))
+
+
+def uint8_pixels(decoded: torch.Tensor) -> np.ndarray:
+    """What diffusers' own pipelines make of a decoded batch: uint8 [B, H, W, 3], or [F, H, W, 3] of a video."""
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.video_processor import VideoProcessor
+
+    if decoded.ndim == 5:
+        images = VideoProcessor().postprocess_video(decoded, output_type="pil")[0]
+    else:
+        images = VaeImageProcessor().postprocess(decoded, output_type="pil")
+    return np.stack([np.asarray(image) for image in images])

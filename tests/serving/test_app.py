@@ -1,0 +1,436 @@
+"""The service over HTTP, with the released client and with raw requests, against diffusers called directly."""
+
+import base64
+import io
+import json
+import re
+
+import av
+import numpy as np
+import pytest
+import requests
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.remote_utils import remote_decode, remote_encode
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+
+from handlers.serving.output import tensor_bytes
+from tests.conftest import Endpoint, uint8_pixels
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] to 2x2 patches, as `FluxPipeline._pack_latents` does."""
+    batch, channels, height, width = latents.shape
+    latents = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return latents.reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def as_array(body: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(body)).convert("RGB"))
+
+
+def as_tensor(response: requests.Response) -> torch.Tensor:
+    dtype = getattr(torch, response.headers["dtype"])
+    return torch.frombuffer(bytearray(response.content), dtype=dtype).reshape(json.loads(response.headers["shape"]))
+
+
+class TestDecode:
+    """Every row of the decode table."""
+
+    def test_png_is_pixel_for_pixel_what_diffusers_gives(self, image_endpoint: Endpoint) -> None:
+        latents = image_endpoint.latents()
+        image = remote_decode(image_endpoint.url, latents, image_format="png", **image_endpoint.scaling)
+        assert np.array_equal(np.asarray(image), uint8_pixels(image_endpoint.decoded(latents))[0])
+
+    def test_jpg_is_the_same_picture(self, image_endpoint: Endpoint) -> None:
+        latents = image_endpoint.latents()
+        image = remote_decode(image_endpoint.url, latents, **image_endpoint.scaling)
+        expected = uint8_pixels(image_endpoint.decoded(latents))[0]
+        assert image.format == "jpeg"
+        # JPEG at quality 95 of noise, the hardest thing to compress
+        assert np.abs(np.asarray(image).astype(int) - expected).mean() < 5
+
+    def test_pil_with_a_processor_is_floats_from_0_to_1(self, image_endpoint: Endpoint) -> None:
+        latents = image_endpoint.latents(batch=2)
+        images = remote_decode(
+            image_endpoint.url, latents, processor=VaeImageProcessor(), return_type="pt", **image_endpoint.scaling
+        )
+        expected = (image_endpoint.decoded(latents) / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+    def test_pt_is_what_the_decoder_gave(self, endpoint: Endpoint) -> None:
+        latents = endpoint.latents(batch=2)
+        decoded = remote_decode(endpoint.url, latents, output_type="pt", return_type="pt", **endpoint.scaling)
+        torch.testing.assert_close(decoded, endpoint.decoded(latents), atol=1e-5, rtol=0)
+
+    def test_pt_with_partial_postprocess_is_uint8(self, endpoint: Endpoint) -> None:
+        latents = endpoint.latents(batch=2 if endpoint.kind == "image" else 1)
+        pixels = remote_decode(
+            endpoint.url,
+            latents,
+            output_type="pt",
+            return_type="pt",
+            partial_postprocess=True,
+            **endpoint.scaling,
+        )
+        assert pixels.dtype == torch.uint8
+        assert np.array_equal(pixels.numpy(), uint8_pixels(endpoint.decoded(latents)))
+
+    def test_pil_of_a_video_is_floats_of_its_frames(self, video_endpoint: Endpoint) -> None:
+        latents = video_endpoint.latents()
+        frames = remote_decode(
+            video_endpoint.url, latents, processor=VideoProcessor(), return_type="pt", **video_endpoint.scaling
+        )
+        expected = (video_endpoint.decoded(latents)[0].movedim(1, 0) / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)
+
+    def test_mp4(self, video_endpoint: Endpoint) -> None:
+        latents = video_endpoint.latents(frames=3)
+        video = remote_decode(
+            video_endpoint.url, latents, output_type="mp4", return_type="mp4", **video_endpoint.scaling
+        )
+        with av.open(io.BytesIO(video)) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 24)
+            luma = np.stack([frame.to_ndarray()[:64] for frame in container.decode(video=0)])
+        expected = np.stack(
+            [
+                av.VideoFrame.from_ndarray(pixels).reformat(format="yuv420p", dst_colorspace="ITU709").to_ndarray()[:64]
+                for pixels in uint8_pixels(video_endpoint.decoded(latents))
+            ]
+        )
+        assert len(luma) == 9
+        # H.264 keeps luma close (CRF 17) even of noise; it halves the resolution of colour, so that is not compared
+        assert np.abs(luma.astype(int) - expected).mean() < 3
+
+    def test_mp4_at_another_frame_rate(self, video_endpoint: Endpoint) -> None:
+        response = video_endpoint.post(video_endpoint.latents(), output_type="mp4", fps="12.5", do_scaling=True)
+        assert response.headers["content-type"] == "video/mp4"
+        with av.open(io.BytesIO(response.content)) as container:
+            assert container.streams.video[0].average_rate == 12.5
+
+    @pytest.mark.parametrize("image_format", ["webp", "png", "jpg"])
+    def test_image_format_by_parameter_or_by_accept(self, image_endpoint: Endpoint, image_format: str) -> None:
+        latents, media_type = image_endpoint.latents(), f"image/{image_format.replace('jpg', 'jpeg')}"
+        by_parameter = image_endpoint.post(latents, image_format=image_format, **image_endpoint.scaling)
+        by_accept = image_endpoint.post(latents, headers={"Accept": media_type}, **image_endpoint.scaling)
+        assert by_parameter.headers["content-type"] == by_accept.headers["content-type"] == media_type
+        assert by_parameter.content == by_accept.content
+
+    def test_quality(self, image_endpoint: Endpoint) -> None:
+        low, high = (image_endpoint.post(image_endpoint.latents(), quality=q, do_scaling=True) for q in (30, 95))
+        assert len(low.content) < len(high.content) / 2
+
+
+class TestScaling:
+    def test_do_scaling_alone_takes_the_checkpoints_own(self, endpoint: Endpoint) -> None:
+        latents = endpoint.latents()
+        decoded = as_tensor(endpoint.post(latents, output_type="pt", do_scaling=True))
+        torch.testing.assert_close(decoded, endpoint.decoded(latents), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("parameters", [{}, {"do_scaling": False}])
+    def test_without_it_latents_are_taken_as_they_are(self, endpoint: Endpoint, parameters: dict) -> None:
+        latents = endpoint.latents()
+        with torch.no_grad():
+            expected = endpoint.vae.decode(latents, return_dict=False)[0]
+        decoded = as_tensor(endpoint.post(latents, output_type="pt", **parameters))
+        torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=0)
+
+    def test_scaling_factor_wins_over_do_scaling(self, endpoint: Endpoint) -> None:
+        latents = endpoint.latents()
+        with torch.no_grad():
+            expected = endpoint.vae.decode(latents / 0.5, return_dict=False)[0]
+        decoded = as_tensor(endpoint.post(latents, output_type="pt", do_scaling=True, scaling_factor=0.5))
+        torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=0)
+
+
+class TestLatentLayouts:
+    def test_packed(self, image_endpoint: Endpoint) -> None:
+        latents = image_endpoint.latents()
+        image = remote_decode(
+            image_endpoint.url, pack(latents), image_format="png", height=64, width=96, **image_endpoint.scaling
+        )
+        assert np.array_equal(np.asarray(image), uint8_pixels(image_endpoint.decoded(latents))[0])
+
+    def test_unbatched_with_height_and_width(self, image_endpoint: Endpoint) -> None:
+        latents = image_endpoint.latents()
+        image = remote_decode(
+            image_endpoint.url, latents[0], image_format="png", height=64, width=96, **image_endpoint.scaling
+        )
+        assert np.array_equal(np.asarray(image), uint8_pixels(image_endpoint.decoded(latents))[0])
+
+    def test_height_and_width_of_plain_latents_are_ignored(self, endpoint: Endpoint) -> None:
+        latents = endpoint.latents()
+        response = endpoint.post(latents, output_type="pt", height=2, width=77, **endpoint.scaling)
+        torch.testing.assert_close(as_tensor(response), endpoint.decoded(latents), atol=1e-5, rtol=0)
+
+    def test_unbatched_video(self, video_endpoint: Endpoint) -> None:
+        latents = video_endpoint.latents()
+        response = video_endpoint.post(latents[0], output_type="pt", **video_endpoint.scaling)
+        torch.testing.assert_close(as_tensor(response), video_endpoint.decoded(latents), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_latents(self, endpoint: Endpoint, dtype: torch.dtype) -> None:
+        latents = endpoint.latents().to(dtype)
+        decoded = remote_decode(endpoint.url, latents, output_type="pt", return_type="pt", **endpoint.scaling)
+        torch.testing.assert_close(decoded, endpoint.decoded(latents.float()), atol=1e-5, rtol=0)
+
+
+class TestEncode:
+    def test_image(self, endpoint: Endpoint, photograph: Image.Image) -> None:
+        latents = remote_encode(endpoint.url, photograph, **endpoint.scaling)
+        torch.testing.assert_close(latents, endpoint.encoded(pixels_of(photograph, endpoint)), atol=1e-5, rtol=0)
+
+    def test_without_scaling(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
+        latents = remote_encode(image_endpoint.url, photograph)
+        with torch.no_grad():
+            expected = image_endpoint.vae.encode(pixels_of(photograph, image_endpoint)).latent_dist.mode()
+        torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+
+    def test_tensor(self, endpoint: Endpoint, photograph: Image.Image) -> None:
+        pixels = pixels_of(photograph, endpoint)
+        latents = remote_encode(endpoint.url, pixels, **endpoint.scaling)
+        torch.testing.assert_close(latents, endpoint.encoded(pixels), atol=1e-5, rtol=0)
+
+    def test_uint8_tensor_as_decoding_gives_it(self, endpoint: Endpoint, photograph: Image.Image) -> None:
+        channels_last = torch.from_numpy(np.asarray(photograph)[None].copy())
+        latents = as_tensor(endpoint.post(channels_last, **endpoint.scaling))
+        expected = endpoint.encoded(pixels_of(photograph, endpoint))
+        torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+    def test_file_formats(self, image_endpoint: Endpoint, photograph: Image.Image, image_format: str) -> None:
+        buffer = io.BytesIO()
+        photograph.save(buffer, format=image_format)
+        response = requests.post(image_endpoint.url, data=buffer.getvalue(), params=image_endpoint.scaling, timeout=60)
+        expected = image_endpoint.encoded(pixels_of(Image.open(buffer), image_endpoint))
+        torch.testing.assert_close(as_tensor(response), expected, atol=1e-5, rtol=0)
+
+    def test_size_that_is_no_multiple_is_resized_down(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
+        image = photograph.resize((77, 61))
+        latents = remote_encode(image_endpoint.url, image, **image_endpoint.scaling)
+        assert latents.shape[2:] == (7, 9)
+        torch.testing.assert_close(latents, image_endpoint.encoded(pixels_of(image, image_endpoint)), atol=1e-5, rtol=0)
+
+    def test_video(self, video_endpoint: Endpoint) -> None:
+        video = video_endpoint.post(video_endpoint.latents(frames=2), output_type="mp4").content
+        with av.open(io.BytesIO(video)) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+        response = requests.post(video_endpoint.url, data=video, params=video_endpoint.scaling, timeout=60)
+        expected = video_endpoint.encoded(VideoProcessor(vae_scale_factor=8).preprocess_video(frames))
+        assert expected.shape[2] == 2
+        torch.testing.assert_close(as_tensor(response), expected, atol=1e-5, rtol=0)
+
+    def test_sample_is_the_seeds(self, endpoint: Endpoint, photograph: Image.Image) -> None:
+        pixels = pixels_of(photograph, endpoint)
+        latents = as_tensor(endpoint.post(pixels, sample_mode="sample", seed=7))
+        with torch.no_grad():
+            expected = endpoint.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(7))
+        torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+        unseeded = [as_tensor(endpoint.post(pixels, sample_mode="sample")) for _ in range(2)]
+        assert not torch.equal(*unseeded)
+
+
+class TestPaths:
+    def test_explicit_and_implicit_paths_agree(self, endpoint: Endpoint, photograph: Image.Image) -> None:
+        latents, pixels = endpoint.latents(), pixels_of(photograph, endpoint)
+        decoded = [endpoint.post(latents, path, output_type="pt") for path in ("/", "/predict", "/decode")]
+        encoded = [endpoint.post(pixels, path) for path in ("/", "/predict", "/encode")]
+        assert len({response.content for response in decoded}) == 1
+        assert len({response.content for response in encoded}) == 1
+
+    def test_health_and_metrics(self, endpoint: Endpoint) -> None:
+        assert (
+            requests.get(endpoint.url, timeout=5).text == requests.get(f"{endpoint.url}/health", timeout=5).text == "Ok"
+        )
+        metrics = requests.get(f"{endpoint.url}/metrics", timeout=5).text
+        assert metrics == "inf_batch_current_size 0\ninf_queue_size 0\n"
+
+    def test_server_timing(self, endpoint: Endpoint) -> None:
+        header = endpoint.post(endpoint.latents(), output_type="pt").headers["Server-Timing"]
+        assert re.fullmatch(r"payload;dur=\d+\.\d, vae;dur=\d+\.\d, output;dur=\d+\.\d", header)
+
+
+class TestOlderClients:
+    """Base64 and JSON, as clients before the binary protocol send them."""
+
+    def test_tensor_base64_both_ways(self, endpoint: Endpoint) -> None:
+        latents = endpoint.latents()
+        response = requests.post(
+            endpoint.url,
+            json={"inputs": base64.b64encode(tensor_bytes(latents)).decode()},
+            params={"shape": list(latents.shape), "dtype": "float32", "output_type": "pt", "do_scaling": True},
+            headers={"Content-Type": "tensor/base64", "Accept": "tensor/base64"},
+            timeout=60,
+        )
+        answer = response.json()
+        assert answer["parameters"]["dtype"] == "float32"
+        decoded = torch.frombuffer(bytearray(base64.b64decode(answer["inputs"])), dtype=torch.float32)
+        expected = endpoint.decoded(latents)
+        torch.testing.assert_close(decoded.reshape(answer["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("accept", ["image/png", "image/jpeg", "application/json", "*/*"])
+    def test_json_image(self, image_endpoint: Endpoint, accept: str) -> None:
+        latents = image_endpoint.latents()
+        parameters = {"shape": list(latents.shape), "dtype": "float32", "image_format": None, **image_endpoint.scaling}
+        if accept in ("application/json", "*/*"):
+            parameters["image_format"] = "png"
+        message = {"inputs": base64.b64encode(tensor_bytes(latents)).decode(), "parameters": parameters}
+        response = requests.post(image_endpoint.url, json=message, headers={"Accept": accept}, timeout=60)
+        in_json = accept in ("application/json", "*/*")
+        body = base64.b64decode(response.json()) if in_json else response.content
+        difference = as_array(body).astype(int) - uint8_pixels(image_endpoint.decoded(latents))[0]
+        assert np.abs(difference).mean() < 5 if accept == "image/jpeg" else not difference.any()
+
+    def test_json_tensor(self, endpoint: Endpoint) -> None:
+        latents = endpoint.latents()
+        parameters = {"shape": list(latents.shape), "dtype": "float32", "output_type": "pt", **endpoint.scaling}
+        message = {"inputs": base64.b64encode(tensor_bytes(latents)).decode(), "parameters": parameters}
+        answer = requests.post(endpoint.url, json=message, headers={"Accept": "application/json"}, timeout=60).json()
+        decoded = torch.frombuffer(bytearray(base64.b64decode(answer["inputs"])), dtype=torch.float32)
+        expected = endpoint.decoded(latents)
+        torch.testing.assert_close(decoded.reshape(answer["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+
+    def test_json_encode(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
+        buffer = io.BytesIO()
+        photograph.save(buffer, format="PNG")
+        message = {"inputs": base64.b64encode(buffer.getvalue()).decode(), "parameters": image_endpoint.scaling}
+        answer = requests.post(image_endpoint.url, json=message, timeout=60).json()
+        latents = torch.frombuffer(bytearray(base64.b64decode(answer["inputs"])), dtype=torch.float32)
+        expected = image_endpoint.encoded(pixels_of(photograph, image_endpoint))
+        torch.testing.assert_close(latents.reshape(answer["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+
+
+WRONG_TENSORS = {
+    "missing shape": ({"shape": None}, "`shape` is missing"),
+    "missing dtype": ({"dtype": None}, "`dtype` is missing: one of float16"),
+    "unknown dtype": ({"dtype": "float64"}, r"`dtype`: .*'float16'.*got 'float64'"),
+    "shape of other bytes": ({"shape": [1, 4, 8, 8]}, r"`shape` \[1, 4, 8, 8\] of float32 is 1024 bytes, but \d+ came"),
+    "shape that is no number": ({"shape": ["1", "x"]}, r"`shape\[1\]`: .*got 'x'"),
+    "negative shape": ({"shape": [1, -4]}, r"`shape\[1\]`: .*greater than 0, got '-4'"),
+    "unknown output type": ({"output_type": "gif"}, r"`output_type`: .*'pil'.*got 'gif'"),
+    "unknown image format": ({"image_format": "bmp"}, r"`image_format`: .*got 'bmp'"),
+    "quality out of range": ({"quality": 101}, r"`quality`: .*100.*got '101'"),
+    "scaling by zero": ({"scaling_factor": 0}, r"`scaling_factor`: .*zero.*got '0'"),
+    "scaling by nan": ({"scaling_factor": "nan"}, r"`scaling_factor`: .*finite.*got 'nan'"),
+    "no bool": ({"do_scaling": "perhaps"}, r"`do_scaling`: .*got 'perhaps'"),
+}
+
+
+class TestWrongInput:
+    """Each is a 4xx that says what came and what is expected, and the next request works."""
+
+    @pytest.mark.parametrize("name", WRONG_TENSORS)
+    def test_tensor(self, endpoint: Endpoint, name: str) -> None:
+        parameters, message = WRONG_TENSORS[name]
+        self.assert_refused(endpoint, endpoint.post(endpoint.latents(), **parameters), message)
+
+    def test_wrong_channel_count(self, endpoint: Endpoint) -> None:
+        channels = endpoint.vae.config.latent_channels
+        latents = torch.cat([endpoint.latents(), endpoint.latents()], dim=1)
+        message = rf"`shape` \[1, {channels * 2}, .*expected \[B, {channels}, .*height/8, width/8\]"
+        self.assert_refused(endpoint, endpoint.post(latents), message)
+
+    def test_packed_without_height_and_width(self, image_endpoint: Endpoint) -> None:
+        response = image_endpoint.post(pack(image_endpoint.latents()))
+        self.assert_refused(
+            image_endpoint, response, r"packed .*with `height` and `width` \(got height=None, width=None\)"
+        )
+
+    def test_mp4_from_an_image_model(self, image_endpoint: Endpoint) -> None:
+        response = image_endpoint.post(image_endpoint.latents(), output_type="mp4")
+        self.assert_refused(image_endpoint, response, r"`output_type`: 'mp4' needs a video model")
+
+    def test_batch_as_one_image(self, image_endpoint: Endpoint) -> None:
+        response = image_endpoint.post(image_endpoint.latents(batch=2))
+        self.assert_refused(
+            image_endpoint, response, r"a batch of 2 cannot be answered as one encoded image; .*output_type=pt"
+        )
+
+    @pytest.mark.parametrize("output_type", ["mp4", "pil"])
+    def test_batch_as_one_video(self, video_endpoint: Endpoint, output_type: str) -> None:
+        response = video_endpoint.post(
+            video_endpoint.latents(batch=2), headers={"Accept": "tensor/binary"}, output_type=output_type
+        )
+        self.assert_refused(video_endpoint, response, r"a batch of 2 cannot be answered as .*output_type=pt")
+
+    def test_video_as_an_image(self, video_endpoint: Endpoint) -> None:
+        response = video_endpoint.post(video_endpoint.latents(), headers={"Accept": "image/png"}, output_type="pil")
+        self.assert_refused(video_endpoint, response, "a video cannot be answered as one image")
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            (b"", "`shape` is missing, and the body is no PNG"),
+            (b"\x89PNG\r\n\x1a\nrubbish", "the image cannot be read"),
+            (b"\xff\xd8\xff rubbish", "the image cannot be read"),
+            (b"GIF89a rubbish", "the body is no PNG, JPEG, WebP or MP4 file"),
+        ],
+    )
+    def test_unreadable_image(self, endpoint: Endpoint, body: bytes, message: str) -> None:
+        self.assert_refused(endpoint, requests.post(endpoint.url, data=body, timeout=60), message)
+
+    def test_unreadable_video(self, video_endpoint: Endpoint) -> None:
+        response = requests.post(video_endpoint.url, data=b"\x00\x00\x00 ftypisom rubbish", timeout=60)
+        self.assert_refused(video_endpoint, response, "the video cannot be read")
+
+    def test_video_for_an_image_model(self, image_endpoint: Endpoint) -> None:
+        response = requests.post(image_endpoint.url, data=b"\x00\x00\x00 ftypisom", timeout=60)
+        self.assert_refused(image_endpoint, response, "the body is a video, but this is an image model")
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            ("{", "the body is not JSON"),
+            ("[]", "must be a JSON object with base64 text under `inputs`"),
+            ('{"inputs": 3}', "`inputs` must be base64 text, got int"),
+            ('{"inputs": "***"}', "`inputs` is not base64"),
+            ('{"inputs": "", "parameters": 3}', "`parameters` must be a JSON object, got int"),
+        ],
+    )
+    def test_json(self, endpoint: Endpoint, body: str, message: str) -> None:
+        response = requests.post(endpoint.url, data=body, headers={"Content-Type": "application/json"}, timeout=60)
+        self.assert_refused(endpoint, response, message)
+
+    def test_image_to_decode_and_latents_to_encode(self, endpoint: Endpoint, photograph: Image.Image) -> None:
+        buffer = io.BytesIO()
+        photograph.save(buffer, format="PNG")
+        response = requests.post(f"{endpoint.url}/decode", data=buffer.getvalue(), timeout=60)
+        self.assert_refused(endpoint, response, "decoding takes latents; POST it to /encode")
+        response = endpoint.post(endpoint.latents(), "/encode")
+        self.assert_refused(endpoint, response, r"is no shape of pixels: expected \[B, 3, .*height, width\]")
+
+    def test_tensor_of_a_size_that_is_no_multiple(self, image_endpoint: Endpoint) -> None:
+        response = image_endpoint.post(torch.zeros(1, 3, 60, 64))
+        self.assert_refused(image_endpoint, response, "height and width must be multiples of 8")
+
+    def test_too_small_image(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
+        with pytest.raises(RuntimeError, match="7x20 pixels; this VAE needs at least 8 each way"):
+            remote_encode(image_endpoint.url, photograph.resize((7, 20)))
+
+    def test_unknown_path_and_method(self, endpoint: Endpoint) -> None:
+        response = requests.post(f"{endpoint.url}/nowhere", timeout=5)
+        assert (response.status_code, response.json()["error"][:20]) == (404, "there is no /nowhere")
+        response = requests.put(endpoint.url, timeout=5)
+        assert (response.status_code, response.json()) == (405, {"error": "/ does not take PUT"})
+        assert {method.strip() for method in response.headers["Allow"].split(",")} == {"GET", "HEAD", "POST"}
+
+    def test_the_client_raises_with_the_message(self, image_endpoint: Endpoint) -> None:
+        with pytest.raises(RuntimeError, match="batch of 2"):
+            remote_decode(image_endpoint.url, image_endpoint.latents(batch=2), **image_endpoint.scaling)
+
+    def assert_refused(self, endpoint: Endpoint, response: requests.Response, message: str) -> None:
+        assert response.status_code == 400
+        assert response.headers["content-type"] == "application/json"
+        assert re.search(message, response.json()["error"]), response.json()["error"]
+        assert endpoint.post(endpoint.latents(), output_type="pt").ok
+
+
+def pixels_of(image: Image.Image, endpoint: Endpoint) -> torch.Tensor:
+    """An image as diffusers' own processor gives it to the VAE; one frame for a video model.
+
+    Contiguous, because `remote_encode` sends freed memory for a tensor that is not.
+    """
+    pixels = VaeImageProcessor(vae_scale_factor=8).preprocess(image).contiguous()
+    return pixels.unsqueeze(2) if endpoint.kind == "video" else pixels

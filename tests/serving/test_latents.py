@@ -1,0 +1,63 @@
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from handlers.serving.latents import Scaling, is_packed, to_batch, unpack
+from handlers.serving.layout import Layout
+from handlers.serving.request import Parameters
+
+IMAGE = Layout("image", latent_channels=16, vae_scale_factor=8)
+VIDEO = Layout("video", latent_channels=16, vae_scale_factor=8)
+
+
+def test_unpack_is_what_the_flux_pipeline_does() -> None:
+    packed = torch.randn(2, 4 * 6, 64)
+    assert torch.equal(unpack(packed, 64, 96, 8), FluxPipeline._unpack_latents(packed, 64, 96, 8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "height", "width", "expected"),
+    [
+        ((1, 4096, 64), 1024, 1024, True),
+        ((1, 4096, 64), 1030, 1029, True),  # pipelines round sizes down
+        ((16, 4096, 64), 1024, 1024, True),  # a batch as large as the channels are many
+        ((1, 4096, 64), 1024, 512, False),
+        ((1, 4096, 64), None, None, False),
+        ((16, 64, 64), 512, 512, False),  # unbatched [C, H, W], as wide as packed features are many
+        ((1, 16, 64, 64), 512, 512, False),
+    ],
+)
+def test_packed_is_told_by_the_size_that_came_with_it(
+    shape: tuple[int, ...], height: int | None, width: int | None, expected: bool
+) -> None:
+    assert is_packed(shape, Parameters(height=height, width=width), IMAGE) is expected
+
+
+def test_unbatched_as_wide_as_packed_features() -> None:
+    latents = torch.randn(16, 64, 64)
+    assert torch.equal(to_batch(latents, Parameters(height=512, width=512), IMAGE), latents[None])
+
+
+def test_packed_latents_of_a_video_model_are_one_frame() -> None:
+    assert to_batch(torch.randn(1, 16, 64), Parameters(height=64, width=64), VIDEO).shape == (1, 16, 1, 8, 8)
+
+
+@pytest.mark.parametrize("layout", [IMAGE, VIDEO])
+def test_mean_and_std_of_the_config(layout: Layout) -> None:
+    mean, std = torch.arange(16.0), torch.arange(1.0, 17.0)
+    config = {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 2.0}
+    scaling = Scaling.of(Parameters(do_scaling=True), config, layout)
+    latents = torch.randn((1, 16, *(3,) * (layout.ndim - 2)))
+    channels = layout.broadcast(16)
+    expected = latents * std.view(channels) / 2 + mean.view(channels)  # as diffusers' SDXL pipeline
+    raw = scaling.unscale(latents, torch.float32)
+    torch.testing.assert_close(raw, expected)
+    torch.testing.assert_close(scaling.scale(raw), latents)
+
+
+def test_scaling_is_computed_in_the_wider_dtype() -> None:
+    latents = torch.randn(1, 16, 4, 4)
+    expected = (latents / 0.3611 + 0.1159).bfloat16()
+    assert torch.equal(Scaling(0.3611, 0.1159).unscale(latents, torch.bfloat16), expected)
+    expected = (latents.half().float() / 0.3611 + 0.1159).bfloat16()
+    assert torch.equal(Scaling(0.3611, 0.1159).unscale(latents.half(), torch.bfloat16), expected)

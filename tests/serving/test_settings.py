@@ -1,0 +1,24 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from handlers.serving.settings import Settings
+
+
+def test_endpoint_json_and_the_environment_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "endpoint.json").write_text(json.dumps({"model": "flux", "revision": "abc", "version": "1"}))
+    monkeypatch.setenv("VAE_DEVICE", "cpu")
+    assert Settings.load(tmp_path) == Settings(model="flux", revision="abc", device="cpu")
+
+
+def test_another_model_takes_nothing_from_endpoint_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "endpoint.json").write_text(json.dumps({"model": "flux", "revision": "abc"}))
+    monkeypatch.setenv("VAE_MODEL", "sdxl")
+    assert Settings.load(tmp_path) == Settings(model="sdxl")
+
+
+def test_a_wrong_value_names_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAE_DTYPE", "float8")
+    with pytest.raises(ValueError, match=r"^VAE_DTYPE: .*'float16'.*got 'float8'$"):
+        Settings.load(tmp_path)

@@ -1,0 +1,72 @@
+"""`handler.py` as the Inference Toolkit loads it: module name, path, startup order, an app whose `POST /` is taken."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from diffusers import AutoencoderKL
+from diffusers.utils.remote_utils import remote_decode, remote_encode
+from PIL import Image
+
+from scripts.local_server import ROOT, clean_environment, serve
+from tests.conftest import Endpoint, uint8_pixels
+
+STAND_IN = ("-m", "uvicorn", "webservice_starlette:app", "--app-dir", str(ROOT / "tests" / "toolkit"))
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Path:
+    """A deployed repository: the code, `endpoint.json`, the weights in `vae/`."""
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copy(ROOT / "handler.py", folder)
+    shutil.copytree(ROOT / "handlers", folder / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(checkpoint("flux"), folder / "vae")
+    (folder / "endpoint.json").write_text(json.dumps({"model": "flux"}))
+    return folder
+
+
+def test_the_released_client_works_in_front_of_the_toolkit(
+    repository: Path, tmp_path: Path, photograph: Image.Image
+) -> None:
+    log = tmp_path / "log"
+    with serve(log=log, command=STAND_IN, HF_MODEL_DIR=str(repository), PYTHONSAFEPATH="1") as url:
+        vae = AutoencoderKL.from_pretrained(repository / "vae").eval()
+        endpoint = Endpoint("flux", url, vae, log)
+        latents = endpoint.latents()
+        image = remote_decode(url, latents, image_format="png", **endpoint.scaling)
+        assert np.array_equal(np.asarray(image), uint8_pixels(endpoint.decoded(latents))[0])
+        assert remote_encode(url, photograph, **endpoint.scaling).shape == (1, 16, 8, 12)
+        assert requests.get(f"{url}/health", timeout=5).text == "Ok"
+        for method, path, status in (("GET", "/nowhere", 404), ("PUT", "/", 405), ("POST", "/", 400)):
+            response = requests.request(method, url + path, timeout=5)
+            assert (response.status_code, list(response.json())) == (status, ["error"])
+
+
+def import_handler(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    code = "from handler import EndpointHandler; print(EndpointHandler.checkpoint)"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**clean_environment(), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_model_is_the_one_of_endpoint_json_or_of_the_environment(repository: Path) -> None:
+    assert import_handler(repository).stdout.strip() == "black-forest-labs/FLUX.1-schnell"
+    assert import_handler(repository, VAE_MODEL="sdxl").stdout.strip() == "madebyollin/sdxl-vae-fp16-fix"
+
+
+@pytest.mark.parametrize("environment", [{}, {"VAE_MODEL": "sd3"}])
+def test_no_or_an_unknown_model_is_an_error_that_lists_the_keys(environment: dict[str, str]) -> None:
+    result = import_handler(ROOT, **environment)
+    assert result.returncode != 0
+    assert result.stderr.rstrip().endswith("the models are: sd-v1, sdxl, flux, hunyuan-video, tiny")

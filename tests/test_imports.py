@@ -1,0 +1,45 @@
+"""The way of a request runs in one direction, and the models can be read without torch."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from handlers import serving
+from scripts.local_server import ROOT
+
+STAGES = [line.split()[0] for line in serving.__doc__.splitlines()[2:] if line.strip()]
+
+
+def imported_stages(stage: str) -> set[str]:
+    tree = ast.parse((ROOT / "handlers" / "serving" / f"{stage}.py").read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "handlers.serving":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("handlers.serving."):
+            names.add(node.module.split(".")[2])
+    return names
+
+
+def test_the_list_of_stages_is_the_folder() -> None:
+    assert set(STAGES) == {path.stem for path in (ROOT / "handlers" / "serving").glob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_imports_only_from_those_below_it(stage: str) -> None:
+    assert imported_stages(stage) <= set(STAGES[STAGES.index(stage) + 1 :])
+
+
+def test_http_knows_no_torch_and_the_vae_no_http() -> None:
+    assert "torch" not in (ROOT / "handlers" / "serving" / "app.py").read_text()
+    assert "starlette" not in "".join(
+        (ROOT / "handlers" / "serving" / f"{stage}.py").read_text() for stage in STAGES if stage != "app"
+    )
+
+
+def test_models_are_read_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import handlers; print(*handlers.MODELS)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["sd-v1", "sdxl", "flux", "hunyuan-video", "tiny"]
