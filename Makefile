@@ -1,6 +1,5 @@
 # `make` lists the targets. Each sets up what it needs in .venv.
 PYTHON ?= python3
-MODEL ?= tiny
 
 VENV := .venv
 BIN := $(VENV)/bin

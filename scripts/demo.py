@@ -34,9 +34,7 @@ def main() -> None:
     console.print("Serving [bold]tiny[/], the VAE in this repository, and sending it a photograph ...")
     with serve("--model", "tiny", log=OUT / "tiny.log") as url:
         show_image(url, Image.fromarray(data.astronaut()))
-    console.print(
-        "Serving [bold]HunyuanVideo[/]'s architecture with RANDOM weights: noise, but all of the video path ..."
-    )
+    console.print("Serving [bold]HunyuanVideo[/] with RANDOM weights: it shows noise, but the whole video path ...")
     with serve("--model", "hunyuan-video", "--weights", "random", log=OUT / "hunyuan-video.log") as url:
         show_video(url, data.astronaut())
 
@@ -97,9 +95,8 @@ def print_calls(calls: list[requests.Response]) -> None:
         stages = re.findall(r"dur=([\d.]+)", response.headers["Server-Timing"])
         sizes = (len(response.request.body), len(response.content))
         total = response.elapsed.total_seconds() * 1000
-        table.add_row(
-            name, *(f"{size:,} B" for size in sizes), f"{total:,.0f} ms", *(f"{float(ms):,.1f} ms" for ms in stages)
-        )
+        times = (total, *map(float, stages))
+        table.add_row(name, *(f"{size:,} B" for size in sizes), *(f"{ms:,.1f} ms" for ms in times))
     console.print(table)
 
 
@@ -117,4 +114,7 @@ def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (RuntimeError, requests.RequestException) as error:
+        raise SystemExit(f"error: {error}") from None

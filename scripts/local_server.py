@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 def serve(
     *arguments: str, log: Path, command: Sequence[str] = ("-m", "scripts.serve"), **environment: str
 ) -> Iterator[str]:
-    """Starts `python <command> --port <free port> <arguments>`; gives its URL once it is healthy, and stops it at the end.
+    """Starts `python <command> --port <free port> <arguments>`, gives its URL once it is healthy, stops it at the end.
 
     The process sees none of this one's `VAE_*` and `HF_*` variables, but those given here.
 
