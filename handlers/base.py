@@ -39,6 +39,14 @@ class EndpointHandler:
     described by its own config.
     """
 
+    instance: ClassVar[str]
+    """Smallest instance type of Inference Endpoints that decodes the model's usual sizes without tiling."""
+    license: ClassVar[str]
+    """Of the checkpoint, as the Hub spells it."""
+    license_link: ClassVar[str]
+    weights_mb: ClassVar[int]
+    """Size of the checkpoint's safetensors in MB, for a plan made without a network."""
+
     def __init__(self, path: str = "") -> None:
         """Loads the VAE. `path` is the folder that the toolkit mounted the repository at; "" where there is none."""
         from handlers.serving.pipeline import Pipeline

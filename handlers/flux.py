@@ -8,6 +8,11 @@ class Flux(EndpointHandler):
     subfolder = "vae"
     vae_class = "AutoencoderKL"
     dtype = "bfloat16"
+    # 1024x1024: as the SDXL decoder's 8.5 GB, whose layers it has; a T4's 14 GB would do, but it computes no bfloat16
+    instance = "nvidia-l4"
+    license = "apache-2.0"
+    license_link = "https://huggingface.co/black-forest-labs/FLUX.1-schnell/blob/main/LICENSE.md"
+    weights_mb = 168
     published_config = {
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,

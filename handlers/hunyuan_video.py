@@ -9,6 +9,12 @@ class HunyuanVideo(EndpointHandler):
     vae_class = "AutoencoderKLHunyuanVideo"
     kind = "video"
     dtype = "float16"
+    # 320x512, 61 frames: one tensor of 256 channels at full size is 5.1 GB, and a block holds about four of them; with
+    # 1 GB of weights that is over a 24 GB L4. An estimate, not measured.
+    instance = "nvidia-l40s"
+    license = "tencent-hunyuan-community"
+    license_link = "https://huggingface.co/hunyuanvideo-community/HunyuanVideo/blob/main/LICENSE"
+    weights_mb = 986
     published_config = {
         "block_out_channels": [128, 256, 512, 512],
         "latent_channels": 16,

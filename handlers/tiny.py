@@ -11,3 +11,8 @@ class Tiny(EndpointHandler):
     checkpoint = str(WEIGHTS)
     vae_class = "AutoencoderKL"
     dtype = "float32"
+    # The cheapest CPU.
+    instance = "intel-spr"
+    license = "apache-2.0"
+    license_link = "https://www.apache.org/licenses/LICENSE-2.0"
+    weights_mb = 1

@@ -33,8 +33,9 @@ class VAE:
 
         Raises:
             FileNotFoundError: `settings.weights` names a folder that holds no VAE of the model's class.
+            ValueError: `settings.device` is no device of this machine.
         """
-        device = settings.device or _default_device()
+        device = _check_device(settings.device) if settings.device else _default_device()
         dtype = getattr(torch, settings.dtype or ("float32" if device == "cpu" else handler.dtype))
         vae_class = getattr(diffusers, handler.vae_class)
         if settings.weights == "random":
@@ -78,6 +79,14 @@ def _default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_device(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"VAE_DEVICE: torch cannot use {device!r} here ({str(error).splitlines()[0]})") from None
+    return device
 
 
 def _find_weights(handler: type[EndpointHandler], path: str, settings: Settings) -> tuple[str, dict[str, Any]]:
