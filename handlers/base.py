@@ -47,6 +47,13 @@ class EndpointHandler:
     weights_mb: ClassVar[int]
     """Size of the checkpoint's safetensors in MB, for a plan made without a network."""
 
+    decode_values_per_pixel: ClassVar[float] = 1024
+    """Numbers alive at the peak of decoding, for each pixel of the result: the estimate by which full frames or tiles
+    are chosen."""
+    encode_values_per_pixel: ClassVar[float] = 1024
+    tile_pixels: ClassVar[int] = 512 * 512
+    """Pixels of one tile, all its frames counted, where a picture does not fit in one piece."""
+
     def __init__(self, path: str = "") -> None:
         """Loads the VAE. `path` is the folder that the toolkit mounted the repository at; "" where there is none."""
         from handlers.serving.pipeline import Pipeline

@@ -89,7 +89,7 @@ def recorded() -> Iterator[list[requests.Response]]:
 def print_calls(calls: list[requests.Response]) -> None:
     """Bytes and milliseconds of an encode and a decode call."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("", "sent", "received", "in all", "payload", "VAE", "output"):
+    for column in ("", "sent", "received", "in all", "payload", "queue", "VAE", "output"):
         table.add_column(column, justify="right" if column else "left")
     for name, response in zip(("encode", "decode"), calls, strict=True):
         stages = re.findall(r"dur=([\d.]+)", response.headers["Server-Timing"])

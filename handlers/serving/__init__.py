@@ -2,10 +2,12 @@
 
 app       HTTP: routes, headers, status codes
 pipeline  one request, from its payload to its answer
+worker    the devices' threads and the queue in front of them
 output    tensors to the bytes of pictures, videos and tensors
 vae       the model: weights, device, forward passes
 pixels    value range and layout of pixels
 latents   layout and scaling of latents
+memory    what a forward pass needs, and how to run it in what is free
 payload   bytes to tensors, images and frames
 layout    the shapes of a VAE's tensors
 request   what was asked for, validated

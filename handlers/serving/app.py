@@ -38,7 +38,6 @@ def build_app() -> Starlette:
         exception_handlers={RequestError: on_request_error, HTTPException: on_http_error, Exception: on_crash},
     )
     app.state.handler = None
-    app.state.in_flight = 0
     return app
 
 
@@ -65,9 +64,8 @@ async def health(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """The toolkit's two gauges: requests in the VAE, and requests that wait for it."""
-    in_flight = request.app.state.in_flight
-    running = min(in_flight, 1)
-    return PlainTextResponse(f"inf_batch_current_size {running}\ninf_queue_size {in_flight - running}\n")
+    workers = _pipeline(request).workers
+    return PlainTextResponse(f"inf_batch_current_size {workers.running}\ninf_queue_size {workers.waiting}\n")
 
 
 async def run(request: Request, task: Task | None) -> Response:
@@ -85,23 +83,20 @@ async def run(request: Request, task: Task | None) -> Response:
         return parsed, pipeline.prepare(parsed)
 
     def write() -> Response:
-        content = pipeline.render(parsed, result)
+        content = pipeline.render(parsed, result.tensor)
         if parsed.accept.json:
             return JSONResponse(to_json(content))
         return Response(content.body, media_type=content.media_type, headers=content.headers)
 
     timing = {}
     (parsed, inputs), timing["payload"] = await to_thread.run_sync(timed, read)
-    request.app.state.in_flight += 1
-    try:
-        forward = asyncio.get_running_loop().run_in_executor(
-            pipeline.device_worker, timed, pipeline.forward, parsed, inputs
-        )
-        result, timing["vae"] = await forward
-    finally:
-        request.app.state.in_flight -= 1
+    start = perf_counter()
+    result = await asyncio.wrap_future(pipeline.submit(parsed, inputs))
+    timing["queue"] = (perf_counter() - start) * 1000 - result.milliseconds
+    timing["vae"] = result.milliseconds
     response, timing["output"] = await to_thread.run_sync(timed, write)
     response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in timing.items())
+    response.headers["X-VAE-Mode"] = result.mode.value
     return response
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from handlers.base import vae_scale_factor
-from handlers.serving.request import Kind
+from handlers.serving.request import Kind, Task
 
 
 @dataclass(frozen=True)
@@ -16,15 +17,26 @@ class Layout:
     latent_channels: int
     vae_scale_factor: int
     """Pixels per latent in height and in width."""
+    frame_factor: int = 1
+    """Frames per latent frame of a video, whose first one stands alone: F latent frames are (F - 1) * factor + 1."""
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], kind: Kind) -> Layout:
-        return cls(kind, config["latent_channels"], vae_scale_factor(config))
+        frame_factor = config.get("temporal_compression_ratio", 1)
+        return cls(kind, config["latent_channels"], vae_scale_factor(config), frame_factor)
 
     @property
     def ndim(self) -> int:
         """Dimensions of a batch."""
         return 5 if self.kind == "video" else 4
+
+    def pixels(self, task: Task, shape: Sequence[int]) -> int:
+        """Pixels of one item's picture, or of all frames of its video, by the shape of a task's input batch."""
+        *frames, height, width = shape[2:]
+        if task == "encode":
+            return math.prod(shape[2:])
+        frames = [(count - 1) * self.frame_factor + 1 for count in frames]
+        return math.prod(frames) * height * width * self.vae_scale_factor**2
 
     def broadcast(self, count: int) -> tuple[int, ...]:
         """The shape in which `count` numbers, one a channel, broadcast over a batch."""

@@ -63,15 +63,30 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def write_image(image: Image.Image, image_format: str, quality: int) -> Content:
-    """A picture file: PNG at zlib's fastest level, several times as fast as its default; JPEG with 4:4:4 colour."""
+    """A picture file; JPEG with its colours at full resolution (4:4:4)."""
+    if image_format == "png":
+        return Content(write_png(np.asarray(image)), "image/png")
     name, options = {
-        "png": ("png", {"compress_level": 1}),
         "jpg": ("jpeg", {"quality": quality, "subsampling": 0}),
         "webp": ("webp", {"quality": quality}),
     }[image_format]
     buffer = io.BytesIO()
     image.save(buffer, format=name, **options)
     return Content(buffer.getvalue(), f"image/{name}")
+
+
+def write_png(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as PNG, through FFmpeg.
+
+    A 1024x1024 photograph takes half the time of Pillow at the same zlib level and a tenth of Pillow's default.
+    """
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width = pixels.shape[:2]
+    codec.pix_fmt = "rgb24"
+    codec.time_base = Fraction(1)
+    codec.options = {"compression_level": "1", "pred": "up"}
+    packets = codec.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")) + codec.encode(None)
+    return b"".join(bytes(packet) for packet in packets)
 
 
 def write_mp4(frames: np.ndarray, fps: float) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,27 +16,50 @@ from torch import Tensor
 from handlers.base import EndpointHandler
 from handlers.serving import latents, output, payload, pixels
 from handlers.serving.errors import RequestError
+from handlers.serving.memory import Mode
 from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, Task, decode_answer
 from handlers.serving.settings import Settings
-from handlers.serving.vae import VAE
+from handlers.serving.vae import VAE, devices
+from handlers.serving.worker import DeviceWorkers
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a device made of a request."""
+
+    tensor: Tensor
+    """The answer's, on the CPU."""
+    mode: Mode
+    milliseconds: float
+    """Of the batch that the request was in."""
+
+
+def _generator(parameters: Parameters) -> torch.Generator | None:
+    """The source of a sample, on the CPU so that a seed gives the same on every device; None for the mode."""
+    if parameters.sample_mode == "argmax":
+        return None
+    generator = torch.Generator()
+    generator.seed() if parameters.seed is None else generator.manual_seed(parameters.seed)
+    return generator
 
 
 class Pipeline:
     """The stages of a request around one VAE.
 
     They share nothing but the request, so different requests may be in different stages at the same time. Only
-    `forward` is bound to a thread: the one of `device_worker`.
+    `forward` is bound to threads: those of `workers`, one for each device.
     """
 
-    def __init__(self, vae: VAE, fps: float) -> None:
-        self.vae = vae
-        self.layout = vae.layout
+    def __init__(self, vaes: list[VAE], fps: float) -> None:
+        self.vae = vaes[0]
+        self.layout = self.vae.layout
         self.fps = fps
-        self.device_worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vae")
+        self.workers = DeviceWorkers([partial(self.forward, vae) for vae in vaes], self.vae.batch_limit)
 
     @classmethod
     def load(cls, handler: type[EndpointHandler], path: str) -> Pipeline:
-        return cls(VAE.load(handler, path, Settings.load()), handler.fps)
+        settings = Settings.load()
+        return cls([VAE.load(handler, path, settings, device) for device in devices(settings.device)], handler.fps)
 
     def parse(
         self, body: bytes, content_type: str, accept: str | None, values: Mapping[str, Any], task: Task | None = None
@@ -94,17 +119,31 @@ class Pipeline:
             return answer is Answer.DECODED
         return answer is not Answer.IMAGE
 
-    def forward(self, request: Request, inputs: Tensor) -> Tensor:
-        """The VAE and what belongs on its device; gives the answer's tensor, on the CPU."""
-        parameters = request.parameters
+    def submit(self, request: Request, inputs: Tensor) -> Future[Result]:
+        """Queues the prepared request for a device; what waits together and has one shape goes as one batch."""
+        sampled = request.parameters.sample_mode == "sample"
+        key = (request.task, inputs.shape[1:], object() if sampled else None)
+        size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
+        return self.workers.submit((request, inputs), key, size)
+
+    def forward(self, vae: VAE, batch: list[tuple[Request, Tensor]]) -> list[Result]:
+        """The VAE and what belongs on its device, for requests of one task and shape."""
+        start = perf_counter()
+        requests = [request for request, _ in batch]
+        inputs = torch.cat([tensor for _, tensor in batch])
+        if requests[0].task == "decode":
+            outputs, mode = vae.decode(inputs)
+        else:
+            outputs, mode = vae.encode(inputs, _generator(requests[0].parameters))
+        parts = outputs.split([len(tensor) for _, tensor in batch])
+        answers = [vae.to_cpu(self._finish(request, part)) for request, part in zip(requests, parts, strict=True)]
+        milliseconds = (perf_counter() - start) * 1000
+        return [Result(answer, mode, milliseconds) for answer in answers]
+
+    def _finish(self, request: Request, output: Tensor) -> Tensor:
         if request.task == "decode":
-            return pixels.to_answer(self.vae.decode(inputs), request.answer).cpu()
-        generator = None
-        if parameters.sample_mode == "sample":
-            generator = torch.Generator()  # on the CPU, so that a seed gives the same sample on every device
-            generator.seed() if parameters.seed is None else generator.manual_seed(parameters.seed)
-        encoded = self.vae.encode(inputs, generator)
-        return latents.Scaling.of(parameters, self.vae.config, self.layout).scale(encoded).cpu()
+            return pixels.to_answer(output, request.answer)
+        return latents.Scaling.of(request.parameters, self.vae.config, self.layout).scale(output)
 
     def render(self, request: Request, result: Tensor) -> output.Content:
         """The answer's bytes."""
@@ -115,8 +154,7 @@ class Pipeline:
     def run_object(self, data: Mapping[str, Any]) -> Any:
         """All stages in a row for a request given as a plain object; see `EndpointHandler.__call__`."""
         request = self._parse_object(data.get("inputs"), data.get("parameters") or {})
-        inputs = self.prepare(request)
-        result = self.device_worker.submit(self.forward, request, inputs).result()
+        result = self.submit(request, self.prepare(request)).result().tensor
         if request.answer is Answer.IMAGE:
             return output.to_image(result[0])
         if request.parameters.output_type == "pil":

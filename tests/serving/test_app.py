@@ -248,8 +248,10 @@ class TestPaths:
         assert metrics == "inf_batch_current_size 0\ninf_queue_size 0\n"
 
     def test_server_timing(self, endpoint: Endpoint) -> None:
-        header = endpoint.post(endpoint.latents(), output_type="pt").headers["Server-Timing"]
-        assert re.fullmatch(r"payload;dur=\d+\.\d, vae;dur=\d+\.\d, output;dur=\d+\.\d", header)
+        headers = endpoint.post(endpoint.latents(), output_type="pt").headers
+        stages = ", ".join(rf"{stage};dur=\d+\.\d" for stage in ("payload", "queue", "vae", "output"))
+        assert re.fullmatch(stages, headers["Server-Timing"])
+        assert headers["X-VAE-Mode"] == "full"
 
 
 class TestOlderClients:

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -13,7 +14,10 @@ from PIL import Image
 
 from handlers import MODELS, EndpointHandler
 from handlers.serving.errors import RequestError
+from handlers.serving.memory import Mode
 from handlers.serving.output import tensor_bytes
+from handlers.serving.settings import Settings
+from handlers.serving.vae import VAE
 from tests.conftest import uint8_pixels
 
 
@@ -102,3 +106,88 @@ def test_a_wrong_request_leaves_the_next_one_unharmed(handler: EndpointHandler) 
     with pytest.raises(RequestError, match="is no shape of this VAE's latents"):
         handler({"inputs": torch.zeros(1, 5, 4, 6)})
     assert handler({"inputs": latents_of(handler)}).size == (48, 32)
+
+
+# A convolution over a batch may add up in another order than over one item; the decoder's output spans about [-4, 4] here.
+BATCH_TOLERANCE = 1e-4
+
+
+class TestBatches:
+    """What the queue may do with requests that wait together."""
+
+    def test_a_batch_gives_what_single_requests_give(self, handler: EndpointHandler) -> None:
+        pipeline = handler.pipeline
+        messages = [
+            ({"output_type": "pt"}, 1),
+            ({"output_type": "pt", "partial_postprocess": "true"}, 2),
+            ({"output_type": "pil", "scaling_factor": 0.5}, 1),
+        ]
+        batch = []
+        for seed, (parameters, count) in enumerate(messages):
+            latents = torch.randn((count, 16, 4, 6), generator=torch.Generator().manual_seed(seed))
+            values = {"shape": list(latents.shape), "dtype": "float32", **parameters}
+            request = pipeline.parse(tensor_bytes(latents), "tensor/binary", None, values)
+            batch.append((request, pipeline.prepare(request)))
+        together = pipeline.forward(pipeline.vae, batch)
+        alone = [pipeline.forward(pipeline.vae, [work])[0] for work in batch]
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one.tensor, other.tensor, atol=BATCH_TOLERANCE, rtol=0)
+
+    def test_many_different_requests_at_once_each_get_their_own_answer(self, handler: EndpointHandler) -> None:
+        handler.pipeline.workers._batch_limit = 4 * 32 * 48
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn((1, 16, 4, 6 + number % 2), generator=generator) for number in range(32)]
+        with ThreadPoolExecutor(32) as clients:
+            results = list(clients.map(lambda z: handler({"inputs": z, "parameters": {"output_type": "pt"}}), inputs))
+        for latents, result in zip(inputs, results, strict=True):
+            torch.testing.assert_close(result, decoded(handler, latents), atol=BATCH_TOLERANCE, rtol=0)
+
+
+class TestMemory:
+    """A device with little memory, simulated."""
+
+    @pytest.fixture
+    def vae(self, checkpoint: Callable[[str], Path]) -> VAE:
+        return VAE.load(MODELS["sd-v1"], "", Settings(weights=str(checkpoint("sd-v1"))), "cpu")
+
+    @pytest.mark.parametrize(("free", "expected"), [(10**12, Mode.FULL), (10**9, Mode.SLICED), (10**6, Mode.TILED)])
+    def test_the_mode_follows_from_what_is_free(
+        self, vae: VAE, free: int, expected: Mode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("handlers.serving.vae.free_memory", lambda device: free)
+        latents = torch.randn((3, 4, 48, 48), generator=torch.Generator().manual_seed(0))
+        result, mode = vae.decode(latents)
+        assert mode is expected
+        if mode is not Mode.TILED:
+            torch.testing.assert_close(result, vae.model.decode(latents).sample, atol=1e-5, rtol=0)
+
+    def test_running_out_of_memory_is_survived_one_step_down(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+        decode, tried = vae.model.decode, []
+
+        def short_of_memory(z: torch.Tensor, **options: object) -> object:
+            tried.append((vae.model.use_slicing, vae.model.use_tiling))
+            if not vae.model.use_tiling:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return decode(z, **options)
+
+        monkeypatch.setattr(vae.model, "decode", short_of_memory)
+        _, mode = vae.decode(torch.zeros(2, 4, 8, 8))
+        assert (mode, tried) == (Mode.TILED, [(False, False), (True, False), (True, True)])
+        monkeypatch.setattr(vae.model, "decode", decode)
+        assert vae.decode(torch.zeros(2, 4, 8, 8))[1] is Mode.FULL
+
+    def test_what_never_fits_is_refused(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+        def always_short(z: torch.Tensor, **options: object) -> object:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(vae.model, "decode", always_short)
+        with pytest.raises(RequestError, match=r"`shape` \[1, 4, 8, 8\] does not fit .* not even in tiles"):
+            vae.decode(torch.zeros(1, 4, 8, 8))
+
+    def test_another_error_is_no_lack_of_memory(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(z: torch.Tensor, **options: object) -> object:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+        monkeypatch.setattr(vae.model, "decode", broken)
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            vae.decode(torch.zeros(1, 4, 8, 8))

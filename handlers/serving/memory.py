@@ -1,0 +1,68 @@
+"""How much memory a forward pass needs, and the best way to run it in what is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import psutil
+import torch
+
+from handlers.serving.layout import Layout
+from handlers.serving.request import Task
+
+
+class Mode(Enum):
+    """Ways to run a batch, from the best. All but the last give the same pixels."""
+
+    FULL = "full"
+    SLICED = "sliced"
+    """One item of the batch after the other."""
+    TILED = "tiled"
+    """Overlapping tiles, blended: seams may show."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that the activations of one item of a batch take at their peak."""
+
+    full: int
+    tiled: int
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What was measured for a model: numbers alive at the peak for each pixel of the picture or the video."""
+
+    decode: float
+    encode: float
+    tile_pixels: int
+    """Pixels of one tile, all its frames counted."""
+
+    def estimate(self, task: Task, layout: Layout, shape: Sequence[int], itemsize: int) -> Estimate:
+        """Of a forward pass over inputs of this shape, in a dtype of `itemsize` bytes."""
+        pixels = layout.pixels(task, shape)
+        a_pixel = (self.decode if task == "decode" else self.encode) * itemsize
+        assembled = pixels * 3 * 3 * itemsize  # the tiles' pictures, in rows, and as one
+        return Estimate(int(pixels * a_pixel), int(min(pixels, self.tile_pixels) * a_pixel + assembled))
+
+
+def choose_modes(estimate: Estimate, batch: int, free: int) -> list[Mode]:
+    """The modes to try, in this order: the first that fits in `free` bytes, then those that need less."""
+    needs = {Mode.FULL: estimate.full * batch, Mode.SLICED: estimate.full, Mode.TILED: estimate.tiled}
+    modes = [mode for mode in Mode if needs[mode] <= free] or [Mode.TILED]
+    return modes if batch > 1 else [mode for mode in modes if mode is not Mode.SLICED]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it, torch's CPU allocator a message."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that an allocation on this device could get now, what torch keeps cached included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
