@@ -7,6 +7,7 @@ Read top to bottom: images -> batches -> model -> train -> evaluate -> save.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -26,17 +27,19 @@ SKLEARN = Path(sklearn.__file__).parent / "datasets/images"
 MATPLOTLIB = Path(matplotlib.get_data_path())
 
 # Public domain, CC0 or "no known copyright restrictions", every one of them inside the package's wheel.
-TRAINING = [SKIMAGE / f"{name}.png" for name in "chelsea ihc camera brick grass gravel moon coins cell page".split()]
-TRAINING += [SKIMAGE / f"{name}.jpg" for name in "rocket retina hubble_deep_field".split()]
-TRAINING += [MATPLOTLIB / "sample_data/grace_hopper.jpg"]
+TRAINING = [
+    *(SKIMAGE / f"{name}.png" for name in ("brick", "camera", "cell", "chelsea", "coins")),
+    *(SKIMAGE / f"{name}.png" for name in ("grass", "gravel", "ihc", "moon", "page")),
+    *(SKIMAGE / f"{name}.jpg" for name in ("hubble_deep_field", "retina", "rocket")),
+    MATPLOTLIB / "sample_data/grace_hopper.jpg",
+]
 # Never trained on; china and flower are CC-BY and the licence of motorcycle is not stated.
 HELD_OUT = [SKIMAGE / f"{name}.png" for name in ("astronaut", "coffee", "motorcycle_left")]
 HELD_OUT += [SKLEARN / f"{name}.jpg" for name in ("china", "flower")]
 
 LATENT_CHANNELS = 16
-ANCHOR = 100.0
-POSTERIOR_DEVIATION = 0.02
-KERNEL_RATE = 0.01
+ANCHOR = 100.0  # far above the activations, which are about 1
+POSTERIOR_DEVIATION = 0.02  # of every latent, whose own deviation is about 1 or more
 
 Pyramid = list[Tensor]
 Images = tuple[list[Pyramid], list[Pyramid]]
@@ -179,7 +182,7 @@ def initialise(vae: AutoencoderKL, pixels: Tensor) -> None:
     """Start as the best linear transform of `pixels` ([B, 3, H, W] in [-1, 1]) that the layers can express.
 
     The encoder halves the image three times, each time keeping the principal components of 2x2 squares; the decoder
-    undoes each step by linear regression. Training then begins near 25 dB instead of at noise.
+    undoes each step by linear regression. Training then begins above 20 dB instead of at noise.
     """
     for name, module in vae.named_modules():
         if isinstance(module, nn.GroupNorm):  # with the anchor's mean and deviation, this is the identity
@@ -211,7 +214,7 @@ def initialise(vae: AutoencoderKL, pixels: Tensor) -> None:
     vae.encoder.conv_out.weight.zero_()
     vae.encoder.conv_out.weight[:LATENT_CHANNELS, 1 : LATENT_CHANNELS + 1, 1, 1] = torch.diag(1 / deviation)
     vae.encoder.conv_out.bias[:LATENT_CHANNELS] = -4 / deviation
-    vae.encoder.conv_out.bias[LATENT_CHANNELS:] = -8  # log variance of the posterior
+    vae.encoder.conv_out.bias[LATENT_CHANNELS:] = 2 * math.log(POSTERIOR_DEVIATION)  # it stays there: no gradient
 
     vae.decoder.conv_in.weight.zero_()
     vae.decoder.conv_in.weight[1 : LATENT_CHANNELS + 1, :, 1, 1] = torch.diag(deviation)
@@ -264,9 +267,9 @@ def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, steps: i
     device = vae.device
     kernels = [parameter for parameter in vae.parameters() if parameter.ndim == 4]
     vectors = [parameter for parameter in vae.parameters() if parameter.ndim == 1]
-    optimizers = [Muon(kernels, lr=KERNEL_RATE), torch.optim.Adam(vectors, lr=2e-3, betas=(0.9, 0.99))]
+    optimizers = [Muon(kernels, lr=0.008), torch.optim.Adam(vectors, lr=2e-3, betas=(0.9, 0.99))]
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100, 1.5 * (1 - step / steps)))
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, (1 - step / steps) ** 1.5))
         for optimizer in optimizers
     ]
     average = None
@@ -275,8 +278,8 @@ def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, steps: i
         count, size = (16, 64) if step < 0.7 * steps else (7, 96)
         pixels = batch(rng, *images, count, size).to(device)
         latents = vae.encoder(pixels)[:, :LATENT_CHANNELS]
-        noise_ = torch.randn(latents.shape).to(device) * POSTERIOR_DEVIATION
-        error = (vae.decoder(latents + noise_) - pixels).square().mean((1, 2, 3))
+        latents = latents + POSTERIOR_DEVIATION * torch.randn(latents.shape).to(device)
+        error = (vae.decoder(latents) - pixels).square().mean((1, 2, 3))
         loss = (error + 1e-5).sqrt().mean()
         vae.zero_grad()
         loss.backward()
@@ -289,5 +292,104 @@ def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, steps: i
         progress.set_postfix_str(f"{average:.2f} dB", refresh=False)
 
 
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def held_out(path: Path, size: int = 512) -> Tensor:
+    """The centre square of a photograph, resized: float32 [1, 3, size, size] in [-1, 1]."""
+    image = load(path)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
+    """Decibels between 8-bit images, `pixels` in [-1, 1] and what `vae` makes of them."""
+    decoded = vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample.cpu()
+    before, after = (((image.clamp(-1, 1) + 1) * 127.5).round() for image in (pixels, decoded))
+    return float(10 * torch.log10(255**2 / (before - after).square().mean()))
+
+
+@torch.no_grad()
+def measure_scaling(vae: AutoencoderKL, rng: np.random.Generator, images: Images) -> None:
+    """Set the config so that `(latents - shift_factor) * scaling_factor` has mean 0 and deviation 1 in training."""
+    latents = vae.encode(batch(rng, *images, 64, 128).to(vae.device)).latent_dist.mode()
+    vae.register_to_config(
+        shift_factor=round(float(latents.mean()), 4), scaling_factor=round(1 / float(latents.std()), 4)
+    )
+
+
+# --- save -------------------------------------------------------------------------------------------------------------
+
+README = """\
+---
+license: apache-2.0
+library_name: diffusers
+---
+# tiny
+
+A small `AutoencoderKL` ({parameters:.1f} M parameters, 16 latent channels, 8 times smaller on each side) that ships
+with this repository, so that the service runs and is tested without a download. Not made for generating images.
+
+    python scripts/train_tiny.py --output models/tiny
+
+made it, in {steps} steps and {minutes:.0f} minutes on {device}. It learned from random crops of images that ship inside
+the wheels of scikit-image and matplotlib (public domain, CC0 or without known copyright restrictions):
+
+> {training}
+
+and from collages of these with noise, shapes and words. PSNR of photographs it never saw, as 512x512 pixels:
+
+| photograph | dB |
+|---|---|
+{table}
+
+`shift_factor` and `scaling_factor` bring its latents to about mean 0 and deviation 1. One channel of every layer is a
+large constant, which makes group normalisation independent of the image's size and content.
+"""
+
+
+def save(vae: AutoencoderKL, output: Path, scores: dict[str, float], steps: int, seconds: float) -> None:
+    vae.half().save_pretrained(output)
+    readme = README.format(
+        parameters=vae.num_parameters() / 1e6,
+        steps=steps,
+        minutes=seconds / 60,
+        device="CUDA" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores",
+        training=", ".join(path.name for path in TRAINING),
+        table="\n".join(f"| {name} | {score:.2f} |" for name, score in scores.items()),
+    )
+    (output / "README.md").write_text(readme)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the VAE in models/tiny.")
+    parser.add_argument("--output", type=Path, default=Path("models/tiny"))
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    torch.set_flush_denormal(True)
+    rng = np.random.default_rng(arguments.seed)
+    began = time.monotonic()
+    images = training_images(rng)
+    vae = build()
+    initialise(vae, batch(rng, *images, 256, 64))
+    vae.to("cuda" if torch.cuda.is_available() else "cpu")
+    train(vae, rng, images, arguments.steps)
+    seconds = time.monotonic() - began
+
+    vae.cpu().half().float()  # what is stored is float16: evaluate that
+    measure_scaling(vae, rng, images)
+    scores = {path.name: psnr(vae, held_out(path)) for path in HELD_OUT}
+    for name, score in scores.items():
+        print(f"{name:24}{score:.2f} dB")
+    print(f"{seconds / 60:.1f} minutes")
+    save(vae, arguments.output, scores, arguments.steps, seconds)
+
+
 if __name__ == "__main__":
-    raise SystemExit
+    main()

@@ -131,7 +131,8 @@ class TestBatches:
         together = pipeline.forward(pipeline.vae, batch)
         alone = [pipeline.forward(pipeline.vae, [work])[0] for work in batch]
         for one, other in zip(together, alone, strict=True):
-            torch.testing.assert_close(one.tensor, other.tensor, atol=BATCH_TOLERANCE, rtol=0)
+            tolerance = 1 if one.tensor.dtype == torch.uint8 else BATCH_TOLERANCE  # 1: on the edge of rounding
+            torch.testing.assert_close(one.tensor, other.tensor, atol=tolerance, rtol=0)
 
     def test_many_different_requests_at_once_each_get_their_own_answer(self, handler: EndpointHandler) -> None:
         handler.pipeline.workers._batch_limit = 4 * 32 * 48
