@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENDPOINT_VENV := .venv-endpoint
+DEPLOY_VENV := .venv-deploy
 SOURCES := handler.py handlers scripts tests
 
 # $(call options,name=VARIABLE ...): "--name value" for each of the variables that is set
@@ -26,6 +27,11 @@ $(ENDPOINT_VENV)/bin/.installed: requirements/toolkit-image.txt requirements.txt
 	$(ENDPOINT_VENV)/bin/python -m pip install -r requirements/test.txt
 	@touch $@
 
+$(DEPLOY_VENV)/bin/.installed: requirements/deploy.txt
+	$(PYTHON) -m venv $(DEPLOY_VENV)
+	$(DEPLOY_VENV)/bin/python -m pip install --quiet -r requirements/deploy.txt
+	@touch $@
+
 .PHONY: install
 install: $(BIN)/.installed  ## the .venv that the other targets use (newest releases)
 
@@ -40,6 +46,40 @@ serve: install  ## serve MODEL [PORT=8000] [HOST=127.0.0.1] [WEIGHTS=dir|random]
 .PHONY: models
 models: install  ## the table of models
 	@$(BIN)/python -m scripts.models
+
+# deploying needs neither torch nor the other environments
+DEPLOY := $(DEPLOY_VENV)/bin/python -m scripts.deploy
+deploy_target = $(call options,model=MODEL namespace=NAMESPACE name=NAME)
+deploy_settings = $(call options,vendor=VENDOR region=REGION access=ACCESS min-replica=MIN_REPLICA \
+	max-replica=MAX_REPLICA scale-to-zero=SCALE_TO_ZERO timeout=TIMEOUT) $(if $(DRY_RUN),--dry-run)
+
+.PHONY: deploy
+deploy: $(DEPLOY_VENV)/bin/.installed  ## an Inference Endpoint of MODEL [DRY_RUN=1] [ACCESS=public ...: docs/deploying.md]
+	@$(DEPLOY) deploy $(deploy_target) $(call options,instance=INSTANCE size=SIZE weights=WEIGHTS) $(deploy_settings)
+
+.PHONY: deploy-all
+deploy-all: $(DEPLOY_VENV)/bin/.installed  ## one of each published model [DRY_RUN=1]
+	@$(DEPLOY) deploy-all $(call options,namespace=NAMESPACE) $(deploy_settings)
+
+.PHONY: endpoints
+endpoints: $(DEPLOY_VENV)/bin/.installed  ## the table of your endpoints [NAMESPACE=...]
+	@$(DEPLOY) endpoints $(call options,namespace=NAMESPACE)
+
+.PHONY: smoke
+smoke: $(DEPLOY_VENV)/bin/.installed  ## send a picture through the endpoint of MODEL, or through URL
+	@$(DEPLOY) smoke $(if $(URL),--url "$(URL)",$(deploy_target))
+
+.PHONY: pause
+pause: $(DEPLOY_VENV)/bin/.installed  ## stop the endpoint of MODEL and its cost
+	@$(DEPLOY) pause $(deploy_target)
+
+.PHONY: resume
+resume: $(DEPLOY_VENV)/bin/.installed  ## start the paused endpoint of MODEL again
+	@$(DEPLOY) resume $(deploy_target) $(call options,timeout=TIMEOUT)
+
+.PHONY: undeploy
+undeploy: $(DEPLOY_VENV)/bin/.installed  ## delete the endpoint of MODEL [DELETE_REPO=1] [YES=1]
+	@$(DEPLOY) undeploy $(deploy_target) $(if $(DELETE_REPO),--delete-repo) $(if $(YES),--yes)
 
 .PHONY: test
 test: install  ## the tests, with the newest releases

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -35,7 +35,12 @@ def build_app() -> Starlette:
             Route("/health", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
         ],
-        exception_handlers={RequestError: on_request_error, HTTPException: on_http_error, Exception: on_crash},
+        exception_handlers={
+            RequestError: on_request_error,
+            HTTPException: on_http_error,
+            ClientDisconnect: on_disconnect,
+            Exception: on_crash,
+        },
     )
     app.state.handler = None
     return app
@@ -76,7 +81,7 @@ async def run(request: Request, task: Task | None) -> Response:
     values: dict[str, Any] = dict(request.query_params)
     if "shape" in values:
         values["shape"] = request.query_params.getlist("shape")
-    body = await request.body()
+    body = await read_body(request, int(pipeline.settings.max_body_mb * 1e6))
 
     def read() -> Any:
         parsed = pipeline.parse(body, content_type, accept, values, task)
@@ -91,13 +96,48 @@ async def run(request: Request, task: Task | None) -> Response:
     timing = {}
     (parsed, inputs), timing["payload"] = await to_thread.run_sync(timed, read)
     start = perf_counter()
-    result = await asyncio.wrap_future(pipeline.submit(parsed, inputs))
+    result = await unless_gone(request, asyncio.wrap_future(pipeline.submit(parsed, inputs)))
     timing["queue"] = (perf_counter() - start) * 1000 - result.milliseconds
     timing["vae"] = result.milliseconds
     response, timing["output"] = await to_thread.run_sync(timed, write)
     response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in timing.items())
     response.headers["X-VAE-Mode"] = result.mode.value
     return response
+
+
+async def read_body(request: Request, limit: int) -> bytearray:
+    """The body, of `limit` bytes at most, whatever its Content-Length says.
+
+    What is over is read and forgotten up to a point, so that the client, which is still sending, sees the answer.
+    """
+    body, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            body += chunk
+        elif size > 2 * limit:
+            break
+    if size > limit:
+        raise RequestError(f"the body is larger than {limit / 1e6:g} MB, the limit here (VAE_MAX_BODY_MB)", 413)
+    return body
+
+
+async def unless_gone(request: Request, work: asyncio.Future[T]) -> T:
+    """The work's result; work whose client disconnects is dropped before it reaches the device."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        watch.cancel()
 
 
 def timed(function: Callable[..., T], *args: Any) -> tuple[T, float]:
@@ -114,7 +154,13 @@ def _pipeline(request: Request) -> Pipeline:
 
 
 async def on_request_error(request: Request, error: RequestError) -> Response:
-    return JSONResponse({"error": str(error)}, status_code=error.status)
+    headers = {"Retry-After": "1"} if error.status == 503 else None
+    return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
+
+
+async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+    """Nobody reads this; 499 is what nginx logs."""
+    return Response(status_code=499)
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:

@@ -16,6 +16,8 @@ from PIL import Image, ImageOps
 from handlers.serving.errors import RequestError
 from handlers.serving.request import BodyKind
 
+Body = bytes | bytearray
+
 DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
@@ -24,7 +26,7 @@ DTYPES = {
 }
 
 
-def sniff(body: bytes) -> BodyKind:
+def sniff(body: Body) -> BodyKind:
     """What a body without a shape holds, from its first bytes. Raises `RequestError` when they are no known file's."""
     if body.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP"):
         return "image"
@@ -36,7 +38,7 @@ def sniff(body: bytes) -> BodyKind:
     )
 
 
-def read_json(body: bytes) -> tuple[bytes, dict[str, Any]]:
+def read_json(body: Body) -> tuple[bytes, dict[str, Any]]:
     """The decoded `inputs` and the `parameters` of `{"inputs": <base64>, "parameters": {...}}`."""
     try:
         message = json.loads(body)
@@ -59,7 +61,7 @@ def read_base64(text: Any) -> bytes:
         raise RequestError(f"`inputs` is not base64: {error}") from None
 
 
-def read_tensor(body: bytes, shape: tuple[int, ...] | None, dtype: str | None) -> torch.Tensor:
+def read_tensor(body: Body, shape: tuple[int, ...] | None, dtype: str | None) -> torch.Tensor:
     """Raw C-contiguous little-endian bytes to a tensor of `shape` and `dtype` on the CPU."""
     if shape is None:
         raise RequestError("`shape` is missing: repeat it for each dimension, e.g. shape=1&shape=4&shape=64&shape=64")
@@ -68,10 +70,11 @@ def read_tensor(body: bytes, shape: tuple[int, ...] | None, dtype: str | None) -
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if len(body) != expected:
         raise RequestError(f"`shape` {list(shape)} of {dtype} is {expected} bytes, but {len(body)} came")
-    return torch.frombuffer(bytearray(body), dtype=DTYPES[dtype]).reshape(shape)
+    writable = body if isinstance(body, bytearray) else bytearray(body)  # torch warns of memory that it may not write
+    return torch.frombuffer(writable, dtype=DTYPES[dtype]).reshape(shape)
 
 
-def read_image(body: bytes) -> Image.Image:
+def read_image(body: Body) -> Image.Image:
     """A PNG, JPEG or WebP file."""
     try:
         image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG", "WEBP"))
@@ -90,7 +93,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_video(body: bytes) -> list[Image.Image]:
+def read_video(body: Body) -> list[Image.Image]:
     """The frames of an MP4 file's first video stream, in the order they are shown."""
     try:
         with av.open(io.BytesIO(body), format="mp4") as container:

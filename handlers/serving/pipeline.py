@@ -50,19 +50,27 @@ class Pipeline:
     `forward` is bound to threads: those of `workers`, one for each device.
     """
 
-    def __init__(self, vaes: list[VAE], fps: float) -> None:
+    def __init__(self, vaes: list[VAE], fps: float, settings: Settings) -> None:
         self.vae = vaes[0]
         self.layout = self.vae.layout
         self.fps = fps
-        self.workers = DeviceWorkers([partial(self.forward, vae) for vae in vaes], self.vae.batch_limit)
+        self.settings = settings
+        forwards = [partial(self.forward, vae) for vae in vaes]
+        self.workers = DeviceWorkers(forwards, self.vae.batch_limit, settings.max_queue)
 
     @classmethod
     def load(cls, handler: type[EndpointHandler], path: str) -> Pipeline:
         settings = Settings.load()
-        return cls([VAE.load(handler, path, settings, device) for device in devices(settings.device)], handler.fps)
+        vaes = [VAE.load(handler, path, settings, device) for device in devices(settings.device)]
+        return cls(vaes, handler.fps, settings)
 
     def parse(
-        self, body: bytes, content_type: str, accept: str | None, values: Mapping[str, Any], task: Task | None = None
+        self,
+        body: payload.Body,
+        content_type: str,
+        accept: str | None,
+        values: Mapping[str, Any],
+        task: Task | None = None,
     ) -> Request:
         """The request that an HTTP message carries; without a `task`, its payload tells which it is."""
         if content_type in ("application/json", "tensor/base64"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 REPOSITORY = Path(__file__).parents[2]
 """The folder that holds `handler.py`: this project, or the repository that an endpoint was made from."""
@@ -26,6 +26,10 @@ class Settings(BaseModel):
     """A torch device; None takes CUDA, then MPS, then the CPU."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """None takes the model's own on a GPU and float32 on a CPU."""
+    max_body_mb: Annotated[float, Field(gt=0)] = 512
+    """Megabytes of a request's body; a minute of 720p video as uint8 pixels is about this much."""
+    max_queue: Annotated[int, Field(ge=1)] = 64
+    """Requests that may wait for a device; one more is told to come back."""
     revision: str | None = None
     """Commit of the checkpoint on the Hub, where the weights come from there."""
 

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from handlers.serving.errors import RequestError
+
 
 @dataclass(eq=False)
 class Job:
@@ -26,14 +28,16 @@ class DeviceWorkers:
     A batch is what waits when a device becomes free, so no job ever waits for company.
     """
 
-    def __init__(self, devices: Sequence[Callable[[list[Any]], list[Any]]], batch_limit: int) -> None:
+    def __init__(self, devices: Sequence[Callable[[list[Any]], list[Any]]], batch_limit: int, queue_limit: int) -> None:
         """Starts the threads.
 
         Args:
             devices: for each device, what runs a batch of work on it and gives its results in order.
             batch_limit: what the sizes of the jobs of a batch add up to at most; a larger job goes alone.
+            queue_limit: how many jobs may wait.
         """
         self._batch_limit = batch_limit
+        self._queue_limit = queue_limit
         self._waiting: deque[Job] = deque()
         self._arrival = threading.Condition()
         self.running = 0
@@ -44,15 +48,28 @@ class DeviceWorkers:
     @property
     def waiting(self) -> int:
         """Jobs in the queue."""
-        return len(self._waiting)
+        with self._arrival:
+            self._forget_cancelled()
+            return len(self._waiting)
 
     def submit(self, work: Any, key: Hashable, size: int) -> Future:
-        """Queues work. Cancelling its future drops it, unless it has begun."""
+        """Queues work. Cancelling its future drops it, unless it has begun.
+
+        Raises:
+            RequestError: the queue is full; status 503.
+        """
         job = Job(work, key, size)
         with self._arrival:
+            self._forget_cancelled()
+            if len(self._waiting) >= self._queue_limit:
+                raise RequestError(f"{len(self._waiting)} requests are waiting already; try again soon", 503)
             self._waiting.append(job)
             self._arrival.notify()
         return job.future
+
+    def _forget_cancelled(self) -> None:
+        for job in [job for job in self._waiting if job.future.cancelled()]:
+            self._waiting.remove(job)
 
     def _serve(self, run: Callable[[list[Any]], list[Any]]) -> None:
         while True:

@@ -108,7 +108,7 @@ def test_a_wrong_request_leaves_the_next_one_unharmed(handler: EndpointHandler) 
     assert handler({"inputs": latents_of(handler)}).size == (48, 32)
 
 
-# A convolution over a batch may add up in another order than over one item; the decoder's output spans about [-4, 4] here.
+# A convolution over a batch may add up in another order than over one item; the output spans about [-4, 4] here.
 BATCH_TOLERANCE = 1e-4
 
 
