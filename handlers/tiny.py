@@ -15,4 +15,18 @@ class Tiny(EndpointHandler):
     instance = "intel-spr"
     license = "apache-2.0"
     license_link = "https://www.apache.org/licenses/LICENSE-2.0"
-    weights_mb = 1
+    weights_mb = 5
+    published_config = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [8, 16, 64, 128],
+        "layers_per_block": 1,
+        "norm_num_groups": 1,
+        "latent_channels": 16,
+        "sample_size": 512,
+        "scaling_factor": 0.2327,
+        "shift_factor": -0.1499,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": False,
+    }

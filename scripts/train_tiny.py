@@ -38,6 +38,7 @@ HELD_OUT = [SKIMAGE / f"{name}.png" for name in ("astronaut", "coffee", "motorcy
 HELD_OUT += [SKLEARN / f"{name}.jpg" for name in ("china", "flower")]
 
 LATENT_CHANNELS = 16
+STEPS = 3000
 ANCHOR = 100.0  # far above the activations, which are about 1
 POSTERIOR_DEVIATION = 0.02  # of every latent, whose own deviation is about 1 or more
 
@@ -262,21 +263,21 @@ class Muon(torch.optim.Optimizer):
                 parameter.sub_(update.view_as(parameter), alpha=group["lr"])
 
 
-def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, steps: int) -> None:
+def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images) -> None:
     """Minimise the root mean square error of each crop, so that hard textures do not outweigh everything else."""
     device = vae.device
     kernels = [parameter for parameter in vae.parameters() if parameter.ndim == 4]
     vectors = [parameter for parameter in vae.parameters() if parameter.ndim == 1]
     optimizers = [Muon(kernels, lr=0.008), torch.optim.Adam(vectors, lr=2e-3, betas=(0.9, 0.99))]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, (1 - step / steps) ** 1.5))
-        for optimizer in optimizers
-    ]
+
+    def rate(step: int) -> float:
+        """Warm up, then fall to 0."""
+        return min((step + 1) / 100, (1 - step / STEPS) ** 1.5)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     average = None
-    for step in (progress := trange(steps, mininterval=5)):
-        # Small crops are varied, larger ones have fewer borders.
-        count, size = (16, 64) if step < 0.7 * steps else (7, 96)
-        pixels = batch(rng, *images, count, size).to(device)
+    for _ in (progress := trange(STEPS, mininterval=5)):
+        pixels = batch(rng, *images, 16, 64).to(device)
         latents = vae.encoder(pixels)[:, :LATENT_CHANNELS]
         latents = latents + POSTERIOR_DEVIATION * torch.randn(latents.shape).to(device)
         error = (vae.decoder(latents) - pixels).square().mean((1, 2, 3))
@@ -351,11 +352,11 @@ large constant, which makes group normalisation independent of the image's size 
 """
 
 
-def save(vae: AutoencoderKL, output: Path, scores: dict[str, float], steps: int, seconds: float) -> None:
+def save(vae: AutoencoderKL, output: Path, scores: dict[str, float], seconds: float) -> None:
     vae.half().save_pretrained(output)
     readme = README.format(
         parameters=vae.num_parameters() / 1e6,
-        steps=steps,
+        steps=STEPS,
         minutes=seconds / 60,
         device="CUDA" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores",
         training=", ".join(path.name for path in TRAINING),
@@ -367,7 +368,6 @@ def save(vae: AutoencoderKL, output: Path, scores: dict[str, float], steps: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the VAE in models/tiny.")
     parser.add_argument("--output", type=Path, default=Path("models/tiny"))
-    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -379,7 +379,7 @@ def main() -> None:
     vae = build()
     initialise(vae, batch(rng, *images, 256, 64))
     vae.to("cuda" if torch.cuda.is_available() else "cpu")
-    train(vae, rng, images, arguments.steps)
+    train(vae, rng, images)
     seconds = time.monotonic() - began
 
     vae.cpu().half().float()  # what is stored is float16: evaluate that
@@ -388,7 +388,7 @@ def main() -> None:
     for name, score in scores.items():
         print(f"{name:24}{score:.2f} dB")
     print(f"{seconds / 60:.1f} minutes")
-    save(vae, arguments.output, scores, arguments.steps, seconds)
+    save(vae, arguments.output, scores, seconds)
 
 
 if __name__ == "__main__":
