@@ -1,0 +1,59 @@
+"""What the models declare, and the one that ships in this repository."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio
+
+from handlers import MODELS, EndpointHandler, get_model
+from scripts.local_server import ROOT
+
+TINY = ROOT / "models" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> EndpointHandler:
+    return get_model("tiny")("")
+
+
+def test_an_unknown_key_is_an_error_that_lists_the_keys() -> None:
+    with pytest.raises(
+        ValueError, match=r"there is no model 'sd3'; the models are: sd-v1, sdxl, flux, hunyuan-video, tiny"
+    ):
+        get_model("sd3")
+
+
+def test_tiny_is_described_as_its_own_config_describes_it() -> None:
+    config = json.loads((TINY / "config.json").read_text())
+    published = MODELS["tiny"].published_config
+    assert published == {name: config[name] for name in published}
+
+
+def test_tiny_is_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8_000_000
+
+
+def test_tiny_gives_back_a_photograph_that_it_was_not_trained_on(tiny: EndpointHandler) -> None:
+    photograph = data.astronaut()
+    latents = tiny({"inputs": Image.fromarray(photograph), "parameters": {"do_scaling": True}})
+    assert latents["parameters"]["shape"] == [1, 16, 64, 64]
+    image = tiny({"inputs": latents["inputs"], "parameters": {**latents["parameters"], "do_scaling": True}})
+    assert peak_signal_noise_ratio(photograph, np.asarray(image)) >= 29
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_tiny_keeps_a_flat_picture_flat(tiny: EndpointHandler, value: int) -> None:
+    latents = tiny({"inputs": Image.new("RGB", (128, 64), (value, value, value))})
+    image = tiny({"inputs": latents["inputs"], "parameters": latents["parameters"]})
+    assert np.abs(np.asarray(image).astype(int) - value).max() < 16
+
+
+def test_every_model_is_one_class_in_a_file_of_its_own_name() -> None:
+    for key, model in MODELS.items():
+        assert Path(model.__module__.replace(".", "/")).name == key.replace("-", "_")
+        assert issubclass(model, EndpointHandler)
+        assert model.__doc__
