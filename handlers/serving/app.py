@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any, TypeVar
@@ -20,7 +19,6 @@ from handlers.serving.output import to_json
 from handlers.serving.pipeline import Pipeline
 from handlers.serving.request import Task
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 

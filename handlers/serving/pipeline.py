@@ -165,7 +165,7 @@ class Pipeline:
         result = self.submit(request, self.prepare(request)).result().tensor
         if request.answer is Answer.IMAGE:
             return output.to_image(result[0])
-        if request.parameters.output_type == "pil":
+        if request.answer is Answer.UINT8 and request.parameters.output_type == "pil":
             return [output.to_image(frame) for frame in result]
         if not request.accept.json and request.answer is not Answer.MP4:
             return result
@@ -180,7 +180,7 @@ class Pipeline:
             kind, values = "tensor", {**values, "shape": shape, "dtype": dtype}
         elif isinstance(inputs, Image.Image):
             kind = "image"
-        elif not isinstance(inputs, bytes):
+        elif not isinstance(inputs, bytes | bytearray):
             inputs = payload.read_base64(inputs)
         request = self._request(inputs, kind, Parameters.parse(values), accept, task=None)
         if request.answer is Answer.PIXELS:  # a video's frames, which are given as PIL images

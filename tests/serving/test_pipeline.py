@@ -76,7 +76,8 @@ def test_base64_to_what_json_can_carry(handler: EndpointHandler) -> None:
 
 
 def test_pil_image_is_encoded_for_json(handler: EndpointHandler, photograph: Image.Image) -> None:
-    assert handler({"inputs": photograph})["parameters"] == {"shape": [1, 16, 8, 12], "dtype": "float32"}
+    result = handler({"inputs": photograph, "parameters": {"output_type": "pil"}})
+    assert result["parameters"] == {"shape": [1, 16, 8, 12], "dtype": "float32"}
 
 
 def test_pixels_to_latents_and_back(handler: EndpointHandler) -> None:
