@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from handlers.serving.pipeline import Pipeline
-
-
-def vae_scale_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent in height and in width, from a diffusers VAE config (8 for every published model here)."""
-    return config.get("spatial_compression_ratio") or 2 ** (len(config["block_out_channels"]) - 1)
 
 
 class EndpointHandler:
@@ -39,13 +33,14 @@ class EndpointHandler:
     described by its own config.
     """
 
-    instance: ClassVar[str]
+    instance: ClassVar[str] = "nvidia-l4"
     """Smallest instance type of Inference Endpoints that decodes the model's usual sizes without tiling."""
-    license: ClassVar[str]
+    license: ClassVar[str] = "other"
     """Of the checkpoint, as the Hub spells it."""
-    license_link: ClassVar[str]
-    weights_mb: ClassVar[int]
-    """Size of the checkpoint's safetensors in MB, for a plan made without a network."""
+    license_link: ClassVar[str | None] = None
+    """None for the checkpoint's page."""
+    weights_mb: ClassVar[int | None] = None
+    """Size of the checkpoint's safetensors in MB, for a plan made without a network; None where nobody looked."""
 
     decode_values_per_pixel: ClassVar[float] = 1024
     """Numbers alive at the peak of decoding, for each pixel of the result: the estimate by which full frames or tiles

@@ -13,7 +13,7 @@ class HunyuanVideo(EndpointHandler):
     # 1 GB of weights that is over a 24 GB L4. An estimate, not measured.
     instance = "nvidia-l40s"
     license = "tencent-hunyuan-community"
-    license_link = "https://huggingface.co/hunyuanvideo-community/HunyuanVideo/blob/main/LICENSE"
+    license_link = "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"
     weights_mb = 986
     published_config = {
         "block_out_channels": [128, 256, 512, 512],

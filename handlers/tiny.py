@@ -11,7 +11,7 @@ class Tiny(EndpointHandler):
     checkpoint = str(WEIGHTS)
     vae_class = "AutoencoderKL"
     dtype = "float32"
-    # The cheapest CPU.
+    # The cheapest there is, 2 GB: the toolkit with this model peaked at 0.6 GB for a picture of 256x256 pixels.
     instance = "intel-spr"
     license = "apache-2.0"
     license_link = "https://www.apache.org/licenses/LICENSE-2.0"

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from handlers import MODELS
-from handlers.base import vae_scale_factor
+from handlers.serving.layout import vae_scale_factor
 
 
 def main() -> None:

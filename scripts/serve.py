@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 import uvicorn
+from safetensors import SafetensorError
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -26,7 +27,7 @@ def main(
         from handler import EndpointHandler, app
 
         EndpointHandler(str(REPOSITORY))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"error: {error}") from None
     uvicorn.run(app, host=host, port=port, log_level="info")
 

@@ -32,6 +32,15 @@ def test_a_stage_imports_only_from_those_below_it(stage: str) -> None:
     assert imported_stages(stage) <= set(STAGES[STAGES.index(stage) + 1 :])
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_needs_the_handlers_that_use_it(stage: str) -> None:
+    tree = ast.parse((ROOT / "handlers" / "serving" / f"{stage}.py").read_text())
+    at_run_time = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {node.module for node in at_run_time if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in at_run_time if isinstance(node, ast.Import) for alias in node.names}
+    assert not [name for name in modules if name.startswith("handlers") and not name.startswith("handlers.serving")]
+
+
 def test_http_knows_no_torch_and_the_vae_no_http() -> None:
     assert "torch" not in (ROOT / "handlers" / "serving" / "app.py").read_text()
     assert "starlette" not in "".join(

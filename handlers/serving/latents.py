@@ -20,16 +20,23 @@ def is_packed(shape: tuple[int, ...], parameters: Parameters, layout: Layout) ->
     The number of dimensions does not tell: an unbatched [C, H, W] latent has three too, and one client sends height and
     width along with it.
     """
-    if len(shape) != 3 or parameters.height is None or parameters.width is None:
-        return False
+    rows, columns = packed_grid(parameters, layout)
+    return len(shape) == 3 and shape[1] == rows * columns > 0 and shape[2] == layout.latent_channels * 4
+
+
+def packed_grid(parameters: Parameters, layout: Layout) -> tuple[int, int]:
+    """Rows and columns of 2x2 patches in pixels of the height and width that came; zeros where none came."""
     patch = 2 * layout.vae_scale_factor
-    return shape[1:] == ((parameters.height // patch) * (parameters.width // patch), layout.latent_channels * 4)
+    try:
+        rows, columns = int(parameters.height) // patch, int(parameters.width) // patch
+    except (TypeError, ValueError):
+        return 0, 0
+    return max(rows, 0), max(columns, 0)
 
 
-def unpack(latents: Tensor, height: int, width: int, vae_scale_factor: int) -> Tensor:
-    """[B, (height/16)(width/16), C*4] of 2x2 patches to [B, C, height/8, width/8], for a VAE that shrinks by 8."""
+def unpack(latents: Tensor, rows: int, columns: int) -> Tensor:
+    """[B, rows * columns, C * 4] of 2x2 patches to [B, C, rows * 2, columns * 2]."""
     batch, _, features = latents.shape
-    rows, columns = height // (2 * vae_scale_factor), width // (2 * vae_scale_factor)
     latents = latents.view(batch, rows, columns, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return latents.reshape(batch, features // 4, rows * 2, columns * 2)
 
@@ -42,7 +49,7 @@ def to_batch(latents: Tensor, parameters: Parameters, layout: Layout) -> Tensor:
     """
     shape, scale, channels = tuple(latents.shape), layout.vae_scale_factor, layout.latent_channels
     if is_packed(shape, parameters, layout):
-        latents = unpack(latents, parameters.height, parameters.width, scale)
+        latents = unpack(latents, *packed_grid(parameters, layout))
         return latents.unsqueeze(2) if layout.kind == "video" else latents
     if latents.ndim == layout.ndim - 1 and shape[0] == channels:
         return latents.unsqueeze(0)
@@ -85,8 +92,13 @@ class Scaling:
     def unscale(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
         """Scaled latents to raw ones in `dtype`, computed in the wider of their dtype and `dtype`."""
         latents = latents.to(torch.promote_types(latents.dtype, dtype))
-        return (latents / self.factor + self.shift).to(dtype)
+        factor, shift = self._on(latents.device)
+        return (latents / factor + shift).to(dtype)
 
     def scale(self, latents: Tensor) -> Tensor:
         """Raw latents to scaled ones, in their own dtype."""
-        return ((latents - self.shift) * self.factor).to(latents.dtype)
+        factor, shift = self._on(latents.device)
+        return ((latents - shift) * factor).to(latents.dtype)
+
+    def _on(self, device: torch.device) -> list[float | Tensor]:
+        return [value.to(device) if isinstance(value, Tensor) else value for value in (self.factor, self.shift)]

@@ -5,8 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from handlers.base import vae_scale_factor
 from handlers.serving.request import Kind, Task
+
+
+def vae_scale_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent in height and in width, from a diffusers VAE config (8 for every published model here)."""
+    return config.get("spatial_compression_ratio") or 2 ** (len(config["block_out_channels"]) - 1)
 
 
 @dataclass(frozen=True)

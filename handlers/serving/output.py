@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, uint8
 
+from handlers.serving.errors import RequestError
 from handlers.serving.request import Answer
 
 
@@ -24,6 +25,20 @@ class Content:
     body: bytes
     media_type: str
     headers: dict[str, str] = field(default_factory=dict)
+
+
+MAX_SIDE = {"jpg": 65500, "webp": 16383, "png": 65535, "mp4": 16384}
+"""Pixels of width or height that a format, or its encoder, takes."""
+
+
+def check_size(answer: Answer, image_format: str, width: int, height: int) -> None:
+    """Raises `RequestError` where the answer's file cannot be that large."""
+    name = {Answer.IMAGE: image_format, Answer.MP4: "mp4"}.get(answer)
+    if name and max(width, height) > MAX_SIDE[name]:
+        raise RequestError(
+            f"`shape`: {width}x{height} pixels do not fit in a {name} file, which takes {MAX_SIDE[name]} each way; "
+            "use output_type=pt with partial_postprocess=True"
+        )
 
 
 def render(result: Tensor, answer: Answer, image_format: str, quality: int, fps: float) -> Content:

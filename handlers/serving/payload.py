@@ -7,16 +7,21 @@ import binascii
 import io
 import json
 import math
+from contextlib import suppress
 from typing import Any
 
 import av
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from handlers.serving.errors import RequestError
 from handlers.serving.request import BodyKind
 
 Body = bytes | bytearray
+
+PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")
+"""Of files that have an MP4's structure and hold a still picture."""
 
 DTYPES = {
     "float16": torch.float16,
@@ -30,7 +35,7 @@ def sniff(body: Body) -> BodyKind:
     """What a body without a shape holds, from its first bytes. Raises `RequestError` when they are no known file's."""
     if body.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP"):
         return "image"
-    if body[4:8] == b"ftyp":
+    if body[4:8] == b"ftyp" and body[8:12] not in PICTURE_BRANDS:
         return "video"
     raise RequestError(
         "`shape` is missing, and the body is no PNG, JPEG, WebP or MP4 file; a tensor needs its shape and dtype as "
@@ -42,7 +47,7 @@ def read_json(body: Body) -> tuple[bytes, dict[str, Any]]:
     """The decoded `inputs` and the `parameters` of `{"inputs": <base64>, "parameters": {...}}`."""
     try:
         message = json.loads(body)
-    except ValueError as error:  # bytes that are not UTF-8 included
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 included
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(message, dict) or "inputs" not in message:
         raise RequestError('the body must be a JSON object with base64 text under `inputs`: {"inputs": "..."}')
@@ -79,6 +84,8 @@ def read_image(body: Body) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG", "WEBP"))
         image.load()
+    except UnidentifiedImageError:
+        raise RequestError("the image cannot be read; send a PNG, JPEG or WebP file") from None
     except Exception as error:  # Pillow's decoders raise a dozen types for broken files
         raise RequestError(f"the image cannot be read ({error}); send a PNG, JPEG or WebP file") from None
     return image
@@ -86,7 +93,10 @@ def read_image(body: Body) -> Image.Image:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The image as a viewer shows it: its EXIF orientation applied, its transparency flattened on white."""
-    image = ImageOps.exif_transpose(image)
+    with suppress(Exception):  # EXIF that cannot be read, for which Pillow raises a dozen types too, turns nothing
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
+        image = Image.fromarray(((np.asarray(image, np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -94,11 +104,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_video(body: Body) -> list[Image.Image]:
-    """The frames of an MP4 file's first video stream, in the order they are shown."""
+    """The frames of an MP4 file's first video stream, in the order and the orientation in which they are shown."""
     try:
-        with av.open(io.BytesIO(body), format="mp4") as container:
-            frames = [frame.to_image() for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
+        # metadata may be in any encoding, and says nothing about the pictures
+        with av.open(io.BytesIO(body), format="mp4", metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise RequestError("the file holds no video; send an MP4 file with a video stream")
+            frames = [frame.to_image().rotate(frame.rotation, expand=True) for frame in container.decode(video=0)]
+    except (av.FFmpegError, ValueError) as error:
         raise RequestError(f"the video cannot be read ({error}); send an MP4 file with a video stream") from None
     if not frames:
         raise RequestError("the video holds no frames")

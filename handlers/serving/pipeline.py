@@ -7,13 +7,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from handlers.base import EndpointHandler
 from handlers.serving import latents, output, payload, pixels
 from handlers.serving.errors import RequestError
 from handlers.serving.memory import Mode
@@ -21,6 +20,9 @@ from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Reque
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE, devices
 from handlers.serving.worker import DeviceWorkers
+
+if TYPE_CHECKING:
+    from handlers.base import EndpointHandler
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ def _generator(parameters: Parameters) -> torch.Generator | None:
     return generator
 
 
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter that is null was not sent."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 class Pipeline:
     """The stages of a request around one VAE.
 
@@ -61,6 +68,7 @@ class Pipeline:
     @classmethod
     def load(cls, handler: type[EndpointHandler], path: str) -> Pipeline:
         settings = Settings.load()
+        path = "" if settings.foreign_repository else path
         vaes = [VAE.load(handler, path, settings, device) for device in devices(settings.device)]
         return cls(vaes, handler.fps, settings)
 
@@ -75,7 +83,7 @@ class Pipeline:
         """The request that an HTTP message carries; without a `task`, its payload tells which it is."""
         if content_type in ("application/json", "tensor/base64"):
             body, more = payload.read_json(body)
-            values = {**values, **more}
+            values = {**values, **_without_nulls(more)}
         kind: BodyKind | None = "tensor" if content_type == "tensor/binary" or "shape" in values else None
         return self._request(body, kind, Parameters.parse(values), Accept.parse(accept, content_type), task)
 
@@ -94,8 +102,15 @@ class Pipeline:
 
     def _holds_pixels(self, parameters: Parameters) -> bool:
         shape = parameters.shape or ()
-        packed = latents.is_packed(shape, parameters, self.layout)
-        return not packed and pixels.is_pixels(shape, parameters.dtype, self.layout)
+        if latents.is_packed(shape, parameters, self.layout):
+            return False
+        guess = pixels.is_pixels(shape, parameters.dtype, self.layout)
+        if guess and len(shape) == 3 and shape[2] == self.layout.latent_channels * 4:
+            raise RequestError(
+                f"`shape` {list(shape)} may be pixels, or packed latents without their `height` and `width`; "
+                "POST pixels to /encode, and send height and width with packed latents"
+            )
+        return guess
 
     def prepare(self, request: Request) -> Tensor:
         """The VAE's input, on the CPU: raw latents, or pixels in [-1, 1], both with a batch dimension first."""
@@ -107,6 +122,8 @@ class Pipeline:
                 f"`shape`: a batch of {len(batch)} cannot be answered as {request.answer.value}; use output_type=pt "
                 "(with partial_postprocess=False for videos), or send one at a time"
             )
+        width, height = (side * self.layout.vae_scale_factor for side in (batch.shape[-1], batch.shape[-2]))
+        output.check_size(request.answer, self._image_format(request), width, height)
         return latents.Scaling.of(request.parameters, self.vae.config, self.layout).unscale(batch, self.vae.dtype)
 
     def _read_tensor(self, request: Request) -> Tensor:
@@ -155,13 +172,17 @@ class Pipeline:
 
     def render(self, request: Request, result: Tensor) -> output.Content:
         """The answer's bytes."""
-        parameters = request.parameters
-        image_format = parameters.image_format or request.accept.image_format or "jpg"
+        parameters, image_format = request.parameters, self._image_format(request)
         return output.render(result, request.answer, image_format, parameters.quality, parameters.fps or self.fps)
+
+    def _image_format(self, request: Request) -> str:
+        """As in the toolkit, a picture inside JSON is a PNG unless another format is asked for."""
+        default = "png" if request.accept.json else "jpg"
+        return request.parameters.image_format or request.accept.image_format or default
 
     def run_object(self, data: Mapping[str, Any]) -> Any:
         """All stages in a row for a request given as a plain object; see `EndpointHandler.__call__`."""
-        request = self._parse_object(data.get("inputs"), data.get("parameters") or {})
+        request = self._parse_object(data.get("inputs"), _without_nulls(data.get("parameters") or {}))
         result = self.submit(request, self.prepare(request)).result().tensor
         if request.answer is Answer.IMAGE:
             return output.to_image(result[0])

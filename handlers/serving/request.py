@@ -36,15 +36,15 @@ class Parameters(BaseModel):
     scaling_factor: Annotated[float, AfterValidator(_not_zero)] | None = None
     shift_factor: float | None = None
     do_scaling: bool = False
-    height: int | None = None
-    """Pixels; looked at for packed latents only."""
-    width: int | None = None
+    height: Any = None
+    """Pixels; looked at, and so checked, for packed latents only."""
+    width: Any = None
     output_type: Literal["pil", "pt", "mp4"] | None = None
     partial_postprocess: bool = False
     image_format: Annotated[Literal["jpg", "jpeg", "png", "webp"], AfterValidator(_image_format)] | None = None
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Of JPEG and WebP; PNG has none."""
-    fps: Annotated[float, Field(gt=0, le=240)] | None = None
+    fps: Annotated[float, Field(ge=1, le=240)] | None = None
     """Frames per second of an MP4; None takes the model's own."""
     sample_mode: Literal["argmax", "sample"] = "argmax"
     """Of the encoder's distribution: its mode, or a sample drawn with `seed`."""
@@ -85,7 +85,6 @@ class Accept:
     json: bool = False
     """Bytes as base64 inside JSON."""
     image_format: Literal["jpg", "png", "webp"] | None = None
-    video: bool = False
 
     @classmethod
     def parse(cls, header: str | None, content_type: str = "") -> Accept:
@@ -98,7 +97,6 @@ class Accept:
             tensor="tensor/" in header,
             json="tensor/base64" in header or "application/json" in header,
             image_format=next((name for media_type, name in formats.items() if media_type in header), None),
-            video="video/mp4" in header or "text/plain" in header,
         )
 
 
@@ -122,7 +120,7 @@ def decode_answer(kind: Kind, parameters: Parameters, accept: Accept) -> Answer:
 def _default_output_type(kind: Kind, accept: Accept) -> str:
     if accept.tensor:
         return "pt"
-    return "mp4" if accept.video or kind == "video" else "pil"
+    return "mp4" if kind == "video" else "pil"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Settings(BaseModel):
-    """`VAE_<NAME>` in the environment sets each of these."""
+    """`VAE_<NAME>` in the environment sets each of these; the last two follow from `endpoint.json`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,6 +30,8 @@ class Settings(BaseModel):
     """Megabytes of a request's body; a minute of 720p video as uint8 pixels is about this much."""
     max_queue: Annotated[int, Field(ge=1)] = 64
     """Requests that may wait for a device; one more is told to come back."""
+    foreign_repository: bool = False
+    """Whether the repository is that of another model, so that the weights in it are not this one's."""
     revision: str | None = None
     """Commit of the checkpoint on the Hub, where the weights come from there."""
 
@@ -44,8 +46,8 @@ class Settings(BaseModel):
         """
         endpoint = repository / "endpoint.json"
         values = json.loads(endpoint.read_text()) if endpoint.is_file() else {}
-        if os.environ.get("VAE_MODEL", values.get("model")) != values.get("model"):
-            values = {}
+        if values and os.environ.get("VAE_MODEL", values.get("model")) != values.get("model"):
+            values = {"foreign_repository": True}
         for name in cls.model_fields:
             if value := os.environ.get(f"VAE_{name.upper()}"):
                 values[name] = value

@@ -6,18 +6,20 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 from torch import Tensor
 
-from handlers.base import EndpointHandler
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
 from handlers.serving.memory import MemoryUse, Mode, choose_modes, free_memory, is_out_of_memory
 from handlers.serving.request import Task
 from handlers.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from handlers.base import EndpointHandler
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class VAE:
             return posterior, mode
         return posterior.mode() if generator is None else posterior.sample(generator), mode
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run(self, task: Task, inputs: Tensor, forward: Callable[[Tensor], Any]) -> tuple[Any, Mode]:
         """Runs in the best mode that memory allows, and one step down when it turns out not to.
 
@@ -145,7 +147,8 @@ def _find_weights(handler: type[EndpointHandler], path: str, settings: Settings)
 
 def _vae_folder(folder: Path, vae_class: str) -> Path | None:
     for candidate in (folder, folder / "vae"):
-        config = candidate / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("_class_name") == vae_class:
+        file = candidate / "config.json"
+        config = json.loads(file.read_text()) if file.is_file() else None
+        if isinstance(config, dict) and config.get("_class_name") == vae_class:
             return candidate
     return None

@@ -102,6 +102,7 @@ def _run(run: Callable[[list[Any]], list[Any]], batch: list[Job]) -> None:
         return
     try:
         results = run([job.work for job in batch])
+        assert len(results) == len(batch)
     except BaseException as error:  # whatever it is belongs to the client, and the thread must go on
         if len(batch) == 1:
             batch[0].future.set_exception(error)

@@ -1,9 +1,11 @@
 """The service over HTTP, with the released client and with raw requests, against diffusers called directly."""
 
+import asyncio
 import base64
 import io
 import json
 import re
+from contextlib import suppress
 
 import av
 import numpy as np
@@ -14,7 +16,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.remote_utils import remote_decode, remote_encode
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
+from starlette.applications import Starlette
 
+from handlers.serving.app import build_app
 from handlers.serving.output import tensor_bytes
 from tests.conftest import Endpoint, uint8_pixels
 
@@ -93,6 +97,7 @@ class TestDecode:
         with av.open(io.BytesIO(video)) as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 24)
+            assert stream.codec_context.colorspace == 1  # BT.709, so that players show the right colours
             luma = np.stack([frame.to_ndarray()[:64] for frame in container.decode(video=0)])
         expected = np.stack(
             [
@@ -170,6 +175,10 @@ class TestLatentLayouts:
         response = video_endpoint.post(latents[0], output_type="pt", **video_endpoint.scaling)
         torch.testing.assert_close(as_tensor(response), video_endpoint.decoded(latents), atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("size", ["64.5", "None", "-8", ""])
+    def test_height_and_width_that_are_no_numbers_are_ignored_too(self, endpoint: Endpoint, size: str) -> None:
+        assert endpoint.post(endpoint.latents(), output_type="pt", height=size, width=size).ok
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_latents(self, endpoint: Endpoint, dtype: torch.dtype) -> None:
         latents = endpoint.latents().to(dtype)
@@ -192,6 +201,13 @@ class TestEncode:
         pixels = pixels_of(photograph, endpoint)
         latents = remote_encode(endpoint.url, pixels, **endpoint.scaling)
         torch.testing.assert_close(latents, endpoint.encoded(pixels), atol=1e-5, rtol=0)
+
+    def test_uint8_tensor_with_channels_first(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
+        channels_first = torch.from_numpy(np.asarray(photograph).copy()).permute(2, 0, 1).contiguous()
+        expected = image_endpoint.encoded(pixels_of(photograph, image_endpoint))
+        for tensor in (channels_first, channels_first[None]):
+            latents = as_tensor(image_endpoint.post(tensor, **image_endpoint.scaling))
+            torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
 
     def test_uint8_tensor_as_decoding_gives_it(self, endpoint: Endpoint, photograph: Image.Image) -> None:
         channels_last = torch.from_numpy(np.asarray(photograph)[None].copy())
@@ -276,8 +292,6 @@ class TestOlderClients:
     def test_json_image(self, image_endpoint: Endpoint, accept: str) -> None:
         latents = image_endpoint.latents()
         parameters = {"shape": list(latents.shape), "dtype": "float32", "image_format": None, **image_endpoint.scaling}
-        if accept in ("application/json", "*/*"):
-            parameters["image_format"] = "png"
         message = {"inputs": base64.b64encode(tensor_bytes(latents)).decode(), "parameters": parameters}
         response = requests.post(image_endpoint.url, json=message, headers={"Accept": accept}, timeout=60)
         in_json = accept in ("application/json", "*/*")
@@ -293,6 +307,19 @@ class TestOlderClients:
         decoded = torch.frombuffer(bytearray(base64.b64decode(answer["inputs"])), dtype=torch.float32)
         expected = endpoint.decoded(latents)
         torch.testing.assert_close(decoded.reshape(answer["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+
+    def test_json_parameters_win_over_the_query(self, image_endpoint: Endpoint) -> None:
+        latents = image_endpoint.latents()
+        parameters = {"shape": list(latents.shape), "dtype": "float32", "image_format": "png"}
+        message = {"inputs": base64.b64encode(tensor_bytes(latents)).decode(), "parameters": parameters}
+        response = requests.post(
+            image_endpoint.url,
+            json=message,
+            params={"image_format": "webp"},
+            headers={"Accept": "image/webp"},
+            timeout=60,
+        )
+        assert response.headers["content-type"] == "image/png"
 
     def test_json_encode(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
         buffer = io.BytesIO()
@@ -316,6 +343,7 @@ WRONG_TENSORS = {
     "quality out of range": ({"quality": 101}, r"`quality`: .*100.*got '101'"),
     "scaling by zero": ({"scaling_factor": 0}, r"`scaling_factor`: .*zero.*got '0'"),
     "scaling by nan": ({"scaling_factor": "nan"}, r"`scaling_factor`: .*finite.*got 'nan'"),
+    "fps that is none": ({"fps": 0.0001}, r"`fps`: .*greater than or equal to 1, got '0.0001'"),
     "no bool": ({"do_scaling": "perhaps"}, r"`do_scaling`: .*got 'perhaps'"),
 }
 
@@ -339,6 +367,23 @@ class TestWrongInput:
         self.assert_refused(
             image_endpoint, response, r"packed .*with `height` and `width` \(got height=None, width=None\)"
         )
+
+    def test_packed_with_a_size_that_cannot_be(self, image_endpoint: Endpoint) -> None:
+        response = image_endpoint.post(pack(image_endpoint.latents()), height=-64, width=-96)
+        self.assert_refused(image_endpoint, response, r"got height=-64, width=-96")
+
+    def test_three_packed_latents_are_not_taken_for_pixels(self, image_endpoint: Endpoint) -> None:
+        packed = pack(image_endpoint.latents(batch=3))
+        message = "may be pixels, or packed latents without their `height` and `width`"
+        self.assert_refused(image_endpoint, image_endpoint.post(packed), message)
+        decoded = image_endpoint.post(packed, height=64, width=96, output_type="pt", **image_endpoint.scaling)
+        expected = image_endpoint.decoded(image_endpoint.latents(batch=3))
+        torch.testing.assert_close(as_tensor(decoded), expected, atol=1e-5, rtol=0)
+
+    def test_picture_that_its_format_cannot_hold(self, image_endpoint: Endpoint) -> None:
+        channels = image_endpoint.vae.config.latent_channels
+        response = image_endpoint.post(torch.zeros(1, channels, 1, 2048), image_format="webp")
+        self.assert_refused(image_endpoint, response, "16384x8 pixels do not fit in a webp file, which takes 16383")
 
     def test_mp4_from_an_image_model(self, image_endpoint: Endpoint) -> None:
         response = image_endpoint.post(image_endpoint.latents(), output_type="mp4")
@@ -389,6 +434,8 @@ class TestWrongInput:
             ('{"inputs": 3}', "`inputs` must be base64 text, got int"),
             ('{"inputs": "***"}', "`inputs` is not base64"),
             ('{"inputs": "", "parameters": 3}', "`parameters` must be a JSON object, got int"),
+            ('{"inputs": "AAAA", "parameters": {"shape": null}}', "the body is no PNG"),
+            ("[" * 100_000, "the body is not JSON"),
         ],
     )
     def test_json(self, endpoint: Endpoint, body: str, message: str) -> None:
@@ -436,3 +483,39 @@ def pixels_of(image: Image.Image, endpoint: Endpoint) -> torch.Tensor:
     """
     pixels = VaeImageProcessor(vae_scale_factor=8).preprocess(image).contiguous()
     return pixels.unsqueeze(2) if endpoint.kind == "video" else pixels
+
+
+class TestWithoutAModel:
+    """The app in this process: before its model is loaded, and when it has a bug."""
+
+    async def ask(self, app: Starlette, path: str, method: str = "GET") -> tuple[int, dict[bytes, bytes], dict]:
+        """Sends one request without a server; gives status, headers and JSON."""
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "app": app}
+        sent: list[dict] = []
+
+        async def receive() -> dict:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        with suppress(ZeroDivisionError):  # starlette answers a crash, then raises it for the server's log
+            await app(scope, receive, send)
+        body = b"".join(message.get("body", b"") for message in sent[1:])
+        return sent[0]["status"], dict(sent[0]["headers"]), json.loads(body)
+
+    def test_loading_is_503_and_says_when_to_come_back(self) -> None:
+        for method, path in (("GET", "/health"), ("POST", "/")):
+            status, headers, answer = asyncio.run(self.ask(build_app(), path, method))
+            assert (status, answer, headers[b"retry-after"]) == (503, {"error": "the model is loading"}, b"5")
+
+    def test_a_crash_is_json_without_its_details(self) -> None:
+        class Broken:
+            @property
+            def pipeline(self) -> None:
+                raise ZeroDivisionError("secret")
+
+        app = build_app()
+        app.state.handler = Broken()
+        status, _, answer = asyncio.run(self.ask(app, "/health"))
+        assert (status, answer) == (500, {"error": "the service failed on this request; its log says why"})

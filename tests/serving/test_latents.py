@@ -12,7 +12,7 @@ VIDEO = Layout("video", latent_channels=16, vae_scale_factor=8)
 
 def test_unpack_is_what_the_flux_pipeline_does() -> None:
     packed = torch.randn(2, 4 * 6, 64)
-    assert torch.equal(unpack(packed, 64, 96, 8), FluxPipeline._unpack_latents(packed, 64, 96, 8))
+    assert torch.equal(unpack(packed, 4, 6), FluxPipeline._unpack_latents(packed, 64, 96, 8))
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,8 @@ def test_unpack_is_what_the_flux_pipeline_does() -> None:
         ((16, 4096, 64), 1024, 1024, True),  # a batch as large as the channels are many
         ((1, 4096, 64), 1024, 512, False),
         ((1, 4096, 64), None, None, False),
+        ((1, 4096, 64), "1024", "1024.5", False),
+        ((1, 4096, 64), -1024, -1024, False),
         ((16, 64, 64), 512, 512, False),  # unbatched [C, H, W], as wide as packed features are many
         ((1, 16, 64, 64), 512, 512, False),
     ],
@@ -53,6 +55,21 @@ def test_mean_and_std_of_the_config(layout: Layout) -> None:
     raw = scaling.unscale(latents, torch.float32)
     torch.testing.assert_close(raw, expected)
     torch.testing.assert_close(scaling.scale(raw), latents)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_mean_and_std_go_to_the_latents_device(device: str) -> None:
+    config = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    scaling = Scaling.of(Parameters(do_scaling=True), config, IMAGE)
+    latents = torch.empty(1, 16, 2, 2, device=device)
+    assert scaling.scale(latents).device == scaling.unscale(latents, torch.float32).device == latents.device
+
+
+def test_shift_without_scaling() -> None:
+    scaling = Scaling.of(Parameters(shift_factor=0.5), {"scaling_factor": 3}, IMAGE)
+    latents = torch.zeros(1, 16, 2, 2)
+    assert (scaling.unscale(latents, torch.float32) == 0.5).all()
+    assert (scaling.scale(latents) == -0.5).all()
 
 
 def test_scaling_is_computed_in_the_wider_dtype() -> None:

@@ -1,10 +1,14 @@
 import io
+import struct
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from handlers.serving.payload import read_image, upright_rgb
+from handlers.serving.errors import RequestError
+from handlers.serving.output import write_mp4
+from handlers.serving.payload import read_image, read_video, sniff, upright_rgb
 
 
 def test_exif_orientation_is_applied() -> None:
@@ -27,6 +31,9 @@ def test_exif_orientation_is_applied() -> None:
         (Image.new("RGBA", (8, 8), (0, 0, 0, 255)), 0),
         (Image.new("L", (8, 8), 7), 7),
         (Image.new("I;16", (8, 8), 255 * 257), 255),
+        (Image.new("I;16", (8, 8), 128 * 257), 128),
+        (Image.new("I;16", (8, 8), 100), 0),
+        (Image.new("I", (8, 8), 128 * 257), 128),
         (Image.new("1", (8, 8), 1), 255),
     ],
 )
@@ -42,3 +49,50 @@ def test_transparent_palette() -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", transparency=0)
     assert (np.asarray(upright_rgb(read_image(buffer.getvalue()))) == 255).all()
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
+def test_broken_exif_is_no_obstacle(image_format: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, format=image_format, exif=b"Exif\0\0junk that is no TIFF")
+    assert upright_rgb(read_image(buffer.getvalue())).size == (8, 8)
+
+
+def mp4(frames: int = 2, rotation: int = 0, title: bytes = b"") -> bytes:
+    """A video of 64x32 whose left half is red, turned and titled by its metadata."""
+    pixels = np.zeros((frames, 32, 64, 3), np.uint8)
+    pixels[:, :, :32, 0] = 255
+    body = write_mp4(pixels, 24)
+    if rotation:  # the display matrix of the track header: 36 bytes, 16.16 and 2.30 fixed point
+        place = body.index(b"tkhd") + 4 + 40
+        matrix = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+        body = body[:place] + matrix + body[place + 36 :]
+    return body.replace(b"Lavf", title) if title else body
+
+
+def test_video_is_turned_as_it_is_shown() -> None:
+    upright = read_video(mp4(rotation=90))
+    assert [frame.size for frame in upright] == [(32, 64), (32, 64)]
+    red, black = upright[0].getpixel((16, 8)), upright[0].getpixel((16, 56))
+    assert red[0] > 200 > 50 > black[0]
+
+
+def test_metadata_that_is_no_utf_8_is_no_obstacle() -> None:
+    assert len(read_video(mp4(title=b"Caf\xe9"))) == 2
+
+
+def test_a_file_without_video_says_so() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(RequestError, match="the file holds no video"):
+        read_video(buffer.getvalue())
+
+
+def test_a_still_picture_in_a_videos_clothes_is_no_video() -> None:
+    with pytest.raises(RequestError, match="the body is no PNG, JPEG, WebP or MP4 file"):
+        sniff(b"\0\0\0 ftypavif")

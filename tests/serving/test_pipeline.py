@@ -50,6 +50,7 @@ def test_tensor_to_tensor(handler: EndpointHandler) -> None:
     latents = latents_of(handler)
     result = handler({"inputs": latents, "parameters": {"output_type": "pt"}})
     torch.testing.assert_close(result, decoded(handler, latents), atol=1e-5, rtol=0)
+    result.mul_(2)  # an ordinary tensor, which may be worked on
 
 
 def test_bytes_to_tensor(handler: EndpointHandler) -> None:

@@ -33,6 +33,7 @@ def test_every_wrong_parameter_is_named() -> None:
         ("image", "tensor/binary", Answer.DECODED),
         ("video", None, Answer.MP4),
         ("video", "text/plain", Answer.MP4),
+        ("image", "application/json, text/plain, */*", Answer.IMAGE),
         ("video", "tensor/binary", Answer.DECODED),
     ],
 )

@@ -15,7 +15,7 @@ def test_endpoint_json_and_the_environment_over_it(tmp_path: Path, monkeypatch: 
 def test_another_model_takes_nothing_from_endpoint_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "endpoint.json").write_text(json.dumps({"model": "flux", "revision": "abc"}))
     monkeypatch.setenv("VAE_MODEL", "sdxl")
-    assert Settings.load(tmp_path) == Settings(model="sdxl")
+    assert Settings.load(tmp_path) == Settings(model="sdxl", foreign_repository=True)
 
 
 def test_a_wrong_value_names_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
