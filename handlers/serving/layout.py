@@ -3,9 +3,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from handlers.serving.request import Kind, Task
+if TYPE_CHECKING:
+    from handlers.serving.request import Kind, Task
 
 
 def vae_scale_factor(config: Mapping[str, Any]) -> int:

@@ -1,0 +1,153 @@
+"""Runs `scripts/deploy.py` as its users do, as a process, against the tests' own Hugging Face."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from handlers import MODELS
+from tests.hub_server import Hub, Repo, identity, running_hub
+
+PROJECT = Path(__file__).parents[1]
+CLOCK = Path(__file__).parent / "fast_clock"
+TOKEN = "hf_writeTokenOfTheTests"
+NAMESPACE = "ana"
+PUBLISHED = [key for key in MODELS if key != "tiny"]
+# What a shell starts in the background ignores Ctrl-C, and so would what a test then starts.
+LISTEN_TO_CTRL_C = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Standard error without progress bars."""
+        return [
+            line for line in self.err.splitlines() if line.strip() and not line.rstrip().endswith(("B/s]", "it/s]"))
+        ]
+
+
+@dataclass
+class Runner:
+    """`run("deploy", "--model", "flux")` against `hub`, in a home folder of its own; `python` may be a bare one."""
+
+    hub: Hub
+    home: Path
+    project: Path = PROJECT
+    outputs: str = ""
+    """Everything that was printed so far."""
+
+    def environment(self, token: str | None = TOKEN) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VAE_", "PYTHON"))}
+        return {
+            **kept,
+            "PYTHONPATH": str(CLOCK),
+            "HOME": str(self.home),
+            "HF_HOME": str(self.home / "huggingface"),
+            "HF_ENDPOINT": self.hub.url,
+            "HF_INFERENCE_ENDPOINTS_ENDPOINT": f"{self.hub.url}/v2",
+            "HF_HUB_DISABLE_XET": "1",
+            **({"HF_TOKEN": token} if token else {}),
+        }
+
+    def __call__(self, *arguments: str, token: str | None = TOKEN, answer: str = "", **variables: str) -> Result:
+        """`variables` are set in the environment; `answer` is typed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.deploy", *arguments],
+            cwd=self.project,
+            env={**self.environment(token), **variables},
+            input=answer,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        self.outputs += done.stdout + done.stderr
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def interrupt(self, *arguments: str, when: str) -> Result:
+        """Presses Ctrl-C once the Hub has got a request that matches `when`."""
+        command = [sys.executable, "-c", LISTEN_TO_CTRL_C, "-m", "scripts.deploy", *arguments]
+        process = subprocess.Popen(
+            command,
+            cwd=self.project,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 60
+        while not self.hub.sent(when) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        self.outputs += out + err
+        return Result(process.returncode, out, err)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with running_hub(tmp_path) as hub:
+        yield hub
+
+
+@pytest.fixture
+def deploy(hub: Hub, tmp_path: Path) -> Runner:
+    """A user with a token that may write; the published checkpoints are on the Hub."""
+    for key in PUBLISHED:
+        publish(hub, MODELS[key].checkpoint, f"{MODELS[key].subfolder}/" if MODELS[key].subfolder else "")
+    hub.tokens[TOKEN] = identity(NAMESPACE, orgs={"lab": "write", "museum": "read"})
+    home = tmp_path / "home"
+    home.mkdir()
+    return Runner(hub, home)
+
+
+def publish(hub: Hub, repository: str, folder: str = "", **options: bool) -> Repo:
+    """Puts a checkpoint onto the Hub: the VAE's two files, and others that nobody needs."""
+    repo = hub.repos[repository] = Repo(**options)
+    wanted = {f"{folder}{name}": f"{repository} {name}".encode() * 40 for name in WEIGHTS}
+    repo.commit(
+        {**wanted, "README.md": b"about", f"{folder}diffusion_pytorch_model.bin": b"old", "sdxl_vae.safetensors": b"x"}
+    )
+    return repo
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy of the project to change, with all that lies about in a working tree and must not be uploaded."""
+    copy = folder / "project"
+    copy.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("handlers", "scripts", "models"):
+        shutil.copytree(PROJECT / name, copy / name, ignore=ignored)
+    for name in ("handler.py", "requirements.txt", "Makefile"):
+        shutil.copy(PROJECT / name, copy / name)
+    for name in (
+        ".env",
+        ".git/config",
+        "out/demo.png",
+        "tests/test_x.py",
+        "handlers/__pycache__/flux.pyc",
+        "handlers/.secret.py",
+        "handlers/notes.txt",
+        "handlers/serving/__pycache__/vae.py",
+        "endpoint.json",
+    ):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("not for upload")
+    return copy

@@ -1,0 +1,393 @@
+"""`scripts/deploy.py` from the first command to the last, against the tests' own Hugging Face."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from handlers import MODELS
+from scripts.deployment.console import megabytes
+from tests.conftest import Endpoint
+from tests.deploy_runner import NAMESPACE, PUBLISHED, TOKEN, Result, Runner, copy_project, deploy, hub, publish
+from tests.hub_server import Hub
+
+__all__ = ["deploy", "hub"]  # fixtures
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine without torch, diffusers and numpy."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for module in ("torch", "diffusers", "numpy"):
+        (folder / f"{module}.py").write_text(f"raise ImportError('this machine has no {module}')\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def listed_files(plan: str) -> dict[str, str]:
+    """Path and size of each file in a printed plan."""
+    return dict(re.findall(r"^(\S+) +([\d.]+ [kM]B) *$", plan, re.MULTILINE))
+
+
+def repository(hub: Hub, name: str) -> dict[str, bytes]:
+    return hub.repos[f"{NAMESPACE}/{name}"].files
+
+
+def snippets(result: Result) -> list[str]:
+    """The Python code that was printed: each begins after a line that ends in a colon and an empty one."""
+    parts = re.split(r"^.*:\n\n", result.out, flags=re.MULTILINE)[1:]
+    return [part for part in parts if "import torch" in part]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_dry_run_prints_the_plan_with_no_torch_no_token_and_no_network(
+    deploy: Runner, hub: Hub, bare: dict[str, str], model: str
+) -> None:
+    result = deploy("deploy", "--model", model, "--dry-run", token=None, **bare)
+
+    assert (result.status, result.err) == (0, "")
+    assert hub.requests == []
+    handler = MODELS[model]
+    for text in (
+        f"https://huggingface.co/<your account>/remote-vae-{model}",
+        handler.instance,
+        "scale to zero",
+        "an hour",
+    ):
+        assert text in result.out
+    files = listed_files(result.out)
+    assert {"handler.py", "handlers/__init__.py", "requirements.txt", "endpoint.json", "README.md"} < files.keys()
+    assert {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} < files.keys()
+
+
+def test_dry_run_shows_what_was_asked_for(deploy: Runner) -> None:
+    result = deploy(
+        *(
+            "deploy",
+            "--model",
+            "flux",
+            "--dry-run",
+            "--namespace",
+            "lab",
+            "--name",
+            "mine",
+            "--instance",
+            "nvidia-l40s",
+        ),
+        *("--size", "x4", "--region", "eu-west-1", "--access", "public", "--min-replica", "1", "--max-replica", "3"),
+        *("--weights", "hub"),
+    )
+
+    assert result.status == 0
+    for text in (
+        "https://huggingface.co/lab/mine",
+        "nvidia-l40s x4, aws eu-west-1",
+        "public: anyone, without a token",
+        "1 to 3",
+        "$8.30 an hour",
+        "at most $24.90 an hour, with 3 replicas",
+        "it never scales to zero: $199.20 a day",
+        "No weights",
+        "make pause MODEL=flux NAMESPACE=lab NAME=mine",
+    ):
+        assert text in result.out
+    assert "vae/config.json" not in result.out
+
+
+def test_a_model_that_declares_nothing_about_deploying_can_be_deployed(deploy: Runner, tmp_path: Path) -> None:
+    deploy.project = copy_project(tmp_path)
+    code = (deploy.project / "handlers" / "sdxl.py").read_text()
+    declared = re.compile(r"^    (#.*|(instance|license|license_link|weights_mb) = .*)\n", re.MULTILINE)
+    (deploy.project / "handlers" / "sdxl.py").write_text(declared.sub("", code))
+
+    result = deploy("deploy", "--model", "sdxl", "--dry-run")
+
+    assert (result.status, result.err) == (0, "")
+    assert "nvidia-l4" in result.out
+    assert re.search(r"^vae/diffusion_pytorch_model.safetensors +\?", result.out, re.MULTILINE)
+
+
+def test_an_unknown_price_is_said(deploy: Runner) -> None:
+    result = deploy("deploy", "--model", "flux", "--dry-run", "--vendor", "gcp")
+
+    assert "price unknown here, see https://huggingface.co/pricing" in result.out
+
+
+def test_the_whole_life_of_an_endpoint(
+    hub: Hub, deploy: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a copy of the project that is full of other files, to a real server that runs what was uploaded alone."""
+    hub.serve = "process"
+    deploy.project = copy_project(tmp_path)
+    name, key = "remote-vae-tiny", f"{NAMESPACE}/remote-vae-tiny"
+    public = ("deploy", "--model", "tiny", "--access", "public")
+
+    plan = deploy(*public, "--dry-run")
+    first = deploy(*public)
+    assert (first.status, first.lines) == (0, [])
+
+    uploaded = repository(hub, name)
+    assert listed_files(plan.out) == {path: megabytes(len(content)) for path, content in uploaded.items()}
+    assert hub.repos[key].private
+    record = json.loads(uploaded["endpoint.json"])
+    assert record.keys() == {"model", "checkpoint", "version"}
+    assert (record["model"], record["checkpoint"]) == ("tiny", "models/tiny")
+    card = uploaded["README.md"].decode()
+    assert "license: apache-2.0" in card
+    assert "remote_decode" in card
+
+    raw = hub.endpoints[key]
+    assert raw["model"]["revision"] == hub.repos[key].commits[-1][0]
+    assert (raw["model"]["repository"], raw["model"]["task"], raw["model"]["framework"]) == (key, "custom", "pytorch")
+    assert raw["model"]["image"] == {"huggingface": {}}
+    assert raw["compute"]["accelerator"] == "cpu"
+    assert (raw["compute"]["instanceType"], raw["compute"]["instanceSize"]) == ("intel-spr", "x1")
+    scaling = raw["compute"]["scaling"]
+    assert (scaling["minReplica"], scaling["maxReplica"], scaling["scaleToZeroTimeout"]) == (0, 1, 15)
+    assert scaling.get("measure") in (None, {"pendingRequests": 1.5})
+    assert raw["tags"] == ["remote-vae", "tiny"]
+    assert "secrets" not in raw["model"]
+    assert "env" not in raw["model"]
+
+    states = re.findall(r"^ +\d+:\d\d  (\w+)", first.out, re.MULTILINE)
+    assert (states[0], states[-1]) == ("pending", "running")
+    assert re.search(r"encode \d+\.\d\d s, decode \d+\.\d\d s: .* and the picture at \d\d\.\d dB came back", first.out)
+    assert f"{hub.url}/live/{key}" in first.out
+    assert "$0.033 an hour" in first.out
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = snippets(first)
+    exec(snippet, {})
+    with Image.open("decoded.jpg") as picture:
+        assert picture.size == (512, 512)
+
+    hub.requests.clear()
+    again = deploy(*public)
+    assert (again.status, hub.changes()) == (0, [])
+    assert "nothing to upload" in again.out
+    assert "nothing to update" in again.out
+
+    hub.requests.clear()
+    with (deploy.project / "handlers" / "flux.py").open("a") as file:
+        file.write("# a change\n")
+    changed = deploy(*public, "--max-replica", "2")
+    assert changed.status == 0
+    assert "uploading 1 of" in changed.out
+    assert "max_replica 1 -> 2" in changed.out
+    assert repository(hub, name)["handlers/flux.py"].endswith(b"# a change\n")
+    assert hub.endpoints[key]["model"]["revision"] == hub.repos[key].commits[-1][0]
+    assert list(hub.endpoints) == [key]
+    assert not hub.sent("PUT /lfs")
+
+    listed = deploy("endpoints")
+    for text in (name, "tiny", "running", f"{hub.url}/live/{key}", "intel-spr x1", "1 of 0-2", "public", "$0.033/h"):
+        assert text in listed.out
+
+    paused = deploy("pause", "--model", "tiny")
+    assert paused.status == 0
+    assert hub.endpoints[key]["status"]["state"] == "paused"
+    assert deploy("smoke", "--model", "tiny").lines == [
+        f"error: the endpoint {name} is paused: it answers nothing until `make resume MODEL=tiny`"
+    ]
+
+    resumed = deploy("resume", "--model", "tiny")
+    assert resumed.status == 0
+    assert "running" in resumed.out
+    assert deploy("smoke", "--model", "tiny").status == 0
+    assert deploy("smoke", "--url", hub.processes[key].url).status == 0
+
+    hub.endpoints[key]["status"]["state"] = "scaledToZero"
+    asleep = deploy("smoke", "--model", "tiny")
+    assert asleep.status == 0
+
+    refused = deploy("undeploy", "--model", "tiny", answer="n\n")
+    assert (refused.status, key in hub.endpoints) == (1, True)
+    assert refused.lines[-1].endswith("error: nothing was deleted; YES=1 deletes without asking")
+    silent = deploy("undeploy", "--model", "tiny")
+    assert (silent.status, silent.lines[-1]) == (1, "error: nothing was deleted; YES=1 deletes without asking")
+    removed = deploy("undeploy", "--model", "tiny", answer="y\n")
+    assert (removed.status, hub.endpoints, key in hub.repos) == (0, {}, True)
+    assert deploy("undeploy", "--model", "tiny", "--delete-repo", "--yes").status == 0
+    assert key not in hub.repos
+    assert "nothing to delete" in deploy("undeploy", "--model", "tiny", "--delete-repo", "--yes").out
+
+    assert TOKEN not in deploy.outputs
+
+
+def test_an_endpoint_with_a_token_prints_code_that_sends_it(
+    hub: Hub, deploy: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = deploy("deploy", "--model", "sd-v1")
+
+    assert result.status == 0
+    assert "`remote_decode` of diffusers sends no token" in result.out
+    with_token, with_diffusers = snippets(result)
+    assert "remote_decode(" in with_diffusers
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere")
+    hub.pictures[f"{NAMESPACE}/remote-vae-sd-v1"] = b"decoded"
+    exec(with_token.replace('-sd-v1"', '-sd-v1/decode"'), {})
+    assert Path("decoded.png").read_bytes() == b"decoded"
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_checkpoint_goes_up_with_nothing_but_the_vae(hub: Hub, deploy: Runner, model: str) -> None:
+    plan = deploy("deploy", "--model", model, "--dry-run")
+    result = deploy("deploy", "--model", model)
+
+    assert result.status == 0
+    uploaded = repository(hub, f"remote-vae-{model}")
+    assert uploaded.keys() == listed_files(plan.out).keys()
+    checkpoint = hub.repos[MODELS[model].checkpoint]
+    folder = f"{MODELS[model].subfolder}/" if MODELS[model].subfolder else ""
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert uploaded[f"vae/{name}"] == checkpoint.files[folder + name]
+    record = json.loads(uploaded["endpoint.json"])
+    assert record["revision"] == checkpoint.commits[-1][0]
+    assert record["checkpoint"] == MODELS[model].checkpoint
+    card = uploaded["README.md"].decode()
+    assert MODELS[model].license in card
+    assert MODELS[model].license_link in card
+    assert hub.endpoints[f"{NAMESPACE}/remote-vae-{model}"]["compute"]["accelerator"] == "gpu"
+    if model == "hunyuan-video":
+        assert "an MP4 video came back" in result.out
+
+
+def test_weights_that_are_up_already_are_not_fetched_again(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
+    deploy("deploy", "--model", "flux")
+    publish(hub, "black-forest-labs/FLUX.1-schnell", "vae/")
+    deploy.home = tmp_path / "another machine"
+    hub.requests.clear()
+
+    result = deploy("deploy", "--model", "flux")
+
+    assert result.status == 0
+    assert "uploading 2 of" in result.out  # the commit in endpoint.json and in the card
+    assert hub.sent("FLUX.1-schnell/resolve") == []
+
+
+def test_weights_can_come_from_a_folder_or_stay_on_the_hub(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    config = json.dumps({"_class_name": "AutoencoderKL"})
+    (folder / "config.json").write_text(config)
+    (folder / "diffusion_pytorch_model.safetensors").write_text("weights")
+
+    assert deploy("deploy", "--model", "flux", "--weights", str(folder)).status == 0
+    uploaded = repository(hub, "remote-vae-flux")
+    assert uploaded["vae/config.json"] == config.encode()
+    assert json.loads(uploaded["endpoint.json"])["checkpoint"] == "a local folder"
+    assert str(folder) not in uploaded["README.md"].decode() + uploaded["endpoint.json"].decode()
+
+    result = deploy("deploy", "--model", "flux", "--weights", "hub")
+    assert "deleting 2" in result.out
+    uploaded = repository(hub, "remote-vae-flux")
+    assert not [path for path in uploaded if path.startswith("vae/")]
+    assert json.loads(uploaded["endpoint.json"])["revision"]
+    assert "secrets" not in hub.endpoints[f"{NAMESPACE}/remote-vae-flux"]["model"]
+
+
+def test_gated_weights_left_on_the_hub_need_the_token_as_a_secret(hub: Hub, deploy: Runner) -> None:
+    hub.repos[MODELS["flux"].checkpoint].gated = True
+    hub.tokens[TOKEN]["accepted"] = True
+
+    assert deploy("deploy", "--model", "flux", "--weights", "hub").status == 0
+
+    model = hub.endpoints[f"{NAMESPACE}/remote-vae-flux"]["model"]
+    assert model["secrets"] == {"HF_TOKEN": TOKEN}
+    assert "env" not in model
+    assert TOKEN not in deploy.outputs
+
+
+def test_no_token_goes_into_any_file(hub: Hub, deploy: Runner) -> None:
+    for model in ("flux", "tiny"):
+        assert deploy("deploy", "--model", model).status == 0
+        assert not [
+            path for path, content in repository(hub, f"remote-vae-{model}").items() if TOKEN.encode() in content
+        ]
+    assert TOKEN not in deploy.outputs
+
+
+def test_deploy_all_ends_with_a_table(hub: Hub, deploy: Runner) -> None:
+    del hub.repos[MODELS["sdxl"].checkpoint]
+
+    result = deploy("deploy-all")
+
+    assert result.status == 1
+    assert sorted(hub.endpoints) == sorted(f"{NAMESPACE}/remote-vae-{key}" for key in PUBLISHED if key != "sdxl")
+    table = result.out[result.out.index("URL, or what went wrong") :]
+    assert re.search(r"^flux +running +\$0.80/h +http\S+/remote-vae-flux", table, re.MULTILINE)
+    assert re.search(r"^sdxl +failed +madebyollin/sdxl-vae-fp16-fix is not on the Hub", table, re.MULTILINE)
+    assert result.lines[-1] == "error: 1 of 4 models failed; `make deploy-all` again goes on with them"
+
+    publish(hub, MODELS["sdxl"].checkpoint)
+    assert deploy("deploy-all").status == 0
+    assert len(hub.endpoints) == len(PUBLISHED)
+
+
+def test_deploy_all_dry_run_plans_each_published_model(hub: Hub, deploy: Runner) -> None:
+    result = deploy("deploy-all", "--dry-run", token=None)
+
+    assert re.findall(r"Plan for MODEL=(\S+);", result.out) == PUBLISHED
+    assert hub.requests == []
+
+
+def test_an_organization_can_own_it(hub: Hub, deploy: Runner) -> None:
+    assert deploy("deploy", "--model", "flux", "--namespace", "lab", "--name", "shared").status == 0
+    assert list(hub.endpoints) == ["lab/shared"]
+    assert "lab/shared" in hub.repos
+    assert "shared" in deploy("endpoints", "--namespace", "lab").out
+    assert "has no endpoint of this project" in deploy("endpoints").out
+    assert deploy("pause", "--model", "flux", "--namespace", "lab", "--name", "shared").status == 0
+
+
+def test_a_paused_endpoint_is_resumed_by_deploying_it(hub: Hub, deploy: Runner) -> None:
+    deploy("deploy", "--model", "flux")
+    deploy("pause", "--model", "flux")
+
+    result = deploy("deploy", "--model", "flux")
+
+    assert result.status == 0
+    assert "it was paused: resuming it" in result.out
+    assert hub.endpoints[f"{NAMESPACE}/remote-vae-flux"]["status"]["state"] == "running"
+
+
+def test_foreign_endpoints_are_not_listed(hub: Hub, deploy: Runner) -> None:
+    deploy("deploy", "--model", "flux")
+    foreign = json.loads(json.dumps(hub.endpoints[f"{NAMESPACE}/remote-vae-flux"]))
+    hub.endpoints[f"{NAMESPACE}/other"] = {**foreign, "name": "other", "tags": []}
+
+    assert "other" not in deploy("endpoints").out
+
+
+def test_smoke_of_any_url_sends_no_token_to_strangers(hub: Hub, deploy: Runner) -> None:
+    deploy("deploy", "--model", "flux")
+
+    result = deploy("smoke", "--url", f"{hub.url}/live/{NAMESPACE}/remote-vae-flux")
+
+    assert result.status == 1
+    assert "answers 401: this endpoint is not for this token (or for none)" in result.lines[-1]
+
+
+def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:
+    deploy("deploy", "--model", "flux", "--access", "public")
+    black = io.BytesIO()
+    Image.new("RGB", (256, 256)).save(black, "PNG")
+    hub.stub_answer = black.getvalue()
+
+    result = deploy("smoke", "--model", "flux")
+
+    assert result.status == 1
+    assert re.search(r"gave back another picture \(\d\.\d dB, under 15\)", result.lines[-1])
+
+
+def test_smoke_of_a_video_model(deploy: Runner, video_endpoint: Endpoint) -> None:
+    result = deploy("smoke", "--url", video_endpoint.url)
+
+    assert result.status == 0
+    assert re.search(r"became latents \[1, 16, 1, 32, 32\], and an MP4 video came back", result.out)

@@ -1,0 +1,121 @@
+"""The commands in README.md and docs/deploying.md, as written and in order, against the tests' own Hugging Face."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.deploy_runner import NAMESPACE, PROJECT, TOKEN, Runner, deploy, hub
+from tests.hub_server import Hub, identity
+
+__all__ = ["deploy", "hub"]  # fixtures
+
+TARGETS = ("deploy", "deploy-all", "endpoints", "smoke", "pause", "resume", "undeploy")
+
+
+def documented_commands(text: str) -> list[str]:
+    """The lines of code that call one of the deploying targets, without their prompts and comments."""
+    lines = re.findall(rf"^\s*(?:\$ )?(make (?:{'|'.join(TARGETS)})(?= |$)[^#\n]*)", text, re.MULTILINE)
+    return [line.strip() for line in lines]
+
+
+def test_the_documents_show_every_target() -> None:
+    commands = documented_commands((PROJECT / "docs" / "deploying.md").read_text())
+    assert {shlex.split(command)[1] for command in commands} == set(TARGETS)
+
+
+@pytest.fixture
+def make(deploy: Runner, tmp_path: Path) -> list[str]:
+    """`make`, with this test's Python in place of a virtual environment of its own."""
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (venv / "python").chmod(0o755)
+    (venv / ".installed").touch()
+    return ["make", f"DEPLOY_VENV={venv.parent}"]
+
+
+def run_all(hub: Hub, deploy: Runner, make: list[str], text: str) -> None:
+    hub.tokens[TOKEN] = identity(NAMESPACE, orgs={"my-lab": "write"})
+    for command in documented_commands(text):
+        arguments = shlex.split(command.replace("http://127.0.0.1:8000", f"{hub.url}/live/{NAMESPACE}/my-sdxl-vae"))[1:]
+        done = subprocess.run(
+            [*make, *arguments],
+            cwd=PROJECT,
+            env={**deploy.environment(), "MAKEFLAGS": ""},
+            input="y\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+
+def test_every_command_of_the_guide_works_in_its_order(hub: Hub, deploy: Runner, make: list[str]) -> None:
+    run_all(hub, deploy, make, (PROJECT / "docs" / "deploying.md").read_text())
+
+
+def test_every_command_of_the_readme_works(hub: Hub, deploy: Runner, make: list[str]) -> None:
+    """Each block of code by itself: they are alternatives."""
+    blocks = [
+        block
+        for block in re.findall(r"^```.*?^```", (PROJECT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+        if documented_commands(block)
+    ]
+    assert blocks
+    for block in blocks:
+        hub.endpoints.clear()
+        run_all(hub, deploy, make, block)
+
+
+def test_make_passes_every_variable(deploy: Runner, make: list[str]) -> None:
+    variables = {
+        "MODEL": "sdxl", "NAMESPACE": "lab", "NAME": "mine", "INSTANCE": "nvidia-a100", "SIZE": "x2", "VENDOR": "aws",
+        "REGION": "eu-west-1", "ACCESS": "private", "MIN_REPLICA": "1", "MAX_REPLICA": "5", "SCALE_TO_ZERO": "20",
+        "WEIGHTS": "hub", "TIMEOUT": "3", "DRY_RUN": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [*make, "deploy", *(f"{name}={value}" for name, value in variables.items())],
+        cwd=PROJECT,
+        env={**os.environ, "MAKEFLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    for text in (
+        "MODEL=sdxl NAMESPACE=lab NAME=mine", "huggingface.co/lab/mine", "nvidia-a100 x2, aws eu-west-1", "private: ",
+        "1 to 5", "at most $25.00 an hour", "No weights",
+    ):  # fmt: skip
+        assert text in done.stdout
+
+
+def test_make_fails_with_one_line(make: list[str]) -> None:
+    done = subprocess.run(
+        [*make, "deploy", "MODEL=fluks"],
+        cwd=PROJECT,
+        env={**os.environ, "MAKEFLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0].startswith("error: there is no model 'fluks': MODEL is one of")
+
+
+def test_the_documented_prices_are_the_tables_own() -> None:
+    from scripts.deployment.plan import Plan
+
+    text = (PROJECT / "docs" / "deploying.md").read_text()
+    rows = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \| `([\w-]+)` x1 \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for models, instance, price, month in rows:
+        for model in re.findall(r"`([\w-]+)`", models):
+            plan = Plan.of(model)
+            assert (plan.instance, plan.price) == (instance, float(price))
+            assert float(month) == pytest.approx(plan.price * 1.25 * 30, abs=0.005)

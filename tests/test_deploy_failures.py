@@ -1,0 +1,428 @@
+"""What goes wrong for users of `scripts/deploy.py`: a clear line, a status that is not 0, a rerun that succeeds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from handlers import MODELS
+from tests.deploy_runner import NAMESPACE, TOKEN, Result, Runner, deploy, hub
+from tests.hub_server import Hub, Repo, identity
+
+__all__ = ["deploy", "hub"]  # fixtures
+
+FLUX = ("deploy", "--model", "flux")
+NAME = "remote-vae-flux"
+KEY = f"{NAMESPACE}/{NAME}"
+CHECKPOINT = MODELS["flux"].checkpoint
+TOKENS = "https://huggingface.co/settings/tokens"
+
+
+def check(result: Result, message: str, status: int = 1) -> None:
+    """The last line on standard error is the message, and there is no traceback."""
+    assert result.status == status
+    assert result.lines[-1] == message
+    assert "Traceback" not in result.err
+
+
+def check_untouched(hub: Hub) -> None:
+    assert hub.changes() == []
+
+
+def check_rerun(hub: Hub, deploy: Runner, *arguments: str) -> None:
+    """The same command now goes through, and leaves one endpoint of the newest commit."""
+    hub.faults.clear()
+    result = deploy(*(arguments or FLUX))
+    assert (result.status, result.lines) == (0, [])
+    (endpoint,) = hub.endpoints.values()
+    repo = hub.repos[endpoint["model"]["repository"]]
+    assert endpoint["model"]["revision"] == repo.commits[-1][0]
+    assert endpoint["status"]["state"] == "running"
+    assert {"handler.py", "vae/diffusion_pytorch_model.safetensors"} < repo.files.keys()
+    assert TOKEN not in deploy.outputs
+
+
+def test_no_token(hub: Hub, deploy: Runner) -> None:
+    check(
+        deploy(*FLUX, token=None),
+        f"error: no Hugging Face token: run `hf auth login`, or set HF_TOKEN to one with write access from {TOKENS}",
+    )
+    assert hub.requests == []
+    check_rerun(hub, deploy)
+
+
+def test_no_token_for_the_other_commands(deploy: Runner) -> None:
+    for target in ("deploy-all", "endpoints", "smoke", "pause", "resume", "undeploy"):
+        model = ("--model", "flux") if target not in ("deploy-all", "endpoints") else ()
+        result = deploy(target, *model, token=None)
+        assert (result.status, len(result.lines)) == (1, 1)
+        assert result.lines[0].startswith("error: no Hugging Face token: ")
+
+
+def test_an_unknown_token(hub: Hub, deploy: Runner) -> None:
+    check(deploy(*FLUX, token="hf_old"), f"error: Hugging Face does not know this token: is it expired? See {TOKENS}")
+    check_untouched(hub)
+    check_rerun(hub, deploy)
+
+
+def test_a_token_that_may_only_read(hub: Hub, deploy: Runner) -> None:
+    hub.tokens["hf_read"] = identity(NAMESPACE, role="read")
+    check(
+        deploy(*FLUX, token="hf_read"),
+        f"error: this token may only read: deploying needs one with write access, see {TOKENS}",
+    )
+    check_untouched(hub)
+    check_rerun(hub, deploy)
+
+
+@pytest.mark.parametrize(
+    ("permissions", "missing"),
+    [
+        (["repo.content.read"], "write repositories and not manage Inference Endpoints"),
+        (["repo.write"], "manage Inference Endpoints"),
+        (["inference.endpoints.write", "inference.endpoints.infer.write"], "write repositories"),
+    ],
+)
+def test_a_fine_grained_token_without_a_permission(
+    hub: Hub, deploy: Runner, permissions: list[str], missing: str
+) -> None:
+    elsewhere = {"entity": {"type": "org", "name": "lab"}, "permissions": ["repo.write", "inference.endpoints.write"]}
+    here = {"entity": {"type": "user", "name": NAMESPACE}, "permissions": permissions}
+    hub.tokens["hf_fine"] = identity(NAMESPACE, role="fineGrained", scoped=[here, elsewhere])
+    check(deploy(*FLUX, token="hf_fine"), f"error: this token may not {missing} in {NAMESPACE}; see {TOKENS}")
+    check_untouched(hub)
+
+    here["permissions"] = ["repo.write", "inference.endpoints.write"]
+    assert deploy(*FLUX, token="hf_fine").status == 0
+
+
+@pytest.mark.parametrize(("model", "asked"), [("fluks", "there is no model 'fluks'"), (None, "no model was named")])
+def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: str) -> None:
+    check(
+        deploy("deploy", *(("--model", model) if model else ())),
+        f"error: {asked}: MODEL is one of {', '.join(MODELS)}",
+    )
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "Flux_1"], "NAME=Flux_1 cannot be: at most 32 of a-z, 0-9 and -, with no - at either end"),
+        (["--name", "a" * 33], f"NAME={'a' * 33} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end"),
+        (["--access", "open"], "ACCESS=open cannot be: it is one of authenticated, private, public"),
+        (["--min-replica", "3"], "MIN_REPLICA=3 MAX_REPLICA=1 cannot be: 0 <= MIN <= MAX >= 1"),
+        (["--scale-to-zero", "0"], "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 keeps a replica always on"),
+        (["--weights", "/nowhere"], "WEIGHTS=/nowhere has no config.json and no diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_an_option_that_cannot_be(hub: Hub, deploy: Runner, arguments: list[str], message: str) -> None:
+    check(deploy(*FLUX, *arguments), f"error: {message}")
+    assert hub.requests == []
+
+
+def test_weights_of_another_class(deploy: Runner, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
+    check(
+        deploy(*FLUX, "--weights", str(tmp_path)),
+        f"error: WEIGHTS={tmp_path} is an AutoencoderTiny, and this model an AutoencoderKL",
+    )
+
+
+@pytest.mark.parametrize(
+    ("namespace", "message"),
+    [
+        ("acme", "NAMESPACE=acme is not yours: this token's are ana, lab, museum"),
+        ("museum", "NAMESPACE=museum: you may only read there; ask an admin of it for the role write"),
+    ],
+)
+def test_a_namespace_without_rights(hub: Hub, deploy: Runner, namespace: str, message: str) -> None:
+    check(deploy(*FLUX, "--namespace", namespace), f"error: {message}")
+    check_untouched(hub)
+    check_rerun(hub, deploy, *FLUX, "--namespace", "lab")
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "advice"),
+    [
+        (
+            402,
+            "A payment method is required",
+            "credits and payment methods are at https://huggingface.co/settings/billing",
+        ),
+        (400, "No credits left", "credits and payment methods are at https://huggingface.co/settings/billing"),
+        (
+            403,
+            "Quota exceeded for nvidia-l4",
+            "ask for more at https://endpoints.huggingface.co/contact, or choose another INSTANCE=...",
+        ),
+    ],
+)
+def test_no_payment_method_or_quota(hub: Hub, deploy: Runner, status: int, error: str, advice: str) -> None:
+    hub.fail("POST", "^/v2/endpoint/ana$", status, error)
+    check(deploy(*FLUX), f"error: Hugging Face answered {status}: {error}; {advice}")
+    assert hub.endpoints == {}
+    uploads = len(hub.sent("PUT /lfs"))
+
+    check_rerun(hub, deploy)
+    assert len(hub.sent("PUT /lfs")) == uploads
+
+
+def test_endpoints_may_not_be_managed(hub: Hub, deploy: Runner) -> None:
+    hub.fail("GET", "^/v2/endpoint", 403, "Forbidden")
+    check(
+        deploy(*FLUX),
+        "error: this token may not look up the endpoint in ana: Hugging Face answered 403: Forbidden",
+    )
+    check_untouched(hub)
+    check_rerun(hub, deploy)
+
+
+def test_a_gated_checkpoint(hub: Hub, deploy: Runner) -> None:
+    hub.repos[CHECKPOINT].gated = True
+    check(
+        deploy(*FLUX),
+        f"error: {CHECKPOINT} is gated: accept its conditions on https://huggingface.co/{CHECKPOINT}, then try again",
+    )
+    check_untouched(hub)
+
+    hub.tokens[TOKEN]["accepted"] = True
+    check_rerun(hub, deploy)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"model.bin": b"1"}, "was not made by this script"),
+        ({"endpoint.json": b'{"other": 1}'}, "was not made by this script"),
+        ({"endpoint.json": b'{"model": "sdxl", "checkpoint": "x", "version": "0"}'}, "is a deployment of sdxl"),
+    ],
+)
+def test_a_repository_that_is_not_ours(hub: Hub, deploy: Runner, files: dict[str, bytes], message: str) -> None:
+    hub.repos[KEY] = Repo(private=True)
+    hub.repos[KEY].commit(files)
+    for command in (FLUX, ("undeploy", "--model", "flux", "--delete-repo", "--yes")):
+        check(deploy(*command), f"error: {hub.url}/{KEY} {message}: choose another NAME=...")
+    check_untouched(hub)
+
+
+def test_another_name_is_the_way_out(hub: Hub, deploy: Runner) -> None:
+    hub.repos[KEY] = Repo(private=True)
+    hub.repos[KEY].commit({"model.bin": b"1"})
+    check_rerun(hub, deploy, *FLUX, "--name", "mine")
+    assert hub.repos[KEY].files == {"model.bin": b"1"}
+
+
+def test_an_endpoint_that_is_not_ours(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX).status == 0
+    foreign = f"https://endpoints.huggingface.co/{NAMESPACE}/endpoints/{NAME} was not made by this script"
+    for tags, message in (
+        (["production"], foreign),
+        (["remote-vae", "sdxl"], f"the endpoint {NAME} is a deployment of sdxl"),
+    ):
+        hub.endpoints[KEY]["tags"] = tags
+        hub.requests.clear()
+        for command in ("deploy", "pause", "resume", "undeploy"):
+            yes = ("--yes",) if command == "undeploy" else ()
+            check(deploy(command, "--model", "flux", *yes), f"error: {message}: choose another NAME=...")
+        check_untouched(hub)
+
+
+def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX).status == 0
+    hub.requests.clear()
+    for option, old, new in (
+        ("access", "authenticated", "public"),
+        ("region", "us-east-1", "eu-west-1"),
+        ("vendor", "aws", "gcp"),
+    ):
+        check(
+            deploy(*FLUX, f"--{option}", new),
+            f"error: the endpoint {NAME} has {option.upper()}={old}, which never changes: choose another NAME=..., "
+            "or `make undeploy` it first",
+        )
+    check_untouched(hub)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "task", "status"),
+    [
+        ("GET", "whoami", "check the token", 429),
+        ("GET", f"/api/models/{CHECKPOINT}", "look up the checkpoint", 500),
+        ("GET", f"/api/models/{KEY}", "look up the repository", 503),
+        ("GET", f"/v2/endpoint/{KEY}", "look up the endpoint", 429),
+        ("POST", "/api/repos/create", f"create {KEY}", 503),
+        ("GET", "/resolve/", "download vae/config.json", 429),
+        ("POST", "/preupload/", f"upload to {KEY}", 503),
+        ("POST", "/commit/", f"upload to {KEY}", 429),
+        ("POST", "^/v2/endpoint/ana$", "create the endpoint", 500),
+    ],
+)
+def test_refusals_that_pass(hub: Hub, deploy: Runner, method: str, path: str, task: str, status: int) -> None:
+    """Each is tried five times, then said; the next run needs but two."""
+    hub.fail(method, path, status, "busy")
+    result = deploy(*FLUX)
+    check(
+        result,
+        f"error: could not {task}: Hugging Face answered {status}: busy; run the same command again later, "
+        "it continues where it stopped",
+    )
+    assert result.lines[:-1] == [f"  Hugging Face answered {status}: busy; trying again in 0 s"] * 4
+
+    hub.faults.clear()
+    hub.fail(method, path, status, "busy", times=2)
+    assert deploy(*FLUX).status == 0
+    assert hub.faults[0].times == 0
+    assert list(hub.endpoints) == [KEY]
+
+
+def test_a_refusal_without_a_hint_is_waited_for_longer_and_longer(hub: Hub, deploy: Runner) -> None:
+    hub.fail("GET", "whoami", 500)
+    del hub.faults[0].answer.headers["Retry-After"]
+    result = deploy(*FLUX)
+    assert re.findall(r"in (\d+) s", result.err) == ["2", "4", "8", "16"]
+
+
+@pytest.mark.parametrize("path", ["/lfs/", "/commit/"])
+def test_the_connection_is_lost_in_an_upload(hub: Hub, deploy: Runner, path: str) -> None:
+    hub.drop("PUT" if path == "/lfs/" else "POST", path)
+    result = deploy(*FLUX)
+    assert result.status == 1
+    assert re.fullmatch(
+        rf"error: could not upload to {KEY}: the connection to Hugging Face was lost \(\w+\); "
+        "run the same command again later, it continues where it stopped",
+        result.lines[-1],
+    )
+    assert hub.repos[KEY].files == {}
+    stored = len(hub.lfs)
+
+    check_rerun(hub, deploy)
+    if path == "/commit/":
+        assert stored == 1
+        assert len(hub.sent("PUT /lfs")) == 1
+
+
+def test_no_connection_at_all(hub: Hub, deploy: Runner) -> None:
+    result = deploy(*FLUX, HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.status == 1
+    assert result.lines[-1].startswith("error: could not check the token: the connection to Hugging Face was lost")
+    check_rerun(hub, deploy)
+
+
+@pytest.mark.parametrize("state", ["failed", "updateFailed"])
+def test_a_failed_endpoint(hub: Hub, deploy: Runner, state: str) -> None:
+    hub.script = ["pending", "initializing", (state, "CUDA out of memory")]
+    result = deploy(*FLUX)
+    check(
+        result,
+        f"error: the endpoint {NAME} failed: CUDA out of memory; "
+        f"its logs: https://endpoints.huggingface.co/{KEY.replace('/', '/endpoints/')}/logs",
+    )
+    assert re.search(rf"^ +0:\d\d  {state} +CUDA out of memory", result.out, re.MULTILINE)
+    assert deploy("smoke", "--model", "flux").status == 1
+
+    hub.script = [(state, "CUDA out of memory"), (state, "CUDA out of memory"), "pending", "running"]
+    check_rerun(hub, deploy)  # the old failure still shows for a while
+
+
+def test_the_wait_times_out(hub: Hub, deploy: Runner) -> None:
+    hub.script = ["pending", "initializing"]
+    result = deploy(*FLUX, "--timeout", "0.01")
+    check(
+        result,
+        f"error: the endpoint {NAME} is still initializing after 0:00, and goes on without this command: "
+        "`make endpoints` shows its state, `make smoke MODEL=flux` tries it, `make pause MODEL=flux` stops it; "
+        f"https://endpoints.huggingface.co/{NAMESPACE}/endpoints/{NAME}",
+    )
+
+    hub.script = hub.pending[KEY] = ["running"]
+    check_rerun(hub, deploy)
+
+
+def test_ctrl_c_while_uploading(hub: Hub, deploy: Runner) -> None:
+    hub.fail("POST", "/commit/", 503, "busy")
+    hub.faults[0].answer.headers["Retry-After"] = "100"
+    check(
+        deploy.interrupt(*FLUX, when="POST .*/commit/"),
+        f"stopped: the repository {KEY} stays, it may be incomplete and costs nothing; "
+        "the same command again goes on from there",
+        status=130,
+    )
+    check_rerun(hub, deploy)
+
+
+def test_ctrl_c_while_waiting(hub: Hub, deploy: Runner) -> None:
+    hub.script = ["pending"]
+    check(
+        deploy.interrupt(*FLUX, when="POST /v2/endpoint"),
+        f"stopped: the endpoint {NAME} goes on starting, and costs; `make pause MODEL=flux` stops it; "
+        "the same command again goes on from there",
+        status=130,
+    )
+    hub.script = hub.pending[KEY] = ["running"]
+    check_rerun(hub, deploy)
+
+
+def test_ctrl_c_in_deploy_all_still_prints_the_table(hub: Hub, deploy: Runner) -> None:
+    hub.script = ["pending"]
+    result = deploy.interrupt("deploy-all", when="POST /v2/endpoint")
+    assert result.status == 130
+    assert re.search(r"^sd-v1 +stopped", result.out, re.MULTILINE)
+    assert re.search(r"^flux +not reached", result.out, re.MULTILINE)
+
+
+def test_ctrl_c_before_anything(hub: Hub, deploy: Runner) -> None:
+    hub.fail("GET", f"/api/models/{CHECKPOINT}", 503)
+    hub.faults[0].answer.headers["Retry-After"] = "100"
+    check(
+        deploy.interrupt(*FLUX, when=f"GET /api/models/{CHECKPOINT}"),
+        "stopped: nothing was changed; the same command again goes on from there",
+        status=130,
+    )
+    check_untouched(hub)
+    check_rerun(hub, deploy)
+
+
+def test_a_live_endpoint_that_does_not_answer_right(hub: Hub, deploy: Runner) -> None:
+    hub.fail("POST", "/live/.*/encode", 500, "out of memory")
+    check(
+        deploy(*FLUX),
+        f'error: {hub.url}/live/{KEY}/encode answers 500: {{"error":"out of memory"}}',
+    )
+    check_rerun(hub, deploy)
+
+
+def test_a_proxy_that_is_not_ready_is_waited_for(hub: Hub, deploy: Runner) -> None:
+    hub.fail("POST", "/live/.*/encode", 503, "no replica", times=2)
+    result = deploy(*FLUX)
+    assert result.status == 0
+    assert result.lines == [f"  {hub.url}/live/{KEY}/encode answers 503: no replica is up yet; waiting for it"]
+
+
+def test_an_endpoint_that_is_not_there(deploy: Runner) -> None:
+    for command in ("smoke", "pause", "resume"):
+        check(
+            deploy(command, "--model", "flux"),
+            f"error: there is no endpoint {NAME} in {NAMESPACE}; `make endpoints` lists what there is, "
+            "`make deploy MODEL=flux` makes it",
+        )
+
+
+def test_a_checkpoint_that_is_not_there(hub: Hub, deploy: Runner) -> None:
+    repo = hub.repos.pop(CHECKPOINT)
+    check(
+        deploy(*FLUX),
+        f"error: {CHECKPOINT} is not on the Hub, or this token may not see it: https://huggingface.co/{CHECKPOINT}",
+    )
+    hub.repos[CHECKPOINT] = Repo()
+    sha = hub.repos[CHECKPOINT].commit({"vae/config.json": b"{}"})
+    check(
+        deploy(*FLUX),
+        f"error: {CHECKPOINT} has no vae/diffusion_pytorch_model.safetensors at commit {sha[:8]}",
+    )
+    check_untouched(hub)
+    hub.repos[CHECKPOINT] = repo
+    check_rerun(hub, deploy)
