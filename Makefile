@@ -89,6 +89,10 @@ test: install  ## the tests, with the newest releases
 test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## the same tests with what the Inference Toolkit's image holds
 	$(ENDPOINT_VENV)/bin/python -m pytest $(ARGS)
 
+.PHONY: bench
+bench: install  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [MODELS=...]
+	$(BIN)/python -m scripts.bench $(call options,device=DEVICE models=MODELS)
+
 .PHONY: lint
 lint: install  ## check style
 	$(BIN)/ruff check $(SOURCES)

@@ -5,6 +5,7 @@ pipeline  one request, from its payload to its answer
 worker    the devices' threads and the queue in front of them
 output    tensors to the bytes of pictures, videos and tensors
 vae       the model: weights, device, forward passes
+low_memory  the forward pass of a VAE in half the memory
 pixels    value range and layout of pixels
 latents   layout and scaling of latents
 memory    what a forward pass needs, and how to run it in what is free

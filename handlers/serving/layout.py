@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,13 +34,16 @@ class Layout:
         """Dimensions of a batch."""
         return 5 if self.kind == "video" else 4
 
+    def frames(self, task: Task, shape: Sequence[int]) -> int:
+        """Frames of one item's video, or 1, by the shape of a task's input batch."""
+        if self.kind == "image":
+            return 1
+        return shape[2] if task == "encode" else (shape[2] - 1) * self.frame_factor + 1
+
     def pixels(self, task: Task, shape: Sequence[int]) -> int:
         """Pixels of one item's picture, or of all frames of its video, by the shape of a task's input batch."""
-        *frames, height, width = shape[2:]
-        if task == "encode":
-            return math.prod(shape[2:])
-        frames = [(count - 1) * self.frame_factor + 1 for count in frames]
-        return math.prod(frames) * height * width * self.vae_scale_factor**2
+        side = self.vae_scale_factor if task == "decode" else 1
+        return self.frames(task, shape) * shape[-2] * side * shape[-1] * side
 
     def broadcast(self, count: int) -> tuple[int, ...]:
         """The shape in which `count` numbers, one a channel, broadcast over a batch."""

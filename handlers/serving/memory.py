@@ -14,11 +14,14 @@ from handlers.serving.request import Task
 
 
 class Mode(Enum):
-    """Ways to run a batch, from the best. All but the last give the same pixels."""
+    """Ways to run a batch, from the best."""
 
     FULL = "full"
+    """As diffusers runs it."""
+    REDUCED = "reduced"
+    """Full frame through `low_memory`: the same pixels but for rounding."""
     SLICED = "sliced"
-    """One item of the batch after the other."""
+    """The same, one item of the batch after the other."""
     TILED = "tiled"
     """Overlapping tiles, blended: seams may show."""
 
@@ -28,29 +31,45 @@ class Estimate:
     """Bytes that the activations of one item of a batch take at their peak."""
 
     full: int
+    reduced: int
     tiled: int
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What was measured for a model: numbers alive at the peak for each pixel of the picture or the video."""
+    """What was measured for a model: numbers alive at the peak for each pixel of the picture or the frames."""
 
-    decode: float
-    encode: float
+    full: int
+    """As diffusers runs it; of encoding and decoding the one that takes more, which is decoding."""
+    reduced: int
+    """Through `low_memory`."""
     tile_pixels: int
     """Pixels of one tile, all its frames counted."""
+    frames_at_once: int
+    """Of a video, which diffusers runs in spans of so many."""
 
     def estimate(self, task: Task, layout: Layout, shape: Sequence[int], itemsize: int) -> Estimate:
-        """Of a forward pass over inputs of this shape, in a dtype of `itemsize` bytes."""
+        """Of a forward pass over inputs of this shape, in a dtype of `itemsize` bytes.
+
+        With a quarter on top for what the measurement does not see: the workspaces of convolutions.
+        """
         pixels = layout.pixels(task, shape)
-        a_pixel = (self.decode if task == "decode" else self.encode) * itemsize
-        assembled = pixels * 3 * 3 * itemsize  # the tiles' pictures, in rows, and as one
-        return Estimate(int(pixels * a_pixel), int(min(pixels, self.tile_pixels) * a_pixel + assembled))
+        frames = layout.frames(task, shape)
+        at_once = pixels * min(frames, self.frames_at_once) // frames
+        assembled = pixels * 3 * 3  # the pictures of the spans and tiles, in rows, and as one
+        tile = min(at_once, self.tile_pixels)
+        values = (at_once * self.full, at_once * self.reduced, tile * self.reduced)
+        return Estimate(*(int((value * 1.25 + assembled) * itemsize) for value in values))
 
 
 def choose_modes(estimate: Estimate, batch: int, free: int) -> list[Mode]:
     """The modes to try, in this order: the first that fits in `free` bytes, then those that need less."""
-    needs = {Mode.FULL: estimate.full * batch, Mode.SLICED: estimate.full, Mode.TILED: estimate.tiled}
+    needs = {
+        Mode.FULL: estimate.full * batch,
+        Mode.REDUCED: estimate.reduced * batch,
+        Mode.SLICED: estimate.reduced,
+        Mode.TILED: estimate.tiled,
+    }
     modes = [mode for mode in Mode if needs[mode] <= free] or [Mode.TILED]
     return modes if batch > 1 else [mode for mode in modes if mode is not Mode.SLICED]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
+from handlers.serving.low_memory import reduced_peak
 from handlers.serving.memory import MemoryUse, Mode, choose_modes, free_memory, is_out_of_memory
 from handlers.serving.request import Task
 from handlers.serving.settings import Settings
@@ -37,7 +39,7 @@ class VAE:
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
         self.layout = Layout.of_config(model.config, handler.kind)
-        self.memory = MemoryUse(handler.decode_values_per_pixel, handler.encode_values_per_pixel, handler.tile_pixels)
+        self.memory = MemoryUse(*handler.values_per_pixel, handler.tile_pixels, handler.frames_at_once)
         self.batch_limit = 0 if self.device.type == "cpu" else BATCH_PIXELS
 
     @classmethod
@@ -92,10 +94,12 @@ class VAE:
         """
         estimate = self.memory.estimate(task, self.layout, inputs.shape, self.dtype.itemsize)
         for mode in choose_modes(estimate, len(inputs), free_memory(self.device)):
-            self.model.use_slicing = mode is not Mode.FULL
+            self.model.use_slicing = mode in (Mode.SLICED, Mode.TILED)
             self.model.use_tiling = mode is Mode.TILED
+            way = nullcontext() if mode is Mode.FULL else reduced_peak(self.model)
             try:
-                return forward(inputs.to(self.device, self.dtype)), mode
+                with way:
+                    return forward(inputs.to(self.device, self.dtype)), mode
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -10,25 +10,31 @@ VIDEO = Layout("video", latent_channels=16, vae_scale_factor=8, frame_factor=4)
 @pytest.mark.parametrize(
     ("batch", "free", "expected"),
     [
-        (1, 1000, [Mode.FULL, Mode.TILED]),
-        (1, 99, [Mode.TILED]),
+        (1, 1000, [Mode.FULL, Mode.REDUCED, Mode.TILED]),
+        (1, 99, [Mode.REDUCED, Mode.TILED]),
+        (1, 49, [Mode.TILED]),
         (1, 1, [Mode.TILED]),  # it is tried all the same: an estimate may be too high
-        (4, 400, [Mode.FULL, Mode.SLICED, Mode.TILED]),
-        (4, 399, [Mode.SLICED, Mode.TILED]),
-        (4, 99, [Mode.TILED]),
+        (4, 400, [Mode.FULL, Mode.REDUCED, Mode.SLICED, Mode.TILED]),
+        (4, 399, [Mode.REDUCED, Mode.SLICED, Mode.TILED]),
+        (4, 199, [Mode.SLICED, Mode.TILED]),
+        (4, 49, [Mode.TILED]),
     ],
 )
 def test_the_best_mode_that_fits_comes_first(batch: int, free: int, expected: list[Mode]) -> None:
-    assert choose_modes(Estimate(full=100, tiled=10), batch, free) == expected
+    assert choose_modes(Estimate(full=100, reduced=50, tiled=10), batch, free) == expected
 
 
 def test_estimates_grow_with_the_pixels_of_the_result() -> None:
-    use = MemoryUse(decode=500, encode=300, tile_pixels=64 * 64)
-    assert use.estimate("decode", IMAGE, (2, 4, 128, 128), itemsize=2).full == 1024 * 1024 * 500 * 2
-    assert use.estimate("encode", IMAGE, (1, 3, 512, 256), itemsize=4).full == 512 * 256 * 300 * 4
-    assert use.estimate("decode", VIDEO, (1, 16, 3, 8, 8), itemsize=4).full == 9 * 64 * 64 * 500 * 4
+    use = MemoryUse(full=800, reduced=400, tile_pixels=64 * 64, frames_at_once=1)
+    decoded = use.estimate("decode", IMAGE, (2, 4, 128, 128), itemsize=2)
+    assert decoded.full == 1024 * 1024 * (800 * 1.25 + 9) * 2
+    assert decoded.reduced == 1024 * 1024 * (400 * 1.25 + 9) * 2
+    assert decoded.tiled == (64 * 64 * 400 * 1.25 + 1024 * 1024 * 9) * 2
+    assert use.estimate("encode", IMAGE, (1, 3, 1024, 1024), itemsize=4).full == 2 * decoded.full
 
 
-def test_tiles_need_one_tile_and_the_picture() -> None:
-    use = MemoryUse(decode=500, encode=300, tile_pixels=64 * 64)
-    assert use.estimate("decode", IMAGE, (1, 4, 128, 128), 2).tiled == 64 * 64 * 1000 + 1024 * 1024 * 9 * 2
+def test_a_video_counts_the_frames_that_are_in_memory_at_once() -> None:
+    use = MemoryUse(full=1000, reduced=400, tile_pixels=64 * 64, frames_at_once=17)
+    for latent_frames, frames, at_once in ((3, 9, 9), (16, 61, 17)):
+        estimate = use.estimate("decode", VIDEO, (1, 16, latent_frames, 8, 8), itemsize=4)
+        assert estimate.full == 64 * 64 * (at_once * 1250 + frames * 9) * 4

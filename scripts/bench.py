@@ -1,0 +1,236 @@
+"""The benchmark: `make bench [DEVICE=...] [MODELS=...]`. Needs no network; writes `benchmarks/<device>/`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from handlers import MODELS, get_model
+from scripts.benchmark import forward, report, service
+from scripts.benchmark.forward import Size
+from scripts.benchmark.service import Load
+from scripts.local_server import ROOT, serve
+
+BENCHMARKS = ROOT / "benchmarks"
+console = Console()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure on a kind of device."""
+
+    decode: tuple[int, ...]
+    """Heights and widths."""
+    encode: tuple[int, ...]
+    video: tuple[Size, ...]
+    repeats: int
+    served: tuple[Load, ...]
+    pilot: Load
+    """What the plain handler is asked for; a load of the same model, size and format is in `served`."""
+    latency: tuple[str, int]
+    """Model and size of the latency over HTTP."""
+    latency_count: int
+    fake: tuple[tuple[str, str, Size], ...]
+    """Peaks that are computed, not measured, as this device would take too long."""
+
+
+GPU = Plan(
+    decode=(512, 1024, 2048),
+    encode=(256, 512, 1024, 2048),
+    video=((320, 512, 9), (320, 512, 61)),
+    repeats=10,
+    served=tuple(
+        Load("sd-v1", size, image_format, clients, 128)
+        for size in (512, 1024)
+        for image_format in ("jpg", "png", "uint8")
+        for clients in (1, 8, 32)
+    ),
+    pilot=Load("sd-v1", 512, "png", 8, 64, rounds=1),
+    latency=("sd-v1", 1024),
+    latency_count=100,
+    fake=(),
+)
+CPU = Plan(
+    decode=(256,),
+    encode=(256,),
+    video=(),
+    repeats=2,
+    served=(
+        Load("sd-v1", 256, "jpg", 1, 4, rounds=1),
+        Load("sd-v1", 256, "jpg", 8, 12),
+        Load("tiny", 512, "jpg", 1, 32, rounds=1),
+        Load("tiny", 512, "jpg", 8, 32, rounds=1),
+        Load("tiny", 512, "jpg", 32, 32, rounds=1),
+        Load("tiny", 512, "png", 8, 32, rounds=1),
+        Load("tiny", 512, "uint8", 8, 32, rounds=1),
+    ),
+    pilot=Load("tiny", 512, "png", 8, 32, rounds=1),
+    latency=("tiny", 1024),
+    latency_count=10,
+    fake=(
+        ("sd-v1", "decode", (1024, 1024, None)),
+        ("sd-v1", "encode", (1024, 1024, None)),
+        ("hunyuan-video", "decode", (320, 512, 9)),
+        ("hunyuan-video", "encode", (320, 512, 9)),
+    ),
+)
+TINY = 512
+"""Height and width for `tiny`, on every device."""
+
+
+def main(
+    device: Annotated[str | None, typer.Option(help="A torch device; default: the best that is there.")] = None,
+    models: Annotated[str | None, typer.Option(help="Keys, separated by commas; default: all that fit.")] = None,
+) -> None:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    plan = GPU if torch.device(device).type == "cuda" else CPU
+    try:
+        keys = [key for key in MODELS if key in models.split(",")] if models else list(MODELS)
+        for key in models.split(",") if models else ():
+            get_model(key)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    keys = [key for key in keys if is_here(key)]
+    results = {"about": about(device), "forward": [], "fake_peaks": [], "latency": [], "throughput": [], "pilot": []}
+    steps = list(all_steps(plan, keys, device, results))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread beside what is measured
+        task = progress.add_task("", total=len(steps))
+        for description, step in steps:
+            progress.update(task, description=description, refresh=True)
+            step()
+            progress.advance(task)
+    folder = BENCHMARKS / slug(results["about"]["device"])
+    folder.mkdir(parents=True, exist_ok=True)
+    results["about"]["seconds"] = round((datetime.now(UTC) - START).total_seconds())
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    report.write(results, folder)
+    console.print(f"Written to [bold]{folder.relative_to(ROOT)}/[/]: README.md, results.json, time.png, memory.png")
+
+
+START = datetime.now(UTC)
+
+
+def is_here(key: str) -> bool:
+    """`tiny` is served with its own weights, the others with random ones."""
+    return key != "tiny" or (Path(MODELS["tiny"].checkpoint) / "config.json").is_file()
+
+
+def all_steps(
+    plan: Plan, keys: list[str], device: str, results: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What is measured, in order, each with its line for the progress bar."""
+    loaded: dict[str, Any] = {}
+
+    def vae(key: str) -> Any:
+        if key not in loaded:
+            loaded.clear()  # one model at a time
+            loaded[key] = forward.load(key, device)
+        return loaded[key]
+
+    def matrix() -> None:
+        for name in ("float32",) if torch.device(device).type == "cpu" else ("float32", "float16", "bfloat16"):
+            results["about"]["matrix_tflops"][name] = forward.matrix_rate(device, getattr(torch, name)) / 1e12
+
+    def compare(key: str, task: str, size: Size) -> None:
+        row = forward.compare(key, *vae(key), task, size, plan.repeats)
+        row["share_of_floor"] = (
+            row["tflop"] / results["about"]["matrix_tflops"][row["dtype"]] / row["seconds"]["project"]
+        )
+        if max(size[:2]) > MODELS[key].published_config.get("sample_size", 256):
+            row |= forward.tiled(key, vae(key)[1], task, size, plan.repeats)
+        results["forward"].append(row)
+
+    def fake(key: str, task: str, size: Size) -> None:
+        results["fake_peaks"].append(forward.fake_peaks(key, task, size))
+
+    def latency(key: str, size: Size) -> None:
+        with server(key, device) as url:
+            results["latency"].append(service.latency(url, key, vae(key)[1], size, "uint8", plan.latency_count))
+
+    def served(load: Load) -> None:
+        with server(load.model, device) as url:
+            results["throughput"].append(service.throughput(url, vae(load.model)[1], load))
+
+    def pilot(load: Load) -> None:
+        with server(load.model, device, pilot=True) as url:
+            results["pilot"].append(service.throughput(url, vae(load.model)[1], load))
+
+    yield "matrix rate", matrix
+    for key in keys:
+        if MODELS[key].kind == "video" and not plan.video:
+            continue
+        sizes = {"decode": plan.decode, "encode": plan.encode}
+        for task in ("decode", "encode"):
+            chosen = [(TINY, TINY, None)] if key == "tiny" else [(size, size, None) for size in sizes[task]]
+            for size in plan.video if MODELS[key].kind == "video" else chosen:
+                yield f"{key} {task} {describe(size)}", lambda key=key, task=task, size=size: compare(key, task, size)
+    for key, task, size in (peak for peak in plan.fake if peak[0] in keys):
+        yield f"{key} {task} {describe(size)}: peak", lambda key=key, task=task, size=size: fake(key, task, size)
+    key, size = plan.latency
+    if key in keys:
+        yield f"{key} over HTTP: latency", lambda key=key, size=size: latency(key, (size, size, None))
+    for load in (load for load in plan.served if load.model in keys):
+        yield f"{load.model} {load.size} over HTTP: {load.clients} x {load.format}", lambda load=load: served(load)
+    if plan.pilot.model in keys:
+        yield f"{plan.pilot.model} {plan.pilot.size}: the pilot's way", lambda: pilot(plan.pilot)
+
+
+def server(key: str, device: str, pilot: bool = False) -> Any:
+    log = Path(tempfile.mkdtemp()) / "server.log"
+    if pilot:
+        return serve("--model", key, "--device", device, log=log, command=("-m", "scripts.benchmark.pilot"))
+    weights = () if key == "tiny" else ("--weights", "random")
+    return serve("--model", key, "--device", device, *weights, log=log)
+
+
+def describe(size: Size) -> str:
+    height, width, frames = size
+    return f"{width}x{height}" + (f", {frames} frames" if frames else "")
+
+
+def about(device: str) -> dict[str, Any]:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    packages = ("torch", "diffusers", "starlette", "uvicorn", "pillow")
+    return {
+        "kind": torch.device(device).type,
+        "device": device_name(device),
+        "cores": service.cores(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "commit": git.stdout.strip(),
+        "date": f"{START:%Y-%m-%d %H:%M} UTC",
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "matrix_tflops": {},
+    }
+
+
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {service.cores()} cores"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+if __name__ == "__main__":
+    typer.run(main)

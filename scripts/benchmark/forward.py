@@ -1,0 +1,172 @@
+"""The VAE itself: plain diffusers and this project side by side."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from handlers import MODELS
+from handlers.serving.low_memory import reduce_peak
+from handlers.serving.settings import Settings
+from handlers.serving.vae import VAE
+from scripts.benchmark.peak import peak_bytes
+
+Size = tuple[int, int, int | None]
+"""Height, width, and a video's frames."""
+
+
+def load(key: str, device: str) -> tuple[Any, VAE]:
+    """The model in plain diffusers, and in this project, with the same seeded random weights (`tiny` with its own)."""
+    handler = MODELS[key]
+    vae = VAE.load(handler, "", Settings(weights=None if key == "tiny" else "random"), device)
+    plain = getattr(diffusers, handler.vae_class).from_config(vae.config)
+    plain.load_state_dict(vae.model.state_dict())
+    return plain.to(vae.device, vae.dtype).eval().requires_grad_(False), vae
+
+
+def inputs(key: str, task: str, size: Size) -> Tensor:
+    """Seeded latents or pixels for pictures of this size, float32, on the CPU."""
+    height, width, frames = size
+    generator = torch.Generator().manual_seed(0)
+    config, shrink = MODELS[key].published_config, 8
+    if task == "decode":
+        time = () if frames is None else ((frames - 1) // 4 + 1,)
+        return torch.randn(1, config["latent_channels"], *time, height // shrink, width // shrink, generator=generator)
+    time = () if frames is None else (frames,)
+    return torch.rand(1, 3, *time, height, width, generator=generator) * 2 - 1
+
+
+def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int) -> dict[str, Any]:
+    """Times by turns, one of each side at a time, so that what else the machine does hits both; the medians count."""
+    data = inputs(key, task, size).to(vae.device, vae.dtype)
+    calls = {"plain": plain_call(plain, task, data), "project": project_call(vae, task, data)}
+    results: dict[str, Tensor] = {}
+    peaks: dict[str, int] = {}
+    for side, call in calls.items():
+        if vae.device.type == "cuda":
+            call()  # a first call sets up what later ones use
+        peaks[side] = peak_bytes(lambda side=side, call=call: results.update({side: call()}), vae.device)
+    exact = results["plain"]
+    if vae.dtype != torch.float32:
+        exact = plain_call(plain.float(), task, data.float())()
+        plain.to(vae.dtype)
+    psnr = {side: peak_signal_noise_ratio(result, exact) for side, result in results.items()}
+    results.clear()
+    del exact
+    times: dict[str, list[float]] = {side: [] for side in calls}
+    for _ in range(repeats):
+        for side, call in calls.items():
+            times[side].append(timed(call, vae.device))
+    seconds = {side: statistics.median(values) for side, values in times.items()}
+    flop = flops(key, task, size)
+    return {
+        "model": key,
+        "task": task,
+        "size": size,
+        "dtype": str(vae.dtype).removeprefix("torch."),
+        "seconds": seconds,
+        "times": times,
+        "time_ratio": seconds["project"] / seconds["plain"],
+        "peak_mb": {side: peak / 2**20 for side, peak in peaks.items()},
+        "peak_ratio": peaks["project"] / peaks["plain"],
+        "memory_percent": 100 * peaks["project"] / total_memory(vae.device),
+        "psnr_db": psnr,
+        "tflop": flop / 1e12,
+    }
+
+
+def tiled(key: str, vae: VAE, task: str, size: Size, repeats: int) -> dict[str, Any]:
+    """Time and memory in tiles of the model's own size."""
+    data = inputs(key, task, size).to(vae.device, vae.dtype)
+    vae.model.use_tiling = True
+
+    @torch.inference_mode()
+    def call() -> Any:
+        return getattr(vae.model, task)(data, return_dict=False)[0]
+
+    try:
+        call()
+        seconds = statistics.median(timed(call, vae.device) for _ in range(repeats))
+        peak = peak_bytes(call, vae.device)
+    finally:
+        vae.model.use_tiling = False
+    percent = 100 * peak / total_memory(vae.device)
+    return {"tiled_seconds": seconds, "tiled_peak_mb": peak / 2**20, "tiled_memory_percent": percent}
+
+
+def fake_peaks(key: str, task: str, size: Size) -> dict[str, Any]:
+    """Peaks of live tensors without running the model: for sizes that take this device too long. In float32."""
+    with FakeTensorMode(), torch.inference_mode():
+        model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
+        data = inputs(key, task, size)
+        plain = peak_bytes(lambda: getattr(model, task)(data, return_dict=False))
+        reduce_peak(model)
+        project = peak_bytes(lambda: getattr(model, task)(data, return_dict=False))
+    peak_mb = {"plain": plain / 2**20, "project": project / 2**20}
+    return {"model": key, "task": task, "size": size, "peak_mb": peak_mb, "peak_ratio": project / plain}
+
+
+def plain_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
+    @torch.inference_mode()
+    def call() -> Tensor:
+        result = getattr(model, task)(data, return_dict=False)[0]
+        return result if isinstance(result, Tensor) else result.mode()
+
+    return call
+
+
+def project_call(vae: VAE, task: str, data: Tensor) -> Callable[[], Tensor]:
+    return lambda: getattr(vae, task)(data)[0]
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds; what the call queued on a GPU is waited for."""
+    synchronize(device)
+    start = perf_counter()
+    call()
+    synchronize(device)
+    return perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_signal_noise_ratio(result: Tensor, exact: Tensor) -> float | None:
+    """In dB, for values of a range of 2 ([-1, 1]); None where nothing differs."""
+    error = (result.float() - exact.float()).square().mean().item()
+    return 10 * math.log10(4 / error) if error else None
+
+
+def flops(key: str, task: str, size: Size) -> int:
+    """Multiplications and additions of plain diffusers' convolutions and matrix products, without running them."""
+    with FakeTensorMode(), torch.inference_mode():
+        model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
+        with FlopCounterMode(display=False) as counter:
+            getattr(model, task)(inputs(key, task, size), return_dict=False)
+    return counter.get_total_flops()
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations a second in a product of two large matrices: the most that this device reaches in this dtype."""
+    size = 8192 if torch.device(device).type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a @ b
+    return 2 * size**3 / min(timed(lambda: a @ b, a.device) for _ in range(10))
+
+
+def total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total

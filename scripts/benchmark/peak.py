@@ -1,0 +1,56 @@
+"""The peak of memory in a call: exact, in bytes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The most bytes that the tensors which `call` makes take at a time, its result among them; not those it is given.
+
+    On a GPU as its allocator counts them, with the workspaces of kernels; elsewhere by following each tensor from the
+    operator that makes it to its end, so that the figure is the same in each run, and workspaces are not in it. Works
+    on fake tensors too (`torch._subclasses.FakeTensorMode`), which take neither memory nor time.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _LiveTensors() as live:
+        call()
+    return live.peak
+
+
+class _LiveTensors(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs or {})):  # what was there before is not counted
+            if tensor.untyped_storage() not in self.seen:
+                self.seen.add(tensor.untyped_storage())
+        result = function(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.current += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.current)
+        return result
+
+    def _free(self, nbytes: int) -> None:
+        self.current -= nbytes
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,352 @@
+"""The results as tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
+
+from scripts.benchmark.seeds import SEEDS
+
+GPUS = ("RTX 4090", "RTX 3090", "RTX 3070")
+"""Of the announcement's six, in the plots: the fastest, the slowest, one between. They need the same memory."""
+
+Results = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+
+def write(results: Results, folder: Path) -> None:
+    """`README.md`, `time.png` and `memory.png`."""
+    decodes = [row for row in results["forward"] if row["task"] == "decode" and row["size"][2] is None]
+    plot(
+        folder / "time.png", "seconds", decodes, lambda row, side: row["seconds"][side], lambda seed: seed.seconds, GPUS
+    )
+    plot(
+        folder / "memory.png",
+        "peak, MB",
+        decodes,
+        lambda row, side: row["peak_mb"][side],
+        lambda s: s.memory_mb,
+        GPUS[:1],
+    )
+    (folder / "README.md").write_text(readme(results))
+
+
+def readme(results: Results) -> str:
+    about = results["about"]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in about["matrix_tflops"].items())
+    return f"""# Benchmark: {about["device"]}
+
+Written by `make bench` on {about["date"]}, at commit {about["commit"]}, in {about["seconds"]} s. {versions}.
+{about["threads"]} torch threads; the system's load average was {about["load_average"]:.1f} when it began.
+Large matrix products: {rates}. Weights are random, with a seed (`tiny`: its own).
+
+## Targets
+
+{targets_table(results)}
+
+## The VAE: plain diffusers and this project
+
+Side by side in one run, by turns; medians. Memory is the peak of what a call allocates, without the weights: on a GPU
+by its allocator, elsewhere the sum of the tensors alive. The floor is the arithmetic at the rate above. PSNR is against
+plain diffusers in float32; where nothing differs there is none.
+
+{forward_table(results["forward"])}
+
+{fake_table(results["fake_peaks"])}
+## The announcement's tables, on this device
+
+{seeds_table(results["forward"])}
+
+![Time of a decode](time.png)
+
+![Peak memory of a decode](memory.png)
+
+## The service
+
+The clients run on the same machine and take some of it: "clients' CPU" is the share of all cores. The bare loop decodes
+in the benchmark's own process, by turns with the service.
+
+{throughput_table(results["throughput"])}
+
+A plain single-threaded handler, as the pilot was (parse, VAE, PIL's PNG in a row on the event loop):
+
+{throughput_table(results["pilot"])}
+
+Latency with one client, against the bare call of the VAE by turns. "Beside the VAE" is what a request took less the VAE
+stage of the same request (`Server-Timing`); it is the target's figure, as it does not change with the machine's load.
+
+{latency_table(results["latency"])}
+"""
+
+
+def targets_table(results: Results) -> str:
+    gpu = "cuda" in results["about"]["kind"]
+    rows = []
+    for what, target, needs_gpu, at_least, measure in targets(results):
+        value = measure() if gpu or not needs_gpu else None
+        if value is None:
+            rows.append((what, target, "", f"not yet measured{' (needs a GPU)' if needs_gpu and not gpu else ''}"))
+        else:
+            threshold = float(target.split()[2])
+            met = value >= threshold if at_least else value <= threshold
+            rows.append((what, target, f"{value:.3g}", "met" if met else "**not met**"))
+    return table(("what", "target", "measured here", ""), rows)
+
+
+def targets(results: Results) -> list[tuple[str, str, bool, bool, Callable[[], float | None]]]:
+    """What, target, whether it is one for GPUs, whether more is better, and its figure in these results."""
+
+    def served(key: str, model: str, size: int, image_format: str, clients: int, rows: str = "throughput") -> Any:
+        wanted = (model, size, image_format, clients)
+        for row in results[rows]:
+            if (row["model"], row["size"][0], row["format"], row["clients"]) == wanted:
+                return row[key]
+        return None
+
+    def quotient(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    def worst(values: Iterable[float], of: Callable[..., float]) -> float | None:
+        values = list(values)
+        return of(values) if values else None
+
+    def decodes(models: tuple[str, ...], key: str) -> list[float]:
+        rows = [row for row in results["forward"] if row["task"] == "decode" and row["size"][0] == 1024]
+        return [row[key] for row in rows if row["model"] in models]
+
+    images = ("sd-v1", "sdxl", "flux")
+    fake = [r["peak_ratio"] for r in results["fake_peaks"] if r["task"] == "decode" and r["size"][0] == 1024]
+    gpu_png = served("per_second", "sd-v1", 512, "png", 8)
+    return [
+        (
+            "throughput at 8 clients over a bare loop of the VAE, sd-v1 256x256 JPEG on CPU",
+            "at least 0.97",
+            False,
+            True,
+            lambda: served("ratio", "sd-v1", 256, "jpg", 8),
+        ),
+        (
+            "the same on a GPU, 512x512 JPEG, batching on",
+            "at least 1.2",
+            True,
+            True,
+            lambda: served("ratio", "sd-v1", 512, "jpg", 8),
+        ),
+        (
+            "PNG answers: throughput against JPEG answers, GPU, 1024x1024, 8 clients",
+            "at least 0.9",
+            True,
+            True,
+            lambda: quotient(
+                served("per_second", "sd-v1", 1024, "png", 8), served("per_second", "sd-v1", 1024, "jpg", 8)
+            ),
+        ),
+        (
+            "latency over HTTP minus the bare VAE call, 1024x1024 uint8 answer, one client, ms",
+            "at most 10",
+            False,
+            False,
+            lambda: worst((row["overhead_ms"] for row in results["latency"] if row["size"][0] == 1024), max),
+        ),
+        (
+            "`/health` while the device is saturated, p99, ms",
+            "at most 50",
+            False,
+            False,
+            lambda: worst((row["health_ms"]["p99"] for row in results["throughput"]), max),
+        ),
+        (
+            "throughput against the plain single-threaded handler, GPU, PNG, 8 clients",
+            "at least 3",
+            True,
+            True,
+            lambda: quotient(gpu_png, served("per_second", "sd-v1", 512, "png", 8, "pilot")),
+        ),
+        (
+            "VAE time against plain diffusers, GPU, SD v1 / SDXL / Flux decode 1024x1024",
+            "at most 0.55",
+            True,
+            False,
+            lambda: worst(decodes(images, "time_ratio"), max),
+        ),
+        (
+            "peak memory against plain diffusers, full frame, same pixels, 1024x1024 decode",
+            "at most 0.6",
+            False,
+            False,
+            lambda: worst(decodes(images, "peak_ratio") or fake, max),
+        ),
+        (
+            "share of the arithmetic floor, 1024x1024 decode, GPU",
+            "at least 0.5",
+            True,
+            True,
+            lambda: worst(decodes(images, "share_of_floor"), min),
+        ),
+    ]
+
+
+def forward_table(rows: Rows) -> str:
+    head = ("model", "task", "pixels", "dtype", "diffusers, s", "here, s", "time ratio")
+    head += ("diffusers, MB", "here, MB", "peak ratio", "PSNR, dB", "share of floor")
+    return table(
+        head,
+        [
+            (
+                row["model"],
+                row["task"],
+                pixels(row["size"]),
+                row["dtype"],
+                f"{row['seconds']['plain']:.3f}",
+                f"{row['seconds']['project']:.3f}",
+                f"{row['time_ratio']:.2f}",
+                f"{row['peak_mb']['plain']:.0f}",
+                f"{row['peak_mb']['project']:.0f}",
+                f"{row['peak_ratio']:.2f}",
+                "" if row["psnr_db"]["project"] is None else f"{row['psnr_db']['project']:.0f}",
+                f"{row['share_of_floor']:.2f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def fake_table(rows: Rows) -> str:
+    if not rows:
+        return ""
+    cells = [
+        (
+            row["model"],
+            row["task"],
+            pixels(row["size"]),
+            f"{row['peak_mb']['plain']:.0f}",
+            f"{row['peak_mb']['project']:.0f}",
+            f"{row['peak_ratio']:.2f}",
+        )
+        for row in rows
+    ]
+    return (
+        "Peaks in float32 at sizes that take this device too long, from the sizes of all tensors of the same code, "
+        "which does not compute them:\n\n"
+        + table(("model", "task", "pixels", "diffusers, MB", "here, MB", "peak ratio"), cells)
+        + "\n"
+    )
+
+
+def seeds_table(rows: Rows) -> str:
+    return table(
+        ("model", "task", "pixels", "time, s", "memory", "tiled time, s", "tiled memory"),
+        [
+            (
+                row["model"],
+                row["task"],
+                pixels(row["size"]),
+                f"{row['seconds']['project']:.3f}",
+                f"{row['memory_percent']:.1f} %",
+                f"{row['tiled_seconds']:.3f}" if "tiled_seconds" in row else "one tile",
+                f"{row['tiled_memory_percent']:.1f} %" if "tiled_seconds" in row else "",
+            )
+            for row in rows
+        ],
+    )
+
+
+def throughput_table(rows: Rows) -> str:
+    head = ("model", "pixels", "answer", "clients", "requests", "per second", "bare loop", "ratio")
+    head += ("p50, ms", "p95", "p99", "/health p99, ms", "clients' CPU")
+    return table(
+        head,
+        [
+            (
+                row["model"],
+                pixels(row["size"]),
+                row["format"],
+                row["clients"],
+                row["count"],
+                f"{row['per_second']:.3g}",
+                f"{row['bare_per_second']:.3g}",
+                f"{row['ratio']:.3f}",
+                *(f"{row['latency_ms'][p]:.0f}" for p in ("p50", "p95", "p99")),
+                f"{row['health_ms']['p99']:.1f}",
+                f"{row['client_cpu']:.1%}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def latency_table(rows: Rows) -> str:
+    head = ("model", "pixels", "answer", "requests", "over HTTP p50, ms", "p95", "p99", "bare p50, ms", "p95", "p99")
+    return table(
+        (*head, "difference of p50", "beside the VAE, p50"),
+        [
+            (
+                row["model"],
+                pixels(row["size"]),
+                row["format"],
+                row["count"],
+                *(f"{row['http_ms'][p]:.1f}" for p in ("p50", "p95", "p99")),
+                *(f"{row['bare_ms'][p]:.1f}" for p in ("p50", "p95", "p99")),
+                f"{row['difference_ms']:.1f}",
+                f"{row['overhead_ms']:.1f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def pixels(size: Sequence[int | None]) -> str:
+    height, width, frames = size
+    return f"{width}x{height}" + (f", {frames} frames" if frames else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    if not rows:
+        return "Not measured in this run."
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def plot(
+    path: Path,
+    label: str,
+    rows: Rows,
+    value: Callable[..., float],
+    of_seed: Callable[..., float],
+    gpus: Sequence[str],
+) -> None:
+    """Against resolution, with logarithmic axes: lines for this device, grey ones for the announcement's GPUs."""
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    colours = dict(zip(dict.fromkeys(row["model"] for row in rows), plt.cm.tab10.colors, strict=False))
+    for model, colour in colours.items():
+        points = sorted((row for row in rows if row["model"] == model), key=lambda row: row["size"][0])
+        sizes = [row["size"][0] for row in points]
+        for side, style, name in (("project", "-o", "here"), ("plain", "--s", "plain diffusers")):
+            axes.plot(sizes, [value(row, side) for row in points], style, color=colour, label=f"{model}, {name}")
+    for style, model in ((":", "sd-v1"), ("-.", "sdxl")):
+        for gpu in gpus:
+            points = [seed for seed in SEEDS if (seed.model, seed.gpu) == (model, gpu)]
+            axes.plot([seed.size for seed in points], list(map(of_seed, points)), style, color="0.6", linewidth=1)
+            axes.annotate(
+                f" {gpu}, {model}", (points[-1].size, of_seed(points[-1])), fontsize=6, color="0.4", va="center"
+            )
+    sizes = sorted({row["size"][0] for row in rows} | {512, 1024})
+    axes.set(xscale="log", yscale="log", xlabel="height and width, pixels", ylabel=label)
+    axes.set_xticks(sizes, map(str, sizes))
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.12)
+    axes.set_title("Decoding; grey: the announcement's GPUs, float16, plain diffusers")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

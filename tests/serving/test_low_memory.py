@@ -1,0 +1,169 @@
+"""The low-memory pass gives what plain diffusers gives, for every model class, in less memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from handlers import MODELS
+from handlers.serving import low_memory
+from handlers.serving.low_memory import reduce_peak
+from scripts.benchmark.peak import peak_bytes
+from tests.conftest import SMALL
+
+FRAMES = {"image": (None,), "video": (1, 5, 9, 21)}  # more than 16 frames go through diffusers' framewise path
+MODEL_FRAMES = [
+    (key, frames) for key in ("sd-v1", "sdxl", "flux", "hunyuan-video") for frames in FRAMES[MODELS[key].kind]
+]
+
+Load = Callable[[str], tuple[Any, Any]]
+
+
+@pytest.fixture
+def load(checkpoint: Callable[[str], Path]) -> Load:
+    """Plain diffusers, and the same weights with the lower peak."""
+
+    def load(key: str) -> tuple[Any, Any]:
+        plain = getattr(diffusers, MODELS[key].vae_class).from_pretrained(checkpoint(key)).eval()
+        low = copy.deepcopy(plain)
+        assert reduce_peak(low)
+        return plain, low
+
+    return load
+
+
+@pytest.fixture(params=[1, 3, 1000], ids=lambda rows: f"chunks of {rows}")
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few rows at a time that small pictures take several chunks; and all at once."""
+    monkeypatch.setattr(low_memory, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(low_memory, "MIN_ROWS", request.param)
+
+
+def inputs(key: str, frames: int | None, batch: int = 2, height: int = 40, width: int = 72) -> tuple[Tensor, Tensor]:
+    """Latents, and pixels in [-1, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    latent_frames, pixel_frames = ((), ()) if frames is None else (((frames - 1) // 4 + 1,), (frames,))
+    channels = MODELS[key].published_config["latent_channels"]
+    latents = torch.randn(batch, channels, *latent_frames, height // 8, width // 8, generator=generator)
+    return latents, torch.rand(batch, 3, *pixel_frames, height, width, generator=generator) * 2 - 1
+
+
+@torch.inference_mode()
+def outputs(model: Any, latents: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    latents, pixels = latents.to(model.dtype), pixels.to(model.dtype)
+    return model.decode(latents, return_dict=False)[0], model.encode(pixels, return_dict=False)[0].parameters
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize(("key", "frames"), MODEL_FRAMES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_equals_plain_diffusers(key: str, frames: int | None, dtype: torch.dtype, tolerance: float, load: Load) -> None:
+    plain, low = (model.to(dtype) for model in load(key))
+    for result, expected in zip(outputs(low, *inputs(key, frames)), outputs(plain, *inputs(key, frames)), strict=True):
+        assert_close(result, expected, tolerance)
+
+
+@pytest.mark.parametrize(("key", "frames"), [("sd-v1", None), ("hunyuan-video", 5)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_near_to_float32_as_plain_diffusers(
+    key: str, frames: int | None, dtype: torch.dtype, load: Load
+) -> None:
+    plain, low = load(key)
+    expected = outputs(plain, *inputs(key, frames))
+    of_plain, of_low = outputs(plain.to(dtype), *inputs(key, frames)), outputs(low.to(dtype), *inputs(key, frames))
+    for exact, in_plain, in_low in zip(expected, of_plain, of_low, strict=True):
+        assert in_low.dtype == dtype
+        assert error(in_low, exact) <= 1.2 * error(in_plain, exact)
+
+
+def assert_close(result: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """By the largest value's measure: these random weights give values well outside [-1, 1]."""
+    torch.testing.assert_close(result, expected, atol=tolerance * expected.abs().max().item(), rtol=0)
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    return (result.float() - expected).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize(("key", "frames"), [("flux", None), ("hunyuan-video", 9)])
+def test_tiling_and_slicing_work_on_top(key: str, frames: int | None, load: Load) -> None:
+    plain, low = load(key)
+    for model in (plain, low):
+        model.enable_tiling()
+        model.enable_slicing()
+        if key == "flux":
+            model.tile_sample_min_size, model.tile_latent_min_size = 32, 4
+        else:
+            model.tile_sample_min_height = model.tile_sample_min_width = 32
+            model.tile_sample_stride_height = model.tile_sample_stride_width = 24
+    for result, expected in zip(outputs(low, *inputs(key, frames)), outputs(plain, *inputs(key, frames)), strict=True):
+        assert_close(result, expected)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_channels_last_is_kept(load: Load) -> None:
+    plain, low = load("sd-v1")
+    low.to(memory_format=torch.channels_last)
+    (decoded, _), (expected, _) = outputs(low, *inputs("sd-v1", None)), outputs(plain, *inputs("sd-v1", None))
+    assert_close(decoded, expected)
+    assert decoded.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_variance_keeps_its_digits_where_the_mean_is_large() -> None:
+    x = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(0)) + 300
+    mean, variance = low_memory._group_moments(x, groups=2)
+    groups = x.double().view(2, 2, -1)
+    torch.testing.assert_close(mean.view(2, 2, 4)[..., 0].double(), groups.mean(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.view(2, 2, 4)[..., 0].double(), groups.var(-1, correction=0), rtol=1e-5, atol=0)
+
+
+def test_weights_keep_their_names(load: Load) -> None:
+    plain, low = load("hunyuan-video")
+    assert list(plain.state_dict()) == list(low.state_dict())
+
+
+def test_other_models_are_left_as_they_are() -> None:
+    tiny = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4
+    )
+    assert not reduce_peak(tiny)
+    assert "forward" not in vars(tiny.decoder)
+
+
+@pytest.mark.parametrize(
+    ("key", "frames", "height", "width"),
+    [("sd-v1", None, 256, 256), ("sd-v1", None, 1024, 1024), ("hunyuan-video", 9, 320, 512)],
+)
+def test_the_peak_is_at_most_six_tenths(key: str, frames: int | None, height: int, width: int) -> None:
+    """Of the published architectures, in float32. Fake tensors have sizes only, so this takes no such memory."""
+    with FakeTensorMode(), torch.inference_mode():
+        model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
+        latents, pixels = inputs(key, frames, 1, height, width)
+        calls = (lambda: model.decode(latents), lambda: model.encode(pixels))
+        plain = [peak_bytes(call) for call in calls]
+        reduce_peak(model)
+        low = [peak_bytes(call) for call in calls]
+    assert low[0] <= 0.6 * plain[0]
+    assert low[1] <= 0.6 * plain[1]
+
+
+def test_fake_tensors_give_the_peak_of_real_ones() -> None:
+    peaks = []
+    for mode in (FakeTensorMode(), nullcontext()):
+        with mode, torch.inference_mode():
+            model = diffusers.AutoencoderKL.from_config({**MODELS["sd-v1"].published_config, **SMALL}).eval()
+            latents = torch.zeros(1, 4, 16, 16)
+            for reduce in (False, True):
+                if reduce:
+                    reduce_peak(model)
+                peaks.append(peak_bytes(lambda model=model, latents=latents: model.decode(latents)))
+    assert peaks[:2] == peaks[2:]
