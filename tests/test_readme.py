@@ -35,7 +35,13 @@ def test_snippets_run_as_they_stand(
 
 def test_variables_of_make_serve_reach_the_server() -> None:
     variables = ["MODEL=flux", "HOST=::", "PORT=9", "DEVICE=cpu", "DTYPE=float32", "WEIGHTS=random"]
-    result = subprocess.run(["make", "-n", "serve", *variables], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        ["make", "-n", "--no-print-directory", "serve", *variables],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     command = " ".join(result.stdout.splitlines()[-1].split())
     options = '--model "flux" --port "9" --host "::" --weights "random" --device "cpu" --dtype "float32"'
     assert command.endswith(f"-m scripts.serve {options}")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import FluxPipeline
+from torch.nn.functional import pixel_shuffle
 
 from handlers.serving.latents import Scaling, is_packed, to_batch, unpack
 from handlers.serving.layout import Layout
@@ -10,9 +10,9 @@ IMAGE = Layout("image", latent_channels=16, vae_scale_factor=8)
 VIDEO = Layout("video", latent_channels=16, vae_scale_factor=8)
 
 
-def test_unpack_is_what_the_flux_pipeline_does() -> None:
+def test_unpack_shuffles_pixels() -> None:
     packed = torch.randn(2, 4 * 6, 64)
-    assert torch.equal(unpack(packed, 4, 6), FluxPipeline._unpack_latents(packed, 64, 96, 8))
+    assert torch.equal(unpack(packed, 4, 6), pixel_shuffle(packed.transpose(1, 2).unflatten(2, (4, 6)), 2))
 
 
 @pytest.mark.parametrize(
