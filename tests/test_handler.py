@@ -48,8 +48,8 @@ def test_the_released_client_works_in_front_of_the_toolkit(
             assert (response.status_code, list(response.json())) == (status, ["error"])
 
 
-def import_handler(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    code = "from handler import EndpointHandler; print(EndpointHandler.checkpoint)"
+def import_handler(folder: Path, code: str = "", **environment: str) -> subprocess.CompletedProcess:
+    code = f"from handler import EndpointHandler; print(EndpointHandler.checkpoint); {code}"
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -63,6 +63,12 @@ def import_handler(folder: Path, **environment: str) -> subprocess.CompletedProc
 def test_the_model_is_the_one_of_endpoint_json_or_of_the_environment(repository: Path) -> None:
     assert import_handler(repository).stdout.strip() == "black-forest-labs/FLUX.1-schnell"
     assert import_handler(repository, VAE_MODEL="sdxl").stdout.strip() == "madebyollin/sdxl-vae-fp16-fix"
+
+
+def test_another_model_does_not_take_the_weights_in_the_repository(repository: Path) -> None:
+    result = import_handler(repository, "EndpointHandler('.')", VAE_MODEL="sdxl", HF_HUB_OFFLINE="1")
+    assert result.returncode != 0
+    assert "madebyollin/sdxl-vae-fp16-fix" in result.stderr
 
 
 @pytest.mark.parametrize("environment", [{}, {"VAE_MODEL": "sd3"}])
