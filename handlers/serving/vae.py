@@ -49,7 +49,7 @@ class VAE:
         Raises:
             FileNotFoundError: `settings.weights` names a folder that holds no VAE of the model's class.
         """
-        dtype = getattr(torch, settings.dtype or ("float32" if device == "cpu" else handler.dtype))
+        dtype = getattr(torch, settings.dtype or ("float32" if torch.device(device).type == "cpu" else handler.dtype))
         vae_class = getattr(diffusers, handler.vae_class)
         if settings.weights == "random":
             logger.warning("the weights are RANDOM: good for speed and memory, not for pictures")
