@@ -9,18 +9,20 @@ import sys
 from starlette.routing import Mount
 
 from handlers import get_model
-from handlers.serving.app import build_app
+from handlers.serving.app import build_app, drain_on_sigterm
 from handlers.serving.settings import Settings
 
-app = build_app()
+settings = Settings.load()
+app = build_app(settings.model)
 
 
-class EndpointHandler(get_model(Settings.load().model)):
+class EndpointHandler(get_model(settings.model)):
     """The model that `endpoint.json` or `VAE_MODEL` names; once loaded, `app` serves it."""
 
     def __init__(self, path: str = "") -> None:
         super().__init__(path)
         app.state.handler = self
+        drain_on_sigterm(app)
 
 
 for module in ("webservice_starlette", "huggingface_inference_toolkit.webservice_starlette"):

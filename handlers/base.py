@@ -48,8 +48,6 @@ class EndpointHandler:
     By these a picture is decoded as a whole or in tiles. Measured for the Stable Diffusion and Flux architectures with
     `scripts.benchmark.peak`: 768, and 434 at 256x256 falling to 389 at 2048x2048.
     """
-    tile_pixels: ClassVar[int] = 512 * 512
-    """Pixels of one tile, all its frames counted, where a picture does not fit in one piece."""
     frames_at_once: ClassVar[int] = 1
     """Frames that diffusers has in memory at a time."""
 

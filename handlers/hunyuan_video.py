@@ -16,7 +16,6 @@ class HunyuanVideo(EndpointHandler):
     license_link = "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"
     weights_mb = 986
     values_per_pixel = (1200, 425)  # measured: 1191 and 423 for 9 frames of 320x512
-    tile_pixels = 256 * 256 * 17
     frames_at_once = 17  # the peak of 17 and of 61 frames differs by 2 %
     published_config = {
         "block_out_channels": [128, 256, 512, 512],

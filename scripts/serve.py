@@ -24,12 +24,13 @@ def main(
     options = {"model": model, "weights": weights, "device": device, "dtype": dtype}
     os.environ.update({f"VAE_{name.upper()}": value for name, value in options.items() if value})
     try:
-        from handler import EndpointHandler, app
+        from handler import EndpointHandler, app, settings
 
         EndpointHandler(str(REPOSITORY))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"error: {error}") from None
-    uvicorn.run(app, host=host, port=port, log_level="info")
+    stop_after = int(settings.grace) + 5  # by then every request has its answer
+    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=stop_after)
 
 
 if __name__ == "__main__":

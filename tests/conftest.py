@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from PIL import Image
 from handlers import MODELS
 from handlers.serving.output import describe, tensor_bytes
 from scripts.local_server import serve
+
+SERVERS = ("standalone", "toolkit")
+"""In which the service runs."""
 
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 IMAGE_MODELS = ("sd-v1", "sdxl", "flux")
@@ -114,6 +118,16 @@ def running(
             return endpoints[key]
 
         yield get
+
+
+@contextmanager
+def faulty_endpoint(kind: str, key: str, weights: Path, log: Path, **environment: str) -> Iterator[Endpoint]:
+    """A server of `tests/faulty_server.py`."""
+    command = ("-m", "tests.faulty_server", kind)
+    if toolkit := os.environ.get("TOOLKIT"):
+        environment["TOOLKIT"] = toolkit
+    with serve("--model", key, "--weights", str(weights), log=log, command=command, **environment) as url:
+        yield Endpoint(key, url, getattr(diffusers, MODELS[key].vae_class).from_pretrained(weights).eval(), log)
 
 
 @pytest.fixture(params=IMAGE_MODELS)

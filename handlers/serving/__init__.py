@@ -1,10 +1,12 @@
 """The way of a request. Each stage is a module, and imports only from those below it:
 
 app       HTTP: routes, headers, status codes
+access_log  a request's id, its line in the log, its counters
 pipeline  one request, from its payload to its answer
 worker    the devices' threads and the queue in front of them
 output    tensors to the bytes of pictures, videos and tensors
 vae       the model: weights, device, forward passes
+spans     a video's frames, as soon as they are decoded
 low_memory  the forward pass of a VAE in half the memory
 pixels    value range and layout of pixels
 latents   layout and scaling of latents
@@ -12,6 +14,8 @@ memory    what a forward pass needs, and how to run it in what is free
 payload   bytes to tensors, images and frames
 layout    the shapes of a VAE's tensors
 request   what was asked for, validated
+metrics   counters and histograms for Prometheus
 settings  environment variables
+limits    what a request may cost
 errors    the one exception for a wrong request
 """

@@ -3,45 +3,102 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import hmac
+import logging
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import Any, TypeVar
 
+import anyio
 from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from handlers.serving import metrics
+from handlers.serving.access_log import AccessLog
 from handlers.serving.errors import RequestError
+from handlers.serving.limits import Limits
 from handlers.serving.output import to_json
 from handlers.serving.pipeline import Pipeline
 from handlers.serving.request import Task
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
 
-def build_app() -> Starlette:
-    """The service. It answers 503 until `app.state.handler` is set to a loaded `EndpointHandler`."""
+CONTENT_TYPES = {
+    "",
+    "application/octet-stream",
+    "application/x-www-form-urlencoded",  # what curl says of any --data-binary
+    "application/json",
+    "tensor/base64",
+    "tensor/binary",
+    "image/png",
+    "image/jpeg",
+    "image/jpg",
+    "image/webp",
+    "video/mp4",
+}
+
+
+def build_app(model: str | None = None) -> Starlette:
+    """The service; `model` is its name in the metrics.
+
+    It answers 503 until `app.state.handler` is set to a loaded `EndpointHandler`.
+    """
+    routes = [
+        Route("/", root, methods=["GET", "POST"]),
+        Route("/predict", predict, methods=["POST"]),
+        Route("/decode", decode, methods=["POST"]),
+        Route("/encode", encode, methods=["POST"]),
+        Route("/health", health, methods=["GET"]),
+        Route("/metrics", show_metrics, methods=["GET"]),
+    ]
     app = Starlette(
-        routes=[
-            Route("/", root, methods=["GET", "POST"]),
-            Route("/predict", predict, methods=["POST"]),
-            Route("/decode", decode, methods=["POST"]),
-            Route("/encode", encode, methods=["POST"]),
-            Route("/health", health, methods=["GET"]),
-            Route("/metrics", metrics, methods=["GET"]),
-        ],
+        routes=routes,
+        middleware=[Middleware(AccessLog, model or "", {route.path for route in routes}, on_crash)],
         exception_handlers={
             RequestError: on_request_error,
             HTTPException: on_http_error,
             ClientDisconnect: on_disconnect,
-            Exception: on_crash,
         },
+        lifespan=lifespan,
     )
     app.state.handler = None
+    app.state.held_bytes = 0
     return app
+
+
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Of the standalone server; the toolkit has its own."""
+    drain_on_sigterm(app)
+    yield
+
+
+def drain_on_sigterm(app: Starlette) -> None:
+    """Before the server stops: no new work, 503 from `/health`, and an answer for every request within the grace time.
+
+    To be called once the server has its own handler in place; where there is none, nothing changes.
+    """
+    stop = signal.getsignal(signal.SIGTERM)
+    if not callable(stop) or threading.current_thread() is not threading.main_thread():
+        return
+
+    def drain(*arguments: Any) -> None:
+        if app.state.handler is not None:
+            pipeline = app.state.handler.pipeline
+            pipeline.workers.close(pipeline.settings.grace)
+        stop(*arguments)
+
+    signal.signal(signal.SIGTERM, drain)
 
 
 async def root(request: Request) -> Response:
@@ -61,67 +118,111 @@ async def encode(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    _pipeline(request)
+    """200 while requests are taken. 503 tells the platform to replace this replica, or to send it no more."""
+    if problem := _pipeline(request).workers.problem:
+        raise HTTPException(503, problem)
     return PlainTextResponse("Ok")
 
 
-async def metrics(request: Request) -> Response:
-    """The toolkit's two gauges: requests in the VAE, and requests that wait for it."""
-    workers = _pipeline(request).workers
-    return PlainTextResponse(f"inf_batch_current_size {workers.running}\ninf_queue_size {workers.waiting}\n")
+async def show_metrics(request: Request) -> Response:
+    _pipeline(request).measure()
+    metrics.HELD.set(request.app.state.held_bytes)
+    return Response(metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
 async def run(request: Request, task: Task | None) -> Response:
     """One request through the pipeline. Nothing heavy happens here: each stage runs on a thread."""
-    pipeline = _pipeline(request)
+    pipeline, record = _pipeline(request), request.state.record
+    settings = pipeline.settings
+    check_token(request, settings.api_token)
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type not in CONTENT_TYPES:
+        known = ", ".join(sorted(CONTENT_TYPES - {""}))
+        raise RequestError(f"Content-Type {content_type[:100]!r} is not taken; send none, or one of {known}", 415)
+    pipeline.workers.check_open()
     accept = request.headers.get("accept")
     values: dict[str, Any] = dict(request.query_params)
     if "shape" in values:
         values["shape"] = request.query_params.getlist("shape")
-    body = await read_body(request, int(pipeline.settings.max_body_mb * 1e6))
 
     def read() -> Any:
         parsed = pipeline.parse(body, content_type, accept, values, task)
-        return parsed, pipeline.prepare(parsed)
+        inputs = pipeline.prepare(parsed)
+        record.update(task=parsed.task, shape=list(inputs.shape), answer=parsed.answer.name.lower())
+        return parsed, inputs
 
     def write() -> Response:
-        content = pipeline.render(parsed, result.tensor)
+        content = pipeline.render(parsed, result.value)
         if parsed.accept.json:
             return JSONResponse(to_json(content))
         return Response(content.body, media_type=content.media_type, headers=content.headers)
 
-    timing = {}
-    (parsed, inputs), timing["payload"] = await to_thread.run_sync(timed, read)
-    start = perf_counter()
-    result = await unless_gone(request, asyncio.wrap_future(pipeline.submit(parsed, inputs)))
-    timing["queue"] = (perf_counter() - start) * 1000 - result.milliseconds
-    timing["vae"] = result.milliseconds
-    response, timing["output"] = await to_thread.run_sync(timed, write)
+    body: bytearray | None = None
+    timing: dict[str, float] = {}
+    try:
+        with anyio.fail_after(settings.timeout):
+            async with body_of(request, settings) as body, place_in(pipeline):
+                (parsed, inputs), timing["payload"] = await to_thread.run_sync(timed, read, abandon_on_cancel=True)
+                start = perf_counter()
+                result = await unless_gone(request, asyncio.wrap_future(pipeline.submit(parsed, inputs)))
+                timing["queue"] = (perf_counter() - start) * 1000 - result.milliseconds
+                timing["vae"] = result.milliseconds
+                response, timing["output"] = await to_thread.run_sync(timed, write, abandon_on_cancel=True)
+    except TimeoutError:
+        if body is None:
+            raise RequestError(f"the body did not arrive within {settings.timeout:g} s (VAE_TIMEOUT)", 408) from None
+        raise RequestError(f"no answer within {settings.timeout:g} s (VAE_TIMEOUT); send less at once", 504) from None
+    for stage, milliseconds in timing.items():
+        metrics.STAGES.labels(stage).observe(milliseconds / 1000)
+    record.update(mode=result.mode.value, **{f"{stage}_ms": round(ms, 1) for stage, ms in timing.items()})
     response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in timing.items())
     response.headers["X-VAE-Mode"] = result.mode.value
     return response
 
 
-async def read_body(request: Request, limit: int) -> bytearray:
-    """The body, of `limit` bytes at most, whatever its Content-Length says.
+def check_token(request: Request, token: str | None) -> None:
+    """Raises `RequestError`, status 401, unless the request has this token, where there is one."""
+    if token:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+            raise RequestError("send the header `Authorization: Bearer <token>` with the token of this service", 401)
 
-    What is over is read and forgotten up to a point, so that the client, which is still sending, sees the answer.
-    """
-    body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
+
+@asynccontextmanager
+async def body_of(request: Request, limits: Limits) -> AsyncIterator[bytearray]:
+    """The body, within the limits, whatever its Content-Length says; it counts as held until the context ends."""
+    body, state = bytearray(), request.app.state
+    try:
+        async for chunk in request.stream():
             body += chunk
-        elif size > 2 * limit:
-            break
-    if size > limit:
-        raise RequestError(f"the body is larger than {limit / 1e6:g} MB, the limit here (VAE_MAX_BODY_MB)", 413)
-    return body
+            state.held_bytes += len(chunk)
+            limits.check_body(len(body))
+            limits.check_held(state.held_bytes)
+        yield body
+    finally:
+        state.held_bytes -= len(body)
+
+
+@asynccontextmanager
+async def place_in(pipeline: Pipeline) -> AsyncIterator[None]:
+    """One of the places in the pipeline, for as long as the context lasts.
+
+    Raises:
+        RequestError: none became free in time; status 503.
+    """
+    limits = pipeline.settings
+    with anyio.move_on_after(limits.patience) as waiting:
+        await pipeline.places.acquire()
+    if waiting.cancelled_caught:
+        raise RequestError(f"{limits.max_queue} requests are waiting already (VAE_MAX_QUEUE); try again soon", 503)
+    try:
+        yield
+    finally:
+        pipeline.places.release()
 
 
 async def unless_gone(request: Request, work: asyncio.Future[T]) -> T:
-    """The work's result; work whose client disconnects is dropped before it reaches the device."""
+    """The work's result. Work whose client is gone, or whose time is over, is dropped unless a device has begun it."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -131,11 +232,11 @@ async def unless_gone(request: Request, work: asyncio.Future[T]) -> T:
     try:
         await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            work.cancel()
             raise ClientDisconnect
         return work.result()
     finally:
         watch.cancel()
+        work.cancel()
 
 
 def timed(function: Callable[..., T], *args: Any) -> tuple[T, float]:
@@ -152,7 +253,8 @@ def _pipeline(request: Request) -> Pipeline:
 
 
 async def on_request_error(request: Request, error: RequestError) -> Response:
-    headers = {"Retry-After": "1"} if error.status == 503 else None
+    request.state.record["error"] = str(error)[:200]
+    headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
     return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
 
 
@@ -170,4 +272,8 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def on_crash(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "the service failed on this request; its log says why"}, status_code=500)
+    """A fault of ours. In the middleware, as starlette would run a handler of `Exception` outside of it."""
+    request_id = request.state.record["request_id"]
+    logger.error("request %s failed", request_id, exc_info=error)
+    message = {"error": "the service failed on this request; its log says why", "request_id": request_id}
+    return JSONResponse(message, status_code=500)

@@ -29,7 +29,7 @@ def packed_grid(parameters: Parameters, layout: Layout) -> tuple[int, int]:
     patch = 2 * layout.vae_scale_factor
     try:
         rows, columns = int(parameters.height) // patch, int(parameters.width) // patch
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0, 0
     return max(rows, 0), max(columns, 0)
 
@@ -58,7 +58,8 @@ def to_batch(latents: Tensor, parameters: Parameters, layout: Layout) -> Tensor:
     raise RequestError(
         f"`shape` {list(shape)} is no shape of this VAE's latents: expected {layout.describe(channels, scale)}, the "
         f"same without B, or packed [B, (height/{2 * scale})*(width/{2 * scale}), {channels * 4}] with `height` and "
-        f"`width` (got height={parameters.height}, width={parameters.width})"
+        f"`width` (got height={str(parameters.height)[:20]}, width={str(parameters.width)[:20]})",
+        422,
     )
 
 

@@ -62,21 +62,31 @@ class MemoryUse:
         return Estimate(*(int((value * 1.25 + assembled) * itemsize) for value in values))
 
 
-def choose_modes(estimate: Estimate, batch: int, free: int) -> list[Mode]:
-    """The modes to try, in this order: the first that fits in `free` bytes, then those that need less."""
+def choose_modes(estimate: Estimate, batch: int, free: int, capacity: int) -> list[Mode]:
+    """The modes to try, in this order: the first that fits in `free` bytes, then those that need less.
+
+    Where none fits now, tiles are tried all the same: the estimate has a margin. None where they need more than
+    `capacity`, the device's whole memory.
+    """
     needs = {
         Mode.FULL: estimate.full * batch,
         Mode.REDUCED: estimate.reduced * batch,
         Mode.SLICED: estimate.reduced,
         Mode.TILED: estimate.tiled,
     }
+    if needs[Mode.TILED] > capacity:
+        return []
     modes = [mode for mode in Mode if needs[mode] <= free] or [Mode.TILED]
     return modes if batch > 1 else [mode for mode in modes if mode is not Mode.SLICED]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it, torch's CPU allocator a message."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """CUDA has a class for it where torch's own allocator fails, and messages elsewhere, as the CPU has."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED")
+"""Of torch's CPU allocator, of the driver, of cuDNN's workspaces."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -85,3 +95,10 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return psutil.virtual_memory().available
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of this device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total

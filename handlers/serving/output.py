@@ -5,8 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from fractions import Fraction
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import av
@@ -16,6 +21,8 @@ from torch import Tensor, uint8
 
 from handlers.serving.errors import RequestError
 from handlers.serving.request import Answer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,19 @@ def check_size(answer: Answer, image_format: str, width: int, height: int) -> No
     if name and max(width, height) > MAX_SIDE[name]:
         raise RequestError(
             f"`shape`: {width}x{height} pixels do not fit in a {name} file, which takes {MAX_SIDE[name]} each way; "
-            "use output_type=pt with partial_postprocess=True"
+            "use output_type=pt with partial_postprocess=True",
+            422,
         )
 
 
-def render(result: Tensor, answer: Answer, image_format: str, quality: int, fps: float) -> Content:
-    """The answer's tensor, on the CPU, as bytes."""
+def render(value: Tensor | Mp4Writer, answer: Answer, image_format: str, quality: int) -> Content:
+    """The answer's tensor, on the CPU, or its video, as bytes."""
+    if isinstance(value, Mp4Writer):
+        return Content(value.finish(), "video/mp4")
     if answer is Answer.IMAGE:
-        return write_image(to_image(result[0]), image_format, quality)
-    if answer is Answer.MP4:
-        return Content(write_mp4(result.numpy(), fps), "video/mp4")
-    shape, dtype = describe(result)
-    return Content(tensor_bytes(result), "tensor/binary", {"shape": json.dumps(shape), "dtype": dtype})
+        return write_image(to_image(value[0]), image_format, quality)
+    shape, dtype = describe(value)
+    return Content(tensor_bytes(value), "tensor/binary", {"shape": json.dumps(shape), "dtype": dtype})
 
 
 def to_json(content: Content) -> str | dict[str, Any]:
@@ -104,25 +112,92 @@ def write_png(pixels: np.ndarray) -> bytes:
     return b"".join(bytes(packet) for packet in packets)
 
 
-def write_mp4(frames: np.ndarray, fps: float) -> bytes:
-    """uint8 [F, H, W, 3] to H.264 in yuv420p, BT.709: what every browser plays.
+class Mp4Writer:
+    """An MP4 that a thread of its own encodes, from the first frames on, while later ones are still decoded.
+
+    A `with` block adds the frames. Its end is the video's, and `finish` then gives the file. Where the block fails, the
+    file is given up. The thread ends in both cases, whether or not anybody asks for the file.
+    """
+
+    def __init__(self, fps: float) -> None:
+        self._frames: SimpleQueue[np.ndarray | None] = SimpleQueue()
+        self._file: Future[bytes] = Future()
+        self._given_up = False
+        Thread(target=self._run, args=(fps,), name="mp4", daemon=True).start()
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self._given_up = kind is not None
+        self._frames.put(None)
+
+    def add(self, frames: np.ndarray) -> None:
+        """Takes the next frames, uint8 [F, H, W, 3]. It does not wait for the encoder.
+
+        Raises:
+            RequestError: the encoder has failed with earlier ones.
+        """
+        if self._file.done():
+            self.finish()
+        self._frames.put(frames)
+
+    def finish(self) -> bytes:
+        """The file, as soon as all its frames are encoded.
+
+        Raises:
+            RequestError: the encoder has failed; status 500.
+        """
+        return self._file.result()
+
+    def _run(self, fps: float) -> None:
+        try:
+            self._file.set_result(write_mp4(self._added(), fps))
+        except BaseException as error:  # whatever it is, `finish` raises it
+            self._file.set_exception(error)
+
+    def _added(self) -> Iterator[np.ndarray]:
+        while (frames := self._frames.get()) is not None:
+            for frame in frames:
+                if self._given_up:
+                    return
+                yield frame
+
+
+def write_mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
+    """uint8 frames [H, W, 3] to H.264 in yuv420p, BT.709: what every browser plays.
 
     yuv420p halves the colour resolution, so height and width must be even; every VAE here gives multiples of 8.
+
+    Raises:
+        RequestError: the encoder has failed; status 500.
     """
-    buffer = io.BytesIO()
-    with av.open(buffer, mode="w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "17", "preset": "veryfast"}
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = av.video.reformatter.ColorRange.MPEG
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
-        container.mux(stream.encode(None))
+    buffer, stream = io.BytesIO(), None
+    try:
+        with av.open(buffer, mode="w", format="mp4") as container:
+            for pixels in frames:
+                stream = stream or _add_stream(container, *pixels.shape[:2], fps)
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+            if stream:
+                container.mux(stream.encode(None))
+    except av.FFmpegError:
+        logger.exception("the MP4 encoder failed")
+        raise RequestError(
+            "the MP4 encoder failed; the log says why, and output_type=pt gives the frames", 500
+        ) from None
     return buffer.getvalue()
+
+
+def _add_stream(container: av.container.OutputContainer, height: int, width: int, fps: float) -> av.VideoStream:
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+    stream.height, stream.width = height, width
+    stream.pix_fmt = "yuv420p"
+    stream.options = {"crf": "17", "preset": "veryfast"}
+    context = stream.codec_context
+    context.colorspace = context.color_primaries = context.color_trc = _BT709
+    context.color_range = av.video.reformatter.ColorRange.MPEG
+    return stream
 
 
 _BT709 = 1  # the code point of its matrix, primaries and transfer function alike, in ITU-T H.273

@@ -16,9 +16,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from handlers.serving.errors import RequestError
+from handlers.serving.limits import Limits
 from handlers.serving.request import BodyKind
 
 Body = bytes | bytearray
+
+Image.MAX_IMAGE_PIXELS = None  # `Limits` has its own limit, and it is one for the whole request
 
 PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")
 """Of files that have an MP4's structure and hold a still picture."""
@@ -29,6 +32,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "uint8": torch.uint8,
 }
+
+VIDEO_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")
+"""Of MP4 files, as FFmpeg calls them; what it could read beside these is old, rare and less often tested."""
 
 
 def sniff(body: Body) -> BodyKind:
@@ -79,11 +85,14 @@ def read_tensor(body: Body, shape: tuple[int, ...] | None, dtype: str | None) ->
     return torch.frombuffer(writable, dtype=DTYPES[dtype]).reshape(shape)
 
 
-def read_image(body: Body) -> Image.Image:
-    """A PNG, JPEG or WebP file."""
+def read_image(body: Body, limits: Limits) -> Image.Image:
+    """A PNG, JPEG or WebP file, of which a small one may hold a huge picture: its header is looked at first."""
     try:
         image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG", "WEBP"))
+        limits.check_picture(*image.size)
         image.load()
+    except RequestError:
+        raise
     except UnidentifiedImageError:
         raise RequestError("the image cannot be read; send a PNG, JPEG or WebP file") from None
     except Exception as error:  # Pillow's decoders raise a dozen types for broken files
@@ -103,14 +112,26 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_video(body: Body) -> list[Image.Image]:
-    """The frames of an MP4 file's first video stream, in the order and the orientation in which they are shown."""
+def read_video(body: Body, limits: Limits) -> list[Image.Image]:
+    """The frames of an MP4 file's first video stream, in the order and the orientation in which they are shown.
+
+    What the header says of their number and size may be wrong, so each frame is counted as it comes.
+    """
+    frames: list[Image.Image] = []
     try:
         # metadata may be in any encoding, and says nothing about the pictures
         with av.open(io.BytesIO(body), format="mp4", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise RequestError("the file holds no video; send an MP4 file with a video stream")
-            frames = [frame.to_image().rotate(frame.rotation, expand=True) for frame in container.decode(video=0)]
+            stream = container.streams.video[0]
+            if stream.codec_context is None or stream.codec_context.codec.canonical_name not in VIDEO_CODECS:
+                raise RequestError(f"the video's codec is none of {', '.join(VIDEO_CODECS)}; send H.264", 415)
+            limits.check_picture(stream.width, stream.height)
+            for frame in container.decode(stream):
+                limits.check_picture(frame.width, frame.height, len(frames) + 1)
+                frames.append(frame.to_image().rotate(frame.rotation, expand=True))
+                if frames[-1].size != frames[0].size:
+                    raise RequestError("the video's frames are not all of one size")
     except (av.FFmpegError, ValueError) as error:
         raise RequestError(f"the video cannot be read ({error}); send an MP4 file with a video stream") from None
     if not frames:

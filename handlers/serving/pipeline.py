@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -13,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from handlers.serving import latents, output, payload, pixels
+from handlers.serving import latents, metrics, output, payload, pixels
 from handlers.serving.errors import RequestError
-from handlers.serving.memory import Mode
+from handlers.serving.memory import Mode, free_memory, total_memory
 from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, Task, decode_answer
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE, devices
-from handlers.serving.worker import DeviceWorkers
+from handlers.serving.worker import Device, DeviceWorkers
 
 if TYPE_CHECKING:
     from handlers.base import EndpointHandler
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 class Result:
     """What a device made of a request."""
 
-    tensor: Tensor
-    """The answer's, on the CPU."""
+    value: Tensor | output.Mp4Writer
+    """The answer's tensor, on the CPU; or the MP4 that its frames are written to."""
     mode: Mode
     milliseconds: float
     """Of the batch that the request was in."""
@@ -58,12 +60,15 @@ class Pipeline:
     """
 
     def __init__(self, vaes: list[VAE], fps: float, settings: Settings) -> None:
+        self.vaes = vaes
         self.vae = vaes[0]
         self.layout = self.vae.layout
         self.fps = fps
         self.settings = settings
-        forwards = [partial(self.forward, vae) for vae in vaes]
-        self.workers = DeviceWorkers(forwards, self.vae.batch_limit, settings.max_queue)
+        devices = [Device(partial(self.forward, vae), vae.is_alive) for vae in vaes]
+        self.workers = DeviceWorkers(devices, self.vae.batch_limit, settings.timeout)
+        self.places = asyncio.Semaphore(settings.max_queue + len(vaes))
+        """Held by a request from its payload to its answer; `app` takes them, first come, first served."""
 
     @classmethod
     def load(cls, handler: type[EndpointHandler], path: str) -> Pipeline:
@@ -96,7 +101,7 @@ class Pipeline:
         if task == "decode" and body_kind != "tensor":
             raise RequestError(f"the body is {body_kind} data, but decoding takes latents; POST it to /encode")
         if self.layout.kind == "image" and body_kind == "video":
-            raise RequestError("the body is a video, but this is an image model; send PNG, JPEG or WebP")
+            raise RequestError("the body is a video, but this is an image model; send PNG, JPEG or WebP", 422)
         answer = Answer.LATENTS if task == "encode" else decode_answer(self.layout.kind, parameters, accept)
         return Request(task, body, body_kind, parameters, answer, accept)
 
@@ -114,9 +119,15 @@ class Pipeline:
 
     def prepare(self, request: Request) -> Tensor:
         """The VAE's input, on the CPU: raw latents, or pixels in [-1, 1], both with a batch dimension first."""
-        if request.task == "encode":
-            return self._read_pixels(request)
+        inputs = self._read_pixels(request) if request.task == "encode" else self._read_latents(request)
+        if not inputs.isfinite().all():
+            dtype = str(inputs.dtype).removeprefix("torch.")
+            raise RequestError(f"the tensor holds NaN or infinity, as it came or once it is scaled in {dtype}", 422)
+        return inputs
+
+    def _read_latents(self, request: Request) -> Tensor:
         batch = latents.to_batch(self._read_tensor(request), request.parameters, self.layout)
+        self._check_batch("decode", batch.shape)
         if len(batch) > 1 and not self._takes_batch(request.answer):
             raise RequestError(
                 f"`shape`: a batch of {len(batch)} cannot be answered as {request.answer.value}; use output_type=pt "
@@ -126,6 +137,9 @@ class Pipeline:
         output.check_size(request.answer, self._image_format(request), width, height)
         return latents.Scaling.of(request.parameters, self.vae.config, self.layout).unscale(batch, self.vae.dtype)
 
+    def _check_batch(self, task: Task, shape: tuple[int, ...]) -> None:
+        self.settings.check_batch(shape, self.layout.frames(task, shape), self.layout.pixels(task, shape))
+
     def _read_tensor(self, request: Request) -> Tensor:
         if isinstance(request.body, Tensor):
             return request.body
@@ -133,10 +147,14 @@ class Pipeline:
 
     def _read_pixels(self, request: Request) -> Tensor:
         if request.body_kind == "tensor":
-            return pixels.from_tensor(self._read_tensor(request), self.layout)
+            batch = pixels.to_batch(self._read_tensor(request), self.layout)
+            self._check_batch("encode", batch.shape)
+            return pixels.normalize(batch)
         if request.body_kind == "video":
-            return pixels.from_images(payload.read_video(request.body), self.layout)
-        image = request.body if isinstance(request.body, Image.Image) else payload.read_image(request.body)
+            return pixels.from_images(payload.read_video(request.body, self.settings), self.layout)
+        image = request.body
+        if not isinstance(image, Image.Image):
+            image = payload.read_image(image, self.settings)
         return pixels.from_images([payload.upright_rgb(image)], self.layout)
 
     def _takes_batch(self, answer: Answer) -> bool:
@@ -147,43 +165,67 @@ class Pipeline:
     def submit(self, request: Request, inputs: Tensor) -> Future[Result]:
         """Queues the prepared request for a device; what waits together and has one shape goes as one batch."""
         sampled = request.parameters.sample_mode == "sample"
-        key = (request.task, inputs.shape[1:], object() if sampled else None)
+        key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], object() if sampled else None)
         size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
         return self.workers.submit((request, inputs), key, size)
 
     def forward(self, vae: VAE, batch: list[tuple[Request, Tensor]]) -> list[Result]:
         """The VAE and what belongs on its device, for requests of one task and shape."""
         start = perf_counter()
+        metrics.BATCH_SIZE.observe(len(batch))
         requests = [request for request, _ in batch]
         inputs = torch.cat([tensor for _, tensor in batch])
-        if requests[0].task == "decode":
-            outputs, mode = vae.decode(inputs)
+        if requests[0].answer is Answer.MP4:
+            values, mode = vae.decode(inputs, partial(self._write_videos, vae, requests))
         else:
-            outputs, mode = vae.encode(inputs, _generator(requests[0].parameters))
-        parts = outputs.split([len(tensor) for _, tensor in batch])
-        answers = [vae.to_cpu(self._finish(request, part)) for request, part in zip(requests, parts, strict=True)]
+            task, generator = requests[0].task, _generator(requests[0].parameters)
+            outputs, mode = vae.decode(inputs) if task == "decode" else vae.encode(inputs, generator)
+            parts = outputs.split([len(tensor) for _, tensor in batch])
+            values = [vae.to_cpu(self._finish(request, part)) for request, part in zip(requests, parts, strict=True)]
+        metrics.PASSES.labels(requests[0].task, mode.value).inc()
         milliseconds = (perf_counter() - start) * 1000
-        return [Result(answer, mode, milliseconds) for answer in answers]
+        return [Result(value, mode, milliseconds) for value in values]
+
+    def _write_videos(self, vae: VAE, requests: list[Request], spans: Iterator[Tensor]) -> list[output.Mp4Writer]:
+        """Gives each request's frames to an encoder, which works on them while the device decodes the next."""
+        with ExitStack() as stack:
+            writers = [stack.enter_context(output.Mp4Writer(r.parameters.fps or self.fps)) for r in requests]
+            for frames in spans:
+                for writer, part in zip(writers, frames.split(1), strict=True):
+                    writer.add(vae.to_cpu(pixels.to_answer(part, Answer.MP4)).numpy())
+        return writers
 
     def _finish(self, request: Request, output: Tensor) -> Tensor:
         if request.task == "decode":
             return pixels.to_answer(output, request.answer)
-        return latents.Scaling.of(request.parameters, self.vae.config, self.layout).scale(output)
+        scaled = latents.Scaling.of(request.parameters, self.vae.config, self.layout).scale(output)
+        if not scaled.isfinite().all():
+            raise RequestError(
+                "`scaling_factor`, `shift_factor`: they take the latents out of their dtype's range", 422
+            )
+        return scaled
 
-    def render(self, request: Request, result: Tensor) -> output.Content:
+    def render(self, request: Request, value: Tensor | output.Mp4Writer) -> output.Content:
         """The answer's bytes."""
-        parameters, image_format = request.parameters, self._image_format(request)
-        return output.render(result, request.answer, image_format, parameters.quality, parameters.fps or self.fps)
+        return output.render(value, request.answer, self._image_format(request), request.parameters.quality)
 
     def _image_format(self, request: Request) -> str:
         """As in the toolkit, a picture inside JSON is a PNG unless another format is asked for."""
         default = "png" if request.accept.json else "jpg"
         return request.parameters.image_format or request.accept.image_format or default
 
+    def measure(self) -> None:
+        """Sets what `/metrics` shows of this moment."""
+        metrics.RUNNING.set(self.workers.running)
+        metrics.WAITING.set(self.workers.waiting)
+        for vae in self.vaes:
+            metrics.FREE_MEMORY.labels(str(vae.device)).set(free_memory(vae.device))
+            metrics.TOTAL_MEMORY.labels(str(vae.device)).set(total_memory(vae.device))
+
     def run_object(self, data: Mapping[str, Any]) -> Any:
         """All stages in a row for a request given as a plain object; see `EndpointHandler.__call__`."""
         request = self._parse_object(data.get("inputs"), _without_nulls(data.get("parameters") or {}))
-        result = self.submit(request, self.prepare(request)).result().tensor
+        result = self.submit(request, self.prepare(request)).result(self.settings.timeout).value
         if request.answer is Answer.IMAGE:
             return output.to_image(result[0])
         if request.answer is Answer.UINT8 and request.parameters.output_type == "pil":

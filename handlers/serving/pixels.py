@@ -21,7 +21,7 @@ def from_images(images: list[Image.Image], layout: Layout) -> Tensor:
     scale = layout.vae_scale_factor
     width, height = images[0].size
     if min(width, height) < scale:
-        raise RequestError(f"the picture is {width}x{height} pixels; this VAE needs at least {scale} each way")
+        raise RequestError(f"the picture is {width}x{height} pixels; this VAE needs at least {scale} each way", 422)
     if layout.kind == "video":
         return VideoProcessor(vae_scale_factor=scale).preprocess_video(images)
     return VaeImageProcessor(vae_scale_factor=scale).preprocess(images)
@@ -38,16 +38,18 @@ def _is_channels_last(shape: tuple[int, ...], dtype: str | None) -> bool:
     return dtype == "uint8" and len(shape) in (3, 4) and shape[-1] == 3
 
 
-def from_tensor(pixels: Tensor, layout: Layout) -> Tensor:
-    """A tensor of pixels to [B, 3, H, W] (image) or [B, 3, F, H, W] (video) in [-1, 1].
+def to_batch(pixels: Tensor, layout: Layout) -> Tensor:
+    """A tensor of pixels to [B, 3, H, W] (image) or [B, 3, F, H, W] (video), in its own dtype.
 
-    Floats are taken as they are, so they must be in [-1, 1]; uint8 in [0, 255] is mapped to that. uint8 may also be
-    [H, W, 3], [B, H, W, 3] or, for a video, [F, H, W, 3].
+    uint8 may also be [H, W, 3], [B, H, W, 3] or, for a video, [F, H, W, 3].
+
+    Raises:
+        RequestError: the shape is none of these, or no multiple of `vae_scale_factor`.
     """
     shape, scale = list(pixels.shape), layout.vae_scale_factor
     dtype = str(pixels.dtype).removeprefix("torch.")
     if not is_pixels(tuple(shape), dtype, layout):
-        raise RequestError(f"`shape` {shape} is no shape of pixels: expected {layout.describe(3)}")
+        raise RequestError(f"`shape` {shape} is no shape of pixels: expected {layout.describe(3)}", 422)
     if _is_channels_last(tuple(shape), dtype):
         pixels = pixels.movedim(-1, -3)
         if layout.kind == "video":  # frames, or a single one
@@ -55,7 +57,12 @@ def from_tensor(pixels: Tensor, layout: Layout) -> Tensor:
     if pixels.ndim < layout.ndim:
         pixels = pixels.unsqueeze(0)
     if pixels.shape[-2] % scale or pixels.shape[-1] % scale:
-        raise RequestError(f"`shape` {shape}: height and width must be multiples of {scale}")
+        raise RequestError(f"`shape` {shape}: height and width must be multiples of {scale}", 422)
+    return pixels
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 in [0, 255] to [-1, 1]; floats are taken as they are, so they must be in that range."""
     return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from handlers.serving.errors import RequestError
 
@@ -26,12 +26,15 @@ def _image_format(value: str) -> str:
     return "jpg" if value == "jpeg" else value
 
 
+Dimension = Annotated[int, Field(gt=0, lt=2**31)]
+
+
 class Parameters(BaseModel):
     """The parameters of a request; those that are not listed here are ignored, as some clients send more."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    shape: tuple[PositiveInt, ...] | None = None
+    shape: Annotated[tuple[Dimension, ...], Field(max_length=8)] | None = None
     dtype: Literal["float16", "float32", "bfloat16", "uint8"] | None = None
     scaling_factor: Annotated[float, AfterValidator(_not_zero)] | None = None
     shift_factor: float | None = None
@@ -52,11 +55,15 @@ class Parameters(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Parameters:
-        """Validates what came. Raises `RequestError` that names each wrong parameter, what came, what is expected."""
+        """Validates what came.
+
+        Raises:
+            RequestError: it names the first three wrong parameters, what came and what is expected.
+        """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RequestError("; ".join(_describe(e) for e in error.errors(include_url=False))) from None
+            raise RequestError("; ".join(_describe(e) for e in error.errors(include_url=False)[:3])) from None
 
 
 def _describe(error: Any) -> str:
@@ -111,7 +118,8 @@ def decode_answer(kind: Kind, parameters: Parameters, accept: Accept) -> Answer:
         ("video", "mp4"): Answer.MP4,
     }
     if (kind, output_type) not in answers:
-        raise RequestError("`output_type`: 'mp4' needs a video model, and this is an image model; use 'pil' or 'pt'")
+        message = "`output_type`: 'mp4' needs a video model, and this is an image model; use 'pil' or 'pt'"
+        raise RequestError(message, 422)
     if kind == "video" and accept.image_format and parameters.output_type in (None, "pil"):
         raise RequestError("a video cannot be answered as one image: use output_type=mp4, or Accept: tensor/binary")
     return answers[kind, output_type]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
+
+from handlers.serving.limits import Limits
 
 REPOSITORY = Path(__file__).parents[2]
 """The folder that holds `handler.py`: this project, or the repository that an endpoint was made from."""
 
 
-class Settings(BaseModel):
+class Settings(Limits):
     """`VAE_<NAME>` in the environment sets each of these; the last two follow from `endpoint.json`."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str | None = None
     """Key of the model, as in `handlers.MODELS`."""
@@ -26,10 +26,8 @@ class Settings(BaseModel):
     """A torch device; None takes CUDA, then MPS, then the CPU."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """None takes the model's own on a GPU and float32 on a CPU."""
-    max_body_mb: Annotated[float, Field(gt=0)] = 512
-    """Megabytes of a request's body; a minute of 720p video as uint8 pixels is about this much."""
-    max_queue: Annotated[int, Field(ge=1)] = 64
-    """Requests that may wait for a device; one more is told to come back."""
+    api_token: str | None = None
+    """What every POST must send as a Bearer token. From the variable `API_TOKEN`."""
     foreign_repository: bool = False
     """Whether the repository is that of another model, so that the weights in it are not this one's."""
     revision: str | None = None
@@ -49,11 +47,14 @@ class Settings(BaseModel):
         if values and os.environ.get("VAE_MODEL", values.get("model")) != values.get("model"):
             values = {"foreign_repository": True}
         for name in cls.model_fields:
-            if value := os.environ.get(f"VAE_{name.upper()}"):
+            if value := os.environ.get(_variable(name)):
                 values[name] = value
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-            variable = f"VAE_{str(first['loc'][0]).upper()}"
-            raise ValueError(f"{variable}: {first['msg']}, got {first['input']!r}") from None
+            raise ValueError(f"{_variable(str(first['loc'][0]))}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _variable(name: str) -> str:
+    return "API_TOKEN" if name == "api_token" else f"VAE_{name.upper()}"

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from time import monotonic
+from typing import Any, NamedTuple
 
 from handlers.serving.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+SHUTTING_DOWN = "the service is shutting down"
+
+
+class Device(NamedTuple):
+    run: Callable[[list[Any]], list[Any]]
+    """Runs a batch of work and gives its results in order."""
+    is_alive: Callable[[], bool]
+    """Whether it can still compute anything; asked when a batch failed."""
 
 
 @dataclass(eq=False)
@@ -19,31 +32,41 @@ class Job:
     work: Any
     key: Hashable
     size: int
+    due: float
+    """When it came, plus the time that it will take: so small work passes large work, which yet gets its turn."""
     future: Future = field(default_factory=Future)
 
 
 class DeviceWorkers:
-    """Runs jobs in the order in which they came, each device one batch at a time.
+    """Runs jobs on devices, each one batch at a time.
 
     A batch is what waits when a device becomes free, so no job ever waits for company.
     """
 
-    def __init__(self, devices: Sequence[Callable[[list[Any]], list[Any]]], batch_limit: int, queue_limit: int) -> None:
+    def __init__(self, devices: Sequence[Device], batch_limit: int, timeout: float) -> None:
         """Starts the threads.
 
         Args:
-            devices: for each device, what runs a batch of work on it and gives its results in order.
             batch_limit: what the sizes of the jobs of a batch add up to at most; a larger job goes alone.
-            queue_limit: how many jobs may wait.
+            timeout: seconds that a client waits; a device that is busy with one batch for twice as long is stuck.
         """
         self._batch_limit = batch_limit
-        self._queue_limit = queue_limit
-        self._waiting: deque[Job] = deque()
+        self._timeout = timeout
+        self._waiting: list[Job] = []
         self._arrival = threading.Condition()
-        self.running = 0
+        self._batches: dict[int, tuple[float, list[Job]]] = {}
+        """By device: what it runs, and since when."""
+        self._alive = set(range(len(devices)))
+        self._problem: str | None = None
+        self._closing = False
+        self._seconds_per_size = 0.0
+        for number, device in enumerate(devices):
+            threading.Thread(target=self._serve, args=(number, device), name=f"device-{number}", daemon=True).start()
+
+    @property
+    def running(self) -> int:
         """Jobs on a device."""
-        for number, run in enumerate(devices):
-            threading.Thread(target=self._serve, args=(run,), name=f"device-{number}", daemon=True).start()
+        return sum(len(batch) for _, batch in list(self._batches.values()))
 
     @property
     def waiting(self) -> int:
@@ -52,63 +75,117 @@ class DeviceWorkers:
             self._forget_cancelled()
             return len(self._waiting)
 
+    @property
+    def problem(self) -> str | None:
+        """Why this replica should get no more requests; None while all is well."""
+        if self._closing:
+            return SHUTTING_DOWN
+        started = [start for start, _ in list(self._batches.values())]
+        if started and monotonic() - min(started) > 2 * self._timeout:
+            return "a device does not come to an end"
+        return self._problem
+
+    def check_open(self) -> None:
+        """Raises `RequestError`, status 503, where work that is submitted now would not be taken."""
+        if self._closing or not self._alive:
+            raise RequestError(f"{self.problem}; try again soon", 503)
+
     def submit(self, work: Any, key: Hashable, size: int) -> Future:
         """Queues work. Cancelling its future drops it, unless it has begun.
 
         Raises:
-            RequestError: the queue is full; status 503.
+            RequestError: no work is taken any more; status 503.
         """
-        job = Job(work, key, size)
         with self._arrival:
-            self._forget_cancelled()
-            if len(self._waiting) >= self._queue_limit:
-                raise RequestError(f"{len(self._waiting)} requests are waiting already; try again soon", 503)
+            self.check_open()
+            job = Job(work, key, size, monotonic() + size * self._seconds_per_size)
             self._waiting.append(job)
             self._arrival.notify()
         return job.future
 
+    def close(self, grace: float) -> None:
+        """Takes no more work. What is not done after `grace` seconds is answered 503. Safe in a signal handler."""
+        self._closing = True
+        timer = threading.Timer(grace, self._refuse_all, [SHUTTING_DOWN])
+        timer.daemon = True
+        timer.start()
+
+    def _refuse_all(self, problem: str) -> None:
+        with self._arrival:
+            waiting, self._waiting = self._waiting, []
+        self._refuse([*waiting, *(job for _, batch in list(self._batches.values()) for job in batch)], problem)
+
+    def _refuse(self, jobs: list[Job], problem: str) -> None:
+        for job in jobs:
+            _fail(job, RequestError(f"{problem}; try again soon", 503))
+
     def _forget_cancelled(self) -> None:
-        for job in [job for job in self._waiting if job.future.cancelled()]:
-            self._waiting.remove(job)
+        self._waiting = [job for job in self._waiting if not job.future.cancelled()]
 
-    def _serve(self, run: Callable[[list[Any]], list[Any]]) -> None:
-        while True:
-            batch = [job for job in self._next_batch() if job.future.set_running_or_notify_cancel()]
-            with self._arrival:
-                self.running += len(batch)
-            try:
-                _run(run, batch)
-            finally:
-                with self._arrival:
-                    self.running -= len(batch)
+    def _serve(self, number: int, device: Device) -> None:
+        """A device's thread: a batch at a time, for as long as the device lives."""
+        try:
+            while True:
+                batch = self._next_batch(number)
+                _run(device, batch)
+                start, _ = self._batches.pop(number)
+                self._learn_speed(monotonic() - start, sum(job.size for job in batch))
+        except BaseException:  # the device or this code: whatever it is, no client waits for it, and /health says so
+            logger.exception("device %d is lost", number)
+            self._problem = f"device {number} is lost"
+            self._alive.discard(number)
+            self._refuse(self._batches.pop(number, (0, []))[1], self._problem)
+            if not self._alive:
+                self._refuse_all(self._problem)
 
-    def _next_batch(self) -> list[Job]:
-        """The first job in the queue, and those behind it that go with it."""
+    def _next_batch(self, number: int) -> list[Job]:
+        """The job that is due first, and those that go with it, marked as running."""
         with self._arrival:
             self._arrival.wait_for(lambda: self._waiting)
-            first = self._waiting.popleft()
-            batch, size = [first], first.size
+            self._waiting.sort(key=lambda job: job.due)
+            first, size = self._waiting[0], 0
+            batch = []
             for job in list(self._waiting):
-                if job.key == first.key and size + job.size <= self._batch_limit:
+                if job is first or (job.key == first.key and size + job.size <= self._batch_limit):
                     self._waiting.remove(job)
-                    batch.append(job)
                     size += job.size
+                    if job.future.set_running_or_notify_cancel():
+                        batch.append(job)
+            self._batches[number] = (monotonic(), batch)
             return batch
 
+    def _learn_speed(self, seconds: float, size: int) -> None:
+        """A running mean, in which the last few batches count."""
+        if size:
+            known = self._seconds_per_size
+            self._seconds_per_size += (seconds / size - known) * (0.2 if known else 1)
 
-def _run(run: Callable[[list[Any]], list[Any]], batch: list[Job]) -> None:
-    """Runs a batch; when that fails, each of its jobs alone, so that one cannot fail another."""
+
+def _run(device: Device, batch: list[Job]) -> None:
+    """Runs a batch; when that fails, each of its jobs alone, so that one cannot fail another.
+
+    Raises:
+        BaseException: the device is lost; jobs of the batch that have no answer yet are the caller's.
+    """
     if not batch:
         return
     try:
-        results = run([job.work for job in batch])
+        results = device.run([job.work for job in batch])
         assert len(results) == len(batch)
-    except BaseException as error:  # whatever it is belongs to the client, and the thread must go on
+    except Exception as error:
+        if not isinstance(error, RequestError) and not device.is_alive():
+            raise
         if len(batch) == 1:
-            batch[0].future.set_exception(error)
+            _fail(batch[0], error)
         else:
             for job in batch:
-                _run(run, [job])
+                _run(device, [job])
         return
     for job, result in zip(batch, results, strict=True):
-        job.future.set_result(result)
+        with suppress(InvalidStateError):  # it has been refused meanwhile
+            job.future.set_result(result)
+
+
+def _fail(job: Job, error: Exception) -> None:
+    with suppress(InvalidStateError):
+        job.future.set_exception(error)

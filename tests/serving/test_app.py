@@ -261,7 +261,7 @@ class TestPaths:
             requests.get(endpoint.url, timeout=5).text == requests.get(f"{endpoint.url}/health", timeout=5).text == "Ok"
         )
         metrics = requests.get(f"{endpoint.url}/metrics", timeout=5).text
-        assert metrics == "inf_batch_current_size 0\ninf_queue_size 0\n"
+        assert {"inf_batch_current_size 0.0", "inf_queue_size 0.0"} <= set(metrics.splitlines())
 
     def test_server_timing(self, endpoint: Endpoint) -> None:
         headers = endpoint.post(endpoint.latents(), output_type="pt").headers
@@ -360,17 +360,17 @@ class TestWrongInput:
         channels = endpoint.vae.config.latent_channels
         latents = torch.cat([endpoint.latents(), endpoint.latents()], dim=1)
         message = rf"`shape` \[1, {channels * 2}, .*expected \[B, {channels}, .*height/8, width/8\]"
-        self.assert_refused(endpoint, endpoint.post(latents), message)
+        self.assert_refused(endpoint, endpoint.post(latents), message, status=422)
 
     def test_packed_without_height_and_width(self, image_endpoint: Endpoint) -> None:
         response = image_endpoint.post(pack(image_endpoint.latents()))
         self.assert_refused(
-            image_endpoint, response, r"packed .*with `height` and `width` \(got height=None, width=None\)"
+            image_endpoint, response, r"packed .*with `height` and `width` \(got height=None, width=None\)", status=422
         )
 
     def test_packed_with_a_size_that_cannot_be(self, image_endpoint: Endpoint) -> None:
         response = image_endpoint.post(pack(image_endpoint.latents()), height=-64, width=-96)
-        self.assert_refused(image_endpoint, response, r"got height=-64, width=-96")
+        self.assert_refused(image_endpoint, response, r"got height=-64, width=-96", status=422)
 
     def test_three_packed_latents_are_not_taken_for_pixels(self, image_endpoint: Endpoint) -> None:
         packed = pack(image_endpoint.latents(batch=3))
@@ -383,11 +383,13 @@ class TestWrongInput:
     def test_picture_that_its_format_cannot_hold(self, image_endpoint: Endpoint) -> None:
         channels = image_endpoint.vae.config.latent_channels
         response = image_endpoint.post(torch.zeros(1, channels, 1, 2048), image_format="webp")
-        self.assert_refused(image_endpoint, response, "16384x8 pixels do not fit in a webp file, which takes 16383")
+        self.assert_refused(
+            image_endpoint, response, "16384x8 pixels do not fit in a webp file, which takes 16383", status=422
+        )
 
     def test_mp4_from_an_image_model(self, image_endpoint: Endpoint) -> None:
         response = image_endpoint.post(image_endpoint.latents(), output_type="mp4")
-        self.assert_refused(image_endpoint, response, r"`output_type`: 'mp4' needs a video model")
+        self.assert_refused(image_endpoint, response, r"`output_type`: 'mp4' needs a video model", status=422)
 
     def test_batch_as_one_image(self, image_endpoint: Endpoint) -> None:
         response = image_endpoint.post(image_endpoint.latents(batch=2))
@@ -424,7 +426,7 @@ class TestWrongInput:
 
     def test_video_for_an_image_model(self, image_endpoint: Endpoint) -> None:
         response = requests.post(image_endpoint.url, data=b"\x00\x00\x00 ftypisom", timeout=60)
-        self.assert_refused(image_endpoint, response, "the body is a video, but this is an image model")
+        self.assert_refused(image_endpoint, response, "the body is a video, but this is an image model", status=422)
 
     @pytest.mark.parametrize(
         ("body", "message"),
@@ -448,11 +450,11 @@ class TestWrongInput:
         response = requests.post(f"{endpoint.url}/decode", data=buffer.getvalue(), timeout=60)
         self.assert_refused(endpoint, response, "decoding takes latents; POST it to /encode")
         response = endpoint.post(endpoint.latents(), "/encode")
-        self.assert_refused(endpoint, response, r"is no shape of pixels: expected \[B, 3, .*height, width\]")
+        self.assert_refused(endpoint, response, r"is no shape of pixels: expected \[B, 3, .*height, width\]", 422)
 
     def test_tensor_of_a_size_that_is_no_multiple(self, image_endpoint: Endpoint) -> None:
         response = image_endpoint.post(torch.zeros(1, 3, 60, 64))
-        self.assert_refused(image_endpoint, response, "height and width must be multiples of 8")
+        self.assert_refused(image_endpoint, response, "height and width must be multiples of 8", status=422)
 
     def test_too_small_image(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
         with pytest.raises(RuntimeError, match="7x20 pixels; this VAE needs at least 8 each way"):
@@ -469,8 +471,8 @@ class TestWrongInput:
         with pytest.raises(RuntimeError, match="batch of 2"):
             remote_decode(image_endpoint.url, image_endpoint.latents(batch=2), **image_endpoint.scaling)
 
-    def assert_refused(self, endpoint: Endpoint, response: requests.Response, message: str) -> None:
-        assert response.status_code == 400
+    def assert_refused(self, endpoint: Endpoint, response: requests.Response, message: str, status: int = 400) -> None:
+        assert response.status_code == status
         assert response.headers["content-type"] == "application/json"
         assert re.search(message, response.json()["error"]), response.json()["error"]
         assert endpoint.post(endpoint.latents(), output_type="pt").ok
@@ -517,5 +519,6 @@ class TestWithoutAModel:
 
         app = build_app()
         app.state.handler = Broken()
-        status, _, answer = asyncio.run(self.ask(app, "/health"))
-        assert (status, answer) == (500, {"error": "the service failed on this request; its log says why"})
+        status, headers, answer = asyncio.run(self.ask(app, "/health"))
+        assert (status, answer["error"]) == (500, "the service failed on this request; its log says why")
+        assert answer["request_id"] == headers[b"x-request-id"].decode()

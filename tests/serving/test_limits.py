@@ -1,74 +1,258 @@
-"""A service under load and under attack: bodies that are too large, a full queue, clients that go away."""
+"""What a service lets in: sizes, formats, tokens, and how many at a time. Alone, and in the Inference Toolkit."""
 
 import http.client
+import io
+import re
+import socket
+import struct
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import pytest
 import requests
 import torch
-from diffusers import AutoencoderKL
+from PIL import Image
 
-from scripts.local_server import serve
-from tests.conftest import Endpoint
+from tests.conftest import SERVERS, Endpoint, faulty_endpoint
+from tests.faulty_server import SLOW
+
+TOKEN = "a-token-of-this-test"
 
 
-@pytest.fixture(scope="module")
-def narrow(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """An endpoint that takes 1 MB at a time and lets two requests wait."""
-    weights, log = checkpoint("sd-v1"), tmp_path_factory.mktemp("log") / "narrow.log"
-    limits = {"VAE_MAX_BODY_MB": "1", "VAE_MAX_QUEUE": "2"}
-    with serve("--model", "sd-v1", "--weights", str(weights), log=log, **limits) as url:
-        yield Endpoint("sd-v1", url, AutoencoderKL.from_pretrained(weights), log)
+@pytest.fixture(scope="module", params=SERVERS)
+def narrow(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
+    """An endpoint that takes little at a time, and lets 16 requests wait."""
+    limits = {
+        "MAX_BODY_MB": 1,
+        "MAX_QUEUE": 16,
+        "PATIENCE": 0.5,
+        "MAX_PIXELS": 300_000,
+        "MAX_BATCH": 4,
+        "MAX_HELD_MB": 1.5,
+    }
+    environment = {f"VAE_{name}": str(value) for name, value in limits.items()} | {"DEVICE_SECONDS": "0.2"}
+    log = tmp_path_factory.mktemp("narrow") / "log"
+    with faulty_endpoint(request.param, "sd-v1", checkpoint("sd-v1"), log, **environment) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def guarded(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
+    """An endpoint that wants a token."""
+    log = tmp_path_factory.mktemp("guarded") / "log"
+    with faulty_endpoint(request.param, "sd-v1", checkpoint("sd-v1"), log, API_TOKEN=TOKEN) as endpoint:
+        yield endpoint
 
 
 def slow(endpoint: Endpoint) -> requests.Response:
-    """A request that takes the device a while: 1024x1024."""
-    return endpoint.post(torch.zeros(1, 4, 128, 128), output_type="pt", partial_postprocess=True)
+    return endpoint.post(endpoint.latents(), seed=SLOW)
 
 
-def test_a_body_over_the_limit_is_413_whether_it_says_its_length_or_not(narrow: Endpoint) -> None:
-    body = b"\0" * 1_500_000
-    for data in (body, iter([body[:700_000], body[700_000:]])):
-        response = requests.post(narrow.url, data=data, timeout=10)
-        assert response.status_code == 413
-        assert response.json() == {"error": "the body is larger than 1 MB, the limit here (VAE_MAX_BODY_MB)"}
-    assert narrow.post(narrow.latents()).ok
+def open_connection(endpoint: Endpoint) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(urlsplit(endpoint.url).netloc, timeout=20)
 
 
-def test_a_full_queue_answers_503_and_loses_nothing(narrow: Endpoint) -> None:
-    with ThreadPoolExecutor(12) as clients:
-        responses = list(clients.map(lambda _: slow(narrow), range(12)))
-    statuses = Counter(response.status_code for response in responses)
-    assert set(statuses) == {200, 503}
-    assert statuses[200] >= 3  # one on the device, two waiting
-    for response in responses:
-        if response.status_code == 503:
-            assert response.headers["Retry-After"] == "1"
-            assert "requests are waiting already" in response.json()["error"]
-    assert narrow.post(narrow.latents()).ok
+def metric(endpoint: Endpoint, name: str) -> float:
+    text = requests.get(f"{endpoint.url}/metrics", timeout=5).text
+    return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
 
 
-def test_work_of_a_client_that_is_gone_is_dropped(narrow: Endpoint) -> None:
-    with ThreadPoolExecutor(1) as client:
-        busy = client.submit(slow, narrow)
-        wait_for_metrics(narrow, "inf_batch_current_size 1")
-        gone = http.client.HTTPConnection(urlsplit(narrow.url).netloc)
-        gone.request("POST", "/?shape=1&shape=4&shape=8&shape=8&dtype=float32", body=bytes(1024))
-        wait_for_metrics(narrow, "inf_queue_size 1")
-        gone.close()
-        wait_for_metrics(narrow, "inf_queue_size 0")
-        assert not busy.done()
-        assert busy.result().ok
-    assert "Traceback" not in narrow.log.read_text()
-
-
-def wait_for_metrics(endpoint: Endpoint, line: str) -> None:
+def wait_for_metric(endpoint: Endpoint, name: str, value: float) -> None:
     deadline = time.monotonic() + 20
-    while line not in (metrics := requests.get(f"{endpoint.url}/metrics", timeout=5).text):
-        assert time.monotonic() < deadline, metrics
+    while metric(endpoint, name) != value:
+        assert time.monotonic() < deadline, f"{name} is {metric(endpoint, name)}"
         time.sleep(0.005)
+
+
+class TestSizes:
+    def test_a_body_over_the_limit_is_413_whether_it_says_its_length_or_not(self, narrow: Endpoint) -> None:
+        body = b"\0" * 1_500_000
+        for data in (body, iter([body[:700_000], body[700_000:]])):
+            response = requests.post(narrow.url, data=data, timeout=10)
+            assert response.status_code == 413
+            assert response.json() == {"error": "the body is larger than 1 MB, the limit here (VAE_MAX_BODY_MB)"}
+        assert narrow.post(narrow.latents()).ok
+
+    @pytest.mark.parametrize(
+        ("tensor", "message"),
+        [
+            (torch.zeros(1, 4, 64, 80), r"\[1, 4, 64, 80\] is 327680 pixels; at most 300000 .*\(VAE_MAX_PIXELS\)"),
+            (torch.zeros(3, 4, 40, 40), r"\[3, 4, 40, 40\] is 307200 pixels; at most 300000 .*\(VAE_MAX_PIXELS\)"),
+            (torch.zeros(5, 4, 1, 1), r"a batch of 5; at most 4, the limit here \(VAE_MAX_BATCH\)"),
+            (torch.zeros(1, 3, 512, 640, dtype=torch.uint8), "327680 pixels; at most 300000"),
+        ],
+    )
+    def test_a_tensor_of_too_many_pixels(self, narrow: Endpoint, tensor: torch.Tensor, message: str) -> None:
+        response = narrow.post(tensor, output_type="pt")
+        assert response.status_code == 413
+        assert re.search(message, response.json()["error"]), response.json()
+
+    @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+    def test_a_picture_of_too_many_pixels_is_not_decoded(self, narrow: Endpoint, image_format: str) -> None:
+        buffer = io.BytesIO()
+        Image.new("RGB", (640, 512)).save(buffer, format=image_format)
+        response = requests.post(narrow.url, data=buffer.getvalue(), timeout=10)
+        message = "640x512 pixels; at most 300000 in one request, the limit here (VAE_MAX_PIXELS)"
+        assert (response.status_code, response.json()) == (413, {"error": message})
+
+    def test_a_decompression_bomb_takes_no_memory(self, narrow: Endpoint) -> None:
+        before = metric(narrow, "process_resident_memory_bytes")
+        response = requests.post(narrow.url, data=png_bomb(30_000), timeout=10)
+        assert response.status_code == 413
+        assert response.json()["error"].startswith("30000x30000 pixels; at most 300000")
+        assert metric(narrow, "process_resident_memory_bytes") - before < 100e6  # decoded it takes 2.7 GB
+
+    def test_bodies_count_together_while_they_come(self, narrow: Endpoint) -> None:
+        halves = [open_connection(narrow) for _ in range(2)]
+        for connection in halves:
+            connection.putrequest("POST", "/")
+            connection.putheader("Content-Length", "1000000")
+            connection.endheaders(b"\0" * 700_000)
+        wait_for_metric(narrow, "vae_held_bytes", 1_400_000)
+        response = requests.post(narrow.url, data=b"\0" * 200_000, timeout=10)
+        assert response.status_code == 503
+        message = "requests hold 1.5 MB already (VAE_MAX_HELD_MB); try again soon"
+        assert (response.json(), response.headers["Retry-After"]) == ({"error": message}, "1")
+        for connection in halves:
+            connection.close()
+        wait_for_metric(narrow, "vae_held_bytes", 0)
+        assert narrow.post(narrow.latents()).ok
+
+
+def png_bomb(side: int) -> bytes:
+    """A PNG of side x side black pixels, a few bytes of which are there."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * (side * 3 + 1) * 10, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+class TestValues:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 3, 64, 64)])
+    def test_what_is_no_number_is_refused(self, narrow: Endpoint, value: float, shape: tuple[int, ...]) -> None:
+        tensor = torch.zeros(shape)
+        tensor[0, 1, 2, 3] = value
+        response = narrow.post(tensor)
+        assert response.status_code == 422
+        assert response.json()["error"].startswith("the tensor holds NaN or infinity")
+
+    def test_scaling_out_of_range(self, narrow: Endpoint) -> None:
+        response = narrow.post(narrow.latents(), scaling_factor=1e-38, shift_factor=3e38)
+        assert (response.status_code, response.json()["error"][:33]) == (422, "the tensor holds NaN or infinity,")
+        response = narrow.post(torch.zeros(1, 3, 64, 64), shift_factor=-3e38, scaling_factor=10)
+        assert (response.status_code, response.json()["error"][:20]) == (422, "`scaling_factor`, `s")
+
+    @pytest.mark.parametrize(
+        "content_type", ["text/html", "image/gif", "image/tiff", "video/webm", "multipart/form-data"]
+    )
+    def test_another_content_type_is_415(self, narrow: Endpoint, content_type: str) -> None:
+        response = narrow.post(narrow.latents(), headers={"Content-Type": content_type})
+        assert response.status_code == 415
+        assert response.json()["error"].startswith(f"Content-Type '{content_type}' is not taken; send none, or one of")
+
+    @pytest.mark.parametrize("content_type", ["application/octet-stream", "application/x-www-form-urlencoded", ""])
+    def test_a_content_type_that_says_nothing_is_taken(self, narrow: Endpoint, content_type: str) -> None:
+        assert narrow.post(narrow.latents(), headers={"Content-Type": content_type}).ok
+
+
+class TestManyAtATime:
+    def test_a_full_queue_answers_503_and_loses_nothing(self, narrow: Endpoint) -> None:
+        with ThreadPoolExecutor(30) as clients:
+            responses = list(clients.map(lambda _: slow(narrow), range(30)))
+        statuses = Counter(response.status_code for response in responses)
+        assert set(statuses) == {200, 503}
+        assert statuses[200] >= 16
+        for response in responses:
+            if response.status_code == 503:
+                assert response.headers["Retry-After"] == "1"
+                assert "requests are waiting already" in response.json()["error"]
+        assert narrow.post(narrow.latents()).ok
+
+    def test_work_of_a_client_that_is_gone_is_dropped(self, narrow: Endpoint) -> None:
+        with ThreadPoolExecutor(1) as client:
+            busy = client.submit(slow, narrow)
+            wait_for_metric(narrow, "inf_batch_current_size", 1)
+            gone = open_connection(narrow)
+            gone.request("POST", "/?shape=1&shape=4&shape=8&shape=8&dtype=float32", body=bytes(1024))
+            wait_for_metric(narrow, "inf_queue_size", 1)
+            gone.close()
+            wait_for_metric(narrow, "inf_queue_size", 0)
+            assert not busy.done()
+            assert busy.result().ok
+        assert "Traceback" not in narrow.log.read_text()
+
+    def test_two_hundred_connections_are_all_answered(self, narrow: Endpoint) -> None:
+        inputs = [narrow.latents(height=16, width=16, seed=seed) for seed in range(200)]
+
+        def persist(latents: torch.Tensor) -> bytes:
+            """Tries until it is let in."""
+            while (response := narrow.post(latents, output_type="pt")).status_code == 503:
+                time.sleep(int(response.headers["Retry-After"]))
+            return response.content
+
+        with ThreadPoolExecutor(200) as clients:
+            answers = list(clients.map(persist, inputs))
+        for latents, answer in zip(inputs, answers, strict=True):
+            expected = narrow.decoded(latents * narrow.vae.config.scaling_factor)
+            decoded = torch.frombuffer(bytearray(answer), dtype=torch.float32).view(expected.shape)
+            torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
+
+    def test_requests_in_a_row_on_one_connection_are_answered_in_order(self, narrow: Endpoint) -> None:
+        body = bytes(4 * 4 * 8 * 8)
+        good = b"POST /?shape=1&shape=4&shape=8&shape=8&dtype=float32&output_type=pt HTTP/1.1\r\nHost: x\r\n"
+        good += b"Content-Length: %d\r\n\r\n" % len(body) + body
+        wrong = good.replace(b"float32", b"float64")
+        foreign = good.replace(b"Host: x", b"Host: x\r\nContent-Type: text/html")  # refused before its body is read
+        with socket.create_connection(("127.0.0.1", urlsplit(narrow.url).port), timeout=20) as connection:
+            connection.sendall(good + wrong + foreign + good)
+            with connection.makefile("rb") as answers:
+                statuses = [read_status(answers) for _ in range(4)]
+        assert statuses == [200, 400, 415, 200]
+
+
+def read_status(answers: BinaryIO) -> int:
+    """Reads one answer off a connection."""
+    status = int(answers.readline().split()[1])
+    headers = http.client.parse_headers(answers)
+    answers.read(int(headers["Content-Length"]))
+    return status
+
+
+class TestToken:
+    def test_every_post_needs_it(self, guarded: Endpoint) -> None:
+        for path in ("/", "/predict", "/decode", "/encode"):
+            for header in (
+                {},
+                {"Authorization": "Bearer wrong"},
+                {"Authorization": TOKEN},
+                {"Authorization": "Bearer "},
+            ):
+                response = guarded.post(guarded.latents(), path, headers=header)
+                assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+                assert "Authorization: Bearer <token>" in response.json()["error"]
+
+    def test_with_it_the_service_is_open(self, guarded: Endpoint) -> None:
+        for scheme in ("Bearer", "bearer"):
+            assert guarded.post(guarded.latents(), headers={"Authorization": f"{scheme} {TOKEN}"}).ok
+
+    def test_health_stays_open(self, guarded: Endpoint) -> None:
+        for path in ("/", "/health"):
+            assert requests.get(guarded.url + path, timeout=5).text == "Ok"
+
+    def test_it_is_never_logged(self, guarded: Endpoint) -> None:
+        guarded.post(guarded.latents(), headers={"Authorization": f"Bearer {TOKEN}"})
+        assert TOKEN not in guarded.log.read_text()

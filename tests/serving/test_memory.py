@@ -21,7 +21,11 @@ VIDEO = Layout("video", latent_channels=16, vae_scale_factor=8, frame_factor=4)
     ],
 )
 def test_the_best_mode_that_fits_comes_first(batch: int, free: int, expected: list[Mode]) -> None:
-    assert choose_modes(Estimate(full=100, reduced=50, tiled=10), batch, free) == expected
+    assert choose_modes(Estimate(full=100, reduced=50, tiled=10), batch, free, capacity=1000) == expected
+
+
+def test_what_needs_more_than_the_whole_device_has_no_mode() -> None:
+    assert choose_modes(Estimate(full=100, reduced=50, tiled=10), batch=1, free=9, capacity=9) == []
 
 
 def test_estimates_grow_with_the_pixels_of_the_result() -> None:

@@ -133,8 +133,8 @@ class TestBatches:
         together = pipeline.forward(pipeline.vae, batch)
         alone = [pipeline.forward(pipeline.vae, [work])[0] for work in batch]
         for one, other in zip(together, alone, strict=True):
-            tolerance = 1 if one.tensor.dtype == torch.uint8 else BATCH_TOLERANCE  # 1: on the edge of rounding
-            torch.testing.assert_close(one.tensor, other.tensor, atol=tolerance, rtol=0)
+            tolerance = 1 if one.value.dtype == torch.uint8 else BATCH_TOLERANCE  # 1: on the edge of rounding
+            torch.testing.assert_close(one.value, other.value, atol=tolerance, rtol=0)
 
     def test_many_different_requests_at_once_each_get_their_own_answer(self, handler: EndpointHandler) -> None:
         handler.pipeline.workers._batch_limit = 4 * 32 * 48
@@ -187,13 +187,22 @@ class TestMemory:
         monkeypatch.setattr(vae.model, "decode", decode)
         assert vae.decode(torch.zeros(2, 4, 8, 8))[1] is Mode.FULL
 
-    def test_what_never_fits_is_refused(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_can_never_fit_is_refused_with_its_estimate(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("handlers.serving.vae.total_memory", lambda device: 10**9)
+        monkeypatch.setattr(vae.model, "decode", lambda z, **options: pytest.fail("it ran"))
+        message = r"`shape` \[1, 4, 2048, 2048\] takes about 9.8 GB of memory even in tiles, and this device has 1.0 GB"
+        with pytest.raises(RequestError, match=message) as refused:
+            vae.decode(torch.zeros(1, 4, 2048, 2048))
+        assert refused.value.status == 422
+
+    def test_what_fits_no_more_is_refused(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
         def always_short(z: torch.Tensor, **options: object) -> object:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
         monkeypatch.setattr(vae.model, "decode", always_short)
-        with pytest.raises(RequestError, match=r"`shape` \[1, 4, 8, 8\] does not fit .* not even in tiles"):
+        with pytest.raises(RequestError, match=r"\[1, 4, 8, 8\] takes about .* does not have free now") as refused:
             vae.decode(torch.zeros(1, 4, 8, 8))
+        assert refused.value.status == 503
 
     def test_another_error_is_no_lack_of_memory(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(z: torch.Tensor, **options: object) -> object:

@@ -3,6 +3,7 @@ import time
 
 import pytest
 
+from handlers.serving import worker
 from handlers.serving.errors import RequestError
 from handlers.serving.worker import DeviceWorkers
 
@@ -13,13 +14,20 @@ class Device:
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.go = threading.Semaphore(0)
+        self.alive = True
 
-    def __call__(self, work: list[int]) -> list[int]:
+    def run(self, work: list[int]) -> list[int]:
         self.batches.append(work)
         assert self.go.acquire(timeout=10)
         if 13 in work:
             raise ValueError("thirteen")
+        if 666 in work:
+            self.alive = False
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return [number * 2 for number in work]
+
+    def is_alive(self) -> bool:
+        return self.alive
 
 
 def wait_until(condition) -> None:
@@ -35,7 +43,7 @@ def device() -> Device:
 
 
 def test_what_waits_together_goes_as_one_batch_in_order_and_within_the_limit(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=3, queue_limit=9)
+    workers = DeviceWorkers([device], batch_limit=3, timeout=60)
     first = workers.submit(0, "a", 1)
     wait_until(lambda: workers.running == 1)
     futures = [workers.submit(number, key, 1) for number, key in ((1, "a"), (2, "b"), (3, "a"), (4, "a"), (5, "a"))]
@@ -47,13 +55,13 @@ def test_what_waits_together_goes_as_one_batch_in_order_and_within_the_limit(dev
 
 
 def test_a_job_over_the_limit_goes_alone(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=3, queue_limit=9)
+    workers = DeviceWorkers([device], batch_limit=3, timeout=60)
     device.go.release(3)
     assert [workers.submit(number, "a", 9).result(10) for number in (1, 2)] == [2, 4]
 
 
 def test_one_that_fails_does_not_fail_its_batch(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=3, queue_limit=9)
+    workers = DeviceWorkers([device], batch_limit=3, timeout=60)
     workers.submit(0, "a", 1)
     wait_until(lambda: workers.running == 1)
     good, bad, good_too = (workers.submit(number, "a", 1) for number in (1, 13, 2))
@@ -64,7 +72,7 @@ def test_one_that_fails_does_not_fail_its_batch(device: Device) -> None:
 
 
 def test_cancelled_work_never_reaches_the_device(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=0, queue_limit=9)
+    workers = DeviceWorkers([device], batch_limit=0, timeout=60)
     workers.submit(0, "a", 1)
     wait_until(lambda: workers.running == 1)
     gone, here = workers.submit(1, "a", 1), workers.submit(2, "a", 1)
@@ -83,14 +91,14 @@ def test_work_is_never_compared() -> None:
         def __eq__(self, other: object) -> bool:
             raise RuntimeError("ambiguous")
 
-    workers = DeviceWorkers([lambda work: work], batch_limit=9, queue_limit=99)
+    workers = DeviceWorkers([worker.Device(lambda work: work, lambda: True)], batch_limit=9, timeout=60)
     futures = [workers.submit(Incomparable(number), number % 2, 1) for number in range(20)]
     assert [int(future.result(10)) for future in futures] == list(range(20))
 
 
 def test_every_device_works() -> None:
     devices = [Device(), Device()]
-    workers = DeviceWorkers(devices, batch_limit=9, queue_limit=99)
+    workers = DeviceWorkers(devices, batch_limit=9, timeout=60)
     futures = [workers.submit(1, object(), 1) for _ in range(2)]
     wait_until(lambda: workers.running == 2)
     for device in devices:
@@ -99,14 +107,100 @@ def test_every_device_works() -> None:
     assert [device.batches for device in devices] == [[[1]], [[1]]]
 
 
-def test_a_full_queue_says_so_and_takes_work_again_when_there_is_room(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=0, queue_limit=2)
+def test_small_work_passes_large_work_that_came_just_before_and_large_work_gets_its_turn() -> None:
+    order, go = [], threading.Event()
+
+    def run(work: list[int]) -> list[int]:
+        assert go.wait(10)
+        order.extend(work)
+        time.sleep(work[0] * 1e-3)
+        return work
+
+    workers = DeviceWorkers([worker.Device(run, lambda: True)], batch_limit=0, timeout=60)
+    go.set()
+    workers.submit(100, object(), 100).result(10)  # from here on a size of 1 is known to take a millisecond
+    go.clear()
+    order.clear()
+    first = workers.submit(1, "first", 1)
+    wait_until(lambda: workers.running == 1)
+    large = workers.submit(300, "large", 300)
+    small = workers.submit(2, "small", 2)
+    time.sleep(0.4)
+    late = workers.submit(3, "late", 3)
+    go.set()
+    for future in (first, large, small, late):
+        future.result(10)
+    assert order == [1, 2, 300, 3]
+
+
+@pytest.mark.parametrize("batch_limit", [0, 9])
+def test_a_lost_device_is_a_problem_and_nobody_waits_for_it(device: Device, batch_limit: int) -> None:
+    workers = DeviceWorkers([device], batch_limit, timeout=60)
+    assert workers.problem is None
     workers.submit(0, "a", 1)
     wait_until(lambda: workers.running == 1)
-    futures = [workers.submit(number, "a", 1) for number in (1, 2)]
-    with pytest.raises(RequestError, match="2 requests are waiting already") as refused:
+    futures = [workers.submit(number, "a", 1) for number in (1, 666, 2)]
+    device.go.release(9)
+    answers = []
+    for future in futures:
+        try:
+            answers.append(future.result(10))
+        except RequestError as error:
+            answers.append((str(error), error.status))
+    lost = ("device 0 is lost; try again soon", 503)
+    assert answers == ([2, lost, lost] if batch_limit == 0 else [lost, lost, lost])
+    assert workers.problem == "device 0 is lost"
+    with pytest.raises(RequestError, match="device 0 is lost"):
         workers.submit(3, "a", 1)
-    assert refused.value.status == 503
-    device.go.release(4)
-    assert [future.result(10) for future in futures] == [2, 4]
-    assert workers.submit(4, "a", 1).result(10) == 8
+
+
+def test_a_thread_that_ends_is_a_lost_device() -> None:
+    def leave(work: list[int]) -> list[int]:
+        raise SystemExit
+
+    workers = DeviceWorkers([worker.Device(leave, lambda: True)], batch_limit=0, timeout=60)
+    with pytest.raises(RequestError, match="device 0 is lost"):
+        workers.submit(1, "a", 1).result(10)
+    assert workers.problem == "device 0 is lost"
+
+
+def test_the_other_devices_go_on() -> None:
+    devices = [Device(), Device()]
+    workers = DeviceWorkers(devices, batch_limit=0, timeout=60)
+    futures = {number: workers.submit(number, object(), 1) for number in (1, 666)}
+    wait_until(lambda: workers.running == 2)
+    for device in devices:
+        device.go.release(9)
+    assert futures[1].result(10) == 2
+    with pytest.raises(RequestError, match="is lost"):
+        futures[666].result(10)
+    assert workers.problem in ("device 0 is lost", "device 1 is lost")
+    assert [workers.submit(number, object(), 1).result(10) for number in (2, 3)] == [4, 6]
+
+
+def test_a_device_that_does_not_come_to_an_end_is_a_problem(device: Device) -> None:
+    workers = DeviceWorkers([device], batch_limit=0, timeout=0.01)
+    future = workers.submit(1, "a", 1)
+    wait_until(lambda: workers.problem)
+    assert workers.problem == "a device does not come to an end"
+    device.go.release()
+    assert future.result(10) == 2
+    wait_until(lambda: workers.problem is None)
+
+
+def test_closing_finishes_what_it_can_and_refuses_the_rest(device: Device) -> None:
+    workers = DeviceWorkers([device], batch_limit=0, timeout=60)
+    futures = [workers.submit(number, "a", 1) for number in range(3)]
+    wait_until(lambda: workers.running == 1)
+    workers.close(grace=0.2)
+    assert workers.problem == "the service is shutting down"
+    with pytest.raises(RequestError, match="the service is shutting down; try again soon"):
+        workers.submit(4, "a", 1)
+    device.go.release()
+    assert futures[0].result(10) == 0
+    for future in futures[1:]:  # one on the device, one waiting
+        with pytest.raises(RequestError, match="the service is shutting down; try again soon") as refused:
+            future.result(10)
+        assert refused.value.status == 503
+    device.go.release()  # its thread lives on, and what it brings is dropped
+    wait_until(lambda: workers.running == 0)

@@ -1,6 +1,7 @@
 """Stands in for the Inference Toolkit: loads `handler.py` as it does, in an app whose `POST /` is taken."""
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -38,6 +39,7 @@ async def predict(request: Request) -> Response:
     return JSONResponse({"error": "the stand-in's own route answered"}, status_code=400)
 
 
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)  # as the toolkit does
 app = Starlette(
     routes=[
         Route("/", health, methods=["GET"]),

@@ -1,0 +1,90 @@
+"""What is known of each request afterwards: its id, one line in the log, the counters of `/metrics`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable, Collection
+from time import perf_counter
+from uuid import uuid4
+
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from handlers.serving import metrics
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+"""Ids that are taken from a client; for others, which might forge lines of a log, a new one is made."""
+
+
+NO_ANSWER = 499
+"""What nginx logs where the client was gone first."""
+
+DRAIN_SECONDS = 1
+"""How long the rest of a body is read, and forgotten, before an answer that did not need it.
+
+Else a client that is still sending may not see the answer, and on the same connection uvicorn may not see the next
+request. What comes later uvicorn throws away.
+"""
+
+OnCrash = Callable[[Request, Exception], Awaitable[Response]]
+
+
+class AccessLog:
+    """ASGI middleware. What `request.state.record` (a dictionary) gathers on the way is part of the line."""
+
+    def __init__(self, app: ASGIApp, model: str, routes: Collection[str], on_crash: OnCrash) -> None:
+        """`routes` are the paths that are counted by name; `on_crash` gives the answer when there is none."""
+        self.app = app
+        self.model = model
+        self.routes = routes
+        self.on_crash = on_crash
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        record = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:100], "status": NO_ANSWER}
+        scope.setdefault("state", {})["record"] = record
+        start, sent, received, complete = perf_counter(), 0, 0, False
+
+        async def counted() -> Message:
+            nonlocal received, complete
+            message = await receive()
+            received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            return message
+
+        async def observed(message: Message) -> None:
+            nonlocal sent
+            if message["type"] == "http.response.start":
+                with anyio.move_on_after(DRAIN_SECONDS):
+                    while not complete:
+                        await counted()
+                record["status"] = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+            sent += len(message.get("body", b""))
+
+        try:
+            await self.app(scope, counted, observed)
+        except Exception as error:
+            if record["status"] != NO_ANSWER:  # it has begun, and cannot be taken back
+                raise
+            response = await self.on_crash(Request(scope), error)
+            await response(scope, counted, observed)
+        finally:
+            route = scope["path"] if scope["path"] in self.routes else "other"
+            metrics.REQUESTS.labels(route, self.model, record["status"]).inc()
+            metrics.RECEIVED.inc(received)
+            metrics.SENT.inc(sent)
+            record |= {"received_bytes": received, "sent_bytes": sent, "ms": round((perf_counter() - start) * 1000, 1)}
+            quiet = scope["method"] in ("GET", "HEAD") and record["status"] == 200  # probes, every few seconds
+            logger.log(logging.DEBUG if quiet else logging.INFO, json.dumps(record))

@@ -1,0 +1,77 @@
+"""What a request may cost, in one place: each limit, its default, and the check that enforces it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from handlers.serving.errors import RequestError
+
+
+class Limits(BaseModel):
+    """`VAE_<NAME>` in the environment sets each of these."""
+
+    model_config = ConfigDict(frozen=True)
+
+    max_body_mb: Annotated[float, Field(gt=0)] = 512
+    """Megabytes of a request's body; a minute of 720p video as uint8 pixels is about this much."""
+    max_held_mb: Annotated[float, Field(gt=0)] = 2048
+    """Megabytes of the bodies of all requests that are in the service at a time."""
+    max_pixels: Annotated[int, Field(ge=1)] = 128_000_000
+    """Pixels of a request, all pictures of a batch and all frames counted: 139 frames of 1280x720, or 11313x11313."""
+    max_frames: Annotated[int, Field(ge=1)] = 257
+    """Frames of a video; ten seconds at 24 frames a second are 241."""
+    max_batch: Annotated[int, Field(ge=1)] = 64
+    """Pictures or videos in one request."""
+    max_queue: Annotated[int, Field(ge=1)] = 64
+    """Requests in the service whose body is there, beside those on a device. One more waits for `patience`."""
+    patience: Annotated[float, Field(ge=0)] = 1
+    """Seconds that a request waits for one of these places before it is told to come back (503).
+
+    Without it a crowd of clients that come back at once, or all after a second, would keep the service busy refusing
+    them, or the device idle.
+    """
+    timeout: Annotated[float, Field(gt=0)] = 300
+    """Seconds from the first byte of a request until its answer is ready."""
+    grace: Annotated[float, Field(ge=0)] = 20
+    """Seconds after SIGTERM in which requests that are in are still finished; Kubernetes kills after 30."""
+
+    def check_body(self, size: int) -> None:
+        """Bytes of a body, counted as they come."""
+        if size > self.max_body_mb * 1e6:
+            raise _too_large(f"the body is larger than {self.max_body_mb:g} MB", "VAE_MAX_BODY_MB")
+
+    def check_held(self, size: int) -> None:
+        """Bytes of all bodies together."""
+        if size > self.max_held_mb * 1e6:
+            raise RequestError(f"requests hold {self.max_held_mb:g} MB already (VAE_MAX_HELD_MB); try again soon", 503)
+
+    def check_picture(self, width: int, height: int, frames: int = 1) -> None:
+        """A picture, or the first so many frames of a video, before their pixels are decoded."""
+        self._check_frames(frames)
+        self._check_pixels(width * height * frames, f"{width}x{height} pixels" + _of_frames(frames))
+
+    def check_batch(self, shape: Sequence[int], frames: int, pixels: int) -> None:
+        """A batch of tensors of this shape, before anything is made of it; frames and pixels of each of its items."""
+        if shape[0] > self.max_batch:
+            raise _too_large(f"`shape`: a batch of {shape[0]}; at most {self.max_batch}", "VAE_MAX_BATCH")
+        self._check_frames(frames)
+        self._check_pixels(shape[0] * pixels, f"`shape` {list(shape)} is {shape[0] * pixels} pixels")
+
+    def _check_frames(self, frames: int) -> None:
+        if frames > self.max_frames:
+            raise _too_large(f"a video of {frames} frames or more; at most {self.max_frames}", "VAE_MAX_FRAMES")
+
+    def _check_pixels(self, pixels: int, what: str) -> None:
+        if pixels > self.max_pixels:
+            raise _too_large(f"{what}; at most {self.max_pixels} in one request", "VAE_MAX_PIXELS")
+
+
+def _of_frames(frames: int) -> str:
+    return f" in {frames} frames" if frames > 1 else ""
+
+
+def _too_large(message: str, variable: str) -> RequestError:
+    return RequestError(f"{message}, the limit here ({variable})", 413)

@@ -1,0 +1,248 @@
+"""What goes wrong inside, at each stage: the client is answered, and the service goes on or says that it cannot.
+
+Alone, and in the Inference Toolkit.
+"""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import requests
+
+from tests.conftest import SERVERS, Endpoint, faulty_endpoint
+from tests.faulty_server import (
+    BUG,
+    DEVICE_LOST,
+    DISK_FULL,
+    NEVER_ENOUGH,
+    NOT_FINITE,
+    OUT_OF_MEMORY,
+    OUTPUT_HANGS,
+    PAYLOAD_BUG,
+    PAYLOAD_HANGS,
+    SLOW,
+    THREAD_ENDS,
+)
+from tests.serving.test_limits import metric, open_connection, wait_for_metric
+
+TIMEOUT = 2
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def faulty(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
+    """An endpoint in which things go wrong on request, with a short deadline."""
+    log = tmp_path_factory.mktemp("faulty") / "log"
+    environment = {"VAE_TIMEOUT": str(TIMEOUT), "DEVICE_SECONDS": "1.5"}
+    with faulty_endpoint(request.param, "sd-v1", checkpoint("sd-v1"), log, **environment) as endpoint:
+        yield endpoint
+
+
+Start = Callable[..., Endpoint]
+
+
+@pytest.fixture(params=SERVERS)
+def start(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[Start]:
+    """Starts one for this test alone, which may break it."""
+    running = []
+
+    def start(**environment: str) -> Endpoint:
+        context = faulty_endpoint(request.param, "sd-v1", checkpoint("sd-v1"), tmp_path / "log", **environment)
+        running.append(context)
+        return context.__enter__()
+
+    yield start
+    for context in running:
+        context.__exit__(None, None, None)
+
+
+def ask(endpoint: Endpoint, fault: int | None = None) -> requests.Response:
+    return endpoint.post(endpoint.latents(), output_type="pt", **({} if fault is None else {"seed": fault}))
+
+
+def health(endpoint: Endpoint) -> tuple[int, str]:
+    response = requests.get(f"{endpoint.url}/health", timeout=5)
+    return response.status_code, response.text
+
+
+class TestOneRequest:
+    """It fails; the next one works, and the service is as healthy as before."""
+
+    @pytest.mark.parametrize("fault", [PAYLOAD_BUG, BUG, DISK_FULL])
+    def test_a_fault_of_ours_is_500_with_an_id_and_no_details(self, faulty: Endpoint, fault: int) -> None:
+        response = faulty.post(faulty.latents(), seed=fault, headers={"X-Request-Id": f"fault-{fault}"})
+        message = "the service failed on this request; its log says why"
+        assert (response.status_code, response.json()) == (500, {"error": message, "request_id": f"fault-{fault}"})
+        assert f"request fault-{fault} failed" in faulty.log.read_text()
+        self.assert_well(faulty)
+
+    @pytest.mark.parametrize("fault", [PAYLOAD_HANGS, OUTPUT_HANGS])
+    def test_a_stage_that_hangs_is_504(self, faulty: Endpoint, fault: int) -> None:
+        response = ask(faulty, fault)
+        message = f"no answer within {TIMEOUT} s (VAE_TIMEOUT); send less at once"
+        assert (response.status_code, response.json()) == (504, {"error": message})
+        self.assert_well(faulty)
+
+    def test_waiting_ends_at_the_deadline_and_what_waited_is_dropped(self, faulty: Endpoint) -> None:
+        before = metric(faulty, "vae_batch_size_count")
+        with ThreadPoolExecutor(5) as clients:
+            statuses = Counter(answer.status_code for answer in clients.map(lambda _: ask(faulty, SLOW), range(5)))
+        assert set(statuses) <= {200, 504}
+        assert statuses[504] >= 4
+        wait_for_metric(faulty, "inf_batch_current_size", 0)
+        assert metric(faulty, "vae_batch_size_count") - before <= 2  # the second had begun when its time was over
+        self.assert_well(faulty)
+
+    def test_a_body_that_does_not_arrive_is_408(self, faulty: Endpoint) -> None:
+        connection = open_connection(faulty)
+        connection.putrequest("POST", "/")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"\0" * 10)
+        response = connection.getresponse()
+        message = {"error": f"the body did not arrive within {TIMEOUT} s (VAE_TIMEOUT)"}
+        assert (response.status, json.loads(response.read())) == (408, message)
+        connection.close()
+        assert metric(faulty, "vae_held_bytes") == 0
+        self.assert_well(faulty)
+
+    def test_out_of_memory_is_tried_one_step_down(self, faulty: Endpoint) -> None:
+        before = metric(faulty, "vae_out_of_memory_total")
+        response = ask(faulty, OUT_OF_MEMORY)
+        assert (response.status_code, response.headers["X-VAE-Mode"]) == (200, "tiled")
+        assert metric(faulty, "vae_out_of_memory_total") - before == 2
+        self.assert_well(faulty)
+
+    def test_memory_that_is_not_there_is_503(self, faulty: Endpoint) -> None:
+        response = ask(faulty, NEVER_ENOUGH)
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+        assert "takes about 0.0 GB of memory even in tiles, which this device does not have free" in response.text
+        self.assert_well(faulty)
+
+    def test_a_result_that_is_no_number_is_an_error_and_no_black_picture(self, faulty: Endpoint) -> None:
+        response = faulty.post(faulty.latents(), seed=NOT_FINITE)
+        assert response.status_code == 422
+        assert response.json()["error"].startswith("the VAE gives NaN or infinity for this decode request")
+        self.assert_well(faulty)
+
+    def test_clients_that_leave_at_any_stage_leave_nothing_behind(self, faulty: Endpoint) -> None:
+        latents = faulty.latents()
+        query = "shape=1&shape=4&shape=8&shape=12&dtype=float32"
+        head = f"POST /?{query}&seed={{}} HTTP/1.1\r\nHost: x\r\nContent-Length: {latents.nbytes}\r\n\r\n"
+        body = latents.numpy().tobytes()
+        normal, slow = head.format(1).encode(), head.format(SLOW).encode()
+        for sent, wait in (
+            (normal[:20], 0),  # in the head
+            (normal, 0.05),  # before the body
+            (normal + body[:100], 0.05),  # in the body
+            (slow + body, 0.3),  # on the device
+            (normal + body, 0),  # somewhere
+            (normal + body, 0.1),  # in the answer, or after it
+        ):
+            with socket.create_connection(("127.0.0.1", urlsplit(faulty.url).port)) as connection:
+                connection.sendall(sent)
+                time.sleep(wait)
+        wait_for_metric(faulty, "inf_batch_current_size", 0)
+        wait_for_metric(faulty, "vae_held_bytes", 0)
+        self.assert_well(faulty)
+
+    def assert_well(self, endpoint: Endpoint) -> None:
+        response = ask(endpoint)
+        assert (response.status_code, response.headers["X-VAE-Mode"]) == (200, "full")
+        assert health(endpoint) == (200, "Ok")
+
+
+class TestTheDevice:
+    @pytest.mark.parametrize("fault", [DEVICE_LOST, THREAD_ENDS])
+    def test_when_it_is_lost_everybody_is_told(self, start: Start, fault: int) -> None:
+        endpoint = start(DEVICE_SECONDS="0.7")
+        with ThreadPoolExecutor(4) as clients:
+            busy = clients.submit(ask, endpoint, SLOW)
+            wait_for_metric(endpoint, "inf_batch_current_size", 1)
+            doomed = clients.submit(ask, endpoint, fault)
+            wait_for_metric(endpoint, "inf_queue_size", 1)
+            waiting = [clients.submit(ask, endpoint) for _ in range(2)]
+            assert busy.result().ok
+            answers = [future.result() for future in (doomed, *waiting)]
+        for response in [*answers, ask(endpoint)]:
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+            assert response.json() == {"error": "device 0 is lost; try again soon"}
+        for path in ("/", "/health"):
+            response = requests.get(endpoint.url + path, timeout=5)
+            assert (response.status_code, response.json()) == (503, {"error": "device 0 is lost"})
+
+    def test_when_it_does_not_come_to_an_end_health_says_so(self, start: Start) -> None:
+        endpoint = start(DEVICE_SECONDS="3", VAE_TIMEOUT="0.5")
+        assert ask(endpoint, SLOW).status_code == 504
+        assert health(endpoint) == (200, "Ok")
+        time.sleep(1)
+        assert health(endpoint) == (503, '{"error":"a device does not come to an end"}')
+        time.sleep(2)
+        assert health(endpoint) == (200, "Ok")
+
+
+class TestSigterm:
+    def terminate(self, endpoint: Endpoint) -> psutil.Process:
+        """Sends it to the server's process."""
+        port = urlsplit(endpoint.url).port
+        processes = psutil.Process().children(recursive=True)
+        server = next(
+            process
+            for process in processes
+            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections())
+        )
+        os.kill(server.pid, signal.SIGTERM)
+        return server
+
+    def test_what_is_in_is_finished(self, start: Start) -> None:
+        endpoint = start(DEVICE_SECONDS="0.5")
+        kept = open_connection(endpoint)
+        with ThreadPoolExecutor(3) as clients:
+            answers = [clients.submit(ask, endpoint, SLOW) for _ in range(3)]
+            wait_for_metric(endpoint, "inf_queue_size", 2)
+            server = self.terminate(endpoint)
+            assert [future.result().status_code for future in answers] == [200, 200, 200]
+        with suppress(http.client.HTTPException, OSError):  # refused, or 503
+            kept.request("GET", "/health")
+            assert kept.getresponse().status == 503
+        kept.close()
+        with pytest.raises(requests.ConnectionError):
+            ask(endpoint)
+        assert server.wait(timeout=10) is not None
+
+    def test_what_is_not_finished_in_time_is_told_to_go_elsewhere(self, start: Start) -> None:
+        endpoint = start(DEVICE_SECONDS="4", VAE_GRACE="1")
+        with ThreadPoolExecutor(3) as clients:
+            answers = [clients.submit(ask, endpoint, SLOW) for _ in range(3)]
+            wait_for_metric(endpoint, "inf_queue_size", 2)
+            server = self.terminate(endpoint)
+            for future in answers:
+                response = future.result()
+                message = {"error": "the service is shutting down; try again soon"}
+                assert (response.status_code, response.json()) == (503, message)
+                assert response.headers["Retry-After"] == "1"
+        assert server.wait(timeout=10) is not None
+
+
+def test_nothing_is_written(start: Start, tmp_path: Path) -> None:
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    folders = {"HOME": str(home), "TMPDIR": str(temporary), "XDG_CACHE_HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    endpoint = start(**folders)
+    at_start = sorted(tmp_path.rglob("*"))
+    assert ask(endpoint).ok
+    assert endpoint.post(endpoint.latents(), image_format="png").ok
+    assert ask(endpoint, BUG).status_code == 500
+    assert sorted(tmp_path.rglob("*")) == at_start

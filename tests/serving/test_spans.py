@@ -1,0 +1,123 @@
+"""Frames that come span by span are those that diffusers gives at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from handlers import MODELS
+from handlers.serving.low_memory import reduced_peak
+from handlers.serving.spans import decode_spans
+from scripts.benchmark.peak import peak_bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors as small as these are done before a second thread has begun."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[[str], Path]) -> Any:
+    return diffusers.AutoencoderKLHunyuanVideo.from_pretrained(checkpoint("hunyuan-video")).eval()
+
+
+def latents(latent_frames: int, batch: int = 1, height: int = 16, width: int = 24) -> torch.Tensor:
+    shape = (batch, 16, latent_frames, height // 8, width // 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(latent_frames))
+
+
+@pytest.fixture
+def decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Latent frames of each span that the model has decoded."""
+    spans, forward = [], model.decoder.forward
+    monkeypatch.setattr(model.decoder, "forward", lambda z: spans.append(z.shape[2]) or forward(z))
+    return spans
+
+
+@pytest.fixture(params=["full", "reduced", "sliced", "tiled"])
+def mode(request: pytest.FixtureRequest, model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A way to run, as `VAE` sets the model to it; and tiles so small that these frames take six."""
+    monkeypatch.setattr(model, "use_slicing", request.param in ("sliced", "tiled"))
+    monkeypatch.setattr(model, "use_tiling", request.param == "tiled")
+    for side in ("height", "width"):
+        monkeypatch.setattr(model, f"tile_sample_min_{side}", 16)
+        monkeypatch.setattr(model, f"tile_sample_stride_{side}", 8)
+    with nullcontext() if request.param == "full" else reduced_peak(model):
+        yield request.param
+
+
+@pytest.mark.parametrize(
+    ("latent_frames", "spans"),
+    [
+        (1, [1]),
+        (2, [5]),
+        (5, [13, 4]),
+        (6, [13, 8]),
+        (7, [13, 12]),
+        (9, [13, 12, 8]),
+        (16, [13, 12, 12, 12, 12]),
+    ],
+)
+@torch.inference_mode()
+def test_bit_for_bit_what_diffusers_gives(model: Any, mode: str, latent_frames: int, spans: list[int]) -> None:
+    z = latents(latent_frames, batch=2 if mode == "sliced" else 1)
+    expected = model.decode(z, return_dict=False)[0]
+    result = list(decode_spans(model, z))
+    assert [frames.shape[2] for frames in result] == spans
+    assert torch.equal(torch.cat(result, dim=2), expected)
+
+
+@torch.inference_mode()
+def test_frames_are_there_before_the_next_are_decoded(model: Any, decoded: list[int]) -> None:
+    there = [(frames.shape[2], list(decoded)) for frames in decode_spans(model, latents(7))]
+    assert there == [(13, [5]), (12, [5, 4])]
+
+
+@torch.inference_mode()
+def test_a_span_without_frames_of_its_own_is_not_decoded(model: Any, decoded: list[int]) -> None:
+    list(decode_spans(model, latents(7)))
+    ours = decoded.copy()
+    model.decode(latents(7))
+    assert (ours, decoded[len(ours) :]) == ([5, 4], [5, 4, 1])
+
+
+@torch.inference_mode()
+def test_a_failure_midway_leaves_the_model_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = model.decode(latents(6)).sample
+    spans = decode_spans(model, latents(6))
+    next(spans)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder, "forward", lambda z: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(spans)
+    assert torch.equal(model.decode(latents(6)).sample, expected)
+
+
+@pytest.mark.parametrize("key", ["sd-v1", "tiny"])
+@torch.inference_mode()
+def test_a_picture_is_one_span(key: str) -> None:
+    handler = MODELS[key]
+    model = getattr(diffusers, handler.vae_class).from_config(handler.published_config).eval()
+    z = torch.zeros(1, handler.published_config["latent_channels"], 4, 4)
+    (pixels,) = decode_spans(model, z)
+    assert torch.equal(pixels, model.decode(z).sample)
+
+
+def test_the_peak_does_not_grow_with_the_video(model: Any) -> None:
+    """Of what lives on the device, where each span is made into uint8 and taken away."""
+
+    def peak(z: torch.Tensor) -> int:
+        return peak_bytes(lambda: [len((frames * 255).to(torch.uint8)) for frames in decode_spans(model, z)])
+
+    with torch.inference_mode():
+        assert peak(latents(16)) == peak(latents(9))
