@@ -16,6 +16,7 @@ class Tiny(EndpointHandler):
     license = "apache-2.0"
     license_link = "https://www.apache.org/licenses/LICENSE-2.0"
     weights_mb = 5
+    values_per_pixel = (52, 45)  # measured: 52 and 36 at 512x512, and on a CPU the workspaces of its convolutions
     published_config = {
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,

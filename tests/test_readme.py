@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from handlers.serving import metrics
+from handlers.serving.limits import Limits
 from scripts.local_server import ROOT
 from tests.conftest import Endpoint
 
@@ -57,3 +59,21 @@ def test_models_table_is_the_one_of_the_code() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for key, factor in re.findall(r"^\| `([a-z0-9-]+)` \|.*\| ([0-9.]+)", README, re.MULTILINE):
         assert re.search(rf"^ *{key} .* {factor} ", result.stdout, re.MULTILINE), (key, factor)
+
+
+def test_limits_are_those_of_the_code_with_their_defaults() -> None:
+    table = README[README.index("**Limits.**") : README.index("**Health.**")]
+    rows = re.findall(r"^\| (`VAE_.*?) \| .* \| ([\d., ]+) \|$", table, re.MULTILINE)
+    shown = {
+        name: default
+        for names, defaults in rows
+        for name, default in zip(re.findall(r"VAE_(\w+)", names), defaults.split(", "), strict=True)
+    }
+    assert shown == {name.upper(): str(field.default) for name, field in Limits.model_fields.items()}
+
+
+def test_metrics_are_those_of_the_code() -> None:
+    text = metrics.exposition().decode()
+    there = set(re.findall(r"^# TYPE ((?:vae|inf)_\w+)", text, re.MULTILINE))
+    table = README[README.index("**Metrics.**") : README.index("Worth an alert")]
+    assert set(re.findall(r"(?:vae|inf)_\w+", table)) == there

@@ -7,8 +7,11 @@ import pytest
 from PIL import Image
 
 from handlers.serving.errors import RequestError
+from handlers.serving.limits import Limits
 from handlers.serving.output import write_mp4
 from handlers.serving.payload import read_image, read_video, sniff, upright_rgb
+
+LIMITS = Limits()
 
 
 def test_exif_orientation_is_applied() -> None:
@@ -18,7 +21,7 @@ def test_exif_orientation_is_applied() -> None:
     exif[0x0112] = 6  # to be turned a quarter clockwise
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", exif=exif)
-    upright = upright_rgb(read_image(buffer.getvalue()))
+    upright = upright_rgb(read_image(buffer.getvalue(), LIMITS))
     assert upright.size == (8, 16)
     assert (upright.getpixel((4, 1)), upright.getpixel((4, 14))) == ((0, 0, 255), (255, 0, 0))
 
@@ -48,14 +51,14 @@ def test_transparent_palette() -> None:
     image.putpalette([10, 20, 30])
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", transparency=0)
-    assert (np.asarray(upright_rgb(read_image(buffer.getvalue()))) == 255).all()
+    assert (np.asarray(upright_rgb(read_image(buffer.getvalue(), LIMITS))) == 255).all()
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
 def test_broken_exif_is_no_obstacle(image_format: str) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, format=image_format, exif=b"Exif\0\0junk that is no TIFF")
-    assert upright_rgb(read_image(buffer.getvalue())).size == (8, 8)
+    assert upright_rgb(read_image(buffer.getvalue(), LIMITS)).size == (8, 8)
 
 
 def mp4(frames: int = 2, rotation: int = 0, title: bytes = b"") -> bytes:
@@ -71,14 +74,14 @@ def mp4(frames: int = 2, rotation: int = 0, title: bytes = b"") -> bytes:
 
 
 def test_video_is_turned_as_it_is_shown() -> None:
-    upright = read_video(mp4(rotation=90))
+    upright = read_video(mp4(rotation=90), LIMITS)
     assert [frame.size for frame in upright] == [(32, 64), (32, 64)]
     red, black = upright[0].getpixel((16, 8)), upright[0].getpixel((16, 56))
     assert red[0] > 200 > 50 > black[0]
 
 
 def test_metadata_that_is_no_utf_8_is_no_obstacle() -> None:
-    assert len(read_video(mp4(title=b"Caf\xe9"))) == 2
+    assert len(read_video(mp4(title=b"Caf\xe9"), LIMITS)) == 2
 
 
 def test_a_file_without_video_says_so() -> None:
@@ -90,9 +93,44 @@ def test_a_file_without_video_says_so() -> None:
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     with pytest.raises(RequestError, match="the file holds no video"):
-        read_video(buffer.getvalue())
+        read_video(buffer.getvalue(), LIMITS)
 
 
 def test_a_still_picture_in_a_videos_clothes_is_no_video() -> None:
     with pytest.raises(RequestError, match="the body is no PNG, JPEG, WebP or MP4 file"):
         sniff(b"\0\0\0 ftypavif")
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(max_frames=3), r"a video of 4 frames or more; at most 3, the limit here \(VAE_MAX_FRAMES\)"),
+        (Limits(max_pixels=64 * 32 * 3), r"64x32 pixels in 4 frames; at most 6144 in one request.*\(VAE_MAX_PIXELS\)"),
+        (Limits(max_pixels=2047), r"^64x32 pixels; at most 2047"),
+    ],
+)
+def test_a_video_is_read_no_further_than_its_limit(limits: Limits, message: str) -> None:
+    body = mp4(frames=9)
+    with pytest.raises(RequestError, match=message) as refused:
+        read_video(body, limits)
+    assert refused.value.status == 413
+
+
+def test_a_codec_that_is_not_named_is_refused() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4") as container:
+        stream = container.add_stream("mjpeg", rate=24)
+        stream.height, stream.width, stream.pix_fmt = 32, 64, "yuvj420p"
+        container.mux(stream.encode(av.VideoFrame(64, 32, "yuvj420p")))
+        container.mux(stream.encode(None))
+    with pytest.raises(RequestError, match="codec is none of h264, hevc, av1, vp9, mpeg4; send") as refused:
+        read_video(buffer.getvalue(), LIMITS)
+    assert refused.value.status == 415
+
+
+def test_a_picture_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32)).save(buffer, format="PNG")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("it was decoded"))
+    with pytest.raises(RequestError, match="64x32 pixels; at most 2047"):
+        read_image(buffer.getvalue(), Limits(max_pixels=2047))

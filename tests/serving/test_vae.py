@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from prometheus_client import REGISTRY
 
 from handlers import MODELS
 from handlers.base import EndpointHandler
+from handlers.serving.errors import RequestError
+from handlers.serving.memory import Mode
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE
 
@@ -93,3 +96,37 @@ def test_published_video_architecture_with_random_weights() -> None:
 def test_random_weights_are_seeded() -> None:
     first, second = (VAE.load(MODELS["tiny"], "", Settings(weights="random"), "cpu") for _ in range(2))
     assert torch.equal(bias_of(first), bias_of(second))
+
+
+class TestOverflow:
+    """Weights that take float16 out of its range, and not float32: as the first VAE of SDXL."""
+
+    @pytest.fixture
+    def vae(self, checkpoint: Callable[[str], Path]) -> VAE:
+        vae = VAE.load(MODELS["sdxl"], "", Settings(weights=str(checkpoint("sdxl")), dtype="float16"), "cpu")
+        for coder in (vae.model.encoder, vae.model.decoder):
+            coder.conv_in.weight.fill_(30_000.0)  # a group norm follows
+        return vae
+
+    @pytest.mark.parametrize(("task", "shape"), [("decode", (1, 4, 8, 8)), ("encode", (1, 3, 64, 64))])
+    def test_it_runs_once_more_in_float32(self, vae: VAE, task: str, shape: tuple[int, ...]) -> None:
+        inputs = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 1
+        half = getattr(vae.model, task)(inputs.half(), return_dict=False)[0]
+        assert not (half if task == "decode" else half.mode()).isfinite().all()
+        before = REGISTRY.get_sample_value("vae_upcast_total")
+        result, mode = getattr(vae, task)(inputs)
+        assert REGISTRY.get_sample_value("vae_upcast_total") == before + 1
+        assert (result.dtype, mode) == (torch.float16, Mode.FULL)
+        assert vae.model.dtype == torch.float16
+        exact = getattr(vae.model.float(), task)(inputs.half().float(), return_dict=False)[0]
+        exact = exact if task == "decode" else exact.mode()
+        torch.testing.assert_close(result.float(), exact, atol=1e-2, rtol=1e-3)
+
+    def test_what_is_infinite_in_float32_too_is_an_error(self, vae: VAE) -> None:
+        vae.model.decoder.conv_out.bias.fill_(float("nan"))
+        with pytest.raises(
+            RequestError, match="gives NaN or infinity for this decode request, in float32 too"
+        ) as refused:
+            vae.decode(torch.ones(1, 4, 8, 8))
+        assert refused.value.status == 422
+        assert vae.model.dtype == torch.float16
