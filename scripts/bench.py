@@ -1,14 +1,17 @@
-"""The benchmark: `make bench [DEVICE=...] [MODELS=...]`. Needs no network; writes `benchmarks/<device>/`."""
+"""The benchmark: `make bench [DEVICE=...] [MODELS=...]`. Needs no network; writes `benchmarks/<device>/`.
+
+What is measured is written down after each step, so that a run which is stopped leaves the part that it did.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,11 +20,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from handlers import MODELS, get_model
-from scripts.benchmark import forward, report, service
+from scripts.benchmark import forward, report, service, ways
 from scripts.benchmark.forward import Size
 from scripts.benchmark.service import Load
 from scripts.local_server import ROOT, serve
@@ -39,6 +43,8 @@ class Plan:
     encode: tuple[int, ...]
     video: tuple[Size, ...]
     repeats: int
+    ways: dict[str, Size]
+    """The decode of each model that the ways to run it are compared on."""
     served: tuple[Load, ...]
     pilot: Load
     """What the plain handler is asked for; a load of the same model, size and format is in `served`."""
@@ -54,6 +60,12 @@ GPU = Plan(
     encode=(256, 512, 1024, 2048),
     video=((320, 512, 9), (320, 512, 61)),
     repeats=10,
+    ways={
+        "sd-v1": (1024, 1024, None),
+        "sdxl": (1024, 1024, None),
+        "flux": (1024, 1024, None),
+        "hunyuan-video": (320, 512, 9),
+    },
     served=tuple(
         Load("sd-v1", size, image_format, clients, 128)
         for size in (512, 1024)
@@ -70,16 +82,16 @@ CPU = Plan(
     encode=(256,),
     video=(),
     repeats=2,
+    ways={"sd-v1": (256, 256, None)},
     served=(
-        Load("sd-v1", 256, "jpg", 1, 4, rounds=1),
         Load("sd-v1", 256, "jpg", 8, 12),
-        Load("tiny", 512, "jpg", 1, 32, rounds=1),
-        Load("tiny", 512, "jpg", 8, 32, rounds=1),
+        Load("tiny", 512, "jpg", 1, 16, rounds=1),
+        Load("tiny", 512, "jpg", 8, 16, rounds=1),
         Load("tiny", 512, "jpg", 32, 32, rounds=1),
-        Load("tiny", 512, "png", 8, 32, rounds=1),
-        Load("tiny", 512, "uint8", 8, 32, rounds=1),
+        Load("tiny", 512, "png", 8, 16, rounds=1),
+        Load("tiny", 512, "uint8", 8, 16, rounds=1),
     ),
-    pilot=Load("tiny", 512, "png", 8, 32, rounds=1),
+    pilot=Load("tiny", 512, "png", 8, 16, rounds=1),
     latency=("tiny", 1024),
     latency_count=10,
     fake=(
@@ -106,21 +118,24 @@ def main(
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     keys = [key for key in keys if is_here(key)]
-    results = {"about": about(device), "forward": [], "fake_peaks": [], "latency": [], "throughput": [], "pilot": []}
-    steps = list(all_steps(plan, keys, device, results))
+    diffusers_logging.set_verbosity_error()
+    results = {"about": about(device)}
+    results |= {name: [] for name in ("forward", "fake_peaks", "ways", "latency", "throughput", "pilot")}
+    folder = BENCHMARKS / slug(results["about"]["device"])
+    folder.mkdir(parents=True, exist_ok=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread beside what is measured
+    with ExitStack() as servers, Progress(*columns, console=console, auto_refresh=False) as progress:
+        # no thread of the bar's own beside what is measured
+        steps = list(all_steps(plan, keys, device, results, servers))
         task = progress.add_task("", total=len(steps))
         for description, step in steps:
             progress.update(task, description=description, refresh=True)
             step()
             progress.advance(task)
-    folder = BENCHMARKS / slug(results["about"]["device"])
-    folder.mkdir(parents=True, exist_ok=True)
-    results["about"]["seconds"] = round((datetime.now(UTC) - START).total_seconds())
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    report.write(results, folder)
-    console.print(f"Written to [bold]{folder.relative_to(ROOT)}/[/]: README.md, results.json, time.png, memory.png")
+            results["about"]["seconds"] = round((datetime.now(UTC) - START).total_seconds())
+            report.write(results, folder)
+    report.plots(results, folder)
+    console.print(f"Written to [bold]{folder}/[/]: README.md, results.json, time.png, memory.png")
 
 
 START = datetime.now(UTC)
@@ -132,16 +147,25 @@ def is_here(key: str) -> bool:
 
 
 def all_steps(
-    plan: Plan, keys: list[str], device: str, results: dict[str, Any]
+    plan: Plan, keys: list[str], device: str, results: dict[str, Any], servers: ExitStack
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What is measured, in order, each with its line for the progress bar."""
+    """What is measured, in order, each with its line for the progress bar. The server that runs is in `servers`."""
     loaded: dict[str, Any] = {}
+    eager: dict[str, ways.Eager] = {}
+    urls: dict[str, str] = {}
 
     def vae(key: str) -> Any:
         if key not in loaded:
-            loaded.clear()  # one model at a time
+            loaded.clear(), eager.clear()  # one model at a time
             loaded[key] = forward.load(key, device)
         return loaded[key]
+
+    def url(key: str, pilot: bool = False) -> str:
+        name = f"{key}, the pilot's way" if pilot else key
+        if name not in urls:
+            urls.clear(), servers.close()  # and one server
+            urls[name] = servers.enter_context(server(key, device, pilot))
+        return urls[name]
 
     def matrix() -> None:
         for name in ("float32",) if torch.device(device).type == "cpu" else ("float32", "float16", "bfloat16"):
@@ -159,17 +183,20 @@ def all_steps(
     def fake(key: str, task: str, size: Size) -> None:
         results["fake_peaks"].append(forward.fake_peaks(key, task, size))
 
+    def way(key: str, size: Size, name: str) -> None:
+        model = vae(key)[0]
+        if key not in eager:
+            eager[key] = ways.Eager(key, model, size, plan.repeats)
+        results["ways"].append(eager[key].compare(name, ways.ways(device)[name]))
+
     def latency(key: str, size: Size) -> None:
-        with server(key, device) as url:
-            results["latency"].append(service.latency(url, key, vae(key)[1], size, "uint8", plan.latency_count))
+        results["latency"].append(service.latency(url(key), key, vae(key)[1], size, "uint8", plan.latency_count))
 
     def served(load: Load) -> None:
-        with server(load.model, device) as url:
-            results["throughput"].append(service.throughput(url, vae(load.model)[1], load))
+        results["throughput"].append(service.throughput(url(load.model), vae(load.model)[1], load))
 
     def pilot(load: Load) -> None:
-        with server(load.model, device, pilot=True) as url:
-            results["pilot"].append(service.throughput(url, vae(load.model)[1], load))
+        results["pilot"].append(service.throughput(url(load.model, pilot=True), vae(load.model)[1], load))
 
     yield "matrix rate", matrix
     for key in keys:
@@ -180,6 +207,10 @@ def all_steps(
             chosen = [(TINY, TINY, None)] if key == "tiny" else [(size, size, None) for size in sizes[task]]
             for size in plan.video if MODELS[key].kind == "video" else chosen:
                 yield f"{key} {task} {describe(size)}", lambda key=key, task=task, size=size: compare(key, task, size)
+        if size := plan.ways.get(key):
+            for name in ways.ways(device):
+                line = f"{key} decode {describe(size)}: {name}"
+                yield line, lambda key=key, size=size, name=name: way(key, size, name)
     for key, task, size in (peak for peak in plan.fake if peak[0] in keys):
         yield f"{key} {task} {describe(size)}: peak", lambda key=key, task=task, size=size: fake(key, task, size)
     key, size = plan.latency
@@ -191,7 +222,7 @@ def all_steps(
         yield f"{plan.pilot.model} {plan.pilot.size}: the pilot's way", lambda: pilot(plan.pilot)
 
 
-def server(key: str, device: str, pilot: bool = False) -> Any:
+def server(key: str, device: str, pilot: bool) -> Any:
     log = Path(tempfile.mkdtemp()) / "server.log"
     if pilot:
         return serve("--model", key, "--device", device, log=log, command=("-m", "scripts.benchmark.pilot"))

@@ -1,7 +1,8 @@
-"""The benchmark's own arithmetic; a run of it takes minutes and is for `make bench`."""
+"""The benchmark's own arithmetic and tables, and a run of it at toy sizes; the real one is `make bench`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from handlers import MODELS
-from scripts.benchmark import forward, report
-from scripts.benchmark.peak import peak_bytes
+from scripts import bench
+from scripts.benchmark import forward, report, ways
+from scripts.benchmark.peak import allocated_peak, peak_bytes
 from scripts.benchmark.seeds import SEEDS
-from scripts.benchmark.service import Client, percentiles
+from scripts.benchmark.service import Client, Load, percentiles
 
 KIBIBYTE = torch.empty(256)  # of float32
 
@@ -29,6 +31,25 @@ def test_the_peak_counts_what_is_alive_at_a_time() -> None:
 
 def test_the_peak_leaves_out_what_was_there_before() -> None:
     assert peak_bytes(lambda: KIBIBYTE.add_(0)) == 0
+
+
+def test_the_allocators_peak_counts_what_an_operator_takes_inside_itself_too() -> None:
+    def call() -> torch.Tensor:
+        return torch.linalg.inv(torch.eye(64))
+
+    assert allocated_peak(lambda: KIBIBYTE + 1, torch.device("cpu")) == pytest.approx(1024, abs=16)
+    assert allocated_peak(call, torch.device("cpu")) > peak_bytes(call)
+
+
+def test_a_ratio_is_of_calls_that_took_turns() -> None:
+    turns: list[str] = []
+    calls = {side: lambda side=side: turns.append(side) for side in ("a", "b")}
+    assert {side: len(times) for side, times in forward.by_turns(calls, torch.device("cpu"), 2).items()} == {
+        "a": 2,
+        "b": 2,
+    }
+    assert turns == ["a", "b", "a", "b"]
+    assert forward.time_ratio([1, 10, 100], [2, 20, 50]) == 0.5
 
 
 def test_percentiles_are_values_that_were_measured() -> None:
@@ -60,12 +81,12 @@ def results() -> dict[str, Any]:
         "task": "decode",
         "size": [256, 256, None],
         "dtype": "float32",
-        "seconds": {"plain": 2.0, "project": 1.5},
-        "time_ratio": 0.75,
-        "peak_mb": {"plain": 192.0, "project": 108.0},
-        "peak_ratio": 0.56,
+        "seconds": {"plain": 2.0, "project": 2.02, "reduced": 1.6},
+        "time_ratio": {"project": 1.01, "reduced": 0.79},
+        "peak_mb": {"plain": 192.0, "project": 192.0, "reduced": 108.0},
+        "peak_ratio": {"project": 1.0, "reduced": 0.56},
         "memory_percent": 0.5,
-        "psnr_db": {"plain": None, "project": 120.0},
+        "psnr_db": {"plain": None, "project": None, "reduced": 120.0},
         "tflop": 0.6,
         "share_of_floor": 0.8,
     }
@@ -73,6 +94,8 @@ def results() -> dict[str, Any]:
     served = {"model": "sd-v1", "size": [256, 256, None], "format": "jpg", "clients": 8, "count": 32}
     served |= {"per_second": 0.98, "bare_per_second": 1.0, "ratio": 0.98, "latency_ms": ms, "health_ms": {"p99": 80.0}}
     served |= {"client_cpu": 0.01}
+    way = {"model": "sd-v1", "size": [256, 256, None], "dtype": "float32", "eager_peak_mb": 192.0}
+    way |= {"eager_psnr_db": None, "eager_seconds": 2.0, "first_call_seconds": 2.5, "psnr_db": 115.0}
     return {
         "about": {
             "kind": "cpu",
@@ -87,6 +110,10 @@ def results() -> dict[str, Any]:
         },
         "forward": [compared],
         "fake_peaks": [{**compared, "size": [1024, 1024, None]}],
+        "ways": [
+            {**way, "way": "channels_last", "seconds": 1.8, "time_ratio": 0.9, "peak_mb": 192.0, "peak_ratio": 1.0},
+            {**way, "way": "compiled", "failed": "InductorError: no a|b compiler"},
+        ],
         "throughput": [served],
         "pilot": [],
         "latency": [],
@@ -95,6 +122,7 @@ def results() -> dict[str, Any]:
 
 def test_the_report_says_of_each_target_whether_it_is_met(results: dict[str, Any], tmp_path: Path) -> None:
     report.write(results, tmp_path)
+    report.plots(results, tmp_path)
     text = (tmp_path / "README.md").read_text()
     rows = {
         line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "at least" in line or "at most" in line
@@ -107,7 +135,65 @@ def test_the_report_says_of_each_target_whether_it_is_met(results: dict[str, Any
     assert by_start["thr"].endswith("| 0.98 | met |")
     assert by_start["`/h"].endswith("| 80 | **not met** |")
     assert by_start["pe"].endswith("| 0.56 | met |")
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "time.png", "memory.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "results.json", "time.png", "memory.png"}
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_the_table_puts_both_passes_beside_plain_diffusers(results: dict[str, Any]) -> None:
+    *_, row = report.forward_table(results["forward"]).splitlines()
+    assert "| 2.000 | x 1.01 | x 0.79 | 192 | x 1.00 | x 0.56 |  |  | 120 | 0.80 |" in row
+
+
+def test_a_way_that_fails_is_one_line_of_its_table(results: dict[str, Any]) -> None:
+    _, _, eager, ran, failed = report.ways_table(results["ways"]).splitlines()
+    assert "| eager | 2.000 |  | 192 |  |  |  |" in eager
+    assert "| channels_last | 1.800 | 0.90 | 192 | 1.00 | 115 | 2.5 |" in ran
+    assert r"| compiled | failed: InductorError: no a\|b compiler |" in failed
+
+
+def without_a_compiler(model: Any, latents: torch.Tensor) -> Any:
+    raise RuntimeError("no C compiler\nand much more")
+
+
+def test_ways_are_compared_with_eager() -> None:
+    plain, _ = forward.load("tiny", "cpu")
+    before = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    eager = ways.Eager("tiny", plain, (64, 64, None), 1)
+    for name in ("channels_last", "reduced memory"):
+        row = eager.compare(name, ways.WAYS[name])
+        assert "failed" not in row
+        assert row["psnr_db"] is None or row["psnr_db"] > 40
+        assert row["peak_mb"] > 0
+    assert eager.compare("compiled", without_a_compiler)["failed"] == "RuntimeError: no C compiler"
+    assert all(weight.equal(before[name]) for name, weight in plain.state_dict().items())
+    assert all(weight.is_contiguous() for weight in plain.state_dict().values())
+
+
+def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = 64
+    plan = bench.Plan(
+        decode=(),
+        encode=(),
+        video=(),
+        repeats=1,
+        ways={"tiny": (size, size, None)},
+        served=(Load("tiny", size, "jpg", 2, 4, rounds=1),),
+        pilot=Load("tiny", size, "png", 2, 4, rounds=1),
+        latency=("tiny", size),
+        latency_count=2,
+        fake=(("tiny", "decode", (size, size, None)),),
+    )
+    monkeypatch.setattr(bench, "CPU", plan)
+    monkeypatch.setattr(bench, "TINY", size)
+    monkeypatch.setattr(bench, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(ways, "WAYS", {"channels_last": ways.channels_last, "compiled": without_a_compiler})
+    bench.main(device="cpu", models="tiny")
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == {"README.md", "results.json", "time.png", "memory.png"}
+    results = json.loads((folder / "results.json").read_text())
+    counts = {name: len(rows) for name, rows in results.items() if isinstance(rows, list)}
+    assert counts == {"forward": 2, "fake_peaks": 1, "ways": 2, "latency": 1, "throughput": 1, "pilot": 1}
+    assert "failed: RuntimeError: no C compiler" in (folder / "README.md").read_text()
 
 
 def test_a_client_gets_answers_of_every_form(running: Any) -> None:

@@ -1,10 +1,10 @@
-"""The VAE itself: plain diffusers and this project side by side."""
+"""The VAE itself: plain diffusers, this project and its reduced-memory pass side by side."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from handlers import MODELS
-from handlers.serving.low_memory import reduce_peak
+from handlers.serving.low_memory import reduce_peak, reduced_peak
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE
-from scripts.benchmark.peak import peak_bytes
+from scripts.benchmark.peak import allocated_peak, peak_bytes
 
 Size = tuple[int, int, int | None]
 """Height, width, and a video's frames."""
@@ -47,38 +47,35 @@ def inputs(key: str, task: str, size: Size) -> Tensor:
 
 
 def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int) -> dict[str, Any]:
-    """Times by turns, one of each side at a time, so that what else the machine does hits both; the medians count."""
+    """Plain diffusers, this project, and its reduced-memory pass; ratios are against plain diffusers."""
     data = inputs(key, task, size).to(vae.device, vae.dtype)
-    calls = {"plain": plain_call(plain, task, data), "project": project_call(vae, task, data)}
+    calls = {
+        "plain": plain_call(plain, task, data),
+        "project": lambda: getattr(vae, task)(data)[0],
+        "reduced": reduced_call(vae.model, task, data),
+    }
     results: dict[str, Tensor] = {}
     peaks: dict[str, int] = {}
     for side, call in calls.items():
         if vae.device.type == "cuda":
             call()  # a first call sets up what later ones use
-        peaks[side] = peak_bytes(lambda side=side, call=call: results.update({side: call()}), vae.device)
-    exact = results["plain"]
-    if vae.dtype != torch.float32:
-        exact = plain_call(plain.float(), task, data.float())()
-        plain.to(vae.dtype)
+        peaks[side] = allocated_peak(lambda side=side, call=call: results.update({side: call()}), vae.device)
+    exact = results["plain"] if vae.dtype == torch.float32 else exact_result(plain, task, data)
     psnr = {side: peak_signal_noise_ratio(result, exact) for side, result in results.items()}
     results.clear()
     del exact
-    times: dict[str, list[float]] = {side: [] for side in calls}
-    for _ in range(repeats):
-        for side, call in calls.items():
-            times[side].append(timed(call, vae.device))
-    seconds = {side: statistics.median(values) for side, values in times.items()}
+    times = by_turns(calls, vae.device, repeats)
     flop = flops(key, task, size)
     return {
         "model": key,
         "task": task,
         "size": size,
         "dtype": str(vae.dtype).removeprefix("torch."),
-        "seconds": seconds,
+        "seconds": {side: statistics.median(values) for side, values in times.items()},
         "times": times,
-        "time_ratio": seconds["project"] / seconds["plain"],
+        "time_ratio": {side: time_ratio(times[side], times["plain"]) for side in calls if side != "plain"},
         "peak_mb": {side: peak / 2**20 for side, peak in peaks.items()},
-        "peak_ratio": peaks["project"] / peaks["plain"],
+        "peak_ratio": {side: peak / peaks["plain"] for side, peak in peaks.items() if side != "plain"},
         "memory_percent": 100 * peaks["project"] / total_memory(vae.device),
         "psnr_db": psnr,
         "tflop": flop / 1e12,
@@ -86,18 +83,13 @@ def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int)
 
 
 def tiled(key: str, vae: VAE, task: str, size: Size, repeats: int) -> dict[str, Any]:
-    """Time and memory in tiles of the model's own size."""
-    data = inputs(key, task, size).to(vae.device, vae.dtype)
+    """Time and memory in tiles of the model's own size, each in reduced memory, as the service runs them."""
+    call = reduced_call(vae.model, task, inputs(key, task, size).to(vae.device, vae.dtype))
     vae.model.use_tiling = True
-
-    @torch.inference_mode()
-    def call() -> Any:
-        return getattr(vae.model, task)(data, return_dict=False)[0]
-
     try:
         call()
         seconds = statistics.median(timed(call, vae.device) for _ in range(repeats))
-        peak = peak_bytes(call, vae.device)
+        peak = allocated_peak(call, vae.device)
     finally:
         vae.model.use_tiling = False
     percent = 100 * peak / total_memory(vae.device)
@@ -111,9 +103,9 @@ def fake_peaks(key: str, task: str, size: Size) -> dict[str, Any]:
         data = inputs(key, task, size)
         plain = peak_bytes(lambda: getattr(model, task)(data, return_dict=False))
         reduce_peak(model)
-        project = peak_bytes(lambda: getattr(model, task)(data, return_dict=False))
-    peak_mb = {"plain": plain / 2**20, "project": project / 2**20}
-    return {"model": key, "task": task, "size": size, "peak_mb": peak_mb, "peak_ratio": project / plain}
+        reduced = peak_bytes(lambda: getattr(model, task)(data, return_dict=False))
+    peak_mb = {"plain": plain / 2**20, "reduced": reduced / 2**20}
+    return {"model": key, "task": task, "size": size, "peak_mb": peak_mb, "peak_ratio": {"reduced": reduced / plain}}
 
 
 def plain_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
@@ -125,8 +117,38 @@ def plain_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def project_call(vae: VAE, task: str, data: Tensor) -> Callable[[], Tensor]:
-    return lambda: getattr(vae, task)(data)[0]
+def reduced_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
+    """The pass that the service runs where the plain one does not fit."""
+    call = plain_call(model, task, data)
+
+    def reduced() -> Tensor:
+        with reduced_peak(model):
+            return call()
+
+    return reduced
+
+
+def exact_result(model: Any, task: str, data: Tensor) -> Tensor:
+    """What the model gives in float32, on weights that are exact in its own dtype, to which it returns."""
+    dtype = model.dtype
+    try:
+        return plain_call(model.float(), task, data.float())()
+    finally:
+        model.to(dtype)
+
+
+def by_turns(calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, one of each at a time, so that what else the machine does hits all of them."""
+    times: dict[str, list[float]] = {side: [] for side in calls}
+    for _ in range(repeats):
+        for side, call in calls.items():
+            times[side].append(timed(call, device))
+    return times
+
+
+def time_ratio(times: Sequence[float], against: Sequence[float]) -> float:
+    """The median of the turns' own ratios: a turn that something else slowed down slowed both."""
+    return statistics.median(a / b for a, b in zip(times, against, strict=True))
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:

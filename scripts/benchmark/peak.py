@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells stderr whenever it starts and stops
 
-def peak_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+
+def peak_bytes(call: Callable[[], Any]) -> int:
     """The most bytes that the tensors which `call` makes take at a time, its result among them; not those it is given.
 
-    On a GPU as its allocator counts them, with the workspaces of kernels; elsewhere by following each tensor from the
-    operator that makes it to its end, so that the figure is the same in each run, and workspaces are not in it. Works
-    on fake tensors too (`torch._subclasses.FakeTensorMode`), which take neither memory nor time.
+    Follows each tensor from the operator that makes it to its end, so that the figure is the same in each run; what
+    operators take inside themselves is not in it. Works on fake tensors too (`torch._subclasses.FakeTensorMode`), which
+    take neither memory nor time.
     """
-    if torch.device(device).type == "cuda":
+    with _LiveTensors() as live:
+        call()
+    return live.peak
+
+
+def allocated_peak(call: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that the allocator of `device` gives out at a time while `call` runs.
+
+    The workspaces of kernels and the buffers of compiled code are in it. On other devices than CUDA's and the CPU: the
+    tensors alone.
+    """
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with _LiveTensors() as live:
-        call()
-    return live.peak
+    if device.type == "cpu":
+        with profiler.profile(profile_memory=True) as profile:
+            call()
+        events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+        return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return peak_bytes(call)
 
 
 class _LiveTensors(TorchDispatchMode):

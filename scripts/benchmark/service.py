@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
 from handlers.serving.vae import VAE
-from scripts.benchmark.forward import Size, inputs, project_call, timed
+from scripts.benchmark.forward import Size, inputs, timed
 
 FORMATS = {
     "jpg": {"image_format": "jpg"},
@@ -72,10 +72,10 @@ class Client:
 
 def latency(url: str, key: str, vae: VAE, size: Size, image_format: str, count: int) -> dict[str, Any]:
     """One client's requests and bare calls of the VAE by turns; milliseconds."""
-    call = project_call(vae, "decode", inputs(key, "decode", size).to(vae.device, vae.dtype))
+    latents = inputs(key, "decode", size).to(vae.device, vae.dtype)
     with Client(url, key, size, image_format) as client:
-        client.post(), call()
-        triples = [(*client.post(), timed(call, vae.device) * 1000) for _ in range(count)]
+        client.post(), vae.decode(latents)
+        triples = [(*client.post(), timed(lambda: vae.decode(latents), vae.device) * 1000) for _ in range(count)]
     http, inside, bare = map(list, zip(*triples, strict=True))
     return {
         "model": key,
@@ -95,14 +95,14 @@ def throughput(url: str, vae: VAE, load: Load) -> dict[str, Any]:
     The clients run here, on the same machine. `client_cpu` is the share of its cores that they took meanwhile.
     """
     key, size, count = load.model, (load.size, load.size, None), load.count
-    call = project_call(vae, "decode", inputs(key, "decode", size).to(vae.device, vae.dtype))
+    latents = inputs(key, "decode", size).to(vae.device, vae.dtype)
     bare, served, cpu, latencies, health = [], [], [], [], []
     with ExitStack() as connections:
         pool = [connections.enter_context(Client(url, key, size, load.format)) for _ in range(load.clients)]
-        pool[0].post(), call()
+        pool[0].post(), vae.decode(latents)
         for _ in range(load.rounds):
             loop = max(4, count // 2)
-            bare.append(loop / timed(lambda loop=loop: [call() for _ in range(loop)], vae.device))
+            bare.append(loop / timed(lambda loop=loop: [vae.decode(latents) for _ in range(loop)], vae.device))
             with polled(url, health):
                 start, cpu_start = perf_counter(), process_time()
                 latencies += run(pool, count)
