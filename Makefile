@@ -10,6 +10,9 @@ SOURCES := handler.py handlers scripts tests
 # $(call options,name=VARIABLE ...): "--name value" for each of the variables that is set
 options = $(foreach pair,$(1),$(if $($(lastword $(subst =, ,$(pair)))),--$(firstword $(subst =, ,$(pair))) "$($(lastword $(subst =, ,$(pair))))"))
 
+# torch's threads on a CPU sleep while they wait for each other: spinning, they take the cores from whatever else runs
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help
 help:  ## list the targets
@@ -92,6 +95,17 @@ test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## the same tests with what the 
 .PHONY: bench
 bench: install  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [MODELS=...]
 	$(BIN)/python -m scripts.bench $(call options,device=DEVICE models=MODELS)
+
+# the toolkit runs with what its container holds
+TRAFFIC_VENV := $(if $(TOOLKIT),$(ENDPOINT_VENV),$(VENV))
+
+.PHONY: fuzz
+fuzz: $(TRAFFIC_VENV)/bin/.installed  ## malformed requests against servers here [COUNT=10000] [SEED=0] [ONLY=n] [TOOLKIT=checkout]
+	$(TRAFFIC_VENV)/bin/python -m scripts.fuzz $(call options,count=COUNT seed=SEED only=ONLY toolkit=TOOLKIT)
+
+.PHONY: soak
+soak: $(TRAFFIC_VENV)/bin/.installed  ## mixed traffic against tiny, into benchmarks/soak.md [MINUTES=10] [SEED=0] [TOOLKIT=checkout]
+	$(TRAFFIC_VENV)/bin/python -m scripts.soak $(call options,minutes=MINUTES seed=SEED toolkit=TOOLKIT)
 
 .PHONY: lint
 lint: install  ## check style

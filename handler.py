@@ -27,4 +27,6 @@ class EndpointHandler(get_model(settings.model)):
 
 for module in ("webservice_starlette", "huggingface_inference_toolkit.webservice_starlette"):
     if module in sys.modules:
-        sys.modules[module].app.router.routes.insert(0, Mount("/", app=app))
+        router = sys.modules[module].app.router
+        router.routes.insert(0, Mount("/", app=app))
+        router.default = app  # of paths that do not begin with a slash

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Collection
 from time import perf_counter
 from uuid import uuid4
 
-import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,13 +24,6 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 NO_ANSWER = 499
 """What nginx logs where the client was gone first."""
-
-DRAIN_SECONDS = 1
-"""How long the rest of a body is read, and forgotten, before an answer that did not need it.
-
-Else a client that is still sending may not see the answer, and on the same connection uvicorn may not see the next
-request. What comes later uvicorn throws away.
-"""
 
 OnCrash = Callable[[Request, Exception], Awaitable[Response]]
 
@@ -53,21 +45,17 @@ class AccessLog:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         record = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:100], "status": NO_ANSWER}
         scope.setdefault("state", {})["record"] = record
-        start, sent, received, complete = perf_counter(), 0, 0, False
+        start, sent, received = perf_counter(), 0, 0
 
         async def counted() -> Message:
-            nonlocal received, complete
+            nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
             return message
 
         async def observed(message: Message) -> None:
             nonlocal sent
             if message["type"] == "http.response.start":
-                with anyio.move_on_after(DRAIN_SECONDS):
-                    while not complete:
-                        await counted()
                 record["status"] = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)

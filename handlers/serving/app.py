@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from handlers.serving import metrics
-from handlers.serving.access_log import AccessLog
+from handlers.serving.access_log import NO_ANSWER, AccessLog
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.output import to_json
@@ -71,8 +72,10 @@ def build_app(model: str | None = None) -> Starlette:
         },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False
     app.state.handler = None
     app.state.held_bytes = 0
+    app.state.deadlines = set()
     return app
 
 
@@ -95,10 +98,17 @@ def drain_on_sigterm(app: Starlette) -> None:
     def drain(*arguments: Any) -> None:
         if app.state.handler is not None:
             pipeline = app.state.handler.pipeline
-            pipeline.workers.close(pipeline.settings.grace)
+            pipeline.workers.close()
+            loop = asyncio.get_running_loop()  # which this signal has interrupted
+            loop.call_soon_threadsafe(loop.call_later, pipeline.settings.grace, end_requests, app)
         stop(*arguments)
 
     signal.signal(signal.SIGTERM, drain)
+
+
+def end_requests(app: Starlette) -> None:
+    for deadline in list(app.state.deadlines):
+        deadline.deadline = -math.inf
 
 
 async def root(request: Request) -> Response:
@@ -160,7 +170,7 @@ async def run(request: Request, task: Task | None) -> Response:
     body: bytearray | None = None
     timing: dict[str, float] = {}
     try:
-        with anyio.fail_after(settings.timeout):
+        with deadline_of(request, settings.timeout):
             async with body_of(request, settings) as body, place_in(pipeline):
                 (parsed, inputs), timing["payload"] = await to_thread.run_sync(timed, read, abandon_on_cancel=True)
                 start = perf_counter()
@@ -169,6 +179,7 @@ async def run(request: Request, task: Task | None) -> Response:
                 timing["vae"] = result.milliseconds
                 response, timing["output"] = await to_thread.run_sync(timed, write, abandon_on_cancel=True)
     except TimeoutError:
+        pipeline.workers.check_open()
         if body is None:
             raise RequestError(f"the body did not arrive within {settings.timeout:g} s (VAE_TIMEOUT)", 408) from None
         raise RequestError(f"no answer within {settings.timeout:g} s (VAE_TIMEOUT); send less at once", 504) from None
@@ -178,6 +189,18 @@ async def run(request: Request, task: Task | None) -> Response:
     response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in timing.items())
     response.headers["X-VAE-Mode"] = result.mode.value
     return response
+
+
+@contextmanager
+def deadline_of(request: Request, seconds: float) -> Iterator[None]:
+    """Raises `TimeoutError` when the time is over, or when the service stops."""
+    deadlines = request.app.state.deadlines
+    with anyio.fail_after(seconds) as deadline:
+        deadlines.add(deadline)
+        try:
+            yield
+        finally:
+            deadlines.discard(deadline)
 
 
 def check_token(request: Request, token: str | None) -> None:
@@ -253,27 +276,35 @@ def _pipeline(request: Request) -> Pipeline:
 
 
 async def on_request_error(request: Request, error: RequestError) -> Response:
-    request.state.record["error"] = str(error)[:200]
     headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
-    return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
+    return error_answer(request, str(error), error.status, headers)
 
 
 async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
-    """Nobody reads this; 499 is what nginx logs."""
-    return Response(status_code=499)
+    """Nobody reads this."""
+    return Response(status_code=NO_ANSWER)
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
+    path = request.scope["path"][:100]
     detail = {
-        404: f"there is no {request.url.path}; POST to /, /predict, /decode or /encode",
-        405: f"{request.url.path} does not take {request.method}",
+        404: f"there is no {path}; POST to /, /predict, /decode or /encode",
+        405: f"{path} does not take {request.method}",
     }.get(error.status_code, error.detail)
-    return JSONResponse({"error": detail}, status_code=error.status_code, headers=error.headers)
+    return error_answer(request, detail, error.status_code, error.headers)
 
 
 async def on_crash(request: Request, error: Exception) -> Response:
     """A fault of ours. In the middleware, as starlette would run a handler of `Exception` outside of it."""
     request_id = request.state.record["request_id"]
     logger.error("request %s failed", request_id, exc_info=error)
-    message = {"error": "the service failed on this request; its log says why", "request_id": request_id}
-    return JSONResponse(message, status_code=500)
+    return error_answer(request, "the service failed on this request; its log says why", 500, request_id=request_id)
+
+
+def error_answer(
+    request: Request, message: str, status: int, headers: Mapping[str, str] | None = None, **more: str
+) -> JSONResponse:
+    """Every error's JSON. The message may quote what no UTF-8 is: half of a surrogate pair, out of JSON."""
+    message = message.encode("utf-8", "backslashreplace").decode()
+    request.state.record["error"] = message[:200]
+    return JSONResponse({"error": message, **more}, status_code=status, headers=headers)

@@ -15,8 +15,6 @@ from handlers.serving.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
-SHUTTING_DOWN = "the service is shutting down"
-
 
 class Device(NamedTuple):
     run: Callable[[list[Any]], list[Any]]
@@ -79,7 +77,7 @@ class DeviceWorkers:
     def problem(self) -> str | None:
         """Why this replica should get no more requests; None while all is well."""
         if self._closing:
-            return SHUTTING_DOWN
+            return "the service is shutting down"
         started = [start for start, _ in list(self._batches.values())]
         if started and monotonic() - min(started) > 2 * self._timeout:
             return "a device does not come to an end"
@@ -103,21 +101,9 @@ class DeviceWorkers:
             self._arrival.notify()
         return job.future
 
-    def close(self, grace: float) -> None:
-        """Takes no more work. What is not done after `grace` seconds is answered 503. Safe in a signal handler."""
+    def close(self) -> None:
+        """Takes no more work. Safe in a signal handler."""
         self._closing = True
-        timer = threading.Timer(grace, self._refuse_all, [SHUTTING_DOWN])
-        timer.daemon = True
-        timer.start()
-
-    def _refuse_all(self, problem: str) -> None:
-        with self._arrival:
-            waiting, self._waiting = self._waiting, []
-        self._refuse([*waiting, *(job for _, batch in list(self._batches.values()) for job in batch)], problem)
-
-    def _refuse(self, jobs: list[Job], problem: str) -> None:
-        for job in jobs:
-            _fail(job, RequestError(f"{problem}; try again soon", 503))
 
     def _forget_cancelled(self) -> None:
         self._waiting = [job for job in self._waiting if not job.future.cancelled()]
@@ -134,9 +120,12 @@ class DeviceWorkers:
             logger.exception("device %d is lost", number)
             self._problem = f"device {number} is lost"
             self._alive.discard(number)
-            self._refuse(self._batches.pop(number, (0, []))[1], self._problem)
+            _, jobs = self._batches.pop(number, (0, []))
             if not self._alive:
-                self._refuse_all(self._problem)
+                with self._arrival:
+                    jobs, self._waiting = jobs + self._waiting, []
+            for job in jobs:
+                _fail(job, RequestError(f"{self._problem}; try again soon", 503))
 
     def _next_batch(self, number: int) -> list[Job]:
         """The job that is due first, and those that go with it, marked as running."""
@@ -182,7 +171,7 @@ def _run(device: Device, batch: list[Job]) -> None:
                 _run(device, [job])
         return
     for job, result in zip(batch, results, strict=True):
-        with suppress(InvalidStateError):  # it has been refused meanwhile
+        with suppress(InvalidStateError):
             job.future.set_result(result)
 
 

@@ -234,6 +234,20 @@ class TestSigterm:
                 assert response.headers["Retry-After"] == "1"
         assert server.wait(timeout=10) is not None
 
+    def test_a_body_that_is_still_on_its_way_is_not_waited_for(self, start: Start) -> None:
+        endpoint = start(VAE_GRACE="1")
+        connection = open_connection(endpoint)
+        connection.putrequest("POST", "/")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"\0" * 500)
+        wait_for_metric(endpoint, "vae_held_bytes", 500)
+        server = self.terminate(endpoint)
+        response = connection.getresponse()
+        message = {"error": "the service is shutting down; try again soon"}
+        assert (response.status, json.loads(response.read())) == (503, message)
+        connection.close()
+        assert server.wait(timeout=5) is not None
+
 
 def test_nothing_is_written(start: Start, tmp_path: Path) -> None:
     home, temporary = tmp_path / "home", tmp_path / "tmp"

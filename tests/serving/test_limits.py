@@ -2,6 +2,7 @@
 
 import http.client
 import io
+import json
 import re
 import socket
 import struct
@@ -72,6 +73,15 @@ def wait_for_metric(endpoint: Endpoint, name: str, value: float) -> None:
     while metric(endpoint, name) != value:
         assert time.monotonic() < deadline, f"{name} is {metric(endpoint, name)}"
         time.sleep(0.005)
+
+
+def read_answer(answers: BinaryIO) -> tuple[int, bytes]:
+    """Status and body of the next answer on a connection; an error is JSON."""
+    status = int(answers.readline().split()[1])
+    headers = http.client.parse_headers(answers)
+    body = answers.read(int(headers["Content-Length"]))
+    assert status == 200 or list(json.loads(body)) == ["error"]
+    return status, body
 
 
 class TestSizes:
@@ -169,6 +179,28 @@ class TestValues:
         assert narrow.post(narrow.latents(), headers={"Content-Type": content_type}).ok
 
 
+class TestOddRequests:
+    """Each of these once had an answer that was no JSON, or a 500; found by `make fuzz`."""
+
+    @pytest.mark.parametrize(
+        ("line", "status"),
+        [("POST /decode/", 404), ("POST *", 404), ("GET nowhere", 404), ("PUT /health", 405), ("POST /%ff%00", 404)],
+    )
+    @pytest.mark.parametrize("host", ["x", "[", "[::1"])
+    def test_target_and_host(self, narrow: Endpoint, line: str, status: int, host: str) -> None:
+        with socket.create_connection(("127.0.0.1", urlsplit(narrow.url).port), timeout=20) as connection:
+            connection.sendall(f"{line} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            with connection.makefile("rb") as answers:
+                assert read_answer(answers)[0] == status
+
+    def test_half_a_surrogate_pair(self, narrow: Endpoint) -> None:
+        parameters = '{"shape": [1, 4, 16, 16], "dtype": "float32", "height": "\\ud800", "width": 64, "fps": "\\ud800"}'
+        body = f'{{"inputs": "{"A" * 8}", "parameters": {parameters}}}'
+        response = requests.post(narrow.url, data=body, headers={"Content-Type": "application/json"}, timeout=10)
+        assert response.status_code == 400
+        assert "got '\\ud800'" in response.json()["error"]
+
+
 class TestManyAtATime:
     def test_a_full_queue_answers_503_and_loses_nothing(self, narrow: Endpoint) -> None:
         with ThreadPoolExecutor(30) as clients:
@@ -220,16 +252,8 @@ class TestManyAtATime:
         with socket.create_connection(("127.0.0.1", urlsplit(narrow.url).port), timeout=20) as connection:
             connection.sendall(good + wrong + foreign + good)
             with connection.makefile("rb") as answers:
-                statuses = [read_status(answers) for _ in range(4)]
+                statuses = [read_answer(answers)[0] for _ in range(4)]
         assert statuses == [200, 400, 415, 200]
-
-
-def read_status(answers: BinaryIO) -> int:
-    """Reads one answer off a connection."""
-    status = int(answers.readline().split()[1])
-    headers = http.client.parse_headers(answers)
-    answers.read(int(headers["Content-Length"]))
-    return status
 
 
 class TestToken:

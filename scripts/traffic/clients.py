@@ -1,0 +1,210 @@
+"""Clients of a soak: good ones, slow ones, ones that leave, crowds, and malformed requests.
+
+Each function is one turn of one client; a thread takes turns until the run is over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from random import Random
+
+from torch import Tensor
+
+from scripts.traffic.fuzz import send_case
+from scripts.traffic.ledger import Ledger
+from scripts.traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
+from scripts.traffic.mutations import case
+from scripts.traffic.samples import Sample, large, samples
+from scripts.traffic.servers import Server
+from scripts.traffic.truth import Truth, Wrong, check, check_refusal
+
+TIMEOUT = 60.0
+"""Seconds in which every request of a soak is answered, bursts and all."""
+HEALTH_TIMEOUT = 5.0
+CROWD = 200
+"""Connections of a burst."""
+BURST_EVERY = 10.0
+"""Seconds from one burst to the next."""
+
+
+@dataclass(frozen=True)
+class Good:
+    """A good request and what the VAE in plain diffusers makes of it."""
+
+    message: Message
+    expected: Tensor
+
+
+@dataclass
+class Traffic:
+    """What the clients share."""
+
+    server: Server
+    seed: int
+    ledger: Ledger = field(default_factory=Ledger)
+    over: threading.Event = field(default_factory=threading.Event)
+    """Set when the clients have to end."""
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    """Of the malformed requests."""
+
+    def __post_init__(self) -> None:
+        self.truth = Truth(self.server.key, self.server.weights)
+        self.samples: list[Sample] = samples(self.server.key, sides=(32, 64, 128, 192))
+        self.goods = [Good(sample.message, self.truth.of_sample(sample)) for sample in self.samples]
+        sample = large(self.server.key)
+        self.large = Good(sample.message, self.truth.of_sample(sample))
+
+    @property
+    def address(self) -> Address:
+        return self.server.address
+
+    def settle(self, kind: str, connection: Connection, good: Good, others: tuple[int, ...] = ()) -> None:
+        """Receives the answer to a good request: a right success, a refusal, or an error with one of the `others`."""
+        try:
+            answer = connection.receive()
+            if answer.status == 503:
+                check_refusal(answer)
+            else:
+                check(answer, good.message, good.expected, good=answer.status not in others)
+        except (NoAnswer, Hang, Wrong) as error:
+            self.ledger.fail(kind, str(error))
+        else:
+            self.ledger.end(kind, str(answer.status))
+
+    def keep(self, client: Callable[[Traffic, Random], None]) -> None:
+        """Lets a client take turns until the run is over."""
+        rng = Random(f"{self.seed}-{client.__name__}-{threading.get_ident()}")
+        try:
+            while not self.over.is_set():
+                client(self, rng)
+        except Exception as error:  # else the thread would end without a word
+            self.ledger.find(client.__name__, f"{type(error).__name__}: {error}")
+
+
+def keep_alive(traffic: Traffic, rng: Random) -> None:
+    """Ten good requests on one connection."""
+    with Connection(traffic.address, TIMEOUT) as connection:
+        for _ in range(10):
+            good = rng.choice(traffic.goods)
+            traffic.ledger.send("good: keep-alive")
+            connection.send(good.message.wire(close=False))
+            traffic.settle("good: keep-alive", connection, good)
+            traffic.over.wait(rng.random() * 0.1)
+
+
+def fresh(traffic: Traffic, rng: Random) -> None:
+    """A good request on a connection of its own."""
+    good = rng.choice(traffic.goods)
+    traffic.ledger.send("good: a connection each")
+    with Connection(traffic.address, TIMEOUT) as connection:
+        connection.send(good.message.wire())
+        traffic.settle("good: a connection each", connection, good)
+    traffic.over.wait(rng.random() * 0.1)
+
+
+def pipelined(traffic: Traffic, rng: Random) -> None:
+    """Three requests at once on a connection; the answers come in their order."""
+    goods = rng.choices(traffic.goods, k=3)
+    with Connection(traffic.address, TIMEOUT) as connection:
+        for _ in goods:
+            traffic.ledger.send("good: pipelined")
+        connection.send(b"".join(good.message.wire(close=False) for good in goods))
+        for good in goods:
+            traffic.settle("good: pipelined", connection, good)
+    traffic.over.wait(rng.random() * 0.3)
+
+
+def slow(traffic: Traffic, rng: Random) -> None:
+    """Sends its head or its body, or reads its answer, in small parts over some seconds."""
+    part = rng.choice(("head", "body", "answer"))
+    kind, good = f"slow: {part}", traffic.large if part == "answer" else rng.choice(traffic.goods)
+    head, body = good.message.head(), good.message.body
+    traffic.ledger.send(kind)
+    with Connection(traffic.address, TIMEOUT) as connection:
+        for piece in pieces(head, 20 if part == "head" else 1):
+            connection.send(piece)
+            traffic.over.wait(0.1)
+        for piece in pieces(body, 20 if part == "body" else 1):
+            connection.send(piece)
+            traffic.over.wait(0.1)
+        if part == "answer":  # of 3 MB, which the kernel's buffers do not hold
+            traffic.over.wait(3)
+        traffic.settle(kind, connection, good)
+
+
+def leaver(traffic: Traffic, rng: Random) -> None:
+    """Disconnects in the middle of its head or body, in the queue, on the device, or in the middle of the answer."""
+    stage = rng.choice(("in the head", "in the body", "in the queue", "on the device", "in the answer"))
+    kind, message = f"left: {stage}", rng.choice(traffic.goods).message
+    if stage in ("on the device", "in the answer"):
+        message = traffic.large.message
+    head, body = message.head(), message.body
+    traffic.ledger.send(kind)
+    with Connection(traffic.address, TIMEOUT) as connection:
+        if stage == "in the head":
+            connection.send(head[: rng.randrange(1, len(head))])
+        elif stage == "in the body":
+            connection.send(head + body[: len(body) // 2])
+        else:
+            connection.send(head + body)
+        if stage == "on the device":
+            time.sleep(0.1)
+        elif stage == "in the answer":
+            connection.socket.recv(1000)
+        if rng.random() < 0.5:  # a reset instead of an end
+            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    traffic.ledger.end(kind, "abandoned")
+    traffic.over.wait(rng.random() * 0.2)
+
+
+def malformed(traffic: Traffic, rng: Random) -> None:
+    """The fuzz generator's next request."""
+    made = case(traffic.samples, traffic.seed, next(traffic.numbers))
+    send_case(traffic.ledger, traffic.address, traffic.truth, made, TIMEOUT, busy=True)
+    traffic.over.wait(rng.random() * 0.1)
+
+
+def crowd(traffic: Traffic, rng: Random) -> None:
+    """Good requests on `CROWD` connections at once."""
+    goods = rng.choices(traffic.goods, k=CROWD)
+    with ExitStack() as stack:
+        connections = []
+        for good in goods:
+            traffic.ledger.send("burst")
+            connections.append(stack.enter_context(Connection(traffic.address, TIMEOUT)))
+            connections[-1].send(good.message.wire())
+        for connection, good in zip(connections, goods, strict=True):
+            traffic.settle("burst", connection, good)
+    traffic.over.wait(BURST_EVERY)
+
+
+def health(traffic: Traffic, rng: Random) -> None:
+    """Asks for `/health`, which is `Ok` all the time."""
+    traffic.ledger.send("health")
+    try:
+        answer = exchange(traffic.address, HEALTH.wire(), HEALTH_TIMEOUT, method="GET")
+        if (answer.status, answer.body) != (200, b"Ok"):
+            raise Wrong(f"status {answer.status} while it served: {answer.body[:200]!r}")
+    except (NoAnswer, Hang, Wrong) as error:
+        traffic.ledger.fail("health", str(error))
+    else:
+        traffic.ledger.end("health", "200")
+    traffic.over.wait(0.2)
+
+
+HEALTH = Message("GET", "/health")
+CLIENTS = (keep_alive, keep_alive, fresh, pipelined, slow, slow, leaver, malformed, crowd, health)
+"""One thread each."""
+
+
+def pieces(data: bytes, count: int) -> list[bytes]:
+    """The data in so many parts, or a few less."""
+    size = -(-len(data) // count)
+    return [data[start : start + size] for start in range(0, len(data), size)]

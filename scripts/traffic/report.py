@@ -1,0 +1,91 @@
+"""The results as tables, on the console and in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from scripts.traffic.ledger import Ledger
+from scripts.traffic.soak import Result
+
+SHOWN = 20
+"""Findings that are listed on the console."""
+
+
+def rows(ledger: Ledger) -> list[list[str]]:
+    """A row for each kind and one for all; the first row holds the names of the columns."""
+    outcomes = sorted({outcome for counts in ledger.outcomes.values() for outcome in counts})
+    kinds = sorted(ledger.sent, key=str.lower)
+    table = [["kind", "sent", *outcomes]]
+    for kind in kinds:
+        table.append([kind, *_cells([ledger.sent[kind], *(ledger.outcomes[kind][outcome] for outcome in outcomes)])])
+    sums = [sum(ledger.outcomes[kind][outcome] for kind in kinds) for outcome in outcomes]
+    return [*table, ["all", *_cells([ledger.sent.total(), *sums])]]
+
+
+def _cells(counts: list[int]) -> list[str]:
+    return [f"{count:,}" if count else "" for count in counts]
+
+
+def console_table(table: list[list[str]]) -> Table:
+    columns, *body, last = table
+    printed = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        printed.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    for row in body:
+        printed.add_row(*row)
+    printed.add_row(*last, style="bold")
+    return printed
+
+
+def markdown_table(table: list[list[str]]) -> str:
+    columns, *body = table
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *body))
+
+
+def summary(ledger: Ledger) -> str:
+    """One line of what broke, or an empty text."""
+    if ledger.findings:
+        return f"{len(ledger.findings)} broke; the first: {ledger.findings[0].describe()}"
+    if ledger.lost:
+        return "requests without an outcome: " + ", ".join(f"{kind} {count}" for kind, count in ledger.lost.items())
+    return ""
+
+
+def memory_line(result: Result) -> str:
+    before, after = result.memory
+    return (
+        f"Resident memory: {before / 1e6:.0f} MB in the {result.span:.0f} s after a warm-up of {result.warm_up:.0f} s, "
+        f"{after / 1e6:.0f} MB in the last {result.span:.0f} s (medians), {after / before - 1:+.1%}."
+    )
+
+
+def end_line(result: Result) -> str:
+    return f"The process ended {result.exit_seconds:.1f} s after SIGTERM."
+
+
+def soak_page(ledger: Ledger, result: Result, about: dict[str, Any], toolkit: bool) -> str:
+    """`benchmarks/soak.md`."""
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    command = f"make soak MINUTES={result.seconds / 60:g}" + (" TOOLKIT=<checkout>" if toolkit else "")
+    ended = sum(counts.total() for counts in ledger.outcomes.values())
+    verdict = summary(ledger) or "Nothing broke"
+    served = "the Inference Toolkit" if toolkit else "`make serve`"
+    return f"""# Soak: {about["device"]}
+
+Written by `{command}` on {about["date"]}, at commit {about["commit"]}: {result.seconds:.0f} s of mixed traffic against
+`tiny` under {served}, with a queue of 16. {versions}.
+
+**{verdict}.** {ledger.sent.total():,} requests were sent, and {ended:,} ended in an answer or as the table says. Each
+answer to a good request was compared with plain diffusers.
+
+{memory_line(result)} {end_line(result)}
+
+{markdown_table(rows(ledger))}
+
+"closed" is a connection that the server closed on what is not HTTP, "plain 400" what uvicorn answers to it,
+"abandoned" a client that left by itself, "refused" a connection that a server which is ending did not take. `health`
+was asked for all the time. Bursts are 200 connections at once; 503 is a full queue, or the end.
+"""

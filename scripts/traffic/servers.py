@@ -1,0 +1,104 @@
+"""The servers that take the traffic: this project's own, or the Inference Toolkit with a deployed repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+
+from handlers import MODELS
+from scripts.local_server import ROOT, serve
+from scripts.traffic.messages import Address, address_of
+
+SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
+LIMITS = {"VAE_MAX_BODY_MB": "4", "VAE_MAX_PIXELS": "1048576", "VAE_MAX_QUEUE": "16"}
+"""Small ones, so that what is over them takes no time."""
+TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ |+].*\n)*(.*)")
+KNOWN = "h11._util."
+"""Of uvicorn and h11 themselves, where a body turned out not to be HTTP while the service already answered."""
+
+
+@dataclass(frozen=True)
+class Server:
+    key: str
+    url: str
+    weights: Path
+    log: Path
+    process: psutil.Process
+
+    @property
+    def address(self) -> Address:
+        return address_of(self.url)
+
+    @property
+    def memory(self) -> int:
+        """Resident bytes."""
+        return self.process.memory_info().rss
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+
+    def logged_errors(self) -> list[str]:
+        """The last lines of the stack traces in its log, but for `KNOWN`."""
+        found = TRACEBACK.findall(self.log.read_text(errors="replace"))
+        return [error for error in found if not error.startswith(KNOWN)]
+
+
+@contextmanager
+def server(key: str, folder: Path, toolkit: Path | None = None, **environment: str) -> Iterator[Server]:
+    """A server of the model with this key; its files go into `folder`.
+
+    `tiny` has its own weights; another model has its published architecture with few channels and random weights.
+
+    Args:
+        toolkit: a checkout of the Inference Toolkit, which then serves a repository as it is deployed.
+        environment: of the server, over `LIMITS`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = Path(MODELS[key].checkpoint) if key == "tiny" else _small_checkpoint(key, folder / "weights")
+    options: dict[str, Any] = {"log": folder / f"{key}.log", **LIMITS, **environment}
+    if toolkit is None:
+        running = serve("--model", key, "--weights", str(weights), "--device", "cpu", **options)
+    else:
+        path = os.pathsep.join([str(toolkit / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        running = serve(
+            command=("-m", "uvicorn", "huggingface_inference_toolkit.webservice_starlette:app"),
+            HF_MODEL_DIR=str(_repository(key, weights, folder / "repository")),
+            PYTHONPATH=path,
+            PYTHONSAFEPATH="1",  # the handlers of the repository, not those here
+            VAE_DEVICE="cpu",
+            **options,
+        )
+    with running as url:
+        port = str(address_of(url)[1])
+        process = next(child for child in psutil.Process().children() if port in child.cmdline())
+        yield Server(key, url, weights, options["log"], process)
+
+
+def _small_checkpoint(key: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = MODELS[key]
+    vae = getattr(diffusers, model.vae_class).from_config({**model.published_config, **SMALL})
+    vae.save_pretrained(folder)
+    return folder
+
+
+def _repository(key: str, weights: Path, folder: Path) -> Path:
+    """What `make deploy` uploads, as far as a server reads it."""
+    folder.mkdir()
+    shutil.copy(ROOT / "handler.py", folder)
+    shutil.copytree(ROOT / "handlers", folder / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(weights, folder / "vae")
+    (folder / "endpoint.json").write_text(json.dumps({"model": key}))
+    return folder

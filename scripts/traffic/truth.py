@@ -1,0 +1,219 @@
+"""What a right answer is: the same weights in plain diffusers, and the rules that every answer keeps."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import av
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from handlers import MODELS
+from scripts.traffic.messages import Answer, Message
+from scripts.traffic.samples import Sample
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+COUNT = re.compile(r"[1-9][0-9]{0,4}")
+NUMBER = re.compile(r"-?[0-9]{1,4}(\.[0-9]{1,6})?")
+PLAIN = {
+    "shape": COUNT,
+    "dtype": re.compile("float16|float32|bfloat16"),
+    "scaling_factor": NUMBER,
+    "shift_factor": NUMBER,
+    "output_type": re.compile("pil|pt|mp4"),
+    "partial_postprocess": re.compile("True|False"),
+    "image_format": re.compile("png|jpg|webp"),
+    "quality": COUNT,
+}
+"""How the parameters of a plain decode are spelled; a request with another spelling may be valid all the same."""
+
+TENSOR_TOLERANCE = 2e-3
+LOSSY_TOLERANCE = 12
+"""Of JPEG, WebP and H.264: the mean difference, of 255; the samples' noise is the hardest there is."""
+
+
+class Wrong(Exception):
+    """An answer that breaks a rule; the text says which."""
+
+
+class Truth:
+    def __init__(self, key: str, weights: Path) -> None:
+        """The model with this key and the weights in this folder, on the CPU in float32."""
+        model = MODELS[key]
+        self.vae = getattr(diffusers, model.vae_class).from_pretrained(weights).eval().requires_grad_(False)
+        self.kind = model.kind
+        self.channels = model.published_config["latent_channels"]
+
+    @torch.inference_mode()
+    def of_sample(self, sample: Sample) -> Tensor:
+        """[B, 3, (F,) H, W] as the decoder gives it, or the latents [B, C, (F,) H/8, W/8]."""
+        if sample.task == "decode":
+            return self.vae.decode(sample.inputs, return_dict=False)[0]
+        return self.vae.encode(sample.inputs, return_dict=False)[0].mode()
+
+    @torch.inference_mode()
+    def of_message(self, message: Message | None) -> Tensor | None:
+        """What the decoder gives for a request that is a plain decode of a tensor; None for every other request."""
+        latents = None if message is None else self._latents(message)
+        return None if latents is None else self.vae.decode(latents, return_dict=False)[0]
+
+    def _latents(self, message: Message) -> Tensor | None:
+        plain = message.method == "POST" and message.path in ("/", "/predict", "/decode")
+        if not plain or (message.header("content-type") or "tensor/binary") != "tensor/binary":
+            return None
+        values: dict[str, list[str]] = {}
+        for name, value in message.query:
+            values.setdefault(name, []).append(value)
+        if "do_scaling" in values or any(name != "shape" and len(sent) > 1 for name, sent in values.items()):
+            return None
+        if not all(PLAIN[name].fullmatch(value) for name, value in message.query if name in PLAIN):
+            return None
+        shape, dtype = [int(size) for size in values.get("shape", [])], values.get("dtype", [""])[0]
+        dimensions = 5 if self.kind == "video" else 4
+        if len(shape) != dimensions or shape[1] != self.channels or dtype not in DTYPES:
+            return None
+        if len(message.body) != math.prod(shape) * DTYPES[dtype].itemsize:
+            return None
+        latents = torch.frombuffer(bytearray(message.body), dtype=DTYPES[dtype]).reshape(shape).float()
+        factor, shift = (float(values.get(name, [0])[0]) for name in ("scaling_factor", "shift_factor"))
+        return latents / (factor or 1) + shift
+
+
+def check(
+    answer: Answer,
+    message: Message | None = None,
+    expected: Tensor | None = None,
+    *,
+    method: str = "POST",
+    http: bool = True,
+    good: bool = False,
+) -> None:
+    """Raises `Wrong` for an answer that is neither an error as it should be nor a right success.
+
+    Args:
+        message: the request, where it is known what it says.
+        expected: what the VAE in plain diffusers makes of it, where that is known.
+        method: that the request was made from.
+        http: whether the request is HTTP; what is not may be refused by the server in plain text.
+        good: whether nothing but success is right.
+    """
+    if good and answer.status != 200:
+        raise Wrong(f"status {answer.status} for a good request: {answer.body[:200]!r}")
+    if not http and answer.status == 400 and not answer.body:
+        return  # uvicorn refused it while the service had begun to answer
+    if answer.is_plain_refusal:
+        if http:
+            raise Wrong("uvicorn refused a request that is HTTP")
+    elif method == "HEAD" and answer.status < 500:
+        if answer.body:
+            raise Wrong("an answer to HEAD has a body")
+    elif answer.status == 200:
+        if answer.media_type != "text/plain":
+            check_success(answer, message, expected)
+        elif message is not None and method != "GET":  # which health and metrics are for
+            raise Wrong(f"plain text for {method}: {answer.body[:200]!r}")
+    elif 400 <= answer.status < 500:
+        check_error(answer)
+    else:
+        raise Wrong(f"status {answer.status}: {answer.body[:200]!r}")
+
+
+def check_error(answer: Answer) -> None:
+    """Raises `Wrong` unless it is a JSON object with a text under `error`."""
+    try:
+        error = json.loads(answer.body)["error"]
+    except (ValueError, KeyError, TypeError):
+        error = None
+    if not isinstance(error, str) or not error or answer.media_type != "application/json":
+        raise Wrong(f"status {answer.status} is not JSON with a text under `error`: {answer.body[:200]!r}")
+
+
+def check_refusal(answer: Answer) -> None:
+    """Raises `Wrong` unless it is a 503 as a client under load should get it: with `Retry-After`."""
+    check_error(answer)
+    if answer.status != 503 or not answer.headers.get("retry-after", "").isdigit():
+        raise Wrong(f"status {answer.status} without Retry-After: {answer.body[:200]!r}")
+
+
+def check_success(answer: Answer, message: Message | None, expected: Tensor | None) -> None:
+    """Raises `Wrong` unless the answer is well-formed, and is what was expected."""
+    try:
+        content = read(answer)
+    except Exception as error:  # whatever its readers raise, it is not what its headers say
+        raise Wrong(f"the answer cannot be read: {type(error).__name__}: {error}") from None
+    if expected is None:
+        return
+    if not expected.isfinite().all():
+        raise Wrong("a success where the VAE gives NaN or infinity")
+    if isinstance(content, Tensor):
+        _compare_tensor(content, message, expected)
+    else:
+        _compare_pictures(content, message, expected, lossy=answer.media_type != "image/png")
+
+
+def read(answer: Answer) -> Tensor | np.ndarray:
+    """A tensor, or a file's pictures as uint8 [N, H, W, 3]. Raises `ValueError` and what readers of files raise."""
+    body, headers = answer.body, answer.headers
+    if answer.media_type == "application/json":
+        message = json.loads(body)
+        if isinstance(message, str):
+            return read_file(base64.b64decode(message, validate=True))
+        body, parameters = base64.b64decode(message["inputs"], validate=True), message["parameters"]
+        return read_tensor(body, parameters["shape"], parameters["dtype"])
+    if answer.media_type == "tensor/binary":
+        return read_tensor(body, json.loads(headers["shape"]), headers["dtype"])
+    if answer.media_type not in ("image/png", "image/jpeg", "image/webp", "video/mp4"):
+        raise ValueError(f"Content-Type {answer.media_type!r}")
+    return read_file(body)
+
+
+def read_tensor(body: bytes, shape: list[int], dtype: str) -> Tensor:
+    if math.prod(shape) * DTYPES[dtype].itemsize != len(body):
+        raise ValueError(f"shape {shape} of {dtype}, but {len(body)} bytes")
+    return torch.frombuffer(bytearray(body), dtype=DTYPES[dtype]).reshape(shape)
+
+
+def read_file(body: bytes) -> np.ndarray:
+    if body[4:8] == b"ftyp":
+        with av.open(io.BytesIO(body)) as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    return np.asarray(Image.open(io.BytesIO(body)).convert("RGB"))[None]
+
+
+def _compare_tensor(content: Tensor, message: Message | None, expected: Tensor) -> None:
+    asked = dict(message.query) if message else {}
+    if content.dtype == torch.uint8:
+        expected = _uint8(expected)
+    elif asked.get("output_type") == "pil":
+        expected = (expected / 2 + 0.5).clamp(0, 1)
+    if content.shape != expected.shape:
+        raise Wrong(f"shape {list(content.shape)} instead of {list(expected.shape)}")
+    worst = (content.float() - expected.float()).abs().max().item()
+    scale = max(1.0, expected.float().abs().max().item())
+    if worst > (1 if content.dtype == torch.uint8 else TENSOR_TOLERANCE * scale):
+        raise Wrong(f"values differ from diffusers' by {worst:.3g}")
+
+
+def _compare_pictures(content: np.ndarray, message: Message | None, expected: Tensor, lossy: bool) -> None:
+    frames = _uint8(expected).numpy()
+    if content.shape != frames.shape:
+        raise Wrong(f"pictures {list(content.shape)} instead of {list(frames.shape)}")
+    difference = np.abs(content.astype(np.int16) - frames)
+    if lossy and message is not None and "quality" in dict(message.query):
+        return
+    if difference.mean() > LOSSY_TOLERANCE if lossy else difference.max() > 1:
+        raise Wrong(f"pixels differ from diffusers' by {difference.max()}, {difference.mean():.3g} in the mean")
+
+
+def _uint8(decoded: Tensor) -> Tensor:
+    """What the decoder gave as uint8 [B, H, W, 3], or [F, H, W, 3] of a video."""
+    pictures = decoded[0].movedim(1, 0) if decoded.ndim == 5 else decoded
+    return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)

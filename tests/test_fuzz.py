@@ -1,0 +1,234 @@
+"""A quick fuzz and a short soak of real servers, and that both would notice a service that misbehaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from handlers import MODELS
+from handlers.serving.output import tensor_bytes
+from scripts.traffic import report, soak
+from scripts.traffic.clients import CLIENTS, Traffic
+from scripts.traffic.fuzz import Fuzz, Target, send_case
+from scripts.traffic.ledger import Ledger
+from scripts.traffic.memory import Memory
+from scripts.traffic.messages import Answer, Hang, Message, NoAnswer, exchange
+from scripts.traffic.mutations import MUTATIONS, WIRE_MUTATIONS, Case, case
+from scripts.traffic.samples import Sample, samples
+from scripts.traffic.servers import server
+from scripts.traffic.truth import Truth, Wrong, check, check_refusal
+
+COUNT = 1000
+"""Requests of the quick fuzz; `make fuzz` sends ten times as many."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's threads here and those of the servers would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_malformed_requests_over_http(tmp_path: Path) -> None:
+    with server("tiny", tmp_path / "tiny") as tiny, server("hunyuan-video", tmp_path / "video") as video:
+        fuzz = Fuzz([Target(tiny), Target(video)], seed=1)
+        fuzz.run(range(COUNT))
+        fuzz.check_memory(growth=0.25)  # of a run as short as this
+        fuzz.check_logs()
+    assert_nothing_broke(fuzz.ledger)
+    assert fuzz.ledger.sent.total() == COUNT + COUNT // 20
+    assert {"200", "400", "404", "405", "413", "plain 400", "closed"} <= set(report.rows(fuzz.ledger)[0])
+
+
+def assert_nothing_broke(ledger: Ledger) -> None:
+    assert [finding.describe() for finding in ledger.findings] == []
+    assert not ledger.lost
+
+
+def test_a_short_soak(tmp_path: Path) -> None:
+    with server("tiny", tmp_path / "tiny", VAE_GRACE="3") as running:
+        traffic = Traffic(running, seed=1)
+        result = soak.run(traffic, seconds=10)
+    assert_nothing_broke(traffic.ledger)
+    assert result.exit_seconds < soak.EXIT_TIME
+    clients = {client.__name__ for client in CLIENTS}
+    assert clients == {"keep_alive", "fresh", "pipelined", "slow", "leaver", "malformed", "crowd", "health"}
+    kinds = {"good: keep-alive", "good: a connection each", "good: pipelined", "burst", "health", "SIGTERM: in flight"}
+    assert kinds <= set(traffic.ledger.sent)
+    about = {"device": "a CPU", "date": "today", "commit": "abc", "versions": {"python": "3"}}
+    page = report.soak_page(traffic.ledger, result, about, toolkit=False)
+    assert "Nothing broke" in page
+    assert "| SIGTERM: health |" in page
+
+
+@pytest.fixture(scope="module")
+def truth() -> Truth:
+    return Truth("tiny", Path(MODELS["tiny"].checkpoint))
+
+
+@pytest.fixture(scope="module")
+def png() -> Sample:
+    """A decode to PNG of 32x48 pixels."""
+    return next(sample for sample in samples("tiny", sides=(32,)) if sample.name == "png")
+
+
+def picture(colour: str, size: tuple[int, int] = (48, 32)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "png")
+    return buffer.getvalue()
+
+
+JSON = {"Content-Type": "application/json"}
+TENSOR = {"Content-Type": "tensor/binary", "shape": "[1, 3, 32, 48]", "dtype": "float32"}
+MISBEHAVIOUR = {
+    "a crash": (500, JSON, b'{"error": "it failed"}', "status 500"),
+    "a bad gateway": (502, JSON, b'{"error": "it failed"}', "status 502"),
+    "a queue that is not full": (503, JSON, b'{"error": "later"}', "status 503"),
+    "a redirect": (307, {"Location": "/"}, b"", "status 307"),
+    "an empty answer": (204, {}, b"", "status 204"),
+    "an error in HTML": (400, {"Content-Type": "text/html"}, b"<h1>Bad</h1>", "not JSON"),
+    "JSON that says HTML": (400, {"Content-Type": "text/html"}, b'{"error": "bad"}', "not JSON"),
+    "an error without a text": (400, JSON, b'{"error": ["bad"]}', "not JSON"),
+    "an error of another name": (422, JSON, b'{"detail": "bad"}', "not JSON"),
+    "uvicorn's refusal of what is HTTP": (400, {}, b"Invalid HTTP request received.", "refused a request that is HTTP"),
+    "a black picture": (200, {"Content-Type": "image/png"}, picture("black"), "pixels differ"),
+    "a picture of another size": (200, {"Content-Type": "image/png"}, picture("black", (48, 40)), "instead of"),
+    "half a picture": (200, {"Content-Type": "image/png"}, picture("red")[:60], "cannot be read"),
+    "another tensor": (200, TENSOR, bytes(4 * 3 * 32 * 48), "values differ"),
+    "a tensor of too few bytes": (200, TENSOR, bytes(100), "cannot be read"),
+    "a tensor without a shape": (200, {"Content-Type": "tensor/binary"}, bytes(100), "cannot be read"),
+    "text": (200, {"Content-Type": "text/plain"}, b"Ok", "plain text for POST"),
+    "no media type": (200, {}, b"Ok", "cannot be read"),
+}
+
+
+class Misbehaving(BaseHTTPRequestHandler):
+    """Answers every POST as `MISBEHAVIOUR` says of its header `Act`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        act = self.headers["Act"]
+        if act == "hang":
+            time.sleep(1)
+        elif act in MISBEHAVIOUR:
+            status, headers, body, _ = MISBEHAVIOUR[act]
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+        self.close_connection = True
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def misbehaving() -> Iterator[tuple[str, int]]:
+    """Its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running.server_address
+        running.shutdown()
+        thread.join()
+
+
+def send(address: tuple[str, int], truth: Truth, message: Message, act: str, *, http: bool = True) -> Ledger:
+    """What is noted of this request to the misbehaving server."""
+    message = Message(message.method, message.path, message.query, (*message.headers, ("Act", act)), message.body)
+    ledger = Ledger()
+    made = Case(7, "kind", message.wire(), message, message.method, http=http, ends=False)
+    send_case(ledger, address, truth, made, timeout=0.5)
+    assert not ledger.lost
+    return ledger
+
+
+@pytest.mark.parametrize("act", MISBEHAVIOUR)
+def test_the_checker_notices(act: str, misbehaving: tuple[str, int], truth: Truth, png: Sample) -> None:
+    (finding,) = send(misbehaving, truth, png.message, act).findings
+    assert MISBEHAVIOUR[act][3] in finding.text
+    assert report.summary(send(misbehaving, truth, png.message, act)).startswith("1 broke; the first: kind (request 7)")
+
+
+def test_the_checker_notices_a_hang_and_a_connection_that_is_just_closed(
+    misbehaving: tuple[str, int], truth: Truth, png: Sample
+) -> None:
+    (finding,) = send(misbehaving, truth, png.message, "hang").findings
+    assert finding.text == "no answer in time"
+    assert send(misbehaving, truth, png.message, "close").findings
+    assert not send(misbehaving, truth, png.message, "close", http=False).findings  # that is right for what is not HTTP
+    with pytest.raises(Hang):
+        exchange(misbehaving, Message(headers=(("Act", "hang"),)).wire(), timeout=0.2)
+    with pytest.raises(NoAnswer):
+        exchange(misbehaving, Message(headers=(("Act", "close"),)).wire(), timeout=5)
+
+
+def test_the_checker_notices_that_nobody_listens(truth: Truth, png: Sample) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as gone:
+        address = gone.server_address
+    assert "refused" in send(address, truth, png.message, "").findings[0].text
+
+
+def test_a_right_answer_is_right_and_is_compared(truth: Truth, png: Sample) -> None:
+    expected = truth.of_message(png.message)
+    assert torch.equal(expected, truth.of_sample(png))
+    headers = {"content-type": "tensor/binary", "shape": json.dumps(list(expected.shape)), "dtype": "float32"}
+    check(Answer(200, headers, tensor_bytes(expected)), png.message, expected)
+    with pytest.raises(Wrong, match="values differ"):
+        check(Answer(200, headers, tensor_bytes(expected + 0.1)), png.message, expected)
+    with pytest.raises(Wrong, match="NaN or infinity"):
+        check(Answer(200, headers, tensor_bytes(expected)), png.message, expected / 0)
+
+
+def test_an_error_is_not_good_enough_for_a_good_request() -> None:
+    error = Answer(400, {"content-type": "application/json"}, b'{"error": "no"}')
+    check(error)
+    with pytest.raises(Wrong, match="for a good request"):
+        check(error, good=True)
+
+
+def test_a_refusal_says_when_to_come_back() -> None:
+    headers = {"content-type": "application/json", "retry-after": "1"}
+    check_refusal(Answer(503, headers, b'{"error": "later"}'))
+    with pytest.raises(Wrong, match="Retry-After"):
+        check_refusal(Answer(503, {"content-type": "application/json"}, b'{"error": "later"}'))
+
+
+def test_a_request_follows_from_its_seed_and_number() -> None:
+    good = samples("tiny")
+    cases = [case(good, 0, number) for number in range(500)]
+    assert cases[123] == case(samples("tiny"), 0, 123)
+    assert cases[123] != case(good, 1, 123)
+    assert {made.kind for made in cases} == {*MUTATIONS, *WIRE_MUTATIONS}
+
+
+def test_what_has_no_outcome_is_lost() -> None:
+    ledger = Ledger()
+    for _ in range(3):
+        ledger.send("good")
+    ledger.end("good", "200")
+    assert ledger.lost == {"good": 2}
+    assert report.summary(ledger) == "requests without an outcome: good 2"
+    assert report.rows(ledger) == [["kind", "sent", "200"], ["good", "3", "1"], ["all", "3", "1"]]
+
+
+def test_memory_is_the_median_of_the_span_after_the_warm_up_and_of_the_last() -> None:
+    memory = Memory()
+    for second in range(100):
+        peak = 1000 if second in (25, 95) else 0  # of one request
+        memory.add(second, (500 if second < 20 else 100 + second // 2) + peak)
+    assert memory.medians(warm_up=20, span=10) == (113, 147)
