@@ -106,15 +106,19 @@ def total_memory(device: torch.device) -> int:
     return psutil.virtual_memory().total
 
 
-def share_heap() -> None:
-    """One heap for all threads, where the system's allocator is glibc's.
+def keep_heap() -> None:
+    """One heap for all threads that gives nothing back to the system, where the allocator is glibc's.
 
-    It keeps one for each thread, so that what one thread frees another cannot use: `make soak` then held 40 % more
-    memory, and went on growing for minutes.
+    By default activations of a megabyte and more come from the system and go back to it, each page zeroed and mapped
+    anew: half of the time of a decode on a CPU. And each thread has a heap of its own, so that what one frees another
+    cannot use, which takes up to half as much again. Figures: benchmarks/NOTES.md.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-M_ARENA_MAX = -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Of glibc's malloc.h."""

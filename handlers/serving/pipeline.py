@@ -17,7 +17,7 @@ from torch import Tensor
 
 from handlers.serving import latents, metrics, output, payload, pixels
 from handlers.serving.errors import RequestError
-from handlers.serving.memory import Mode, free_memory, share_heap, total_memory
+from handlers.serving.memory import Mode, free_memory, total_memory
 from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, Task, decode_answer
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE, devices
@@ -72,7 +72,6 @@ class Pipeline:
 
     @classmethod
     def load(cls, handler: type[EndpointHandler], path: str) -> Pipeline:
-        share_heap()
         settings = Settings.load()
         path = "" if settings.foreign_repository else path
         vaes = [VAE.load(handler, path, settings, device) for device in devices(settings.device)]

@@ -17,7 +17,15 @@ from handlers.serving import metrics
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
 from handlers.serving.low_memory import reduced_peak
-from handlers.serving.memory import MemoryUse, Mode, choose_modes, free_memory, is_out_of_memory, total_memory
+from handlers.serving.memory import (
+    MemoryUse,
+    Mode,
+    choose_modes,
+    free_memory,
+    is_out_of_memory,
+    keep_heap,
+    total_memory,
+)
 from handlers.serving.request import Task
 from handlers.serving.settings import Settings
 from handlers.serving.spans import decode_spans, join
@@ -54,6 +62,7 @@ class VAE:
         Raises:
             FileNotFoundError: `settings.weights` names a folder that holds no VAE of the model's class.
         """
+        keep_heap()
         dtype = getattr(torch, settings.dtype or ("float32" if torch.device(device).type == "cpu" else handler.dtype))
         vae_class = getattr(diffusers, handler.vae_class)
         if settings.weights == "random":

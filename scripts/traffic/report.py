@@ -62,6 +62,14 @@ def memory_line(result: Result) -> str:
     )
 
 
+def throughput_line(result: Result) -> str:
+    (few, right), (crowd, crowd_right) = result.throughput.items()
+    return (
+        f"Right answers a second: {right:.1f} to {few} clients, {crowd_right:.1f} to {crowd} ({crowd_right / right:.2f}), "
+        "which send again at once when they are answered or refused."
+    )
+
+
 def end_line(result: Result) -> str:
     return f"The process ended {result.exit_seconds:.1f} s after SIGTERM."
 
@@ -82,6 +90,8 @@ Written by `{command}` on {about["date"]}, at commit {about["commit"]}: {result.
 answer to a good request was compared with plain diffusers.
 
 {memory_line(result)} {end_line(result)}
+
+{throughput_line(result)}
 
 {markdown_table(rows(ledger))}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from scripts.traffic.clients import CLIENTS, HEALTH, HEALTH_TIMEOUT, TIMEOUT, Good, Traffic
+from scripts.traffic.clients import CLIENTS, CROWD, HEALTH, HEALTH_TIMEOUT, TIMEOUT, Good, Traffic
 from scripts.traffic.memory import Memory
 from scripts.traffic.messages import Connection, Hang, Message, NoAnswer, exchange
 from scripts.traffic.truth import Wrong, check_error
@@ -24,6 +24,8 @@ SPAN = 30.0
 """Seconds; memory is the median over the span after the warm-up, and over the last one."""
 GROWTH = 0.05
 """Of the resident memory, at most."""
+FEW = 8
+"""Clients whose throughput that of a crowd is compared with."""
 IN_FLIGHT = 32
 """Requests at SIGTERM: twice as many as the queue takes."""
 NOTICE = 1.0
@@ -36,17 +38,37 @@ class Result:
     """Of the traffic before SIGTERM."""
     warm_up: float
     span: float
+    throughput: dict[int, float]
+    """Right answers a second, by the number of clients."""
     memory: tuple[float, float]
     """Bytes after the warm-up and at the end."""
     exit_seconds: float
     """From SIGTERM."""
 
 
+def throughput(traffic: Traffic, clients: int, seconds: float) -> float:
+    """Right answers a second to clients each of which sends again as soon as it has its answer, or is refused."""
+    kind, good, end = f"throughput: {clients} clients", traffic.goods[0], time.monotonic() + seconds
+
+    def keep_sending(_: int) -> None:
+        with Connection(traffic.address, TIMEOUT) as connection:
+            while time.monotonic() < end:
+                traffic.ledger.send(kind)
+                connection.send(good.message.wire(close=False))
+                traffic.settle(kind, connection, good)
+
+    start, before = time.monotonic(), traffic.ledger.outcomes[kind]["200"]
+    with ThreadPoolExecutor(clients) as threads:
+        list(threads.map(keep_sending, range(clients)))
+    return (traffic.ledger.outcomes[kind]["200"] - before) / (time.monotonic() - start)
+
+
 def run(traffic: Traffic, seconds: float, advance: Callable[[float], None] = lambda _: None) -> Result:
-    """Sends mixed traffic for so long, then ends the server under load; what broke is in the traffic's ledger.
+    """Few clients, a crowd, then mixed traffic for so long, then SIGTERM under load; what broke is in the ledger.
 
     In a run of less than five minutes the warm-up is a fifth of it and the spans a tenth.
     """
+    rates = {clients: throughput(traffic, clients, min(10, seconds / 10)) for clients in (FEW, CROWD)}
     memory, threads = Memory(), [threading.Thread(target=traffic.keep, args=(client,)) for client in CLIENTS]
     warm_up, span = min(WARM_UP, seconds / 5), min(SPAN, seconds / 10)
     start = time.monotonic()
@@ -66,7 +88,7 @@ def run(traffic: Traffic, seconds: float, advance: Callable[[float], None] = lam
     exit_seconds = end(traffic)
     for error in traffic.server.logged_errors():
         traffic.ledger.find("log", f"{error} in {traffic.server.log}")
-    return Result(seconds, warm_up, span, memory.medians(warm_up, span), exit_seconds)
+    return Result(seconds, warm_up, span, rates, memory.medians(warm_up, span), exit_seconds)
 
 
 def check_memory(traffic: Traffic, result: Result, growth: float = GROWTH) -> None:
