@@ -45,9 +45,9 @@ def main(
     console.print(report.console_table(report.rows(traffic.ledger)))
     path = BENCHMARKS / ("soak.md" if toolkit is None else "soak-toolkit.md")
     path.write_text(report.soak_page(traffic.ledger, result, facts, toolkit is not None))
-    console.print(
-        f"{report.memory_line(result)}\n{report.throughput_line(result)}\n{report.end_line(result)}\nWritten to {path.relative_to(ROOT)}"
-    )
+    for line in (report.memory_line(result), report.throughput_line(result), report.end_line(result)):
+        console.print(line)
+    console.print(f"Written to {path.relative_to(ROOT)}")
     for finding in traffic.ledger.findings[: report.SHOWN]:
         console.print(f"broken: {finding.describe()}")
     if broken := report.summary(traffic.ledger):

@@ -65,8 +65,8 @@ def memory_line(result: Result) -> str:
 def throughput_line(result: Result) -> str:
     (few, right), (crowd, crowd_right) = result.throughput.items()
     return (
-        f"Right answers a second: {right:.1f} to {few} clients, {crowd_right:.1f} to {crowd} ({crowd_right / right:.2f}), "
-        "which send again at once when they are answered or refused."
+        f"Right answers a second: {right:.1f} to {few} clients, {crowd_right:.1f} to {crowd} "
+        f"({crowd_right / right:.2f}); each sends again as soon as it is answered or refused."
     )
 
 

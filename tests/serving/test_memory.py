@@ -1,7 +1,12 @@
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from handlers.serving.layout import Layout
 from handlers.serving.memory import Estimate, MemoryUse, Mode, choose_modes
+from scripts.local_server import ROOT
 
 IMAGE = Layout("image", latent_channels=4, vae_scale_factor=8)
 VIDEO = Layout("video", latent_channels=16, vae_scale_factor=8, frame_factor=4)
@@ -42,3 +47,25 @@ def test_a_video_counts_the_frames_that_are_in_memory_at_once() -> None:
     for latent_frames, frames, at_once in ((3, 9, 9), (16, 61, 17)):
         estimate = use.estimate("decode", VIDEO, (1, 16, latent_frames, 8, 8), itemsize=4)
         assert estimate.full == 64 * 64 * (at_once * 1250 + frames * 9) * 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_memory_that_was_used_once_is_not_mapped_again() -> None:
+    """In a process of its own, which it changes."""
+    code = """
+import resource, threading, torch
+from handlers.serving.memory import keep_heap
+keep_heap()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def run():
+    faults()
+    print(faults())
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 100  # of 16384 pages
