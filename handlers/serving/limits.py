@@ -27,11 +27,11 @@ class Limits(BaseModel):
     """Pictures or videos in one request."""
     max_queue: Annotated[int, Field(ge=1)] = 64
     """Requests in the service whose body is there, beside those on a device. One more waits for `patience`."""
-    patience: Annotated[float, Field(ge=0)] = 1
+    patience: Annotated[float, Field(ge=0)] = 5
     """Seconds that a request waits for one of these places before it is told to come back (503).
 
-    Without it a crowd of clients that come back at once, or all after a second, would keep the service busy refusing
-    them, or the device idle.
+    The released clients do not come back. And those that do, at once or all after a second, would keep the service busy
+    refusing them, or leave the device idle.
     """
     timeout: Annotated[float, Field(gt=0)] = 300
     """Seconds from the first byte of a request until its answer is ready."""

@@ -23,7 +23,7 @@ from scripts.traffic.messages import Address, address_of
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 LIMITS = {"VAE_MAX_BODY_MB": "4", "VAE_MAX_PIXELS": "1048576", "VAE_MAX_QUEUE": "16"}
 """Small ones, so that what is over them takes no time."""
-TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ |+].*\n)*(.*)")
+TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ |+].*\n)*(.*)\n(?!\nDuring handling of)")
 KNOWN = "h11._util."
 """Of uvicorn and h11 themselves, where a body turned out not to be HTTP while the service already answered."""
 
@@ -50,7 +50,7 @@ class Server:
         return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
 
     def logged_errors(self) -> list[str]:
-        """The last lines of the stack traces in its log, but for `KNOWN`."""
+        """The last lines of the stack traces in its log, of a chain the last one's, but for `KNOWN`."""
         found = TRACEBACK.findall(self.log.read_text(errors="replace"))
         return [error for error in found if not error.startswith(KNOWN)]
 
