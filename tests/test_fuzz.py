@@ -24,7 +24,7 @@ from scripts.traffic.memory import Memory
 from scripts.traffic.messages import Answer, Hang, Message, NoAnswer, exchange
 from scripts.traffic.mutations import MUTATIONS, WIRE_MUTATIONS, Case, case
 from scripts.traffic.samples import Sample, samples
-from scripts.traffic.servers import server
+from scripts.traffic.servers import TRACEBACK, server
 from scripts.traffic.truth import Truth, Wrong, check, check_refusal
 
 COUNT = 1000
@@ -232,3 +232,23 @@ def test_memory_is_the_median_of_the_span_after_the_warm_up_and_of_the_last() ->
         peak = 1000 if second in (25, 95) else 0  # of one request
         memory.add(second, (500 if second < 20 else 100 + second // 2) + peak)
     assert memory.medians(warm_up=20, span=10) == (113, 147)
+
+
+def test_of_a_chain_of_stack_traces_the_last_error_counts() -> None:
+    log = """INFO: x
+Traceback (most recent call last):
+  File "a"
+    ^^^
+ValueError: 1
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "a"
+h11._util.LocalProtocolError: 2
+INFO: y
+Traceback (most recent call last):
+  File "a"
+KeyError: 3
+"""
+    assert TRACEBACK.findall(log) == ["h11._util.LocalProtocolError: 2", "KeyError: 3"]

@@ -23,7 +23,7 @@ from scripts.traffic.messages import Address, address_of
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 LIMITS = {"VAE_MAX_BODY_MB": "4", "VAE_MAX_PIXELS": "1048576", "VAE_MAX_QUEUE": "16"}
 """Small ones, so that what is over them takes no time."""
-TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ |+].*\n)*(.*)\n(?!\nDuring handling of)")
+TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ |+].*\n)*+(.*)\n(?!\nDuring handling of)")
 KNOWN = "h11._util."
 """Of uvicorn and h11 themselves, where a body turned out not to be HTTP while the service already answered."""
 
