@@ -92,11 +92,11 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDNN_ST
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that an allocation on this device could get now, what torch keeps cached included."""
+    """Bytes that an allocation on this device could get now, what torch or the heap keeps for it included."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available + _free_in_heap()
 
 
 def total_memory(device: torch.device) -> int:
@@ -118,6 +118,25 @@ def keep_heap() -> None:
         mallopt(M_ARENA_MAX, 1)
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _free_in_heap() -> int:
+    """Bytes that the process has from the system and does not use; 0 where glibc cannot tell."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    mallinfo.restype = MallInfo
+    return mallinfo().fordblks
+
+
+class MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc's malloc.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    ]
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8

@@ -17,7 +17,7 @@ TIMEOUT = 5.0
 """Seconds in which every request is answered."""
 GOOD_EVERY = 20
 """Requests from one good one to the next."""
-WARM_UP = 0.3
+WARM_UP = 0.5
 SPAN = 0.1
 """Of the run; memory is compared between the span after the warm-up and the last one."""
 GROWTH = 0.05
