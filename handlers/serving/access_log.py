@@ -43,7 +43,12 @@ class AccessLog:
             return await self.app(scope, receive, send)
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
-        record = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:100], "status": NO_ANSWER}
+        record = {
+            "request_id": request_id,
+            "method": scope["method"][:20],
+            "path": scope["path"][:100],
+            "status": NO_ANSWER,
+        }
         scope.setdefault("state", {})["record"] = record
         start, sent, received = perf_counter(), 0, 0
 

@@ -99,6 +99,10 @@ def drain_on_sigterm(app: Starlette) -> None:
         if app.state.handler is not None:
             pipeline = app.state.handler.pipeline
             pipeline.workers.close()
+            if config := getattr(
+                getattr(stop, "__self__", None), "config", None
+            ):  # uvicorn's, which else waits for ever
+                config.timeout_graceful_shutdown = int(pipeline.settings.grace) + 5
             loop = asyncio.get_running_loop()  # which this signal has interrupted
             loop.call_soon_threadsafe(loop.call_later, pipeline.settings.grace, end_requests, app)
         stop(*arguments)
@@ -130,7 +134,7 @@ async def encode(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """200 while requests are taken. 503 tells the platform to replace this replica, or to send it no more."""
     if problem := _pipeline(request).workers.problem:
-        raise HTTPException(503, problem)
+        raise HTTPException(503, problem, headers={"Retry-After": "1"})
     return PlainTextResponse("Ok")
 
 
@@ -171,8 +175,10 @@ async def run(request: Request, task: Task | None) -> Response:
     timing: dict[str, float] = {}
     try:
         with deadline_of(request, settings.timeout):
-            async with body_of(request, settings) as body, place_in(pipeline):
-                (parsed, inputs), timing["payload"] = await to_thread.run_sync(timed, read, abandon_on_cancel=True)
+            async with body_of(request, settings) as (body, hold), place_in(pipeline):
+                async with pipeline.readers:
+                    (parsed, inputs), timing["payload"] = await to_thread.run_sync(timed, read, abandon_on_cancel=True)
+                hold(inputs.nbytes)
                 start = perf_counter()
                 result = await unless_gone(request, asyncio.wrap_future(pipeline.submit(parsed, inputs)))
                 timing["queue"] = (perf_counter() - start) * 1000 - result.milliseconds
@@ -207,23 +213,37 @@ def check_token(request: Request, token: str | None) -> None:
     """Raises `RequestError`, status 401, unless the request has this token, where there is one."""
     if token:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            given.strip().encode("latin-1"), token.strip().encode()
+        ):
             raise RequestError("send the header `Authorization: Bearer <token>` with the token of this service", 401)
 
 
 @asynccontextmanager
-async def body_of(request: Request, limits: Limits) -> AsyncIterator[bytearray]:
-    """The body, within the limits, whatever its Content-Length says; it counts as held until the context ends."""
-    body, state = bytearray(), request.app.state
+async def body_of(request: Request, limits: Limits) -> AsyncIterator[tuple[bytearray, Callable[[int], None]]]:
+    """The body, within the limits, whatever its Content-Length says.
+
+    It counts as held until the context ends, and so do the bytes that the function beside it is called with: of what
+    was made of the body.
+    """
+    body, held, state = bytearray(), 0, request.app.state
+
+    def hold(size: int) -> None:
+        nonlocal held
+        held += size
+        state.held_bytes += size
+        limits.check_held(state.held_bytes)
+
     try:
+        declared = request.headers.get("content-length", "")
+        limits.check_body(int(declared) if declared.isdecimal() else 0)
         async for chunk in request.stream():
             body += chunk
-            state.held_bytes += len(chunk)
             limits.check_body(len(body))
-            limits.check_held(state.held_bytes)
-        yield body
+            hold(len(chunk))
+        yield body, hold
     finally:
-        state.held_bytes -= len(body)
+        state.held_bytes -= held
 
 
 @asynccontextmanager

@@ -13,12 +13,12 @@ from handlers.serving.errors import RequestError
 class Limits(BaseModel):
     """`VAE_<NAME>` in the environment sets each of these."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     max_body_mb: Annotated[float, Field(gt=0)] = 512
     """Megabytes of a request's body; a minute of 720p video as uint8 pixels is about this much."""
     max_held_mb: Annotated[float, Field(gt=0)] = 2048
-    """Megabytes of the bodies of all requests that are in the service at a time."""
+    """Megabytes of the bodies of all requests that are in the service at a time, and of what was made of them."""
     max_pixels: Annotated[int, Field(ge=1)] = 128_000_000
     """Pixels of a request, all pictures of a batch and all frames counted: 139 frames of 1280x720, or 11313x11313."""
     max_frames: Annotated[int, Field(ge=1)] = 257

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 import psutil
 import torch
@@ -96,14 +98,42 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available + _free_in_heap()
+    free = psutil.virtual_memory().available
+    if (limit := _container_limit()) and (used := _read_number("memory.current", "memory/memory.usage_in_bytes")):
+        free = min(free, limit - used + _file_cache())
+    return free + _free_in_heap()
 
 
 def total_memory(device: torch.device) -> int:
     """Bytes of this device's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+    return min(psutil.virtual_memory().total, _container_limit() or sys.maxsize)
+
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def _container_limit() -> int | None:
+    """Bytes that the container may use, where it has a limit."""
+    return _read_number("memory.max", "memory/memory.limit_in_bytes")
+
+
+def _file_cache() -> int:
+    """Bytes of files that count as used by the container and are given up when memory is short."""
+    for name in ("memory.stat", "memory/memory.stat"):
+        with suppress(OSError):
+            stat = dict(line.split() for line in (CGROUP / name).read_text().splitlines())
+            return int(stat.get("inactive_file", 0))
+    return 0
+
+
+def _read_number(*names: str) -> int | None:
+    """Of the first of these files that is there: the newer and the older way of Linux's control groups."""
+    for name in names:
+        with suppress(OSError, ValueError):  # not there, or "max"
+            return int((CGROUP / name).read_text())
+    return None
 
 
 def keep_heap() -> None:

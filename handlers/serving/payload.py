@@ -33,6 +33,13 @@ DTYPES = {
     "uint8": torch.uint8,
 }
 
+JPEG = b"\xff\xd8\xff"
+JPEG_SCANS = 100
+"""Of a progressive JPEG, each of which takes a pass over the picture; encoders write about ten."""
+
+JSON_VALUES = 10_000
+"""Lists, objects and their elements in a JSON body, which take 25 times their size; parameters are a few dozen."""
+
 VIDEO_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")
 """Of MP4 files, as FFmpeg calls them; what it could read beside these is old, rare and less often tested."""
 
@@ -52,6 +59,8 @@ def sniff(body: Body) -> BodyKind:
 def read_json(body: Body) -> tuple[bytes, dict[str, Any]]:
     """The decoded `inputs` and the `parameters` of `{"inputs": <base64>, "parameters": {...}}`."""
     try:
+        if sum(map(body.count, (b"[", b"{", b","))) > JSON_VALUES:  # none of these is in base64
+            raise ValueError(f"more than {JSON_VALUES} values")
         message = json.loads(body)
     except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 included
         raise RequestError(f"the body is not JSON: {error}") from None
@@ -87,6 +96,10 @@ def read_tensor(body: Body, shape: tuple[int, ...] | None, dtype: str | None) ->
 
 def read_image(body: Body, limits: Limits) -> Image.Image:
     """A PNG, JPEG or WebP file, of which a small one may hold a huge picture: its header is looked at first."""
+    if body.startswith(JPEG) and body.count(b"\xff\xda") > JPEG_SCANS:
+        raise RequestError(f"the JPEG file has more than {JPEG_SCANS} scans; save it anew", 422)
+    if body[8:12] == b"WEBP":  # for which Pillow takes memory as soon as it opens the file
+        limits.check_picture(*_webp_size(body))
     try:
         image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG", "WEBP"))
         limits.check_picture(*image.size)
@@ -98,6 +111,17 @@ def read_image(body: Body, limits: Limits) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise a dozen types for broken files
         raise RequestError(f"the image cannot be read ({error}); send a PNG, JPEG or WebP file") from None
     return image
+
+
+def _webp_size(body: Body) -> tuple[int, int]:
+    """Width and height by the header of the first chunk, which is of one of three kinds."""
+    kind, header = body[12:16], body[20:30]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(header[4:7], "little"), 1 + int.from_bytes(header[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(header[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(header[6:8], "little") & 0x3FFF, int.from_bytes(header[8:10], "little") & 0x3FFF
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -120,7 +144,9 @@ def read_video(body: Body, limits: Limits) -> list[Image.Image]:
     frames: list[Image.Image] = []
     try:
         # metadata may be in any encoding, and says nothing about the pictures
-        with av.open(io.BytesIO(body), format="mp4", metadata_errors="replace") as container:
+        _check_samples(body, 0, len(body), limits)
+        options = {"max_streams": "8"}
+        with av.open(io.BytesIO(body), format="mp4", metadata_errors="replace", options=options) as container:
             if not container.streams.video:
                 raise RequestError("the file holds no video; send an MP4 file with a video stream")
             stream = container.streams.video[0]
@@ -129,11 +155,33 @@ def read_video(body: Body, limits: Limits) -> list[Image.Image]:
             limits.check_picture(stream.width, stream.height)
             for frame in container.decode(stream):
                 limits.check_picture(frame.width, frame.height, len(frames) + 1)
-                frames.append(frame.to_image().rotate(frame.rotation, expand=True))
+                frames.append(frame.to_image().rotate(_quarter_turns(frame.rotation), expand=True))
                 if frames[-1].size != frames[0].size:
                     raise RequestError("the video's frames are not all of one size")
-    except (av.FFmpegError, ValueError) as error:
+    except (av.FFmpegError, ValueError, MemoryError) as error:
         raise RequestError(f"the video cannot be read ({error}); send an MP4 file with a video stream") from None
     if not frames:
         raise RequestError("the video holds no frames")
     return frames
+
+
+def _quarter_turns(degrees: float) -> float:
+    """A rotation that no camera writes turns nothing."""
+    return degrees if degrees % 90 == 0 else 0
+
+
+def _check_samples(body: Body, start: int, end: int, limits: Limits) -> None:
+    """Refuses tables of more samples than a video and its sound may have: FFmpeg takes memory for each of them."""
+    while start + 8 <= end:
+        size, kind, header = int.from_bytes(body[start : start + 4]), body[start + 4 : start + 8], 8
+        if size == 1:
+            size, header = int.from_bytes(body[start + 8 : start + 16]), 16
+        stop = min(start + size, end) if size else end
+        if kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+            _check_samples(body, start + header, stop, limits)
+        count = int.from_bytes(body[start + header + 8 : start + header + 12])
+        if kind in (b"stsz", b"stz2") and count > max(100 * limits.max_frames, 100_000):
+            raise RequestError(f"a track of {count} samples; at most {limits.max_frames} frames (VAE_MAX_FRAMES)", 413)
+        if stop <= start + header - 1:
+            return
+        start = max(stop, start + header)

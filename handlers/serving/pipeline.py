@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from handlers.serving import latents, metrics, output, payload, pixels
 from handlers.serving.errors import RequestError
-from handlers.serving.memory import Mode, free_memory, total_memory
+from handlers.serving.memory import Mode, free_memory, is_out_of_memory, total_memory
 from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, Task, decode_answer
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE, devices
@@ -67,6 +68,8 @@ class Pipeline:
         self.settings = settings
         devices = [Device(partial(self.forward, vae), vae.is_alive) for vae in vaes]
         self.workers = DeviceWorkers(devices, self.vae.batch_limit, settings.timeout)
+        self.readers = asyncio.Semaphore(os.cpu_count() or 1)
+        """Held while a payload is parsed: a picture takes several times its pixels then."""
         self.places = asyncio.Semaphore(settings.max_queue + len(vaes))
         """Held by a request from its payload to its answer; `app` takes them, first come, first served."""
 
@@ -170,7 +173,20 @@ class Pipeline:
         return self.workers.submit((request, inputs), key, size)
 
     def forward(self, vae: VAE, batch: list[tuple[Request, Tensor]]) -> list[Result]:
-        """The VAE and what belongs on its device, for requests of one task and shape."""
+        """The VAE and what belongs on its device, for requests of one task and shape.
+
+        Raises:
+            RequestError: among others, that there is no memory beside the VAE itself; status 503.
+        """
+        try:
+            return self._forward(vae, batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            metrics.OUT_OF_MEMORY.inc()
+            raise RequestError("this device has no memory free for that now; try again soon", 503) from error
+
+    def _forward(self, vae: VAE, batch: list[tuple[Request, Tensor]]) -> list[Result]:
         start = perf_counter()
         metrics.BATCH_SIZE.observe(len(batch))
         requests = [request for request, _ in batch]

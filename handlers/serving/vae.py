@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -196,9 +197,12 @@ def devices(device: str | None) -> list[str]:
 
 
 def _tile_pixels(model: Any) -> int:
-    """Of the tiles that the model cuts a picture into, as its config says: 256x256 to 1024x1024."""
+    """Of the tiles that the model cuts a picture into, as its config says: 256x256 to 1024x1024 for those here."""
     side = getattr(model, "tile_sample_min_size", None)
-    height, width = (side, side) if side else (model.tile_sample_min_height, model.tile_sample_min_width)
+    height = side or getattr(model, "tile_sample_min_height", None)
+    width = side or getattr(model, "tile_sample_min_width", None)
+    if height is None or width is None:  # one that knows no tiles
+        return sys.maxsize
     return height * width * getattr(model, "tile_sample_min_num_frames", 1)
 
 

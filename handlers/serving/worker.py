@@ -31,7 +31,8 @@ class Job:
     key: Hashable
     size: int
     due: float
-    """When it came, plus the time that it will take: so small work passes large work, which yet gets its turn."""
+    """When it came, plus the time that it will take, up to a tenth of the deadline: so small work passes large work,
+    which yet gets its turn."""
     future: Future = field(default_factory=Future)
 
 
@@ -92,17 +93,18 @@ class DeviceWorkers:
         """Queues work. Cancelling its future drops it, unless it has begun.
 
         Raises:
-            RequestError: no work is taken any more; status 503.
+            RequestError: no device is left; status 503.
         """
         with self._arrival:
-            self.check_open()
-            job = Job(work, key, size, monotonic() + size * self._seconds_per_size)
+            if not self._alive:
+                self.check_open()
+            job = Job(work, key, size, monotonic() + min(size * self._seconds_per_size, self._timeout / 10))
             self._waiting.append(job)
             self._arrival.notify()
         return job.future
 
     def close(self) -> None:
-        """Takes no more work. Safe in a signal handler."""
+        """`check_open` lets in no more work. Safe in a signal handler."""
         self._closing = True
 
     def _forget_cancelled(self) -> None:

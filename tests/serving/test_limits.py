@@ -122,6 +122,13 @@ class TestSizes:
         assert response.json()["error"].startswith("30000x30000 pixels; at most 300000")
         assert metric(narrow, "process_resident_memory_bytes") - before < 100e6  # decoded it takes 2.7 GB
 
+    def test_what_is_made_of_a_body_counts_too(self, narrow: Endpoint) -> None:
+        buffer = io.BytesIO()
+        Image.new("RGB", (512, 512)).save(buffer, format="PNG")  # 3 MB as floats
+        response = requests.post(narrow.url, data=buffer.getvalue(), timeout=10)
+        assert (response.status_code, response.json()["error"][:20]) == (503, "requests hold 1.5 MB")
+        assert metric(narrow, "vae_held_bytes") == 0
+
     def test_bodies_count_together_while_they_come(self, narrow: Endpoint) -> None:
         halves = [open_connection(narrow) for _ in range(2)]
         for connection in halves:

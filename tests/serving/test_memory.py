@@ -1,9 +1,13 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
+from handlers.serving import memory
 from handlers.serving.layout import Layout
 from handlers.serving.memory import Estimate, MemoryUse, Mode, choose_modes
 from scripts.local_server import ROOT
@@ -69,3 +73,20 @@ assert _free_in_heap() > 64 * 2**20  # which the plan counts as free
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(result.stdout) < 100  # of 16384 pages
+
+
+@pytest.mark.parametrize("names", [("memory.max", "memory.current", "memory.stat"), ("v1",)])
+def test_a_containers_limit_counts(names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used, stat = (
+        names if len(names) == 3 else [f"memory/memory.{n}" for n in ("limit_in_bytes", "usage_in_bytes", "stat")]
+    )
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text("2000000000\n")
+    (tmp_path / used).write_text("900000000\n")
+    (tmp_path / stat).write_text("anon 500000000\ninactive_file 400000000\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_free_in_heap", lambda: 0)
+    cpu = torch.device("cpu")
+    assert (memory.total_memory(cpu), memory.free_memory(cpu)) == (2_000_000_000, 1_500_000_000)
+    (tmp_path / limit).write_text("max\n")
+    assert memory.total_memory(cpu) == psutil.virtual_memory().total

@@ -9,7 +9,7 @@ from PIL import Image
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.output import write_mp4
-from handlers.serving.payload import read_image, read_video, sniff, upright_rgb
+from handlers.serving.payload import read_image, read_json, read_video, sniff, upright_rgb
 
 LIMITS = Limits()
 
@@ -134,3 +134,46 @@ def test_a_picture_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("it was decoded"))
     with pytest.raises(RequestError, match="64x32 pixels; at most 2047"):
         read_image(buffer.getvalue(), Limits(max_pixels=2047))
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}])
+def test_a_webp_over_the_limit_is_not_even_opened(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32), "red").save(buffer, format="WEBP", **options)
+    assert read_image(buffer.getvalue(), Limits(max_pixels=2048)).size == (64, 32)
+    monkeypatch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("it was opened"))
+    with pytest.raises(RequestError, match="64x32 pixels; at most 2047"):
+        read_image(buffer.getvalue(), Limits(max_pixels=2047))
+
+
+def test_a_jpeg_of_a_thousand_scans_is_not_decoded() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32), "red").save(buffer, format="JPEG", progressive=True)
+    body = buffer.getvalue()
+    assert read_image(body, LIMITS).size == (64, 32)
+    scan = body.rindex(b"\xff\xda")
+    with pytest.raises(RequestError, match="more than 100 scans"):
+        read_image(body[:scan] + body[scan:-2] * 1000 + body[-2:], LIMITS)
+
+
+def test_json_of_many_values_is_not_parsed() -> None:
+    body = b'{"inputs": "", "parameters": {"x": [' + b"[]," * 10_000 + b"[]]}}"
+    with pytest.raises(RequestError, match="the body is not JSON: more than 10000 values"):
+        read_json(body)
+
+
+def test_an_mp4_that_says_it_has_millions_of_samples_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = mp4()
+    place = body.index(b"stsz") + 12
+    monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("it was opened"))
+    with pytest.raises(RequestError, match="a track of 60000000 samples; at most 257 frames") as refused:
+        read_video(body[:place] + (60_000_000).to_bytes(4) + body[place + 4 :], LIMITS)
+    assert refused.value.status == 413
+
+
+def test_a_rotation_that_is_no_quarter_turn_turns_nothing() -> None:
+    body = mp4()
+    place = body.index(b"tkhd") + 4 + 40
+    matrix = struct.pack(">9i", 46341, 46341, 0, -46341, 46341, 0, 0, 0, 1 << 30)  # an eighth
+    frames = read_video(body[:place] + matrix + body[place + 36 :], LIMITS)
+    assert frames[0].size == (64, 32)

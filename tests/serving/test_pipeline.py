@@ -204,6 +204,17 @@ class TestMemory:
             vae.decode(torch.zeros(1, 4, 8, 8))
         assert refused.value.status == 503
 
+    def test_running_out_beside_the_vae_is_no_fault_either(
+        self, handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def short(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("handlers.serving.pixels.to_answer", short)
+        with pytest.raises(RequestError, match="no memory free for that now; try again soon") as refused:
+            handler({"inputs": latents_of(handler)})
+        assert refused.value.status == 503
+
     def test_another_error_is_no_lack_of_memory(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(z: torch.Tensor, **options: object) -> object:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -188,14 +188,36 @@ def test_a_device_that_does_not_come_to_an_end_is_a_problem(device: Device) -> N
     wait_until(lambda: workers.problem is None)
 
 
-def test_when_it_is_closed_it_finishes_what_it_has_and_takes_no_more(device: Device) -> None:
+def test_small_work_does_not_starve_large_work() -> None:
+    """Each batch takes as long, whatever its size, so that sizes say nothing of the time."""
+    go = threading.Event()
+
+    def run(work: list[int]) -> list[int]:
+        assert go.wait(10)
+        time.sleep(0.002)
+        return work
+
+    workers = DeviceWorkers([worker.Device(run, lambda: True)], batch_limit=0, timeout=2)
+    go.set()
+    workers.submit(1, object(), 1).result(10)
+    large = workers.submit(0, "large", 10**6)
+    end = time.monotonic() + 10
+    while not large.done():
+        small = [workers.submit(1, object(), 1) for _ in range(5)]
+        small[0].result(10)
+        assert time.monotonic() < end
+    assert large.result() == 0
+
+
+def test_when_it_is_closed_it_lets_nothing_in_and_finishes_what_is_in(device: Device) -> None:
     workers = DeviceWorkers([device], batch_limit=0, timeout=60)
-    futures = [workers.submit(number, "a", 1) for number in range(2)]
+    futures = [workers.submit(0, "a", 1)]
     wait_until(lambda: workers.running == 1)
     workers.close()
     assert workers.problem == "the service is shutting down"
     with pytest.raises(RequestError, match="the service is shutting down; try again soon") as refused:
-        workers.submit(4, "a", 1)
+        workers.check_open()
     assert refused.value.status == 503
+    futures.append(workers.submit(1, "a", 1))  # of a request that was let in before
     device.go.release(2)
     assert [future.result(10) for future in futures] == [0, 2]
