@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import av
 import diffusers
 import numpy as np
 import pytest
@@ -163,3 +165,13 @@ def uint8_pixels(decoded: torch.Tensor) -> np.ndarray:
     else:
         images = VaeImageProcessor().postprocess(decoded, output_type="pil")
     return np.stack([np.asarray(image) for image in images])
+
+
+def same_video(one: bytes, other: bytes) -> bool:
+    """Whether two MP4 files show the same frames. Their bytes rarely differ by a few, for the same frames."""
+    videos = []
+    for file in (one, other):
+        with av.open(io.BytesIO(file)) as container:
+            videos.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
+    first, second = videos
+    return first.shape == second.shape and np.abs(first.astype(int) - second).mean() < 1
