@@ -99,10 +99,9 @@ def drain_on_sigterm(app: Starlette) -> None:
         if app.state.handler is not None:
             pipeline = app.state.handler.pipeline
             pipeline.workers.close()
-            if config := getattr(
-                getattr(stop, "__self__", None), "config", None
-            ):  # uvicorn's, which else waits for ever
-                config.timeout_graceful_shutdown = int(pipeline.settings.grace) + 5
+            server = getattr(stop, "__self__", None)
+            if hasattr(server, "config"):  # uvicorn, which else waits for ever
+                server.config.timeout_graceful_shutdown = int(pipeline.settings.grace) + 5
             loop = asyncio.get_running_loop()  # which this signal has interrupted
             loop.call_soon_threadsafe(loop.call_later, pipeline.settings.grace, end_requests, app)
         stop(*arguments)
@@ -236,7 +235,7 @@ async def body_of(request: Request, limits: Limits) -> AsyncIterator[tuple[bytea
 
     try:
         declared = request.headers.get("content-length", "")
-        limits.check_body(int(declared) if declared.isdecimal() else 0)
+        limits.check_body(int(declared[:20]) if declared.isdecimal() else 0)
         async for chunk in request.stream():
             body += chunk
             limits.check_body(len(body))

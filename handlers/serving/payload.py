@@ -40,6 +40,9 @@ JPEG_SCANS = 100
 JSON_VALUES = 10_000
 """Lists, objects and their elements in a JSON body, which take 25 times their size; parameters are a few dozen."""
 
+MP4_BOXES = 10_000
+"""Beside each other in an MP4 file; one in fragments has two for each."""
+
 VIDEO_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")
 """Of MP4 files, as FFmpeg calls them; what it could read beside these is old, rare and less often tested."""
 
@@ -143,9 +146,9 @@ def read_video(body: Body, limits: Limits) -> list[Image.Image]:
     """
     frames: list[Image.Image] = []
     try:
-        # metadata may be in any encoding, and says nothing about the pictures
         _check_samples(body, 0, len(body), limits)
         options = {"max_streams": "8"}
+        # metadata may be in any encoding, and says nothing about the pictures
         with av.open(io.BytesIO(body), format="mp4", metadata_errors="replace", options=options) as container:
             if not container.streams.video:
                 raise RequestError("the file holds no video; send an MP4 file with a video stream")
@@ -170,18 +173,30 @@ def _quarter_turns(degrees: float) -> float:
     return degrees if degrees % 90 == 0 else 0
 
 
-def _check_samples(body: Body, start: int, end: int, limits: Limits) -> None:
-    """Refuses tables of more samples than a video and its sound may have: FFmpeg takes memory for each of them."""
-    while start + 8 <= end:
+def _check_samples(
+    body: Body,
+    start: int,
+    end: int,
+    limits: Limits,
+    path: tuple[bytes, ...] = (b"moov", b"trak", b"mdia", b"minf", b"stbl"),
+) -> None:
+    """Refuses tables of more samples than a video and its sound may have: FFmpeg takes memory for each of them.
+
+    They stand in boxes, each in the one before, of `path`.
+    """
+    for _ in range(MP4_BOXES):
+        if start + 8 > end:
+            return
         size, kind, header = int.from_bytes(body[start : start + 4]), body[start + 4 : start + 8], 8
         if size == 1:
             size, header = int.from_bytes(body[start + 8 : start + 16]), 16
         stop = min(start + size, end) if size else end
-        if kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
-            _check_samples(body, start + header, stop, limits)
+        if stop < start + header:  # FFmpeg will say what is wrong
+            return
+        if path and kind == path[0]:
+            _check_samples(body, start + header, stop, limits, path[1:])
         count = int.from_bytes(body[start + header + 8 : start + header + 12])
         if kind in (b"stsz", b"stz2") and count > max(100 * limits.max_frames, 100_000):
             raise RequestError(f"a track of {count} samples; at most {limits.max_frames} frames (VAE_MAX_FRAMES)", 413)
-        if stop <= start + header - 1:
-            return
-        start = max(stop, start + header)
+        start = stop
+    raise RequestError(f"the MP4 file has more than {MP4_BOXES} boxes in one place")

@@ -177,3 +177,15 @@ def test_a_rotation_that_is_no_quarter_turn_turns_nothing() -> None:
     matrix = struct.pack(">9i", 46341, 46341, 0, -46341, 46341, 0, 0, 0, 1 << 30)  # an eighth
     frames = read_video(body[:place] + matrix + body[place + 36 :], LIMITS)
     assert frames[0].size == (64, 32)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        b"".join(struct.pack(">I4s", 8 * (2000 - n), b"moov") for n in range(2000)),
+        struct.pack(">I4s", 8, b"free") * 20_000,
+    ],
+)
+def test_an_mp4_of_nothing_but_boxes_is_refused(boxes: bytes) -> None:
+    with pytest.raises(RequestError, match=r"the video cannot be read|the MP4 file has more than 10000 boxes"):
+        read_video(struct.pack(">I4s4sI", 16, b"ftyp", b"isom", 0) + boxes, LIMITS)
