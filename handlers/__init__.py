@@ -4,19 +4,61 @@ Importing this package imports no torch, so the deploy script and `make models` 
 """
 
 from handlers.base import EndpointHandler
+from handlers.cogvideox import CogVideoX
+from handlers.cogview4 import CogView4
+from handlers.easyanimate import EasyAnimate
 from handlers.flux import Flux
+from handlers.flux2 import Flux2
+from handlers.glm_image import GlmImage
+from handlers.hunyuan_image import HunyuanImage
 from handlers.hunyuan_video import HunyuanVideo
+from handlers.hunyuan_video_1_5 import HunyuanVideo15
+from handlers.ltx_2 import Ltx2
+from handlers.ltx_video import LtxVideo
+from handlers.mochi import Mochi
+from handlers.playground_v2_5 import PlaygroundV25
+from handlers.qwen_image import QwenImage
+from handlers.sana import Sana
+from handlers.sd3 import StableDiffusion3
 from handlers.sd_v1 import StableDiffusionV1
 from handlers.sdxl import StableDiffusionXL
+from handlers.svd import StableVideoDiffusion
+from handlers.taef1 import Taef1
+from handlers.taesd import Taesd
+from handlers.taesd3 import Taesd3
+from handlers.taesdxl import TaesdXL
 from handlers.tiny import Tiny
+from handlers.wan_2_1 import Wan21
+from handlers.wan_2_2 import Wan22
 
 __version__ = "0.1.0"
 
 MODELS: dict[str, type[EndpointHandler]] = {
     "sd-v1": StableDiffusionV1,
     "sdxl": StableDiffusionXL,
+    "sd3": StableDiffusion3,
     "flux": Flux,
+    "flux2": Flux2,
+    "qwen-image": QwenImage,
+    "hunyuan-image": HunyuanImage,
+    "sana": Sana,
+    "glm-image": GlmImage,
+    "cogview4": CogView4,
+    "playground-v2.5": PlaygroundV25,
+    "wan-2.1": Wan21,
+    "wan-2.2": Wan22,
     "hunyuan-video": HunyuanVideo,
+    "hunyuan-video-1.5": HunyuanVideo15,
+    "ltx-video": LtxVideo,
+    "ltx-2": Ltx2,
+    "cogvideox": CogVideoX,
+    "mochi": Mochi,
+    "svd": StableVideoDiffusion,
+    "easyanimate": EasyAnimate,
+    "taesd": Taesd,
+    "taesdxl": TaesdXL,
+    "taesd3": Taesd3,
+    "taef1": Taef1,
     "tiny": Tiny,
 }
 

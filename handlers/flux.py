@@ -8,6 +8,9 @@ class Flux(EndpointHandler):
     subfolder = "vae"
     vae_class = "AutoencoderKL"
     dtype = "bfloat16"
+    latent_channels = 16
+    pipeline_layout = "packed"
+    latents_layouts = unshifted_layouts = ("BFHWC",)  # of Kandinsky 5, which does not shift
     # 1024x1024: as the SDXL decoder's 8.5 GB, whose layers it has; a T4's 14 GB would do, but it computes no bfloat16
     instance = "nvidia-l4"
     license = "apache-2.0"

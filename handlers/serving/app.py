@@ -22,13 +22,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from handlers.model import Task
 from handlers.serving import metrics
 from handlers.serving.access_log import NO_ANSWER, AccessLog
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.output import to_json
 from handlers.serving.pipeline import Pipeline
-from handlers.serving.request import Task
 
 T = TypeVar("T")
 
@@ -160,9 +160,9 @@ async def run(request: Request, task: Task | None) -> Response:
 
     def read() -> Any:
         parsed = pipeline.parse(body, content_type, accept, values, task)
-        inputs = pipeline.prepare(parsed)
-        record.update(task=parsed.task, shape=list(inputs.shape), answer=parsed.answer.name.lower())
-        return parsed, inputs
+        prepared = pipeline.prepare(parsed)
+        record.update(task=parsed.task, shape=list(prepared.inputs.shape), answer=parsed.answer.name.lower())
+        return parsed, prepared
 
     def write() -> Response:
         content = pipeline.render(parsed, result.value)
@@ -176,10 +176,12 @@ async def run(request: Request, task: Task | None) -> Response:
         with deadline_of(request, settings.timeout):
             async with body_of(request, settings) as (body, hold), place_in(pipeline):
                 async with pipeline.readers:
-                    (parsed, inputs), timing["payload"] = await to_thread.run_sync(timed, read, abandon_on_cancel=True)
-                hold(inputs.nbytes)
+                    (parsed, prepared), timing["payload"] = await to_thread.run_sync(
+                        timed, read, abandon_on_cancel=True
+                    )
+                hold(prepared.inputs.nbytes)
                 start = perf_counter()
-                result = await unless_gone(request, asyncio.wrap_future(pipeline.submit(parsed, inputs)))
+                result = await unless_gone(request, asyncio.wrap_future(pipeline.submit(parsed, prepared.inputs)))
                 timing["queue"] = (perf_counter() - start) * 1000 - result.milliseconds
                 timing["vae"] = result.milliseconds
                 response, timing["output"] = await to_thread.run_sync(timed, write, abandon_on_cancel=True)
@@ -193,6 +195,7 @@ async def run(request: Request, task: Task | None) -> Response:
     record.update(mode=result.mode.value, **{f"{stage}_ms": round(ms, 1) for stage, ms in timing.items()})
     response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in timing.items())
     response.headers["X-VAE-Mode"] = result.mode.value
+    response.headers.update(prepared.headers)
     return response
 
 

@@ -1,56 +1,79 @@
+"""The shapes of a VAE's tensors."""
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from handlers.serving.request import Kind, Task
-
-
-def vae_scale_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent in height and in width, from a diffusers VAE config (8 for every published model here)."""
-    return config.get("spatial_compression_ratio") or 2 ** (len(config["block_out_channels"]) - 1)
+from handlers.model import Kind, Task
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The shapes of a VAE's tensors: latents [B, C, H, W] for an image model, [B, C, F, H, W] for a video model."""
+    """Pictures are [B, 3, H, W] and videos [B, 3, F, H, W]; latents the same with other channels and a smaller H, W.
+
+    Some VAEs take pictures as videos of one frame, so that their latents are [B, C, 1, H, W]; others take videos as
+    batches of pictures, which does not show here.
+    """
 
     kind: Kind
     latent_channels: int
     vae_scale_factor: int
     """Pixels per latent in height and in width."""
-    frame_factor: int = 1
-    """Frames per latent frame of a video, whose first one stands alone: F latent frames are (F - 1) * factor + 1."""
-
-    @classmethod
-    def of_config(cls, config: Mapping[str, Any], kind: Kind) -> Layout:
-        frame_factor = config.get("temporal_compression_ratio", 1)
-        return cls(kind, config["latent_channels"], vae_scale_factor(config), frame_factor)
+    frame_counts: tuple[int, int, int] = (1, 1, 1)
+    """Frames that 1, 2 and 3 latent frames are decoded to. Every two more give as many more as the third gives over the
+    first: most VAEs have (n - 1) * factor + 1 for all n, CogVideoX only for odd ones, and n * factor for even ones."""
+    vae_ndim: int = 4
+    """Dimensions of what the VAE itself takes; 5 where it has frames."""
 
     @property
     def ndim(self) -> int:
-        """Dimensions of a batch."""
+        """Dimensions of a batch of latents."""
+        return 5 if self.kind == "video" else self.vae_ndim
+
+    @property
+    def pixels_ndim(self) -> int:
+        """Dimensions of a batch of pixels."""
         return 5 if self.kind == "video" else 4
+
+    @property
+    def frame_factor(self) -> int:
+        """Frames of a video per latent frame after the first."""
+        return (self.frame_counts[2] - self.frame_counts[0]) // 2
+
+    def decoded_frames(self, latent_frames: int) -> int:
+        """Frames of a video that so many latent frames are decoded to."""
+        odd, even, next_odd = self.frame_counts
+        return (odd if latent_frames % 2 else even) + (latent_frames - 1) // 2 * (next_odd - odd)
+
+    def latent_frames(self, frames: int) -> int:
+        """The most latent frames that are decoded to no more than so many frames; at least 1."""
+        count = 1
+        while self.kind == "video" and self.decoded_frames(count + 1) <= frames:
+            count += 1
+        return count
+
+    def fitting_frames(self, frames: int) -> tuple[int, int]:
+        """The nearest counts, not above and not below, of frames that can be encoded without one being dropped."""
+        latent_frames = self.latent_frames(frames)
+        below = self.decoded_frames(latent_frames)
+        return below, below if below == frames else self.decoded_frames(latent_frames + 1)
 
     def frames(self, task: Task, shape: Sequence[int]) -> int:
         """Frames of one item's video, or 1, by the shape of a task's input batch."""
         if self.kind == "image":
             return 1
-        return shape[2] if task == "encode" else (shape[2] - 1) * self.frame_factor + 1
+        return shape[2] if task == "encode" else self.decoded_frames(shape[2])
+
+    def frame_pixels(self, task: Task, shape: Sequence[int]) -> int:
+        """Pixels of one picture or frame, by the shape of a task's input batch."""
+        side = self.vae_scale_factor if task == "decode" else 1
+        return shape[-2] * side * shape[-1] * side
 
     def pixels(self, task: Task, shape: Sequence[int]) -> int:
         """Pixels of one item's picture, or of all frames of its video, by the shape of a task's input batch."""
-        side = self.vae_scale_factor if task == "decode" else 1
-        return self.frames(task, shape) * shape[-2] * side * shape[-1] * side
+        return self.frames(task, shape) * self.frame_pixels(task, shape)
 
-    def broadcast(self, count: int) -> tuple[int, ...]:
-        """The shape in which `count` numbers, one a channel, broadcast over a batch."""
-        return (1, count) + (1,) * (self.ndim - 2)
-
-    def describe(self, channels: int, shrink: int = 1) -> str:
+    def describe_pixels(self) -> str:
         """The shape of a batch in words, for messages."""
-        frames = "F, " if self.kind == "video" else ""
-        by = f"/{shrink}" if shrink > 1 else ""
-        return f"[B, {channels}, {frames}height{by}, width{by}]"
+        return "[B, 3, F, height, width]" if self.kind == "video" else "[B, 3, height, width]"

@@ -10,10 +10,10 @@ It adds up in another order than diffusers, so it is for pictures that would not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ fill a GPU, and small beside the activation of 512 MB that it is part of (256 ch
 MIN_ROWS = 16
 """Of a chunk, whatever they take: two more rows are normalised for each, which stays cheap beside the convolution."""
 
+CAUSAL_CODERS = {"WanEncoder3d", "WanDecoder3d", "QwenImageEncoder3d", "QwenImageDecoder3d"}
+"""Those of `_reduce_causal`."""
+CODERS = {"Encoder", "Decoder", "HunyuanVideoEncoder3D", "HunyuanVideoDecoder3D"}
 BLOCKS = {
     "UNetMidBlock2D",
     "DownEncoderBlock2D",
@@ -43,34 +46,45 @@ BLOCKS = {
     "HunyuanVideoDownBlock3D",
     "HunyuanVideoUpBlock3D",
 }
-"""Those that `_block_steps` knows."""
+"""Those whose steps are known here; others have other parts, or a `forward` with other arguments."""
 
 
-def reduce_peak(model: Any) -> bool:
+def reduce_peak(model: Any) -> list[nn.Module]:
     """Gives the encoder and the decoder of a diffusers autoencoder a forward pass with a lower peak, for inference.
 
-    The results are those of diffusers but for rounding. Weights, `to`, tiling and slicing stay as they are.
+    The results are those of diffusers but for rounding. Weights, `to` and tiling stay as they are.
 
     Returns:
-        Whether it did: AutoencoderKL and AutoencoderKLHunyuanVideo are known, other models are left as they are.
+        The modules whose `forward` was replaced; none where `has_reduced_peak` says no.
     """
-    coders = [coder for coder in (getattr(model, "encoder", None), getattr(model, "decoder", None)) if coder]
-    if len(coders) < 2 or not all(type(block).__name__ in BLOCKS for coder in coders for block in _blocks(coder)):
-        return False
+    if not has_reduced_peak(model):
+        return []
+    coders = [model.encoder, model.decoder]
+    if all(type(coder).__name__ in CAUSAL_CODERS for coder in coders):
+        return [module for coder in coders for module in _reduce_causal(coder)]
     for coder in coders:
         coder.forward = MethodType(_forward, coder)
-    return True
+    return coders
+
+
+def has_reduced_peak(model: Any) -> bool:
+    """Whether `reduce_peak` knows all that the model is made of."""
+    coders = [getattr(model, "encoder", None), getattr(model, "decoder", None)]
+    return all(type(coder).__name__ in CAUSAL_CODERS for coder in coders) or all(
+        type(coder).__name__ in CODERS and all(type(block).__name__ in BLOCKS for block in _blocks(coder))
+        for coder in coders
+    )
 
 
 @contextmanager
 def reduced_peak(model: Any) -> Iterator[None]:
     """`reduce_peak` for as long as a `with` block lasts."""
-    known = reduce_peak(model)
+    replaced = reduce_peak(model)
     try:
         yield
     finally:
-        if known:
-            del model.encoder.forward, model.decoder.forward
+        for module in replaced:
+            del module.forward
 
 
 @torch.no_grad()
@@ -83,7 +97,7 @@ def _forward(coder: nn.Module, sample: Tensor, latent_embeds: None = None) -> Te
 
 def _blocks(coder: nn.Module) -> list[nn.Module]:
     if hasattr(coder, "down_blocks"):
-        return [*coder.down_blocks, coder.mid_block]
+        return [*coder.down_blocks, getattr(coder, "mid_block", None)]  # DC-AE's has none
     return [getattr(coder, "mid_block", None), *getattr(coder, "up_blocks", ())]
 
 
@@ -196,6 +210,65 @@ def _attend(attention: nn.Module, x: Tensor) -> Tensor:
     return result.transpose(1, 2).unflatten(2, x.shape[2:]) + x
 
 
+def _reduce_causal(coder: nn.Module) -> Iterator[nn.Module]:
+    """Has the blocks of Wan's and Qwen-Image's coders normalise and upsample by rows, and add into what they made.
+
+    What is kept of earlier frames is then as it was before its normalisation, which for these takes a pixel at a time.
+    """
+    for module in coder.modules():
+        if hasattr(module, "norm1"):
+            module.forward = partial(_causal_residual, module)
+            yield module
+        if getattr(module, "mode", "").startswith("upsample"):
+            module.resample.forward = partial(_upsample, SimpleNamespace(conv=module.resample[1]))
+            yield module.resample
+    steps = [partial(type(module).forward, module) for module in (coder.norm_out, coder.nonlinearity)]
+    coder.norm_out.forward = coder.nonlinearity.forward = _unchanged
+    coder.conv_out.forward = partial(_causal_convolve, steps, coder.conv_out)
+    yield from (coder.norm_out, coder.nonlinearity, coder.conv_out)
+
+
+def _causal_residual(block: nn.Module, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
+    """As `_residual`; each convolution finds the frames before in `feat_cache`, and leaves its last two there."""
+
+    def convolve(norm: nn.Module, conv: nn.Module, frames: Tensor, **into: Any) -> Tensor:
+        before = feat_cache[feat_idx[0]]
+        last = frames[:, :, -2:].clone()
+        if last.shape[2] < 2 and before is not None:
+            last = torch.cat([before[:, :, -1:], last], dim=2)
+        feat_cache[feat_idx[0]] = last
+        feat_idx[0] += 1
+        return _causal_convolve((norm, block.nonlinearity), conv, frames, before, **into)
+
+    def add(result: Tensor, first: int, last: int, out: Tensor) -> None:
+        torch.add(result, block.conv_shortcut(x[..., first:last, :]), out=out)
+
+    hidden = convolve(block.norm1, block.conv1, x)
+    return convolve(block.norm2, block.conv2, hidden, out=hidden, write=add)
+
+
+def _causal_convolve(
+    steps: Sequence[Step], conv: nn.Module, x: Tensor, before: Tensor | None = None, **into: Any
+) -> Tensor:
+    """Normalises and convolves; `before` are the last frames that it had, so that it needs less padding in time."""
+    left, right, above, below, frames, _ = conv._padding
+    missing = frames if before is None else frames - before.shape[2]
+
+    def read(first: int, last: int) -> Tensor:
+        rows = x[..., first:last, :]
+        if before is not None:
+            rows = torch.cat([before[..., first:last, :], rows], dim=2)
+        for step in steps:
+            rows = step(rows)
+        return rows
+
+    return _convolve(conv, read, x.shape[-2], _row_bytes(x), (left, right, above, below, missing, 0), **into)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 def _convolve(
     conv: nn.Module,
     read: Read,
@@ -237,6 +310,8 @@ def _convolve(
 
 def _convolve_padded(conv: nn.Module, rows: Tensor, padding: tuple[int, ...]) -> Tensor:
     """`padding` as `F.pad` takes it: left, right, above, below, and for a video the frames before and after."""
+    if isinstance(conv, nn.Conv3d):
+        return F.conv3d(F.pad(rows, padding), conv.weight, conv.bias, conv.stride)
     if not isinstance(conv, nn.Conv2d):
         return conv.conv(F.pad(rows, padding, mode=conv.pad_mode))
     left, right, above, below = padding
@@ -254,7 +329,7 @@ def _padding(conv: nn.Module) -> tuple[int, ...]:
 
 def _inner(conv: nn.Module) -> nn.Module:
     """The convolution itself of one that pads before it."""
-    return conv if isinstance(conv, nn.Conv2d) else conv.conv
+    return conv if isinstance(conv, nn.Conv2d | nn.Conv3d) else conv.conv
 
 
 def _row_bytes(x: Tensor) -> int:

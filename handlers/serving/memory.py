@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from handlers.model import Model, Task
 from handlers.serving.layout import Layout
-from handlers.serving.request import Task
 
 
 class Mode(Enum):
@@ -32,56 +32,65 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that the activations of one item of a batch take at their peak."""
+    """Bytes that one item of a batch takes at the peak."""
 
     full: int
+    """Of activations as diffusers runs it."""
     reduced: int
     tiled: int
+    result: int
+    """Of what is there besides: the result, and the parts that it is put together from."""
+
+    def of(self, mode: Mode, batch: int) -> int:
+        """Bytes that so many items take in this mode."""
+        activations = {
+            Mode.FULL: self.full * batch,
+            Mode.REDUCED: self.reduced * batch,
+            Mode.SLICED: self.reduced,
+            Mode.TILED: self.tiled,
+        }
+        return activations[mode] + self.result * batch
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What was measured for a model: numbers alive at the peak for each pixel of the picture or the frames."""
+    """What was measured for a model, as it declares it, and how its tiles are cut."""
 
-    full: int
-    """As diffusers runs it; of encoding and decoding the one that takes more, which is decoding."""
-    reduced: int
-    """Through `low_memory`."""
+    declared: type[Model]
+    reduces: bool
+    """Whether it runs in reduced memory; where it does not, slices and tiles are run as diffusers does."""
     tile_pixels: int
-    """Pixels of one tile, all its frames counted."""
-    frames_at_once: int
-    """Of a video, which diffusers runs in spans of so many."""
+    """Of one frame in one tile."""
 
     def estimate(self, task: Task, layout: Layout, shape: Sequence[int], itemsize: int) -> Estimate:
         """Of a forward pass over inputs of this shape, in a dtype of `itemsize` bytes.
 
         With a quarter on top for what the measurement does not see: the workspaces of convolutions.
         """
-        pixels = layout.pixels(task, shape)
-        frames = layout.frames(task, shape)
-        at_once = pixels * min(frames, self.frames_at_once) // frames
-        assembled = pixels * 3 * 3  # the pictures of the spans and tiles, in rows, and as one
-        tile = min(at_once, self.tile_pixels)
-        values = (at_once * self.full, at_once * self.reduced, tile * self.reduced)
-        return Estimate(*(int((value * 1.25 + assembled) * itemsize) for value in values))
+        frame, frames = layout.frame_pixels(task, shape), layout.frames(task, shape)
+        peak = self.declared.peak[task]
+        full = 1.25 * peak.values(frames) * itemsize
+        reduced = full * peak.reduced if self.reduces else full
+        result = frame * frames * JOINING[task] * itemsize
+        return Estimate(int(frame * full), int(frame * reduced), int(min(frame, self.tile_pixels) * reduced), result)
 
 
-def choose_modes(estimate: Estimate, batch: int, free: int, capacity: int) -> list[Mode]:
+JOINING: dict[Task, int] = {"decode": 15, "encode": 9}
+"""Numbers for each pixel and frame: the overlapping tiles, the rows of them, the result and its copy in [-1, 1]."""
+
+
+def choose_modes(estimate: Estimate, batch: int, free: int, capacity: int, offered: Sequence[Mode]) -> list[Mode]:
     """The modes to try, in this order: the first that fits in `free` bytes, then those that need less.
 
-    Where none fits now, tiles are tried all the same: the estimate has a margin. None where they need more than
+    Where none fits now, the last is tried all the same: the estimate has a margin. None where it needs more than
     `capacity`, the device's whole memory.
+
+    Args:
+        offered: what the model has, from the best.
     """
-    needs = {
-        Mode.FULL: estimate.full * batch,
-        Mode.REDUCED: estimate.reduced * batch,
-        Mode.SLICED: estimate.reduced,
-        Mode.TILED: estimate.tiled,
-    }
-    if needs[Mode.TILED] > capacity:
+    if estimate.of(offered[-1], batch) > capacity:
         return []
-    modes = [mode for mode in Mode if needs[mode] <= free] or [Mode.TILED]
-    return modes if batch > 1 else [mode for mode in modes if mode is not Mode.SLICED]
+    return [mode for mode in offered if estimate.of(mode, batch) <= free] or [offered[-1]]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -7,25 +7,35 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from handlers.serving import latents, metrics, output, payload, pixels
+from handlers.model import Model, Task
+from handlers.serving import metrics, output, payload, pixels
+from handlers.serving.autoencoder import DecodeOptions
 from handlers.serving.errors import RequestError
+from handlers.serving.latents import LatentsLayouts, add_noise, generator_of
 from handlers.serving.memory import Mode, free_memory, is_out_of_memory, total_memory
-from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, Task, decode_answer
+from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, decode_answer
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE, devices
 from handlers.serving.worker import Device, DeviceWorkers
 
-if TYPE_CHECKING:
-    from handlers.base import EndpointHandler
+
+@dataclass(frozen=True)
+class Prepared:
+    """The VAE's input, on the CPU."""
+
+    inputs: Tensor
+    """Raw latents, or pixels in [-1, 1], both with a batch dimension first."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """What the answer says of what was made of the body."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +49,13 @@ class Result:
     """Of the batch that the request was in."""
 
 
-def _generator(parameters: Parameters) -> torch.Generator | None:
-    """The source of a sample, on the CPU so that a seed gives the same on every device; None for the mode."""
-    if parameters.sample_mode == "argmax":
-        return None
-    generator = torch.Generator()
-    generator.seed() if parameters.seed is None else generator.manual_seed(parameters.seed)
-    return generator
+def _decode_options(request: Request) -> DecodeOptions:
+    return DecodeOptions(request.parameters.decode_timestep, request.parameters.decode_chunk_size)
+
+
+def _generator(request: Request) -> torch.Generator | None:
+    """None for the mode of the encoder's distribution."""
+    return None if request.parameters.sample_mode == "argmax" else generator_of(request.parameters)
 
 
 def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,11 +70,12 @@ class Pipeline:
     `forward` is bound to threads: those of `workers`, one for each device.
     """
 
-    def __init__(self, vaes: list[VAE], fps: float, settings: Settings) -> None:
+    def __init__(self, vaes: list[VAE], declared: type[Model], settings: Settings) -> None:
         self.vaes = vaes
         self.vae = vaes[0]
         self.layout = self.vae.layout
-        self.fps = fps
+        self.latents_layouts = LatentsLayouts(self.layout, declared)
+        self.fps = declared.fps
         self.settings = settings
         devices = [Device(partial(self.forward, vae), vae.is_alive) for vae in vaes]
         self.workers = DeviceWorkers(devices, self.vae.batch_limit, settings.timeout)
@@ -74,11 +85,11 @@ class Pipeline:
         """Held by a request from its payload to its answer; `app` takes them, first come, first served."""
 
     @classmethod
-    def load(cls, handler: type[EndpointHandler], path: str) -> Pipeline:
+    def load(cls, declared: type[Model], path: str) -> Pipeline:
         settings = Settings.load()
         path = "" if settings.foreign_repository else path
-        vaes = [VAE.load(handler, path, settings, device) for device in devices(settings.device)]
-        return cls(vaes, handler.fps, settings)
+        vaes = [VAE.load(declared, path, settings, device) for device in devices(settings.device)]
+        return cls(vaes, declared, settings)
 
     def parse(
         self,
@@ -109,27 +120,36 @@ class Pipeline:
         return Request(task, body, body_kind, parameters, answer, accept)
 
     def _holds_pixels(self, parameters: Parameters) -> bool:
-        shape = parameters.shape or ()
-        if latents.is_packed(shape, parameters, self.layout):
+        """Whether a tensor that came to no explicit path is to be encoded."""
+        shape, layouts = parameters.shape or (), self.latents_layouts
+        if not pixels.is_pixels(shape, parameters.dtype, self.layout):
             return False
-        guess = pixels.is_pixels(shape, parameters.dtype, self.layout)
-        if guess and len(shape) == 3 and shape[2] == self.layout.latent_channels * 4:
+        found = layouts.matches(shape, parameters)
+        if "packed" in found or (found and (parameters.latents_layout or parameters.output_type)):
+            return False  # pixels would come with neither
+        if found and pixels.fits(shape, self.layout):
+            raise RequestError(
+                f"`shape` {list(shape)} may be pixels, or latents ({' or '.join(found)}); POST pixels to /encode and "
+                "latents to /decode"
+            )
+        if len(shape) == 3 and shape[2] == self.layout.latent_channels * layouts.patch**2:
             raise RequestError(
                 f"`shape` {list(shape)} may be pixels, or packed latents without their `height` and `width`; "
                 "POST pixels to /encode, and send height and width with packed latents"
             )
-        return guess
+        return not found
 
-    def prepare(self, request: Request) -> Tensor:
-        """The VAE's input, on the CPU: raw latents, or pixels in [-1, 1], both with a batch dimension first."""
-        inputs = self._read_pixels(request) if request.task == "encode" else self._read_latents(request)
-        if not inputs.isfinite().all():
-            dtype = str(inputs.dtype).removeprefix("torch.")
+    def prepare(self, request: Request) -> Prepared:
+        """What the VAE takes of a request."""
+        prepared = self._read_pixels(request) if request.task == "encode" else Prepared(self._read_latents(request))
+        if not prepared.inputs.isfinite().all():
+            dtype = str(prepared.inputs.dtype).removeprefix("torch.")
             raise RequestError(f"the tensor holds NaN or infinity, as it came or once it is scaled in {dtype}", 422)
-        return inputs
+        return prepared
 
     def _read_latents(self, request: Request) -> Tensor:
-        batch = latents.to_batch(self._read_tensor(request), request.parameters, self.layout)
+        parameters = request.parameters
+        batch, layout = self.latents_layouts.read(self._read_tensor(request), parameters)
         self._check_batch("decode", batch.shape)
         if len(batch) > 1 and not self._takes_batch(request.answer):
             raise RequestError(
@@ -138,7 +158,8 @@ class Pipeline:
             )
         width, height = (side * self.layout.vae_scale_factor for side in (batch.shape[-1], batch.shape[-2]))
         output.check_size(request.answer, self._image_format(request), width, height)
-        return latents.Scaling.of(request.parameters, self.vae.config, self.layout).unscale(batch, self.vae.dtype)
+        raw = self.vae.normalization.scaling(parameters, "decode", layout).unscale(batch, self.vae.dtype)
+        return add_noise(raw, parameters) if self.vae.config.get("timestep_conditioning") else raw
 
     def _check_batch(self, task: Task, shape: tuple[int, ...]) -> None:
         self.settings.check_batch(shape, self.layout.frames(task, shape), self.layout.pixels(task, shape))
@@ -148,17 +169,38 @@ class Pipeline:
             return request.body
         return payload.read_tensor(request.body, request.parameters.shape, request.parameters.dtype)
 
-    def _read_pixels(self, request: Request) -> Tensor:
+    def _read_pixels(self, request: Request) -> Prepared:
+        headers = {}
         if request.body_kind == "tensor":
             batch = pixels.to_batch(self._read_tensor(request), self.layout)
             self._check_batch("encode", batch.shape)
-            return pixels.normalize(batch)
-        if request.body_kind == "video":
-            return pixels.from_images(payload.read_video(request.body, self.settings), self.layout)
-        image = request.body
-        if not isinstance(image, Image.Image):
-            image = payload.read_image(image, self.settings)
-        return pixels.from_images([payload.upright_rgb(image)], self.layout)
+            batch = pixels.normalize(batch)
+        elif request.body_kind == "video":
+            frames = payload.read_video(request.body, self.settings)
+            batch = pixels.from_images(frames, self.layout)
+            if batch.shape[2] < len(frames):
+                headers["X-VAE-Frames"] = f"the first {batch.shape[2]} of {len(frames)}"
+        else:
+            image = request.body
+            if not isinstance(image, Image.Image):
+                image = payload.read_image(image, self.settings)
+            batch = pixels.from_images([payload.upright_rgb(image)], self.layout)
+        self._to_answer(request, self._no_latents(batch.shape))  # refuses here what it would refuse when all is done
+        return Prepared(batch, headers)
+
+    def _no_latents(self, shape: tuple[int, ...]) -> Tensor:
+        """Of the shape that pixels of this one are encoded to, without numbers."""
+        layout = self.layout
+        frames = {"image": (1,), "video": (layout.latent_frames(layout.frames("encode", shape)),)}[layout.kind]
+        side = layout.vae_scale_factor
+        sizes = (*frames[: layout.ndim - 4], shape[-2] // side, shape[-1] // side)
+        return torch.empty((shape[0], layout.latent_channels, *sizes), dtype=self.vae.dtype, device="meta")
+
+    def _to_answer(self, request: Request, raw: Tensor) -> Tensor:
+        """Raw latents, scaled and laid out as was asked for."""
+        layout = request.parameters.latents_layout
+        scaled = self.vae.normalization.scaling(request.parameters, "encode", layout).scale(raw)
+        return self.latents_layouts.write(scaled, layout)
 
     def _takes_batch(self, answer: Answer) -> bool:
         if self.layout.kind == "video":
@@ -168,7 +210,8 @@ class Pipeline:
     def submit(self, request: Request, inputs: Tensor) -> Future[Result]:
         """Queues the prepared request for a device; what waits together and has one shape goes as one batch."""
         sampled = request.parameters.sample_mode == "sample"
-        key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], object() if sampled else None)
+        alone = object() if sampled else None
+        key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], _decode_options(request), alone)
         size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
         return self.workers.submit((request, inputs), key, size)
 
@@ -190,12 +233,12 @@ class Pipeline:
         start = perf_counter()
         metrics.BATCH_SIZE.observe(len(batch))
         requests = [request for request, _ in batch]
-        inputs = torch.cat([tensor for _, tensor in batch])
+        inputs, options = torch.cat([tensor for _, tensor in batch]), _decode_options(requests[0])
         if requests[0].answer is Answer.MP4:
-            values, mode = vae.decode(inputs, partial(self._write_videos, vae, requests))
+            values, mode = vae.decode(inputs, partial(self._write_videos, vae, requests), options)
         else:
-            task, generator = requests[0].task, _generator(requests[0].parameters)
-            outputs, mode = vae.decode(inputs) if task == "decode" else vae.encode(inputs, generator)
+            task, generator = requests[0].task, _generator(requests[0])
+            outputs, mode = vae.decode(inputs, options=options) if task == "decode" else vae.encode(inputs, generator)
             parts = outputs.split([len(tensor) for _, tensor in batch])
             values = [vae.to_cpu(self._finish(request, part)) for request, part in zip(requests, parts, strict=True)]
         metrics.PASSES.labels(requests[0].task, mode.value).inc()
@@ -214,7 +257,7 @@ class Pipeline:
     def _finish(self, request: Request, output: Tensor) -> Tensor:
         if request.task == "decode":
             return pixels.to_answer(output, request.answer)
-        scaled = latents.Scaling.of(request.parameters, self.vae.config, self.layout).scale(output)
+        scaled = self._to_answer(request, output)
         if not scaled.isfinite().all():
             raise RequestError(
                 "`scaling_factor`, `shift_factor`: they take the latents out of their dtype's range", 422
@@ -241,7 +284,7 @@ class Pipeline:
     def run_object(self, data: Mapping[str, Any]) -> Any:
         """All stages in a row for a request given as a plain object; see `EndpointHandler.__call__`."""
         request = self._parse_object(data.get("inputs"), _without_nulls(data.get("parameters") or {}))
-        result = self.submit(request, self.prepare(request)).result(self.settings.timeout).value
+        result = self.submit(request, self.prepare(request).inputs).result(self.settings.timeout).value
         if request.answer is Answer.IMAGE:
             return output.to_image(result[0])
         if request.answer is Answer.UINT8 and request.parameters.output_type == "pil":

@@ -14,24 +14,31 @@ from handlers.serving.request import Answer
 
 
 def from_images(images: list[Image.Image], layout: Layout) -> Tensor:
-    """RGB images of one size to [N, 3, H, W], or to the frames [1, 3, N, H, W] of a video, in [-1, 1].
+    """RGB images of one size to [N, 3, H, W], or to the frames [1, 3, F, H, W] of a video, in [-1, 1].
 
-    A size that is no multiple of `vae_scale_factor` is resized down to one, as diffusers' pipelines do.
+    A size that is no multiple of `vae_scale_factor` is resized down to one, as diffusers' pipelines do; a video is
+    cut to the most frames that the VAE encodes without dropping one.
     """
     scale = layout.vae_scale_factor
     width, height = images[0].size
     if min(width, height) < scale:
         raise RequestError(f"the picture is {width}x{height} pixels; this VAE needs at least {scale} each way", 422)
     if layout.kind == "video":
-        return VideoProcessor(vae_scale_factor=scale).preprocess_video(images)
+        fitting, _ = layout.fitting_frames(len(images))
+        return VideoProcessor(vae_scale_factor=scale).preprocess_video(images[:fitting])
     return VaeImageProcessor(vae_scale_factor=scale).preprocess(images)
 
 
 def is_pixels(shape: tuple[int, ...], dtype: str | None, layout: Layout) -> bool:
     """Whether a tensor of this shape holds pixels: 3 channels, first, or last in uint8 (as `to_answer` gives them)."""
-    batched = len(shape) == layout.ndim and shape[1] == 3
-    unbatched = len(shape) == layout.ndim - 1 and shape[0] == 3
+    batched = len(shape) == layout.pixels_ndim and shape[1] == 3
+    unbatched = len(shape) == layout.pixels_ndim - 1 and shape[0] == 3
     return batched or unbatched or _is_channels_last(shape, dtype)
+
+
+def fits(shape: tuple[int, ...], layout: Layout) -> bool:
+    """Whether pixels of this shape, channels first, could be encoded."""
+    return not (shape[-1] % layout.vae_scale_factor or shape[-2] % layout.vae_scale_factor)
 
 
 def _is_channels_last(shape: tuple[int, ...], dtype: str | None) -> bool:
@@ -44,20 +51,28 @@ def to_batch(pixels: Tensor, layout: Layout) -> Tensor:
     uint8 may also be [H, W, 3], [B, H, W, 3] or, for a video, [F, H, W, 3].
 
     Raises:
-        RequestError: the shape is none of these, or no multiple of `vae_scale_factor`.
+        RequestError: the shape is none of these, or no multiple of `vae_scale_factor`, or the VAE would drop frames.
     """
     shape, scale = list(pixels.shape), layout.vae_scale_factor
     dtype = str(pixels.dtype).removeprefix("torch.")
     if not is_pixels(tuple(shape), dtype, layout):
-        raise RequestError(f"`shape` {shape} is no shape of pixels: expected {layout.describe(3)}", 422)
+        raise RequestError(f"`shape` {shape} is no shape of pixels: expected {layout.describe_pixels()}", 422)
     if _is_channels_last(tuple(shape), dtype):
         pixels = pixels.movedim(-1, -3)
         if layout.kind == "video":  # frames, or a single one
             pixels = (pixels if pixels.ndim == 4 else pixels.unsqueeze(0)).movedim(1, 0)
-    if pixels.ndim < layout.ndim:
+    if pixels.ndim < layout.pixels_ndim:
         pixels = pixels.unsqueeze(0)
     if pixels.shape[-2] % scale or pixels.shape[-1] % scale:
         raise RequestError(f"`shape` {shape}: height and width must be multiples of {scale}", 422)
+    if layout.kind == "video":
+        below, above = layout.fitting_frames(pixels.shape[2])
+        if below != above:
+            raise RequestError(
+                f"`shape` {shape} is a video of {pixels.shape[2]} frames, of which this VAE would drop some; send "
+                f"{below} or {above}",
+                422,
+            )
     return pixels
 
 

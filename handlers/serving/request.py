@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from handlers.model import Kind, LatentsLayout, Task
 from handlers.serving.errors import RequestError
 
-Kind = Literal["image", "video"]
-Task = Literal["decode", "encode"]
 BodyKind = Literal["tensor", "image", "video"]
 
 
@@ -39,6 +38,12 @@ class Parameters(BaseModel):
     scaling_factor: Annotated[float, AfterValidator(_not_zero)] | None = None
     shift_factor: float | None = None
     do_scaling: bool = False
+    normalized: bool | None = None
+    """Whether latents are as the transformer gave them, where a model's pipelines give some that are raw already."""
+    latents_layout: LatentsLayout | None = None
+    """None where the shape tells; of an encode request's answer, None for the VAE's own."""
+    num_frames: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Of a video, in pixels; what packed latents of more than one frame need."""
     height: Any = None
     """Pixels; looked at, and so checked, for packed latents only."""
     width: Any = None
@@ -49,6 +54,12 @@ class Parameters(BaseModel):
     """Of JPEG and WebP; PNG has none."""
     fps: Annotated[float, Field(ge=1, le=240)] | None = None
     """Frames per second of an MP4; None takes the model's own."""
+    decode_timestep: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What LTX-Video's VAE is conditioned on from 0.9.1 on."""
+    decode_noise_scale: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of noise, drawn with `seed`, in such latents; None for the timestep."""
+    decode_chunk_size: Annotated[int, Field(ge=1)] | None = None
+    """Frames at a time where a VAE takes them as a batch of pictures; None for all."""
     sample_mode: Literal["argmax", "sample"] = "argmax"
     """Of the encoder's distribution: its mode, or a sample drawn with `seed`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None

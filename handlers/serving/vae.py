@@ -8,16 +8,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import diffusers
 import torch
 from torch import Tensor
 
+from handlers.model import Model, Task
 from handlers.serving import metrics
+from handlers.serving.autoencoder import DecodeOptions, encode_at_once, forget
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
-from handlers.serving.low_memory import reduced_peak
+from handlers.serving.low_memory import has_reduced_peak, reduced_peak
 from handlers.serving.memory import (
     MemoryUse,
     Mode,
@@ -27,12 +29,10 @@ from handlers.serving.memory import (
     keep_heap,
     total_memory,
 )
-from handlers.serving.request import Task
+from handlers.serving.normalization import Normalization
+from handlers.serving.probe import differs, probe
 from handlers.serving.settings import Settings
 from handlers.serving.spans import decode_spans, join
-
-if TYPE_CHECKING:
-    from handlers.base import EndpointHandler
 
 T = TypeVar("T")
 
@@ -48,59 +48,77 @@ A CPU is busy with one, so it takes them one by one.
 class VAE:
     """A diffusers autoencoder on its device. It takes tensors from any device; what it gives is on its own."""
 
-    def __init__(self, model: Any, handler: type[EndpointHandler]) -> None:
+    def __init__(self, model: Any, declared: type[Model], layout: Layout | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.dtype: torch.dtype = model.dtype
         self.config = model.config
-        self.layout = Layout.of_config(model.config, handler.kind)
-        self.memory = MemoryUse(*handler.values_per_pixel, _tile_pixels(model), handler.frames_at_once)
-        self.batch_limit = 0 if self.device.type == "cpu" else BATCH_PIXELS
+        self.declared = declared
+        self.layout = layout or probe(model, declared)
+        self.normalization = Normalization.of(model, declared)
+        self.memory = MemoryUse(declared, has_reduced_peak(model), _tile_pixels(model))
+        self.batch_limit = BATCH_PIXELS if declared.runs_batches and self.device.type != "cpu" else 0
 
     @classmethod
-    def load(cls, handler: type[EndpointHandler], path: str, settings: Settings, device: str) -> VAE:
-        """Loads the weights of `handler`'s model: from `settings.weights`, the repository at `path`, or its checkpoint.
+    def load(cls, declared: type[Model], path: str, settings: Settings, device: str) -> VAE:
+        """Loads the weights of a model: from `settings.weights`, the repository at `path`, or its checkpoint.
 
         Raises:
             FileNotFoundError: `settings.weights` names a folder that holds no VAE of the model's class.
+            ValueError: the weights are not what the model declares, or diffusers does not have its class.
         """
         keep_heap()
-        dtype = getattr(torch, settings.dtype or ("float32" if torch.device(device).type == "cpu" else handler.dtype))
-        vae_class = getattr(diffusers, handler.vae_class)
+        dtype = getattr(torch, settings.dtype or ("float32" if torch.device(device).type == "cpu" else declared.dtype))
+        vae_class = _diffusers_class(declared)
         if settings.weights == "random":
             logger.warning("the weights are RANDOM: good for speed and memory, not for pictures")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = vae_class.from_config(handler.published_config).to(dtype)
+                model = vae_class.from_config(declared.published_config).to(dtype)
         else:
-            source, options = _find_weights(handler, path, settings)
-            logger.info("loading %s from %s", handler.vae_class, source)
+            source, options = _find_weights(declared, path, settings)
+            logger.info("loading %s from %s", declared.vae_class, source)
             model = vae_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
+        layout = probe(model, declared)
+        if difference := differs(layout, declared):
+            if not settings.weights:
+                raise ValueError(difference)
+            logger.warning("%s; these weights are taken as they are", difference)
         logger.info("running on %s in %s", device, dtype)
-        return cls(model.to(device), handler)
+        return cls(model.to(device), declared, layout)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def decode(self, latents: Tensor, gather: Callable[[Iterator[Tensor]], T] = join) -> tuple[T, Mode]:
-        """Raw latents [B, C, H, W] or [B, C, F, H, W] to pixels, about in [-1, 1].
+    def decode(
+        self,
+        latents: Tensor,
+        gather: Callable[[Iterator[Tensor]], T] = join,
+        options: DecodeOptions = DecodeOptions(),  # noqa: B008
+    ) -> tuple[T, Mode]:
+        """Raw latents [B, C, H, W] or [B, C, F, H, W] to pixels, about in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W].
 
         `gather` makes the result of them while they are decoded: it gets pictures at once, and of videos the next
         frames [B, 3, f, H, W] as soon as they are finished. Where a pass fails and another is tried, so is `gather`.
         """
-        return self._run("decode", latents, lambda z: gather(map(self._finite, decode_spans(self.model, z))))
+
+        def spans(z: Tensor, one_by_one: bool) -> Iterator[Tensor]:
+            if one_by_one and len(z) > 1:
+                yield torch.cat([join(spans(item, False)) for item in z.split(1)])
+                return
+            for pixels in decode_spans(self.model, z, options):
+                yield self._finite(pixels.squeeze(2) if pixels.ndim > self.layout.pixels_ndim else pixels)
+
+        return self._run("decode", latents, lambda z, one_by_one: gather(spans(z, one_by_one)))
 
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Mode]:
-        """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents.
+        """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents; of pictures [B, C, 1, H, W] by some VAEs.
 
         Gives the mode of the encoder's distribution, or a sample of it where a generator is given.
         """
 
-        def forward(x: Tensor) -> Tensor:
-            posterior = self.model.encode(x, return_dict=False)[0]
-            if isinstance(posterior, Tensor):  # the autoencoders that are not variational, AutoencoderTiny for one
-                return self._finite(posterior)
-            return self._finite(posterior.mode() if generator is None else posterior.sample(generator))
+        def forward(x: Tensor, one_by_one: bool) -> Tensor:
+            return self._finite(encode_at_once(self.model, x, generator, one_by_one))
 
         return self._run("encode", pixels, forward)
 
@@ -112,7 +130,7 @@ class VAE:
         return result
 
     @torch.no_grad()
-    def _run(self, task: Task, inputs: Tensor, forward: Callable[[Tensor], T]) -> tuple[T, Mode]:
+    def _run(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T]) -> tuple[T, Mode]:
         """Runs in the model's dtype; where that overflows, once more in float32.
 
         Raises:
@@ -135,33 +153,47 @@ class VAE:
             422,
         )
 
-    def _fit(self, task: Task, inputs: Tensor, forward: Callable[[Tensor], T]) -> tuple[T, Mode]:
+    def _fit(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T]) -> tuple[T, Mode]:
         """Runs in the best mode that memory allows, and one step down when it turns out not to.
 
         Raises:
             RequestError: not even tiles fit: in this device (422), or now (503).
         """
         estimate = self.memory.estimate(task, self.layout, inputs.shape, self.model.dtype.itemsize)
-        needed = f"`shape` {list(inputs.shape)} takes about {estimate.tiled / 1e9:.1f} GB of memory even in tiles"
-        capacity = total_memory(self.device)
-        modes = choose_modes(estimate, len(inputs), free_memory(self.device), capacity)
+        capacity, offered = total_memory(self.device), self._offered(task, len(inputs))
+        modes = choose_modes(estimate, len(inputs), free_memory(self.device), capacity, offered)
+        least = offered[-1]
+        needed = f"`shape` {list(inputs.shape)} takes about {estimate.of(least, len(inputs)) / 1e9:.1f} GB of memory"
+        needed += " even in tiles" if least is Mode.TILED else ", and there are no tiles for it"
         if not modes:
             raise RequestError(f"{needed}, and this device has {capacity / 1e9:.1f} GB", 422)
         for mode in modes:
-            self.model.use_slicing = mode in (Mode.SLICED, Mode.TILED)
             self.model.use_tiling = mode is Mode.TILED
-            way = nullcontext() if mode is Mode.FULL else reduced_peak(self.model)
+            one_by_one = mode in (Mode.SLICED, Mode.TILED) and len(inputs) > 1
             try:
-                with way:
-                    return forward(inputs.to(self.device, self.model.dtype)), mode
+                with nullcontext() if mode is Mode.FULL else reduced_peak(self.model):
+                    return forward(inputs.to(self.device, self.model.dtype), one_by_one), mode
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 logger.warning("out of memory with %s in mode %s: %s", list(inputs.shape), mode.value, error)
                 metrics.OUT_OF_MEMORY.inc()
+            finally:
+                forget(self.model)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         raise RequestError(f"{needed}, which this device does not have free now; try again soon", 503)
+
+    def _offered(self, task: Task, batch: int) -> list[Mode]:
+        """The modes that this model has for a batch of so many, from the best."""
+        whole = batch == 1 or self.declared.runs_batches
+        has = {
+            Mode.FULL: whole,
+            Mode.REDUCED: whole and self.memory.reduces,
+            Mode.SLICED: batch > 1,
+            Mode.TILED: task in self.declared.tiles,
+        }
+        return [mode for mode in Mode if has[mode]]
 
     def is_alive(self) -> bool:
         """Whether the device still computes; after an unrecoverable error of CUDA nothing does."""
@@ -197,28 +229,38 @@ def devices(device: str | None) -> list[str]:
 
 
 def _tile_pixels(model: Any) -> int:
-    """Of the tiles that the model cuts a picture into, as its config says: 256x256 to 1024x1024 for those here."""
+    """Of one of the tiles that the model cuts a picture into, as its config says."""
     side = getattr(model, "tile_sample_min_size", None)
     height = side or getattr(model, "tile_sample_min_height", None)
     width = side or getattr(model, "tile_sample_min_width", None)
     if height is None or width is None:  # one that knows no tiles
         return sys.maxsize
-    return height * width * getattr(model, "tile_sample_min_num_frames", 1)
+    return height * width
 
 
-def _find_weights(handler: type[EndpointHandler], path: str, settings: Settings) -> tuple[str, dict[str, Any]]:
+def _diffusers_class(declared: type[Model]) -> Any:
+    """Raises `ValueError` where the installed diffusers does not have it."""
+    try:
+        return getattr(diffusers, declared.vae_class)
+    except AttributeError:
+        raise ValueError(
+            f"diffusers {diffusers.__version__} has no {declared.vae_class}; it needs {declared.diffusers} or later"
+        ) from None
+
+
+def _find_weights(declared: type[Model], path: str, settings: Settings) -> tuple[str, dict[str, Any]]:
     """The folder or repository to load from, and `from_pretrained`'s further arguments."""
     if settings.weights:
-        folder = _vae_folder(Path(settings.weights), handler.vae_class)
+        folder = _vae_folder(Path(settings.weights), declared.vae_class)
         if folder is None:
             raise FileNotFoundError(
-                f"VAE_WEIGHTS={settings.weights} holds no {handler.vae_class}: neither the folder nor its vae/ has a "
+                f"VAE_WEIGHTS={settings.weights} holds no {declared.vae_class}: neither the folder nor its vae/ has a "
                 "config.json of that class"
             )
         return str(folder), {}
-    if path and (folder := _vae_folder(Path(path), handler.vae_class)):
+    if path and (folder := _vae_folder(Path(path), declared.vae_class)):
         return str(folder), {}
-    return handler.checkpoint, {"subfolder": handler.subfolder, "revision": settings.revision}
+    return declared.checkpoint, {"subfolder": declared.subfolder, "revision": settings.revision}
 
 
 def _vae_folder(folder: Path, vae_class: str) -> Path | None:

@@ -38,10 +38,11 @@ def inputs(key: str, task: str, size: Size) -> Tensor:
     """Seeded latents or pixels for pictures of this size, float32, on the CPU."""
     height, width, frames = size
     generator = torch.Generator().manual_seed(0)
-    config, shrink = MODELS[key].published_config, 8
+    model = MODELS[key]
+    shrink = model.vae_scale_factor
     if task == "decode":
-        time = () if frames is None else ((frames - 1) // 4 + 1,)
-        return torch.randn(1, config["latent_channels"], *time, height // shrink, width // shrink, generator=generator)
+        time = () if frames is None else ((frames - 1) // model.frame_factor + 1,)
+        return torch.randn(1, model.latent_channels, *time, height // shrink, width // shrink, generator=generator)
     time = () if frames is None else (frames,)
     return torch.rand(1, 3, *time, height, width, generator=generator) * 2 - 1
 

@@ -44,13 +44,13 @@ def samples(key: str, sides: tuple[int, ...] = (32, 64)) -> list[Sample]:
 
 def large(key: str) -> Sample:
     """A decode of 512x512 pixels, which takes a CPU a while, to 3 MB."""
-    channels = MODELS[key].published_config["latent_channels"]
+    channels = MODELS[key].latent_channels
     latents = torch.randn(1, channels, 64, 64, generator=torch.Generator().manual_seed(0))
     return Sample("large", _tensor(latents, output_type="pt"), "decode", latents)
 
 
 def _image_samples(model: type[EndpointHandler], side: int, generator: torch.Generator) -> list[Sample]:
-    channels, wide = model.published_config["latent_channels"], side + 16
+    channels, wide = model.latent_channels, side + 16
     latents = torch.randn(1, channels, side // 8, wide // 8, generator=generator)
     packed = latents.view(1, channels, side // 16, 2, wide // 16, 2).permute(0, 2, 4, 1, 3, 5)
     packed = packed.reshape(1, -1, channels * 4)
@@ -92,7 +92,7 @@ def _image_samples(model: type[EndpointHandler], side: int, generator: torch.Gen
 
 
 def _video_samples(model: type[EndpointHandler], side: int, generator: torch.Generator) -> list[Sample]:
-    channels, wide = model.published_config["latent_channels"], side + 16
+    channels, wide = model.latent_channels, side + 16
     latents = torch.randn(1, channels, 2, side // 8, wide // 8, generator=generator)
     small = torch.rand(FRAMES, 3, side // 8, wide // 8, generator=generator)
     frames = (torch.nn.functional.interpolate(small, (side, wide), mode="bilinear") * 255).to(torch.uint8)

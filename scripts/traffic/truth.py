@@ -50,7 +50,7 @@ class Truth:
         model = MODELS[key]
         self.vae = getattr(diffusers, model.vae_class).from_pretrained(weights).eval().requires_grad_(False)
         self.kind = model.kind
-        self.channels = model.published_config["latent_channels"]
+        self.channels = model.latent_channels
 
     @torch.inference_mode()
     def of_sample(self, sample: Sample) -> Tensor:

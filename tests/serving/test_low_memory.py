@@ -52,7 +52,7 @@ def inputs(key: str, frames: int | None, batch: int = 2, height: int = 40, width
     """Latents, and pixels in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     latent_frames, pixel_frames = ((), ()) if frames is None else (((frames - 1) // 4 + 1,), (frames,))
-    channels = MODELS[key].published_config["latent_channels"]
+    channels = MODELS[key].latent_channels
     latents = torch.randn(batch, channels, *latent_frames, height // 8, width // 8, generator=generator)
     return latents, torch.rand(batch, 3, *pixel_frames, height, width, generator=generator) * 2 - 1
 

@@ -1,0 +1,19 @@
+from handlers.base import EndpointHandler
+
+
+class Flux2(EndpointHandler):
+    """FLUX.2: latents normalised in patches of 2x2 by the statistics of a BatchNorm in the VAE."""
+
+    checkpoint = "black-forest-labs/FLUX.2-klein-4B"
+    subfolder = "vae"
+    vae_class = "AutoencoderKLFlux2"
+    dtype = "bfloat16"
+    latent_channels = 32
+    pipeline_layout = "packed"
+    latents_layouts = ("patchified",)  # of ERNIE-Image
+    raw_layouts = ("BCHW",)  # of Flux2KleinPipeline; those of Bria FIBO 2 have this layout too, and are not
+    license = "apache-2.0"
+    license_link = "https://huggingface.co/black-forest-labs/FLUX.2-klein-4B"
+    weights_mb = 168
+    shared_by = "FLUX.2 dev and klein, ERNIE-Image, Bria FIBO 2"
+    published_config = {}  # the class's own defaults

@@ -1,0 +1,28 @@
+from handlers.base import EndpointHandler
+from handlers.model import Peak
+
+
+class HunyuanImage(EndpointHandler):
+    """HunyuanImage 2.1: 32 pixels a latent."""
+
+    checkpoint = "hunyuanvideo-community/HunyuanImage-2.1-Diffusers"
+    subfolder = "vae"
+    vae_class = "AutoencoderKLHunyuanImage"
+    dtype = "bfloat16"
+    latent_channels = 64
+    vae_scale_factor = 32
+    tiles = ("decode",)  # tiled encoding fails in diffusers up to 0.42
+    peak = {"decode": Peak(450), "encode": Peak(385)}
+    license = "tencent-hunyuan-community"
+    license_link = "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1/blob/master/LICENSE"
+    weights_mb = 811
+    published_config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 64,
+        "layers_per_block": 2,
+        "sample_size": 384,
+        "block_out_channels": [128, 256, 512, 512, 1024, 1024],
+        "spatial_compression_ratio": 32,
+        "scaling_factor": 0.75289,
+    }

@@ -1,0 +1,22 @@
+from handlers.base import EndpointHandler
+from handlers.model import ALL, Peak
+
+
+class HunyuanVideo15(EndpointHandler):
+    """HunyuanVideo 1.5: 16 pixels and 4 frames a latent."""
+
+    checkpoint = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v"
+    subfolder = "vae"
+    vae_class = "AutoencoderKLHunyuanVideo15"
+    dtype = "bfloat16"
+    kind = "video"
+    latent_channels = 32
+    vae_scale_factor = 16
+    frame_factor = 4
+    runs_batches = False  # the mask of its attention does not take one
+    peak = {"decode": Peak(900, 890, ALL), "encode": Peak(900, 890, ALL)}
+    license = "tencent-hunyuan-community"
+    license_link = "https://huggingface.co/tencent/HunyuanVideo-1.5/blob/main/LICENSE"
+    weights_mb = 5042
+    shared_by = "HunyuanVideo 1.5 480p and 720p"
+    published_config = {}  # the class's own defaults

@@ -1,0 +1,28 @@
+from handlers.base import EndpointHandler
+from handlers.model import ALL, Peak
+
+
+class Ltx2(EndpointHandler):
+    """LTX-2, the video half: its own pipeline gives latents that are denormalised already, SANA-Video's does not."""
+
+    checkpoint = "Lightricks/LTX-2"
+    subfolder = "vae"
+    vae_class = "AutoencoderKLLTX2Video"
+    diffusers = "0.37"
+    dtype = "bfloat16"
+    kind = "video"
+    latent_channels = 128
+    vae_scale_factor = 32
+    frame_factor = 8
+    patch = 1
+    raw_layouts = ("BCFHW",)  # of LTX2Pipeline
+    peak = {"decode": Peak(94, 44, ALL), "encode": Peak(88, 40, ALL)}
+    license = "ltx-2-community-license-agreement"
+    license_link = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
+    weights_mb = 2445
+    shared_by = "SANA-Video 720p"
+    published_config = {
+        "decoder_causal": False,
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    }

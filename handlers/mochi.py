@@ -1,0 +1,20 @@
+from handlers.base import EndpointHandler
+from handlers.model import ALL, Peak
+
+
+class Mochi(EndpointHandler):
+    """Mochi 1: F frames become (F - 1) / 6 + 1 latent frames."""
+
+    checkpoint = "genmo/mochi-1-preview"
+    subfolder = "vae"
+    vae_class = "AutoencoderKLMochi"
+    dtype = "bfloat16"
+    kind = "video"
+    latent_channels = 12
+    frame_factor = 6
+    fps = 30
+    peak = {"decode": Peak(4115, 1010, ALL), "encode": Peak(450, 425, ALL)}
+    license = "apache-2.0"
+    license_link = "https://huggingface.co/genmo/mochi-1-preview"
+    weights_mb = 1839
+    published_config = {}  # the class's own defaults

@@ -1,0 +1,38 @@
+from handlers.base import EndpointHandler
+from handlers.model import Peak
+
+
+class Sana(EndpointHandler):
+    """Sana: the deep-compression autoencoder with 32 pixels a latent (DC-AE f32c32)."""
+
+    checkpoint = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
+    vae_class = "AutoencoderDC"
+    dtype = "bfloat16"
+    latent_channels = 32
+    vae_scale_factor = 32
+    peak = {"decode": Peak(680), "encode": Peak(720)}  # in half precision its norms run in float32
+    license = "apache-2.0"
+    license_link = "https://github.com/mit-han-lab/efficientvit/issues/166"
+    weights_mb = 1249
+    shared_by = "Sana 1.5, Sana-Sprint, PRX"
+    published_config = {
+        "encoder_block_types": [
+            "ResBlock",
+            "ResBlock",
+            "ResBlock",
+            "EfficientViTBlock",
+            "EfficientViTBlock",
+            "EfficientViTBlock",
+        ],
+        "decoder_block_types": [
+            "ResBlock",
+            "ResBlock",
+            "ResBlock",
+            "EfficientViTBlock",
+            "EfficientViTBlock",
+            "EfficientViTBlock",
+        ],
+        "downsample_block_type": "conv",
+        "upsample_block_type": "interpolate",
+        "scaling_factor": 0.41407,
+    }

@@ -1,0 +1,76 @@
+"""diffusers' autoencoders, all called alike: what each takes and gives besides is settled here."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """What some autoencoders take beside latents."""
+
+    timestep: float = 0.0
+    """Of those that are conditioned on one (LTX-Video from 0.9.1 on); the noise that goes with it is in the latents."""
+    chunk_frames: int | None = None
+    """Frames at a time of those that take a video as a batch of pictures; None for all of a video."""
+
+
+def has_frames(model: Any) -> bool:
+    """Whether its tensors have a dimension for frames, also those of pictures."""
+    return any(isinstance(module, nn.Conv3d) for module in model.encoder.modules())
+
+
+def decode_at_once(model: Any, latents: Tensor, options: DecodeOptions) -> Tensor:
+    """Raw latents [B, C, H, W] or [B, C, F, H, W] to pixels [B, 3, H, W] or [B, 3, F, H, W]."""
+    if latents.ndim == 5 and not has_frames(model):
+        return torch.stack([_decode_pictures(model, video, options) for video in latents])
+    arguments = {}
+    if model.config.get("timestep_conditioning"):
+        arguments["temb"] = torch.full((len(latents),), options.timestep, device=latents.device, dtype=latents.dtype)
+    return model.decode(latents, return_dict=False, **arguments)[0]
+
+
+def _decode_pictures(model: Any, video: Tensor, options: DecodeOptions) -> Tensor:
+    """Latents [C, F, H, W] to [3, F, H, W], the frames as a batch. Most such models mix the frames of a batch."""
+    mixes = "num_frames" in inspect.signature(model.decode).parameters
+    chunks = video.movedim(0, 1).split(options.chunk_frames or video.shape[1])
+    pictures = [
+        model.decode(chunk, return_dict=False, **({"num_frames": len(chunk)} if mixes else {}))[0] for chunk in chunks
+    ]
+    return torch.cat(pictures).movedim(1, 0)
+
+
+def encode_at_once(
+    model: Any, pixels: Tensor, generator: torch.Generator | None = None, one_by_one: bool = False
+) -> Tensor:
+    """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents; of pictures, [B, C, 1, H, W] by some models.
+
+    Gives the mode of the encoder's distribution, or a sample of it where a generator is given.
+    """
+    frames = None
+    if has_frames(model):
+        pixels = pixels.unsqueeze(2) if pixels.ndim == 4 else pixels
+    elif pixels.ndim == 5:
+        frames = pixels.shape[2]
+        pixels = pixels.movedim(2, 1).flatten(0, 1)
+    encoded = [model.encode(part, return_dict=False)[0] for part in (pixels.split(1) if one_by_one else [pixels])]
+    if isinstance(encoded[0], Tensor):  # the autoencoders that are not variational, AutoencoderTiny for one
+        latents = torch.cat(encoded)
+    else:
+        posterior = encoded[0]
+        if one_by_one:
+            posterior = type(posterior)(torch.cat([part.parameters for part in encoded]))
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+    return latents if frames is None else latents.unflatten(0, (-1, frames)).movedim(1, 2)
+
+
+def forget(model: Any) -> None:
+    """Drops what a failed pass may have left in the model, and would go into the next one's result."""
+    for name in ("clear_cache", "_clear_conv_cache"):
+        if clear := getattr(model, name, None):
+            clear()

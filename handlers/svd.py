@@ -1,0 +1,28 @@
+from handlers.base import EndpointHandler
+from handlers.model import ALL, Peak
+
+
+class StableVideoDiffusion(EndpointHandler):
+    """Stable Video Diffusion: frames are encoded one by one and decoded together, as a batch."""
+
+    checkpoint = "stabilityai/stable-video-diffusion-img2vid-xt"
+    subfolder = "vae"
+    vae_class = "AutoencoderKLTemporalDecoder"
+    dtype = "float16"
+    kind = "video"
+    latent_channels = 4
+    pipeline_layout = "BFCHW"
+    fps = 7
+    tiles = ()  # diffusers has none for it
+    takes_reciprocal = True
+    peak = {"decode": Peak(1025, 1025, ALL), "encode": Peak(640, 640, ALL)}
+    license = "stable-video-diffusion-community"
+    license_link = "https://huggingface.co/stabilityai/stable-video-diffusion-img2vid-xt/blob/main/LICENSE.md"
+    weights_mb = 391
+    shared_by = "Stable Video Diffusion 14 and 25 frames"
+    published_config = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "sample_size": 768,
+    }

@@ -1,0 +1,19 @@
+from handlers.base import EndpointHandler
+from handlers.model import Peak
+
+
+class Taesd(EndpointHandler):
+    """Previews of Stable Diffusion 1.x and 2.x in milliseconds.
+
+    Its latents are the scaled ones that the diffusion model gives: send no factor, or `do_scaling`.
+    """
+
+    checkpoint = "madebyollin/taesd"
+    vae_class = "AutoencoderTiny"
+    dtype = "float16"
+    latent_channels = 4
+    peak = {"decode": Peak(195), "encode": Peak(200)}
+    license = "mit"
+    license_link = "https://huggingface.co/madebyollin/taesd"
+    weights_mb = 10
+    published_config = {}  # the class's own defaults

@@ -1,0 +1,22 @@
+from handlers.base import EndpointHandler
+from handlers.model import Peak
+
+
+class Taesd3(EndpointHandler):
+    """Previews of Stable Diffusion 3 and 3.5 in milliseconds.
+
+    Its latents are the scaled ones that the diffusion model gives: send no factor, or `do_scaling`.
+    """
+
+    checkpoint = "madebyollin/taesd3"
+    vae_class = "AutoencoderTiny"
+    dtype = "float16"
+    latent_channels = 16
+    tiles = ("decode",)  # tiled encoding of 16 channels fails in diffusers up to 0.42
+    peak = {"decode": Peak(195), "encode": Peak(200)}
+    license = "mit"
+    license_link = "https://huggingface.co/madebyollin/taesd3"
+    weights_mb = 10
+    published_config = {
+        "latent_channels": 16,
+    }

@@ -1,0 +1,23 @@
+from handlers.base import EndpointHandler
+from handlers.model import Peak
+
+
+class Wan21(EndpointHandler):
+    """Wan 2.1, and what shares its VAE. The documentation of diffusers runs it in float32, the pilot did in float16."""
+
+    checkpoint = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    subfolder = "vae"
+    vae_class = "AutoencoderKLWan"
+    dtype = "float16"
+    kind = "video"
+    latent_channels = 16
+    frame_factor = 4
+    fps = 16
+    peak = {"decode": Peak(1735, 1095, 4, reduced=0.82), "encode": Peak(965, 670, 5, reduced=0.8)}
+    license = "apache-2.0"
+    license_link = "https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    weights_mb = 508
+    shared_by = (
+        "Wan 2.1 T2V, I2V, FLF2V, VACE, Wan 2.2 A14B and Animate, SkyReels-V2, Cosmos-Predict 2 and 2.5, SANA-Video"
+    )
+    published_config = {}  # the class's own defaults

@@ -1,0 +1,281 @@
+"""A small random checkpoint of every VAE: the class and the features of the published config, with few channels.
+
+Factors and latent channels are the published ones. What only makes a model large (widths, layers of a block) is small.
+"""
+
+from __future__ import annotations
+
+from math import cos, sin
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from handlers import MODELS, EndpointHandler
+
+
+def _means(channels: int) -> list[float]:
+    return [round(0.6 * sin(3 * channel), 4) for channel in range(channels)]
+
+
+def _deviations(channels: int) -> list[float]:
+    return [round(1.2 + 0.7 * cos(5 * channel), 4) for channel in range(channels)]
+
+
+KL = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [8, 8, 16, 16],
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+KL_16 = {**KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+WAN = {"base_dim": 8, "num_res_blocks": 1}
+TINY = {
+    "encoder_block_out_channels": [8] * 4,
+    "decoder_block_out_channels": [8] * 4,
+    "num_encoder_blocks": [1] * 4,
+    "num_decoder_blocks": [1] * 4,
+}
+VIDEO = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
+DOWN_095 = {
+    "block_out_channels": [8, 8, 16, 16, 32],
+    "down_block_types": ["LTXVideo095DownBlock3D"] * 4,
+    "layers_per_block": [1] * 5,
+    "spatio_temporal_scaling": [True] * 4,
+    "downsample_type": ["spatial", "temporal", "spatiotemporal", "spatiotemporal"],
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+UP_091 = {
+    "decoder_block_out_channels": [8, 16, 32],
+    "decoder_layers_per_block": [1] * 4,
+    "decoder_spatio_temporal_scaling": [True] * 3,
+    "upsample_residual": [True] * 3,
+    "upsample_factor": [2] * 3,
+}
+
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd-v1": ("AutoencoderKL", {**KL, "scaling_factor": 0.18215}),
+    "sdxl": ("AutoencoderKL", {**KL, "scaling_factor": 0.13025}),
+    "playground-v2.5": (
+        "AutoencoderKL",
+        {
+            **KL,
+            "scaling_factor": 0.5,
+            "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+            "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+        },
+    ),
+    "sd3": ("AutoencoderKL", {**KL_16, "scaling_factor": 1.5305, "shift_factor": 0.0609}),
+    "flux": ("AutoencoderKL", {**KL_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+    "cogview4": ("AutoencoderKL", {**KL_16, "scaling_factor": 1.0, "mid_block_add_attention": False}),
+    "glm-image": (
+        "AutoencoderKL",
+        {
+            **KL_16,
+            "mid_block_add_attention": False,
+            "scaling_factor": 0.18215,
+            "latents_mean": _means(16),
+            "latents_std": _deviations(16),
+        },
+    ),
+    "taesd": ("AutoencoderTiny", TINY),
+    "taesdxl": ("AutoencoderTiny", TINY),
+    "taesd3": ("AutoencoderTiny", {**TINY, "latent_channels": 16}),
+    "taef1": ("AutoencoderTiny", {**TINY, "latent_channels": 16}),
+    "flux2": ("AutoencoderKLFlux2", KL),
+    "qwen-image": ("AutoencoderKLQwenImage", WAN),
+    "hunyuan-image": (
+        "AutoencoderKLHunyuanImage",
+        {
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": 64,
+            "block_out_channels": [32, 32, 64, 64, 128, 128],
+            "layers_per_block": 1,
+            "spatial_compression_ratio": 32,
+            "sample_size": 384,
+            "scaling_factor": 0.75289,
+        },
+    ),
+    "sana": (
+        "AutoencoderDC",
+        {
+            "attention_head_dim": 8,
+            "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+            "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+            "encoder_block_out_channels": [8, 8, 16, 16, 32, 32],
+            "decoder_block_out_channels": [8, 8, 16, 16, 32, 32],
+            "encoder_layers_per_block": [1] * 6,
+            "decoder_layers_per_block": [1] * 6,
+            "downsample_block_type": "Conv",
+            "upsample_block_type": "interpolate",
+            "scaling_factor": 0.41407,
+        },
+    ),
+    "wan-2.1": ("AutoencoderKLWan", WAN),
+    "wan-2.2": (
+        "AutoencoderKLWan",
+        {
+            **WAN,
+            "decoder_base_dim": 16,
+            "z_dim": 48,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+            "latents_mean": _means(48),
+            "latents_std": _deviations(48),
+        },
+    ),
+    "hunyuan-video": ("AutoencoderKLHunyuanVideo", VIDEO),
+    "hunyuan-video-1.5": (
+        "AutoencoderKLHunyuanVideo15",
+        {"block_out_channels": [8, 8, 16, 32, 64], "layers_per_block": 1},
+    ),
+    "ltx-video": (
+        "AutoencoderKLLTXVideo",
+        {
+            "block_out_channels": [8, 16, 16, 16],
+            "decoder_block_out_channels": [8, 16, 16, 16],
+            "layers_per_block": [1] * 5,
+            "decoder_layers_per_block": [1] * 5,
+        },
+    ),
+    "ltx-video-0.9.1": (
+        "AutoencoderKLLTXVideo",
+        {
+            **UP_091,
+            "block_out_channels": [8, 16, 16, 16],
+            "layers_per_block": [1] * 5,
+            "decoder_inject_noise": [True, True, True, False],
+            "timestep_conditioning": True,
+        },
+    ),
+    "ltx-video-0.9.5": (
+        "AutoencoderKLLTXVideo",
+        {**DOWN_095, **UP_091, "decoder_inject_noise": [False] * 4, "timestep_conditioning": True},
+    ),
+    "ltx-2": (
+        "AutoencoderKLLTX2Video",
+        {
+            **DOWN_095,
+            **UP_091,
+            "block_out_channels": [8, 16, 16, 32],
+            "down_block_types": ["LTX2VideoDownBlock3D"] * 4,
+            "decoder_causal": False,
+        },
+    ),
+    "cogvideox": ("AutoencoderKLCogVideoX", {**VIDEO, "scaling_factor": 1.15258426}),
+    "cogvideox-1.5": ("AutoencoderKLCogVideoX", {**VIDEO, "scaling_factor": 0.7, "invert_scale_latents": True}),
+    "mochi": (
+        "AutoencoderKLMochi",
+        {
+            "encoder_block_out_channels": [32, 32, 32, 64],
+            "decoder_block_out_channels": [32, 32, 32, 64],
+            "layers_per_block": [1] * 5,
+        },
+    ),
+    "svd": (
+        "AutoencoderKLTemporalDecoder",
+        {
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "block_out_channels": [32] * 4,
+            "layers_per_block": 1,
+            "scaling_factor": 0.18215,
+        },
+    ),
+    "easyanimate": ("AutoencoderKLMagvit", VIDEO),
+    "cosmos-1.0": (
+        "AutoencoderKLCosmos",
+        {
+            "encoder_block_out_channels": [8, 16, 16, 16],
+            "decode_block_out_channels": [16, 16, 16, 16],
+            "num_layers": 1,
+        },
+    ),
+}
+
+PICTURES = {
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderDC",
+    "AutoencoderKLTemporalDecoder",
+}
+"""Classes that encode [B, 3, H, W]; the others encode [B, 3, F, H, W]."""
+LAST_LAYERS = ("time_conv_out", "conv_out", "proj_out", "proj")
+
+
+def build(key: str) -> Any:
+    """The small model in float32: latents of a picture are of order 1, decoded ones fill [-1, 1] and beyond.
+
+    Always the same weights on the same machine. Buffers that a checkpoint brings along (LTX's mean and deviation of the
+    latents, Flux2's BatchNorm) are as far from 0 and 1 as published ones.
+    """
+    vae_class, config = SMALL[key]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(sum(key.encode()))
+        vae = getattr(diffusers, vae_class).from_config(config).eval()
+        pixels = torch.rand(1, 3, *(() if vae_class in PICTURES else (9,)), 64, 64) * 2 - 1
+        for _ in range(3):  # a path around the last layer keeps its size, so one round is not enough
+            latents = _latents(vae.encode(pixels))
+            _rescale(vae.encoder, latents, 1.0)
+            _rescale(vae.decoder, vae.decode(torch.randn_like(latents), **_conditions(vae))[0], 0.9)
+        for mean, deviation in _statistics(vae):
+            mean.copy_(torch.tensor(_means(len(mean))))
+            deviation.copy_(torch.tensor(_deviations(len(deviation))))
+    return vae
+
+
+def save(key: str, folder: Path) -> Path:
+    """Writes the small model as `save_pretrained` does."""
+    build(key).save_pretrained(folder)
+    return folder
+
+
+def _latents(encoded: Any) -> torch.Tensor:
+    return encoded.latent_dist.mode() if "latent_dist" in encoded else encoded[0]
+
+
+def _conditions(vae: Any) -> dict[str, Any]:
+    """What the class's `decode` must have besides latents."""
+    if vae.config.get("timestep_conditioning"):
+        return {"temb": torch.tensor([0.05])}
+    return {"num_frames": 1} if type(vae).__name__ == "AutoencoderKLTemporalDecoder" else {}
+
+
+def _rescale(coder: torch.nn.Module, result: torch.Tensor, deviation: float) -> None:
+    """Brings the last layer nearer to results of mean 0 and this standard deviation."""
+    last = next((getattr(coder, name) for name in LAST_LAYERS if hasattr(coder, name)), coder)
+    layer = [layer for layer in last.modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.Linear))][-1]
+    factor = deviation / result.std()
+    layer.weight.mul_(factor)
+    if layer.bias is not None:
+        layer.bias.sub_(result.mean() / 2).mul_(factor)
+
+
+def _statistics(vae: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    buffers = dict(vae.named_buffers())
+    pairs = (("latents_mean", "latents_std"), ("bn.running_mean", "bn.running_var"))
+    return [(buffers[mean], buffers[deviation]) for mean, deviation in pairs if mean in buffers]
+
+
+def model_of(key: str) -> type[EndpointHandler] | None:
+    """The served model that a small checkpoint is of; some models have more than one."""
+    return MODELS.get(max((name for name in MODELS if key.startswith(name)), key=len, default=""))
+
+
+def small_tiles(vae: Any, scale: int) -> None:
+    """Has the model cut tiles of 4x4 latents, 3 apart, so that small pictures take several."""
+    for side in ("size", "height", "width"):
+        for name, latents in ((f"tile_sample_min_{side}", 4), (f"tile_sample_stride_{side}", 3)):
+            if hasattr(vae, name):
+                setattr(vae, name, latents * scale)
+        if hasattr(vae, f"tile_latent_min_{side}"):
+            setattr(vae, f"tile_latent_min_{side}", 4)

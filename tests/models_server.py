@@ -1,0 +1,66 @@
+"""All small checkpoints behind one address, each app under `/<its key>`: `python -m tests.models_server --folder F`.
+
+`POST /mode/<mode>` has every request run in that memory mode, or be refused where the model does not have it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route
+
+from handlers.serving import vae
+from handlers.serving.app import build_app
+from handlers.serving.memory import Mode, choose_modes
+from handlers.serving.pipeline import Pipeline
+from handlers.serving.settings import Settings
+from tests.checkpoints import model_of, small_tiles
+
+forced: Mode | None = None
+
+
+def choose(*plan: object, offered: list[Mode]) -> list[Mode]:
+    if forced is None:
+        return choose_modes(*plan, offered=offered)
+    return [mode for mode in offered if mode is forced]
+
+
+async def force(request: Request) -> Response:
+    global forced
+    name = request.path_params["mode"]
+    forced = None if name == "auto" else Mode(name)
+    return PlainTextResponse("Ok")
+
+
+async def health(request: Request) -> Response:
+    return PlainTextResponse("Ok")
+
+
+class Handler:
+    def __init__(self, key: str, folder: Path) -> None:
+        settings = Settings(weights=str(folder))
+        loaded = vae.VAE.load(model_of(key), "", settings, "cpu")
+        small_tiles(loaded.model, loaded.layout.vae_scale_factor)
+        self.pipeline = Pipeline([loaded], model_of(key), settings)
+
+
+def main(folder: Annotated[Path, typer.Option()], port: int = 8000) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    vae.choose_modes = lambda *plan: choose(*plan[:-1], offered=plan[-1])
+    routes = [Route("/health", health), Route("/mode/{mode}", force, methods=["POST"])]
+    for checkpoint in sorted(folder.iterdir()):
+        app = build_app(checkpoint.name)
+        app.state.handler = Handler(checkpoint.name, checkpoint)
+        routes.append(Mount(f"/{checkpoint.name}", app=app))
+    uvicorn.run(Starlette(routes=routes), host="127.0.0.1", port=port, access_log=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
