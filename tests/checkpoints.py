@@ -272,10 +272,14 @@ def model_of(key: str) -> type[EndpointHandler] | None:
 
 
 def small_tiles(vae: Any, scale: int) -> None:
-    """Has the model cut tiles of 4x4 latents, 3 apart, so that small pictures take several."""
-    for side in ("size", "height", "width"):
-        for name, latents in ((f"tile_sample_min_{side}", 4), (f"tile_sample_stride_{side}", 3)):
-            if hasattr(vae, name):
-                setattr(vae, name, latents * scale)
-        if hasattr(vae, f"tile_latent_min_{side}"):
-            setattr(vae, f"tile_latent_min_{side}", 4)
+    """Has the model cut tiles of 4x4 latents, 3 apart, so that small pictures take several; CogVideoX 6x5, 5 and 4."""
+    height, width = (6, 5) if hasattr(vae, "tile_overlap_factor_height") else (4, 4)
+    for side, latents in (("size", 4), ("height", height), ("width", width)):
+        sizes = {
+            f"sample_min_{side}": latents * scale,
+            f"sample_stride_{side}": 3 * scale,
+            f"latent_min_{side}": latents,
+        }
+        for name, value in sizes.items():
+            if hasattr(vae, f"tile_{name}"):
+                setattr(vae, f"tile_{name}", value)

@@ -25,7 +25,7 @@ def has_frames(model: Any) -> bool:
     return any(isinstance(module, nn.Conv3d) for module in model.encoder.modules())
 
 
-def decode_at_once(model: Any, latents: Tensor, options: DecodeOptions) -> Tensor:
+def decode_at_once(model: Any, latents: Tensor, options: DecodeOptions = DecodeOptions()) -> Tensor:
     """Raw latents [B, C, H, W] or [B, C, F, H, W] to pixels [B, 3, H, W] or [B, 3, F, H, W]."""
     if latents.ndim == 5 and not has_frames(model):
         return torch.stack([_decode_pictures(model, video, options) for video in latents])

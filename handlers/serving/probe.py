@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from handlers.model import Model
-from handlers.serving.autoencoder import DecodeOptions, decode_at_once, encode_at_once, has_frames
+from handlers.model import Model, Task
+from handlers.serving.autoencoder import decode_at_once, encode_at_once, forget, has_frames
 from handlers.serving.layout import Layout
 
 SIDE = 64
 """Pixels of the picture that is encoded: a multiple of what every known VAE shrinks by, 8 to 32."""
 
 
-def probe(model: Any, declared: type[Model]) -> Layout:
-    """The layout of a diffusers autoencoder, in about 0.1 s for pictures and 0.4 s for videos.
+class Probe:
+    """A copy of a diffusers autoencoder on the meta device."""
 
-    Raises:
-        ValueError: it takes no RGB pixels.
-    """
-    with torch.device("meta"), torch.no_grad():
-        copy = type(model).from_config(model.config).eval()
+    def __init__(self, model: Any) -> None:
+        with torch.device("meta"):
+            self.copy = type(model).from_config(model.config).eval()
+
+    def layout(self, declared: type[Model]) -> Layout:
+        """Found in about 0.1 s for pictures and 0.4 s for videos.
+
+        Raises:
+            ValueError: it takes no RGB pictures.
+        """
         try:
-            latents = encode_at_once(copy, torch.zeros(1, 3, SIDE, SIDE))
+            latents = self._run("encode", (1, 3, SIDE, SIDE))
         except RuntimeError as error:
             raise ValueError(
-                f"{declared.__name__}: its {declared.vae_class} encodes no RGB picture ({error})"
+                f"the {declared.vae_class} of {declared.__name__} takes no RGB pictures: {error}"
             ) from None
         channels, frames = latents.shape[1], (1, 2, 3) if declared.kind == "video" else (1, 1, 1)
-        if declared.kind == "video" and has_frames(copy):
-            videos = (torch.zeros(1, channels, count, 2, 2) for count in (1, 2, 3))
-            frames = tuple(decode_at_once(copy, video, DecodeOptions()).shape[2] for video in videos)
-    return Layout(declared.kind, channels, SIDE // latents.shape[-1], frames, 5 if has_frames(model) else 4)
+        if declared.kind == "video" and has_frames(self.copy):
+            frames = tuple(self._run("decode", (1, channels, count, 2, 2)).shape[2] for count in (1, 2, 3))
+        return Layout(declared.kind, channels, SIDE // latents.shape[-1], frames, 5 if has_frames(self.copy) else 4)
+
+    def explains(self, error: RuntimeError, task: Task, shape: Sequence[int], tiled: bool) -> bool:
+        """Whether the model fails so for every batch of this shape, whatever its numbers and wherever it runs."""
+        self.copy.use_tiling = tiled
+        try:
+            self._run(task, shape)
+        except RuntimeError as same:
+            return str(same) == str(error)
+        finally:
+            forget(self.copy)
+        return False
+
+    def _run(self, task: Task, shape: Sequence[int]) -> torch.Tensor:
+        with torch.device("meta"), torch.no_grad():
+            inputs = torch.zeros(tuple(shape))
+            return encode_at_once(self.copy, inputs) if task == "encode" else decode_at_once(self.copy, inputs)
 
 
 def differs(layout: Layout, declared: type[Model]) -> str | None:

@@ -13,7 +13,11 @@ from torch import Tensor
 from handlers.serving.autoencoder import DecodeOptions, decode_at_once
 
 
-def decode_spans(model: Any, latents: Tensor, options: DecodeOptions | None = None) -> Iterator[Tensor]:
+def decode_spans(
+    model: Any,
+    latents: Tensor,
+    options: DecodeOptions = DecodeOptions(),  # noqa: B008
+) -> Iterator[Tensor]:
     """Raw latents to pixels [B, 3, H, W], or to the next frames [B, 3, f, H, W] of a video, in order.
 
     Together they are what `decode_at_once` gives, bit for bit. Where the model is set to tiles, each tile has all
@@ -23,7 +27,7 @@ def decode_spans(model: Any, latents: Tensor, options: DecodeOptions | None = No
         if isinstance(model, model_class) and (spans is _blended_spans or not model.use_tiling):
             yield from spans(model, latents)
             return
-    yield decode_at_once(model, latents, options or DecodeOptions())
+    yield decode_at_once(model, latents, options)
 
 
 def join(spans: Iterator[Tensor]) -> Tensor:
@@ -64,7 +68,7 @@ def _blended_spans(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterato
     length, stride = model.tile_sample_min_num_frames, model.tile_sample_stride_num_frames
     factor = model.temporal_compression_ratio
     if not model.use_framewise_decoding or latents.shape[2] <= length // factor:
-        yield decode_at_once(model, latents, DecodeOptions())
+        yield decode_at_once(model, latents)
         return
     before = None
     # a span that starts with the last latent frame has no new frames: diffusers decodes it, and drops the result
@@ -82,7 +86,7 @@ def _decode_one_span(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tenso
     """All its frames, in tiles where the model is set to them."""
     model.use_framewise_decoding = False
     try:
-        return decode_at_once(model, latents, DecodeOptions())
+        return decode_at_once(model, latents)
     finally:
         model.use_framewise_decoding = True
 

@@ -18,7 +18,6 @@ from handlers.model import Model, Task
 from handlers.serving import metrics
 from handlers.serving.autoencoder import DecodeOptions, encode_at_once, forget
 from handlers.serving.errors import RequestError
-from handlers.serving.layout import Layout
 from handlers.serving.low_memory import has_reduced_peak, reduced_peak
 from handlers.serving.memory import (
     MemoryUse,
@@ -30,7 +29,7 @@ from handlers.serving.memory import (
     total_memory,
 )
 from handlers.serving.normalization import Normalization
-from handlers.serving.probe import differs, probe
+from handlers.serving.probe import Probe, differs
 from handlers.serving.settings import Settings
 from handlers.serving.spans import decode_spans, join
 
@@ -48,12 +47,13 @@ A CPU is busy with one, so it takes them one by one.
 class VAE:
     """A diffusers autoencoder on its device. It takes tensors from any device; what it gives is on its own."""
 
-    def __init__(self, model: Any, declared: type[Model], layout: Layout | None = None) -> None:
+    def __init__(self, model: Any, declared: type[Model]) -> None:
         self.model = model.eval().requires_grad_(False)
         self.dtype: torch.dtype = model.dtype
         self.config = model.config
         self.declared = declared
-        self.layout = layout or probe(model, declared)
+        self.probe = Probe(model)
+        self.layout = self.probe.layout(declared)
         self.normalization = Normalization.of(model, declared)
         self.memory = MemoryUse(declared, has_reduced_peak(model), _tile_pixels(model))
         self.batch_limit = BATCH_PIXELS if declared.runs_batches and self.device.type != "cpu" else 0
@@ -78,13 +78,13 @@ class VAE:
             source, options = _find_weights(declared, path, settings)
             logger.info("loading %s from %s", declared.vae_class, source)
             model = vae_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
-        layout = probe(model, declared)
-        if difference := differs(layout, declared):
+        vae = cls(model.to(device), declared)
+        if difference := differs(vae.layout, declared):
             if not settings.weights:
                 raise ValueError(difference)
             logger.warning("%s; these weights are taken as they are", difference)
         logger.info("running on %s in %s", device, dtype)
-        return cls(model.to(device), declared, layout)
+        return vae
 
     @property
     def device(self) -> torch.device:
@@ -175,7 +175,11 @@ class VAE:
                     return forward(inputs.to(self.device, self.model.dtype), one_by_one), mode
             except RuntimeError as error:
                 if not is_out_of_memory(error):
-                    raise
+                    if not self.probe.explains(error, task, inputs.shape, mode is Mode.TILED):
+                        raise
+                    shape, reason = list(inputs.shape), str(error).splitlines()[0]
+                    message = f"this model cannot {task} `shape` {shape} in mode {mode.value}: {reason}"
+                    raise RequestError(message, 422) from error
                 logger.warning("out of memory with %s in mode %s: %s", list(inputs.shape), mode.value, error)
                 metrics.OUT_OF_MEMORY.inc()
             finally:
