@@ -16,6 +16,7 @@ from torch import Tensor
 
 from handlers.serving import metrics
 from handlers.serving.errors import RequestError
+from handlers.serving.heap import HEAP, map_gpu_memory
 from handlers.serving.layout import Layout
 from handlers.serving.low_memory import reduced_peak
 from handlers.serving.memory import (
@@ -24,7 +25,6 @@ from handlers.serving.memory import (
     choose_modes,
     free_memory,
     is_out_of_memory,
-    keep_heap,
     total_memory,
 )
 from handlers.serving.request import Task
@@ -63,7 +63,7 @@ class VAE:
         Raises:
             FileNotFoundError: `settings.weights` names a folder that holds no VAE of the model's class.
         """
-        keep_heap()
+        HEAP.keep()
         dtype = getattr(torch, settings.dtype or ("float32" if torch.device(device).type == "cpu" else handler.dtype))
         vae_class = getattr(diffusers, handler.vae_class)
         if settings.weights == "random":
@@ -112,6 +112,7 @@ class VAE:
         return result
 
     @torch.no_grad()
+    @HEAP.settle()
     def _run(self, task: Task, inputs: Tensor, forward: Callable[[Tensor], T]) -> tuple[T, Mode]:
         """Runs in the model's dtype; where that overflows, once more in float32.
 
@@ -144,6 +145,8 @@ class VAE:
         estimate = self.memory.estimate(task, self.layout, inputs.shape, self.model.dtype.itemsize)
         needed = f"`shape` {list(inputs.shape)} takes about {estimate.tiled / 1e9:.1f} GB of memory even in tiles"
         capacity = total_memory(self.device)
+        if self.device.type == "cpu":
+            HEAP.make_room(estimate.full * len(inputs))
         modes = choose_modes(estimate, len(inputs), free_memory(self.device), capacity)
         if not modes:
             raise RequestError(f"{needed}, and this device has {capacity / 1e9:.1f} GB", 422)
@@ -184,6 +187,7 @@ def devices(device: str | None) -> list[str]:
     Raises:
         ValueError: it is no device of this machine.
     """
+    map_gpu_memory()
     if device:
         try:
             torch.empty(0, device=device)
