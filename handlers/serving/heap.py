@@ -5,11 +5,11 @@ each page is mapped and zeroed anew, which is half of the time of a pass. `keep`
 by passes of one shape is full of holes for the next, small blocks in between, so that a heap which gives nothing back
 grows with each new shape. So:
 
-- `settle`, after a pass: where the process holds clearly more than the largest pass took, all free pages go back. The
-  same shape again takes nothing new, so it never comes to that; of mixed shapes several passes share the cost.
-- `make_room`, before a pass: where it may not find enough beside the pages that are kept, they go back first. Where even
-  then there is less than `HOLES` times what its tensors take, each block of a MB and more is mapped by itself for this
-  pass: slower, but without holes.
+- `settle`, after a pass: where the process holds clearly more than the largest pass took, all free pages go back; not
+  while one shape is repeated, which takes nothing new after a few passes. Of mixed shapes several share the cost.
+- `make_room`, before a pass: where it may not find enough beside the pages that are kept, they go back first. Where
+  even then there is less than `HOLES` times what its tensors take, each block of a MB and more is mapped by itself for
+  this pass: slower, but without holes.
 
 All figures are resident bytes, as the system counts them: the heap's own do not say which of its free pages are still
 in memory. So the plan (`memory.free_memory`) counts nothing that the heap keeps. What was weighed: benchmarks/NOTES.md.
@@ -50,6 +50,10 @@ class Heap:
         """Resident bytes after the free pages were last given back."""
         self.largest = 0
         """The most resident bytes that the process grew by in a pass."""
+        self.needed = 0
+        """Bytes of the last pass's tensors."""
+        self.repeated = False
+        """Whether the pass before it needed as many: their blocks are of the same sizes then."""
 
     def keep(self) -> None:
         """One heap for all threads, which by itself gives nothing back, where the allocator is glibc's.
@@ -68,6 +72,7 @@ class Heap:
 
     def make_room(self, needed: int) -> None:
         """Before a pass whose tensors take so many bytes at their peak."""
+        self.repeated, self.needed = needed == self.needed, needed
         if short := _available() < needed * HOLES:
             self.trim()
             short = _available() < needed * HOLES
@@ -84,7 +89,8 @@ class Heap:
         finally:
             after = _resident()
             self.largest = max(self.largest, after - before)
-            if after - self.base > min(self.largest * MARGIN, _available()):
+            kept = after - self.base
+            if kept > _available() or (kept > self.largest * MARGIN and not self.repeated):
                 self.trim()
 
 
