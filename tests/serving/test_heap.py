@@ -46,10 +46,10 @@ from handlers import MODELS
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE
 
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 vae = VAE.load(MODELS["tiny"], "", Settings(), "cpu")
 rng = random.Random(0)
-shapes = [(rng.choice("de"), rng.randint(1, 4), rng.randint(8, 40), rng.randint(8, 40)) for _ in range(40)]
+shapes = [(rng.choice("de"), rng.randint(1, 4), rng.randint(8, 32), rng.randint(8, 32)) for _ in range(25)]
 largest = max((shape for shape in shapes if shape[0] == "d"), key=lambda shape: shape[1] * shape[2] * shape[3])
 
 def run():
