@@ -32,8 +32,8 @@ from handlers.serving.memory import free_memory
 MARGIN = 1.1
 """What may be kept, in parts of what the largest pass took."""
 HOLES = 5
-"""Bytes that the heap may grow by for each byte of a pass's estimate: 2.1 were measured where it was empty, and up to 4.8
-where other shapes had left their holes."""
+"""Bytes that the heap may grow by for each byte of a pass's estimate: 2.1 were measured where it was empty, and up to
+4.8 where other shapes had left their holes."""
 SMALL_BLOCK = 2**20
 """Bytes; where memory is short, blocks from this size are mapped by themselves."""
 LARGE_BLOCK = 2**30
