@@ -63,8 +63,9 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert_nothing_broke(traffic.ledger)
     assert result.exit_seconds < soak.EXIT_TIME
     clients = {client.__name__ for client in CLIENTS}
-    assert clients == {"keep_alive", "fresh", "pipelined", "slow", "leaver", "malformed", "crowd", "health"}
-    kinds = {"good: keep-alive", "good: a connection each", "good: pipelined", "burst", "health", "SIGTERM: in flight"}
+    assert clients == {"keep_alive", "fresh", "sizes", "pipelined", "slow", "leaver", "malformed", "crowd", "health"}
+    goods = {"good: keep-alive", "good: a connection each", "good: random sizes", "good: pipelined"}
+    kinds = goods | {"burst", "health", "SIGTERM: in flight"}
     assert kinds <= set(traffic.ledger.sent)
     about = {"device": "a CPU", "date": "today", "commit": "abc", "versions": {"python": "3"}}
     page = report.soak_page(traffic.ledger, result, about, toolkit=False)
