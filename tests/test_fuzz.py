@@ -63,8 +63,9 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert_nothing_broke(traffic.ledger)
     assert result.exit_seconds < soak.EXIT_TIME
     clients = {client.__name__ for client in CLIENTS}
-    assert clients == {"keep_alive", "fresh", "pipelined", "slow", "leaver", "malformed", "crowd", "health"}
-    kinds = {"good: keep-alive", "good: a connection each", "good: pipelined", "burst", "health", "SIGTERM: in flight"}
+    assert clients == {"keep_alive", "fresh", "sizes", "pipelined", "slow", "leaver", "malformed", "crowd", "health"}
+    goods = {"good: keep-alive", "good: a connection each", "good: random sizes", "good: pipelined"}
+    kinds = goods | {"burst", "health", "SIGTERM: in flight"}
     assert kinds <= set(traffic.ledger.sent)
     about = {"device": "a CPU", "date": "today", "commit": "abc", "versions": {"python": "3"}}
     page = report.soak_page(traffic.ledger, result, about, toolkit=False)
@@ -232,6 +233,7 @@ def test_memory_is_the_median_of_the_span_after_the_warm_up_and_of_the_last() ->
         peak = 1000 if second in (25, 95) else 0  # of one request
         memory.add(second, (500 if second < 20 else 100 + second // 2) + peak)
     assert memory.medians(warm_up=20, span=10) == (113, 147)
+    assert memory.highest(warm_up=20, span=10) == (1112, 1147)
 
 
 def test_of_a_chain_of_stack_traces_the_last_error_counts() -> None:

@@ -8,6 +8,7 @@ output    tensors to the bytes of pictures, videos and tensors
 vae       the model: weights, device, forward passes
 spans     a video's frames, as soon as they are decoded
 low_memory  the forward pass of a VAE in half the memory
+heap      what of the freed memory is kept for the next pass
 pixels    value range and layout of pixels
 latents   layout and scaling of latents
 memory    what a forward pass needs, and how to run it in what is free

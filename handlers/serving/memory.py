@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -103,14 +102,17 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDNN_ST
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that an allocation on this device could get now, what torch or the heap keeps for it included."""
+    """Bytes that an allocation on this device could get now.
+
+    Of a GPU, what torch keeps for it included; on a CPU what the heap keeps is not: a larger tensor fits into no hole.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = psutil.virtual_memory().available
     if (limit := _container_limit()) and (used := _read_number("memory.current", "memory/memory.usage_in_bytes")):
         free = min(free, limit - used + _file_cache())
-    return free + _free_in_heap()
+    return free
 
 
 def total_memory(device: torch.device) -> int:
@@ -143,40 +145,3 @@ def _read_number(*names: str) -> int | None:
         with suppress(OSError, ValueError):  # not there, or "max"
             return int((CGROUP / name).read_text())
     return None
-
-
-def keep_heap() -> None:
-    """One heap for all threads that gives nothing back to the system, where the allocator is glibc's.
-
-    By default activations of a megabyte and more come from the system and go back to it, each page zeroed and mapped
-    anew: half of the time of a decode on a CPU. And each thread has a heap of its own, so that what one frees another
-    cannot use, which takes up to half as much again. Figures: benchmarks/NOTES.md.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _free_in_heap() -> int:
-    """Bytes that the process has from the system and does not use; 0 where glibc cannot tell."""
-    try:
-        mallinfo = ctypes.CDLL(None).mallinfo2
-    except (OSError, AttributeError):
-        return 0
-    mallinfo.restype = MallInfo
-    return mallinfo().fordblks
-
-
-class MallInfo(ctypes.Structure):
-    """`struct mallinfo2` of glibc's malloc.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
-        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
-    ]
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-"""Of glibc's malloc.h."""

@@ -18,6 +18,7 @@ from handlers.model import Model, Task
 from handlers.serving import metrics
 from handlers.serving.autoencoder import DecodeOptions, encode_at_once, forget
 from handlers.serving.errors import RequestError
+from handlers.serving.heap import HEAP, map_gpu_memory
 from handlers.serving.low_memory import has_reduced_peak, reduced_peak
 from handlers.serving.memory import (
     MemoryUse,
@@ -25,7 +26,6 @@ from handlers.serving.memory import (
     choose_modes,
     free_memory,
     is_out_of_memory,
-    keep_heap,
     total_memory,
 )
 from handlers.serving.normalization import Normalization
@@ -66,7 +66,7 @@ class VAE:
             FileNotFoundError: `settings.weights` names a folder that holds no VAE of the model's class.
             ValueError: the weights are not what the model declares, or diffusers does not have its class.
         """
-        keep_heap()
+        HEAP.keep(pages=torch.device(device).type == "cpu")
         dtype = getattr(torch, settings.dtype or ("float32" if torch.device(device).type == "cpu" else declared.dtype))
         vae_class = _diffusers_class(declared)
         if settings.weights == "random":
@@ -131,6 +131,11 @@ class VAE:
 
     @torch.no_grad()
     def _run(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T]) -> tuple[T, Mode]:
+        """Runs `forward` with the inputs on the device, and whether it shall take them one by one."""
+        with HEAP.settle() if self.device.type == "cpu" else nullcontext():
+            return self._run_finite(task, inputs, forward)
+
+    def _run_finite(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T]) -> tuple[T, Mode]:
         """Runs in the model's dtype; where that overflows, once more in float32.
 
         Raises:
@@ -161,6 +166,8 @@ class VAE:
         """
         estimate = self.memory.estimate(task, self.layout, inputs.shape, self.model.dtype.itemsize)
         capacity, offered = total_memory(self.device), self._offered(task, len(inputs))
+        if self.device.type == "cpu":
+            HEAP.make_room(estimate.of(offered[0], len(inputs)))
         modes = choose_modes(estimate, len(inputs), free_memory(self.device), capacity, offered)
         least = offered[-1]
         needed = f"`shape` {list(inputs.shape)} takes about {estimate.of(least, len(inputs)) / 1e9:.1f} GB of memory"
@@ -220,6 +227,7 @@ def devices(device: str | None) -> list[str]:
     Raises:
         ValueError: it is no device of this machine.
     """
+    map_gpu_memory()
     if device:
         try:
             torch.empty(0, device=device)

@@ -21,7 +21,7 @@ from scripts.traffic.fuzz import send_case
 from scripts.traffic.ledger import Ledger
 from scripts.traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
 from scripts.traffic.mutations import case
-from scripts.traffic.samples import Sample, large, samples
+from scripts.traffic.samples import Sample, any_size, large, samples
 from scripts.traffic.servers import Server
 from scripts.traffic.truth import Truth, Wrong, check, check_refusal
 
@@ -36,10 +36,10 @@ BURST_EVERY = 10.0
 
 @dataclass(frozen=True)
 class Good:
-    """A good request and what the VAE in plain diffusers makes of it."""
+    """A good request, and what the VAE in plain diffusers makes of it where that was asked for."""
 
     message: Message
-    expected: Tensor
+    expected: Tensor | None = None
 
 
 @dataclass
@@ -106,6 +106,16 @@ def fresh(traffic: Traffic, rng: Random) -> None:
     with Connection(traffic.address, TIMEOUT) as connection:
         connection.send(good.message.wire())
         traffic.settle("good: a connection each", connection, good)
+    traffic.over.wait(rng.random() * 0.1)
+
+
+def sizes(traffic: Traffic, rng: Random) -> None:
+    """A size that the server has not seen yet: its memory is that of the largest, not of all of them."""
+    good = Good(any_size(traffic.server.key, rng))
+    traffic.ledger.send("good: random sizes")
+    with Connection(traffic.address, TIMEOUT) as connection:
+        connection.send(good.message.wire())
+        traffic.settle("good: random sizes", connection, good)
     traffic.over.wait(rng.random() * 0.1)
 
 
@@ -200,7 +210,7 @@ def health(traffic: Traffic, rng: Random) -> None:
 
 
 HEALTH = Message("GET", "/health")
-CLIENTS = (keep_alive, keep_alive, fresh, pipelined, slow, slow, leaver, malformed, crowd, health)
+CLIENTS = (keep_alive, keep_alive, fresh, sizes, pipelined, slow, slow, leaver, malformed, crowd, health)
 """One thread each."""
 
 

@@ -8,7 +8,7 @@ from statistics import median
 
 @dataclass
 class Memory:
-    """Samples over a run. What counts are medians of two spans: right after the warm-up, and at the end."""
+    """Samples over a run. What counts are two spans: right after the warm-up, and at the end."""
 
     samples: list[tuple[float, int]] = field(default_factory=list)
     """When (seconds, or requests), and resident bytes."""
@@ -22,3 +22,9 @@ class Memory:
         before = [resident for when, resident in self.samples if warm_up <= when <= warm_up + span]
         after = [resident for when, resident in self.samples if when >= end - span]
         return median(before), median(after)
+
+    def highest(self, warm_up: float, span: float) -> tuple[int, int]:
+        """The most bytes until the span after the warm-up is over, and in the span at the end."""
+        end = self.samples[-1][0]
+        before = max(resident for when, resident in self.samples if when <= warm_up + span)
+        return before, max(resident for when, resident in self.samples if when >= end - span)

@@ -57,8 +57,8 @@ def summary(ledger: Ledger) -> str:
 def memory_line(result: Result) -> str:
     before, after = result.memory
     return (
-        f"Resident memory: {before / 1e6:.0f} MB in the {result.span:.0f} s after a warm-up of {result.warm_up:.0f} s, "
-        f"{after / 1e6:.0f} MB in the last {result.span:.0f} s (medians), {after / before - 1:+.1%}."
+        f"Resident memory: at most {before / 1e6:.0f} MB in the first {result.warm_up + result.span:.0f} s, "
+        f"{after / 1e6:.0f} MB in the last {result.span:.0f} s, {after / before - 1:+.1%}."
     )
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import av
@@ -47,6 +48,16 @@ def large(key: str) -> Sample:
     channels = MODELS[key].latent_channels
     latents = torch.randn(1, channels, 64, 64, generator=torch.Generator().manual_seed(0))
     return Sample("large", _tensor(latents, output_type="pt"), "decode", latents)
+
+
+def any_size(key: str, rng: Random, pixels: int = 2**20) -> Message:
+    """A batch of 1 to 4 pictures with sides of 64 to 768, of no more `pixels` in all, to decode or to encode."""
+    height, width = (rng.randrange(8, 97) for _ in range(2))
+    batch = rng.randint(1, min(4, pixels // (height * width * 64)))
+    if rng.random() < 0.5:
+        return replace(_tensor(torch.zeros(batch, height * 8, width * 8, 3, dtype=torch.uint8)), path="/encode")
+    channels = MODELS[key].published_config["latent_channels"]
+    return _tensor(torch.zeros(batch, channels, height, width), output_type="pt")
 
 
 def _image_samples(model: type[EndpointHandler], side: int, generator: torch.Generator) -> list[Sample]:

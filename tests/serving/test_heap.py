@@ -1,0 +1,166 @@
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from handlers.serving import heap
+from handlers.serving.heap import HOLES, LARGE_BLOCK, SMALL_BLOCK, Heap, map_gpu_memory
+from scripts.local_server import ROOT
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+
+
+def run(code: str, *arguments: str) -> int:
+    """The number that the code prints in a process of its own, whose heap it changes."""
+    command = [sys.executable, "-c", code, *arguments]
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+@glibc
+def test_memory_that_was_used_once_is_not_mapped_again() -> None:
+    code = """
+import resource, threading, torch
+from handlers.serving.heap import HEAP
+HEAP.keep(pages=True)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with HEAP.settle():
+        HEAP.make_room(64 * 2**20)
+        torch.ones(16 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def run():
+    print(min(faults() for _ in range(10)))
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+    assert run(code) < 200  # of 16384 pages
+
+
+PASSES = """
+import random, sys, threading
+import psutil, torch
+from handlers import MODELS
+from handlers.serving.settings import Settings
+from handlers.serving.vae import VAE
+
+torch.set_num_threads(2)
+vae = VAE.load(MODELS["tiny"], "", Settings(), "cpu")
+rng = random.Random(0)
+shapes = [(rng.choice("de"), rng.randint(1, 4), rng.randint(8, 32), rng.randint(8, 32)) for _ in range(25)]
+largest = max((shape for shape in shapes if shape[0] == "d"), key=lambda shape: shape[1] * shape[2] * shape[3])
+
+def run():
+    held = []  # as answers are for a while
+    for task, batch, height, width in [largest] if sys.argv[1] == "largest" else [*shapes, largest, *shapes]:
+        if task == "d":
+            result, _ = vae.decode(torch.zeros(batch, 16, height, width))
+        else:
+            result, _ = vae.encode(torch.zeros(batch, 3, height * 8, width * 8))
+        held = [*held[-3:], result[..., ::4, ::4].clone()]
+
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+print(psutil.Process().memory_info().rss)
+"""
+
+
+@glibc
+def test_many_shapes_leave_no_more_than_the_largest_of_them_alone() -> None:
+    assert run(PASSES, "all") < 1.2 * run(PASSES, "largest")
+
+
+class FakeHeap(Heap):
+    """On a machine with so many bytes resident and available, of which the former are in use."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, resident: int, available: int) -> None:
+        super().__init__()
+        self.resident, self.total, self.live, self.trims = resident, resident + available, resident, 0
+        self.block = LARGE_BLOCK
+        monkeypatch.setattr(heap, "_resident", lambda: self.resident)
+        monkeypatch.setattr(heap, "_available", lambda: self.total - self.resident)
+        monkeypatch.setattr(heap, "_mallopt", lambda _, value: setattr(self, "block", value))
+
+    def trim(self) -> None:
+        self.trims += 1
+        self.resident = self.base = self.live
+
+    def run(self, grows: int, needed: int = 0) -> int:
+        """Runs a pass that takes so many more, of a shape that differs from the last unless `needed` is the same.
+
+        Returns:
+            How often the heap was trimmed.
+        """
+        before = self.trims
+        with self.settle():
+            self.make_room(needed or self.needed + 1)
+            self.resident += grows
+        return self.trims - before
+
+
+def test_a_heap_is_trimmed_when_it_outgrows_the_largest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeHeap(monkeypatch, resident=1000, available=100_000)
+    assert fake.run(500) == 1  # which only finds what there is before the first pass
+    assert [fake.run(0) for _ in range(10)] == [0] * 10
+    assert (fake.run(40), fake.resident) == (0, 1540)
+    assert (fake.run(40), fake.resident) == (1, 1000)
+    assert (fake.run(700), fake.run(60), fake.resident) == (0, 0, 1760)
+    assert (fake.run(60), fake.resident) == (1, 1000)
+
+
+def test_it_is_not_trimmed_while_one_shape_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeHeap(monkeypatch, resident=1000, available=100_000)
+    fake.run(500, needed=50)
+    assert [fake.run(grows, needed=50) for grows in (100, 90, 0)] == [0, 0, 0]
+    assert (fake.run(0, needed=20), fake.resident) == (1, 1000)
+
+
+def test_it_keeps_no_more_than_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeHeap(monkeypatch, resident=1000, available=1000)
+    assert (fake.run(400, needed=9), fake.run(0, needed=9), fake.resident) == (1, 0, 1400)
+    assert (fake.run(200, needed=9), fake.resident) == (1, 1000)
+
+
+def test_it_is_trimmed_where_a_pass_may_not_find_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    for needed, trims, block in (
+        (600 // HOLES, 0, LARGE_BLOCK),
+        (1000 // HOLES, 1, LARGE_BLOCK),
+        (1000 // HOLES + 1, 1, SMALL_BLOCK),
+    ):
+        fake = FakeHeap(monkeypatch, resident=1000, available=1000)
+        fake.resident += 400
+        fake.make_room(needed)
+        assert (fake.trims, fake.block, fake.resident) == (trims, block, 1000 if trims else 1400)
+        fake.make_room(1)
+        assert fake.block == LARGE_BLOCK
+
+
+def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
+    other = Heap()
+    other.keep(pages=True)
+    with other.settle():
+        other.make_room(2**62)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        (None, "", "expandable_segments:True"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64", "max_split_size_mb:64"),
+        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64", None),
+    ],
+)
+def test_what_is_set_for_gpu_memory_stays(
+    name: str | None, value: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(variable, "")  # so that it is as before behind the test
+        monkeypatch.delenv(variable)
+    if name:
+        monkeypatch.setenv(name, value)
+    map_gpu_memory()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
