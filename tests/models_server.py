@@ -47,8 +47,9 @@ class Handler:
     def __init__(self, key: str, folder: Path) -> None:
         settings = Settings(weights=str(folder))
         loaded = vae.VAE.load(model_of(key), "", settings, "cpu")
-        small_tiles(loaded.model, loaded.layout.vae_scale_factor)
-        self.pipeline = Pipeline([loaded], model_of(key), settings)
+        for model in (loaded.model, loaded.probe.copy):
+            small_tiles(model, loaded.layout.vae_scale_factor)
+        self.pipeline = Pipeline([loaded], settings)
 
 
 def main(folder: Annotated[Path, typer.Option()], port: int = 8000) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import av
 import diffusers
 import numpy as np
 import pytest
 import requests
 import torch
+from diffusers.utils.remote_utils import remote_decode
+from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from handlers.model import Model
 from handlers.serving.autoencoder import DecodeOptions, decode_at_once, encode_at_once, has_frames
 from handlers.serving.low_memory import has_reduced_peak
-from handlers.serving.output import describe, tensor_bytes
+from handlers.serving.output import describe, tensor_bytes, write_mp4
+from handlers.serving.vae import VAE
 from scripts.local_server import serve
 from tests import pipelines
 from tests.checkpoints import SMALL, build, model_of, save, small_tiles
@@ -264,3 +269,170 @@ def expected_of(vae: Any, model: type[Model], task: str, one: Tensor, tiled: boo
     small_tiles(copy.eval(), model.vae_scale_factor)
     copy.enable_tiling()
     return by_itself(copy, one) if task == "decode" else encode_at_once(copy, one)
+
+
+class TestWhatCanBeReadInTwoWays:
+    """It is refused with the parameter that settles it."""
+
+    @pytest.mark.parametrize("pipeline_layout", [True, False])
+    def test_as_many_frames_as_channels(self, service: Service, pipeline_layout: bool) -> None:
+        latents = some_latents("cogvideox", frames=16, rows=4, columns=4)
+        sent = latents.movedim(1, 2).contiguous() if pipeline_layout else latents
+        error = service.refusal("cogvideox", sent, "decode", output_type="pt", num_frames=61)
+        assert "say which with `latents_layout`" in error
+        layout = "BFCHW" if pipeline_layout else "BCFHW"
+        given = {"output_type": "pt", "num_frames": 61, "latents_layout": layout}
+        assert_close(
+            service.tensor("cogvideox", sent, "decode", **given), by_itself(service.model("cogvideox"), latents)
+        )
+
+    def test_a_frame_of_padding(self, service: Service) -> None:
+        made = pipelines.decode(
+            "CogVideoXPipeline", service.model("cogvideox-1.5"), some_latents("cogvideox-1.5"), additional_frames=1
+        )
+        latents = torch.cat([made.latent, made.latent[:, :1]], dim=1)
+        made = pipelines.decode(
+            "CogVideoXPipeline", service.model("cogvideox-1.5"), latents.movedim(1, 2), additional_frames=1
+        )
+        given = {"output_type": "pt", "do_scaling": True}
+        assert "send `num_frames`" in service.refusal("cogvideox-1.5", made.latent, "decode", **given)
+        decoded = service.tensor("cogvideox-1.5", made.latent, "decode", **given, num_frames=9)
+        assert_close(decoded, made.decoded)
+
+    @pytest.mark.parametrize(("key", "layout"), [("ltx-2", "BCFHW"), ("flux2", "BCHW")])
+    def test_latents_that_may_be_denormalized_already(self, service: Service, key: str, layout: str) -> None:
+        latents = some_latents(key)
+        error = service.refusal(key, latents, "decode", output_type="pt", do_scaling=True)
+        assert f"some pipelines give {layout} latents" in error
+        assert_close(
+            service.tensor(key, latents, "decode", output_type="pt", do_scaling=False),
+            by_itself(service.model(key), latents),
+        )
+
+    def test_three_frames_of_latents_or_pixels(self, service: Service) -> None:
+        """At the path that both are sent to; what only comes with latents tells."""
+        latents = some_latents("cogvideox", frames=3, rows=8, columns=8)
+        sent = latents.movedim(1, 2).contiguous()
+        assert "POST pixels to /encode and latents to /decode" in service.refusal("cogvideox", sent, "")
+        decoded = service.tensor("cogvideox", sent, "", output_type="pt")
+        assert_close(decoded, by_itself(service.model("cogvideox"), latents))
+
+    def test_scaling_of_the_images_of_cogvideox_15(self, service: Service) -> None:
+        error = service.refusal("cogvideox-1.5", some_pixels(model_of("cogvideox-1.5"), 1), "encode", do_scaling=True)
+        assert "send scaling_factor=1.42" in error
+
+
+class TestFrames:
+    """Nothing is dropped without a word."""
+
+    @pytest.mark.parametrize(
+        ("key", "frames", "nearest"),
+        [
+            ("hunyuan-video", 4, "1 or 5"),
+            ("wan-2.1", 12, "9 or 13"),
+            ("ltx-video", 10, "9 or 17"),
+            ("mochi", 8, "7 or 13"),
+            ("cogvideox", 10, "9 or 16"),
+            ("easyanimate", 2, "1 or 5"),
+        ],
+    )
+    def test_a_tensor_off_the_grid_is_refused(self, service: Service, key: str, frames: int, nearest: str) -> None:
+        error = service.refusal(key, some_pixels(model_of(key), frames), "encode")
+        assert error.endswith(f"is a video of {frames} frames, of which this VAE would drop some; send {nearest}")
+
+    def test_every_count_of_frames_fits_one_by_one(self, service: Service) -> None:
+        for frames in (1, 2, 3):
+            latents = service.tensor("svd", some_pixels(model_of("svd"), frames), "encode")
+            assert latents.shape[2] == frames
+
+    def test_a_file_is_cut_and_the_answer_says_so(self, service: Service) -> None:
+        video = service.post("wan-2.1", some_latents("wan-2.1"), "decode", output_type="mp4").content
+        with av.open(io.BytesIO(video)) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+        assert len(frames) == 9
+        whole = requests.post(f"{service.url}/wan-2.1/encode", data=video, timeout=60)
+        assert "X-VAE-Frames" not in whole.headers
+        cut = requests.post(f"{service.url}/hunyuan-video/encode", data=as_mp4(frames[:7]), timeout=60)
+        assert cut.headers["X-VAE-Frames"] == "the first 5 of 7"
+        assert as_tensor(cut).shape[2] == 2
+
+
+def as_mp4(frames: list[Any]) -> bytes:
+    return write_mp4([np.asarray(frame) for frame in frames], fps=8)
+
+
+class TestNothingStaysBroken:
+    """A pass that fails midway leaves nothing in the model for the next one."""
+
+    @pytest.mark.parametrize("key", ["easyanimate", "wan-2.1", "qwen-image", "cogvideox", "hunyuan-video", "ltx-2"])
+    def test_the_next_pass_is_right(self, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        vae = VAE(build(key), model_of(key))
+        raw = some_latents(key).unsqueeze(2) if key == "qwen-image" else some_latents(key)
+        pixels = some_pixels(model_of(key), 2 * model_of(key).frame_factor + 1)
+        expected = vae.decode(raw)[0], vae.encode(pixels)[0]
+        for coder, run, inputs in ((vae.model.decoder, vae.decode, raw), (vae.model.encoder, vae.encode, pixels)):
+            last = [module for module in coder.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d))][-1]
+            with monkeypatch.context() as patch:
+                patch.setattr(last, "forward", lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    run(inputs)
+        assert torch.equal(vae.decode(raw)[0], expected[0])
+        assert torch.equal(vae.encode(pixels)[0], expected[1])
+
+
+def test_what_the_models_own_code_cannot_do_is_a_422_that_names_it(
+    service: Service, mode: Callable[[str], None]
+) -> None:
+    """LTX-2 reflects at its edges, so that a last tile of one latent is too small."""
+    mode("tiled")
+    error = service.refusal("ltx-2", some_latents("ltx-2", rows=5, columns=7), "decode", output_type="pt")
+    assert "cannot decode `shape` [1, 128, 3, 5, 7] in mode tiled: " in error
+
+
+@pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning")  # of its own default
+class TestReleasedClient:
+    """`remote_decode` as it is, with what it sends by itself."""
+
+    def test_wan(self, service: Service) -> None:
+        vae, latents = service.model("wan-2.1"), some_latents("wan-2.1")
+        expected = as_decoded(pipelines.decode("WanPipeline", vae, latents), model_of("wan-2.1"))
+        url = f"{service.url}/wan-2.1"
+        assert_close(remote_decode(url, latents, output_type="pt", return_type="pt"), expected)
+        frames = remote_decode(url, latents, processor=VideoProcessor(), return_type="pt")
+        assert_close(frames, (expected[0].movedim(1, 0) / 2 + 0.5).clamp(0, 1))
+        video = remote_decode(url, latents, output_type="mp4", return_type="mp4")
+        with av.open(io.BytesIO(video)) as container:
+            assert len(list(container.decode(video=0))) == 9
+            assert container.streams.video[0].average_rate == 16
+
+    @pytest.mark.parametrize(
+        ("key", "pipeline"),
+        [("qwen-image", "QwenImagePipeline"), ("flux2", "Flux2Pipeline"), ("sd3", "StableDiffusion3Pipeline")],
+    )
+    def test_pictures(self, service: Service, key: str, pipeline: str) -> None:
+        """The latents as the pipeline gave them, packed ones with height and width, and its own scaling by default."""
+        latents = some_latents(key)
+        made = pipelines.decode(pipeline, service.model(key), latents)
+        size = {"height": 48, "width": 32} if made.latent.ndim == 3 else {}
+        url = f"{service.url}/{key}"
+        jpeg = remote_decode(url, made.latent.contiguous(), **size)
+        assert (jpeg.format, jpeg.size) == ("jpeg", (32, 48))
+        assert np.abs(np.asarray(jpeg).astype(int) - made.pixels[0]).mean() < 6  # noise, the hardest to compress
+        png = remote_decode(url, made.latent.contiguous(), image_format="png", **size)
+        assert np.abs(np.asarray(png).astype(int) - made.pixels[0]).max() <= 1
+
+    def test_cogvideox(self, service: Service) -> None:
+        made = pipelines.decode("CogVideoXPipeline", service.model("cogvideox"), some_latents("cogvideox"))
+        url = f"{service.url}/cogvideox"
+        latents = made.latent.contiguous()
+        assert_close(remote_decode(url, latents, output_type="pt", return_type="pt"), made.decoded)
+        video = remote_decode(url, latents, output_type="mp4", return_type="mp4")
+        with av.open(io.BytesIO(video)) as container:
+            assert len(list(container.decode(video=0))) == 9
+
+    def test_further_parameters_go_in_the_url(self, service: Service) -> None:
+        latents = some_latents("ltx-2")
+        made = available("SanaVideoPipeline", pipelines.decode, service.model("ltx-2"), latents)
+        url = f"{service.url}/ltx-2?normalized=true"
+        decoded = remote_decode(url, made.latent.contiguous(), output_type="pt", return_type="pt")
+        assert_close(decoded, made.decoded)

@@ -68,6 +68,8 @@ class Normalization:
     mean: Tensor | None
     std: Tensor | None
     """[1, C, p, p] both, or None."""
+    inverts: bool
+    """`invert_scale_latents` of CogVideoX 1.5: its image-to-video pipeline divides by the factor, others multiply."""
     declared: type[Model]
 
     @classmethod
@@ -88,7 +90,7 @@ class Normalization:
                 rearrange(torch.as_tensor(values).float().cpu(), "(c p q) -> 1 c p q", p=period, q=period)
                 for values in (mean, std)
             )
-        return cls(factor, shift, mean, std, declared)
+        return cls(factor, shift, mean, std, bool(config.get("invert_scale_latents")), declared)
 
     def scaling(self, parameters: Parameters, task: Task, layout: LatentsLayout | None = None) -> Scaling:
         """What the client sent, or the checkpoint's own where it sent `do_scaling` alone, or none.
@@ -113,6 +115,12 @@ class Normalization:
         if not asked:
             return Scaling()
         own = parameters.do_scaling and parameters.scaling_factor is None
+        if own and task == "encode" and self.inverts:
+            raise RequestError(
+                f"`do_scaling`: the pictures that a video begins with are divided by this VAE's factor, and videos "
+                f"multiplied: send scaling_factor={1 / self.factor!r} for the former, {self.factor} for the latter",
+                422,
+            )
         if self.mean is None or self.std is None:
             if own:
                 shift = 0.0 if layout in self.declared.unshifted_layouts else self.shift

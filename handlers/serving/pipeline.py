@@ -70,12 +70,12 @@ class Pipeline:
     `forward` is bound to threads: those of `workers`, one for each device.
     """
 
-    def __init__(self, vaes: list[VAE], declared: type[Model], settings: Settings) -> None:
+    def __init__(self, vaes: list[VAE], settings: Settings) -> None:
         self.vaes = vaes
         self.vae = vaes[0]
         self.layout = self.vae.layout
-        self.latents_layouts = LatentsLayouts(self.layout, declared)
-        self.fps = declared.fps
+        self.latents_layouts = LatentsLayouts(self.layout, self.vae.declared)
+        self.fps = self.vae.declared.fps
         self.settings = settings
         devices = [Device(partial(self.forward, vae), vae.is_alive) for vae in vaes]
         self.workers = DeviceWorkers(devices, self.vae.batch_limit, settings.timeout)
@@ -89,7 +89,7 @@ class Pipeline:
         settings = Settings.load()
         path = "" if settings.foreign_repository else path
         vaes = [VAE.load(declared, path, settings, device) for device in devices(settings.device)]
-        return cls(vaes, declared, settings)
+        return cls(vaes, settings)
 
     def parse(
         self,

@@ -45,7 +45,7 @@ class Probe:
         try:
             self._run(task, shape)
         except RuntimeError as same:
-            return str(same) == str(error)
+            return str(same)[:40] == str(error)[:40]  # what follows are sizes, which devices write otherwise
         finally:
             forget(self.copy)
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -252,8 +253,11 @@ def _tile_pixels(model: Any) -> int:
 
 def _diffusers_class(declared: type[Model]) -> Any:
     """Raises `ValueError` where the installed diffusers does not have it."""
+    module, _, name = declared.vae_class.rpartition(":")
+    if module:
+        return getattr(importlib.import_module(module), name)
     try:
-        return getattr(diffusers, declared.vae_class)
+        return getattr(diffusers, name)
     except AttributeError:
         raise ValueError(
             f"diffusers {diffusers.__version__} has no {declared.vae_class}; it needs {declared.diffusers} or later"
@@ -279,6 +283,6 @@ def _vae_folder(folder: Path, vae_class: str) -> Path | None:
     for candidate in (folder, folder / "vae"):
         file = candidate / "config.json"
         config = json.loads(file.read_text()) if file.is_file() else None
-        if isinstance(config, dict) and config.get("_class_name") == vae_class:
+        if isinstance(config, dict) and config.get("_class_name") == vae_class.rpartition(":")[2]:
             return candidate
     return None

@@ -2,21 +2,33 @@ import pytest
 import torch
 from torch.nn.functional import pixel_shuffle
 
-from handlers.serving.latents import Scaling, is_packed, to_batch, unpack
+from handlers import MODELS
+from handlers.serving.errors import RequestError
+from handlers.serving.latents import LatentsLayouts, add_noise
 from handlers.serving.layout import Layout
 from handlers.serving.request import Parameters
 
-IMAGE = Layout("image", latent_channels=16, vae_scale_factor=8)
-VIDEO = Layout("video", latent_channels=16, vae_scale_factor=8)
+IMAGE = LatentsLayouts(Layout("image", 16, 8), MODELS["flux"])
+VIDEO = LatentsLayouts(Layout("video", 16, 8, (1, 5, 9), 5), MODELS["hunyuan-video"])
+PICTURE_OF_VIDEO_VAE = LatentsLayouts(Layout("image", 16, 8, vae_ndim=5), MODELS["qwen-image"])
+FRAMES_FIRST = LatentsLayouts(Layout("video", 16, 8, (1, 8, 9), 5), MODELS["cogvideox"])
+ONE_BY_ONE = LatentsLayouts(Layout("video", 128, 32, (1, 9, 17), 5), MODELS["ltx-video"])
+PATCHIFIED = LatentsLayouts(Layout("image", 32, 8), MODELS["flux2"])
 
 
-def test_unpack_shuffles_pixels() -> None:
+def read(layouts: LatentsLayouts, latents: torch.Tensor, **parameters: object) -> torch.Tensor:
+    return layouts.read(latents, Parameters.parse(parameters))[0]
+
+
+def test_packed_latents_are_shuffled_pixels() -> None:
     packed = torch.randn(2, 4 * 6, 64)
-    assert torch.equal(unpack(packed, 4, 6), pixel_shuffle(packed.transpose(1, 2).unflatten(2, (4, 6)), 2))
+    expected = pixel_shuffle(packed.transpose(1, 2).unflatten(2, (4, 6)), 2)
+    assert torch.equal(read(IMAGE, packed, height=64, width=96), expected)
+    assert torch.equal(read(PICTURE_OF_VIDEO_VAE, packed, height=64, width=96), expected.unsqueeze(2))
 
 
 @pytest.mark.parametrize(
-    ("shape", "height", "width", "expected"),
+    ("shape", "height", "width", "packed"),
     [
         ((1, 4096, 64), 1024, 1024, True),
         ((1, 4096, 64), 1030, 1029, True),  # pipelines round sizes down
@@ -30,51 +42,93 @@ def test_unpack_shuffles_pixels() -> None:
     ],
 )
 def test_packed_is_told_by_the_size_that_came_with_it(
-    shape: tuple[int, ...], height: int | None, width: int | None, expected: bool
+    shape: tuple[int, ...], height: int | None, width: int | None, packed: bool
 ) -> None:
-    assert is_packed(shape, Parameters(height=height, width=width), IMAGE) is expected
+    assert (IMAGE.matches(shape, Parameters(height=height, width=width)) == ["packed"]) is packed
 
 
 def test_unbatched_as_wide_as_packed_features() -> None:
     latents = torch.randn(16, 64, 64)
-    assert torch.equal(to_batch(latents, Parameters(height=512, width=512), IMAGE), latents[None])
+    assert torch.equal(read(IMAGE, latents, height=512, width=512), latents[None])
 
 
-def test_packed_latents_of_a_video_model_are_one_frame() -> None:
-    assert to_batch(torch.randn(1, 16, 64), Parameters(height=64, width=64), VIDEO).shape == (1, 16, 1, 8, 8)
+def test_packed_latents_of_a_video_are_one_frame_unless_num_frames_says_more() -> None:
+    assert read(VIDEO, torch.randn(1, 16, 64), height=64, width=64).shape == (1, 16, 1, 8, 8)
+    assert read(VIDEO, torch.randn(1, 48, 64), height=64, width=64, num_frames=9).shape == (1, 16, 3, 8, 8)
+    with pytest.raises(RequestError, match=r"with `height` and `width` \(got height=64, width=64, num_frames=None\)"):
+        read(VIDEO, torch.randn(1, 48, 64), height=64, width=64)
 
 
-@pytest.mark.parametrize("layout", [IMAGE, VIDEO])
-def test_mean_and_std_of_the_config(layout: Layout) -> None:
-    mean, std = torch.arange(16.0), torch.arange(1.0, 17.0)
-    config = {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 2.0}
-    scaling = Scaling.of(Parameters(do_scaling=True), config, layout)
-    latents = torch.randn((1, 16, *(3,) * (layout.ndim - 2)))
-    channels = layout.broadcast(16)
-    expected = latents * std.view(channels) / 2 + mean.view(channels)  # as diffusers' SDXL pipeline
-    raw = scaling.unscale(latents, torch.float32)
-    torch.testing.assert_close(raw, expected)
-    torch.testing.assert_close(scaling.scale(raw), latents)
+def test_tokens_of_a_video_go_frame_by_frame() -> None:
+    latents = torch.randn(2, 128, 3, 4, 6)
+    packed = latents.flatten(2).transpose(1, 2)
+    assert torch.equal(read(ONE_BY_ONE, packed, height=128, width=192, num_frames=17), latents)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_mean_and_std_go_to_the_latents_device(device: str) -> None:
-    config = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
-    scaling = Scaling.of(Parameters(do_scaling=True), config, IMAGE)
-    latents = torch.empty(1, 16, 2, 2, device=device)
-    assert scaling.scale(latents).device == scaling.unscale(latents, torch.float32).device == latents.device
+@pytest.mark.parametrize("batch", [1, 2])
+def test_frames_first_and_channels_last(batch: int) -> None:
+    latents = torch.randn(batch, 16, 3, 4, 6)
+    assert torch.equal(read(FRAMES_FIRST, latents.movedim(1, 2)), latents)
+    assert torch.equal(read(FRAMES_FIRST, latents), latents)
+    assert torch.equal(read(VIDEO, latents.movedim(1, -1)), latents)
+    assert torch.equal(read(FRAMES_FIRST, latents[0].movedim(0, 1)), latents[:1])
+    picture = latents[:, :, 0]
+    assert torch.equal(read(IMAGE, picture.movedim(1, -1).unsqueeze(1)), picture)
 
 
-def test_shift_without_scaling() -> None:
-    scaling = Scaling.of(Parameters(shift_factor=0.5), {"scaling_factor": 3}, IMAGE)
-    latents = torch.zeros(1, 16, 2, 2)
-    assert (scaling.unscale(latents, torch.float32) == 0.5).all()
-    assert (scaling.scale(latents) == -0.5).all()
+def test_patches_as_channels() -> None:
+    latents = torch.randn(2, 128, 4, 6)
+    assert torch.equal(read(PATCHIFIED, latents), pixel_shuffle(latents, 2))
 
 
-def test_scaling_is_computed_in_the_wider_dtype() -> None:
-    latents = torch.randn(1, 16, 4, 4)
-    expected = (latents / 0.3611 + 0.1159).bfloat16()
-    assert torch.equal(Scaling(0.3611, 0.1159).unscale(latents, torch.bfloat16), expected)
-    expected = (latents.half().float() / 0.3611 + 0.1159).bfloat16()
-    assert torch.equal(Scaling(0.3611, 0.1159).unscale(latents.half(), torch.bfloat16), expected)
+def test_as_many_frames_as_channels_are_refused_until_the_layout_is_named() -> None:
+    latents = torch.randn(1, 16, 16, 4, 6)
+    with pytest.raises(RequestError, match=r"may be BCFHW, \[B, 16, F, .*\] or BFCHW, .*; say which with `latents_lay"):
+        read(FRAMES_FIRST, latents, num_frames=61)
+    assert torch.equal(read(FRAMES_FIRST, latents, latents_layout="BCFHW", num_frames=61), latents)
+    assert torch.equal(read(FRAMES_FIRST, latents, latents_layout="BFCHW", num_frames=61), latents.movedim(1, 2))
+
+
+def test_a_layout_that_the_model_does_not_have() -> None:
+    with pytest.raises(RequestError, match="`latents_layout`: 'BFHWC' is none of this model's, BCHW, packed"):
+        read(PATCHIFIED, torch.randn(1, 32, 4, 6), latents_layout="BFHWC")
+    with pytest.raises(RequestError, match="is none of this model's"):
+        PATCHIFIED.write(torch.randn(1, 32, 4, 6), "BFHWC")
+
+
+def test_padding_is_dropped_where_num_frames_says_so() -> None:
+    latents = torch.randn(1, 22, 16, 4, 6)
+    assert torch.equal(read(FRAMES_FIRST, latents, num_frames=81), latents[:, 1:].movedim(1, 2))
+    with pytest.raises(RequestError, match="22 latent frames of this model may begin with 1 of padding; send `num_fra"):
+        read(FRAMES_FIRST, latents)
+    with pytest.raises(RequestError, match="`num_frames`: 49 frames are 13 latent frames, but 22 came"):
+        read(FRAMES_FIRST, latents, num_frames=49)
+
+
+@pytest.mark.parametrize("layouts", [IMAGE, VIDEO, PICTURE_OF_VIDEO_VAE, FRAMES_FIRST, ONE_BY_ONE, PATCHIFIED])
+def test_what_is_written_is_read_again(layouts: LatentsLayouts) -> None:
+    layout = layouts.layout
+    frames = {4: (), 5: (3,) if layout.kind == "video" else (1,)}[layout.ndim]
+    latents = torch.randn(2, layout.latent_channels, *frames, 4, 6)
+    side = layout.vae_scale_factor
+    sent = {"height": 4 * side, "width": 6 * side}
+    if layout.kind == "video":
+        sent["num_frames"] = 2 * layout.frame_factor + 1
+    for name in layouts.names:
+        written = layouts.write(latents, name)
+        assert torch.equal(read(layouts, written, latents_layout=name, **sent), latents), name
+    assert torch.equal(layouts.write(latents, None), latents)
+
+
+def test_patches_need_sizes_that_they_go_into() -> None:
+    with pytest.raises(RequestError, match="packed needs a height and a width that are multiples of 16"):
+        IMAGE.write(torch.randn(1, 16, 5, 6), "packed")
+
+
+def test_noise_is_mixed_in_by_its_share_and_the_seeds_own() -> None:
+    latents = torch.randn(1, 8, 3, 4, 6)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+    mixed = add_noise(latents, Parameters(decode_timestep=0.05, decode_noise_scale=0.25, seed=3))
+    assert torch.equal(mixed, 0.75 * latents + 0.25 * noise)
+    assert torch.equal(add_noise(latents, Parameters(decode_timestep=0.05, seed=3)), 0.95 * latents + 0.05 * noise)
+    assert torch.equal(add_noise(latents, Parameters()), latents)

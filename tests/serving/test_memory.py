@@ -4,12 +4,18 @@ import psutil
 import pytest
 import torch
 
+from handlers.model import Model, Peak
 from handlers.serving import memory
 from handlers.serving.layout import Layout
-from handlers.serving.memory import Estimate, MemoryUse, Mode, choose_modes
+from handlers.serving.memory import JOINING, Estimate, MemoryUse, Mode, choose_modes
 
-IMAGE = Layout("image", latent_channels=4, vae_scale_factor=8)
-VIDEO = Layout("video", latent_channels=16, vae_scale_factor=8, frame_factor=4)
+IMAGE = Layout("image", 4, 8)
+VIDEO = Layout("video", 16, 8, (1, 5, 9), 5)
+ESTIMATE = Estimate(full=90, reduced=40, tiled=5, result=10)
+
+
+class Declared(Model):
+    peak = {"decode": Peak(800, 500, 4, reduced=0.5), "encode": Peak(700)}
 
 
 @pytest.mark.parametrize(
@@ -22,31 +28,47 @@ VIDEO = Layout("video", latent_channels=16, vae_scale_factor=8, frame_factor=4)
         (4, 400, [Mode.FULL, Mode.REDUCED, Mode.SLICED, Mode.TILED]),
         (4, 399, [Mode.REDUCED, Mode.SLICED, Mode.TILED]),
         (4, 199, [Mode.SLICED, Mode.TILED]),
-        (4, 49, [Mode.TILED]),
+        (4, 79, [Mode.TILED]),
     ],
 )
 def test_the_best_mode_that_fits_comes_first(batch: int, free: int, expected: list[Mode]) -> None:
-    assert choose_modes(Estimate(full=100, reduced=50, tiled=10), batch, free, capacity=1000) == expected
+    offered = [mode for mode in Mode if batch > 1 or mode is not Mode.SLICED]
+    assert choose_modes(ESTIMATE, batch, free, 1000, offered) == expected
+
+
+def test_only_what_the_model_has_is_chosen() -> None:
+    assert choose_modes(ESTIMATE, 2, 1000, 1000, [Mode.SLICED]) == [Mode.SLICED]
+    assert choose_modes(ESTIMATE, 2, 1, 1000, [Mode.FULL, Mode.SLICED]) == [Mode.SLICED]
 
 
 def test_what_needs_more_than_the_whole_device_has_no_mode() -> None:
-    assert choose_modes(Estimate(full=100, reduced=50, tiled=10), batch=1, free=9, capacity=9) == []
+    assert choose_modes(ESTIMATE, 1, 14, 14, [Mode.FULL, Mode.TILED]) == []
 
 
 def test_estimates_grow_with_the_pixels_of_the_result() -> None:
-    use = MemoryUse(full=800, reduced=400, tile_pixels=64 * 64, frames_at_once=1)
+    use = MemoryUse(Declared, reduces=True, tile_pixels=64 * 64)
     decoded = use.estimate("decode", IMAGE, (2, 4, 128, 128), itemsize=2)
-    assert decoded.full == 1024 * 1024 * (800 * 1.25 + 9) * 2
-    assert decoded.reduced == 1024 * 1024 * (400 * 1.25 + 9) * 2
-    assert decoded.tiled == (64 * 64 * 400 * 1.25 + 1024 * 1024 * 9) * 2
-    assert use.estimate("encode", IMAGE, (1, 3, 1024, 1024), itemsize=4).full == 2 * decoded.full
+    assert decoded.full == 1024 * 1024 * 800 * 1.25 * 2
+    assert decoded.reduced == decoded.full / 2
+    assert decoded.tiled == 64 * 64 * 400 * 1.25 * 2
+    assert decoded.result == 1024 * 1024 * JOINING["decode"] * 2
+    encoded = use.estimate("encode", IMAGE, (1, 3, 1024, 1024), itemsize=4)
+    assert encoded.full == 1024 * 1024 * 700 * 1.25 * 4
+
+
+def test_a_model_that_is_not_reduced_runs_its_slices_and_tiles_in_full() -> None:
+    decoded = MemoryUse(Declared, reduces=False, tile_pixels=64 * 64).estimate("decode", IMAGE, (2, 4, 16, 16), 2)
+    assert decoded.full == decoded.reduced
+    assert decoded.of(Mode.SLICED, 2) == decoded.full + 2 * decoded.result
+    assert decoded.tiled == decoded.full * 64 * 64 / (128 * 128)
 
 
 def test_a_video_counts_the_frames_that_are_in_memory_at_once() -> None:
-    use = MemoryUse(full=1000, reduced=400, tile_pixels=64 * 64, frames_at_once=17)
-    for latent_frames, frames, at_once in ((3, 9, 9), (16, 61, 17)):
+    use = MemoryUse(Declared, reduces=True, tile_pixels=64 * 64)
+    for latent_frames, frames, values in ((1, 1, 800), (2, 5, 2300), (16, 61, 2300)):
         estimate = use.estimate("decode", VIDEO, (1, 16, latent_frames, 8, 8), itemsize=4)
-        assert estimate.full == 64 * 64 * (at_once * 1250 + frames * 9) * 4
+        assert estimate.full == 64 * 64 * values * 1.25 * 4
+        assert estimate.result == 64 * 64 * frames * JOINING["decode"] * 4
 
 
 @pytest.mark.parametrize("names", [("memory.max", "memory.current", "memory.stat"), ("v1",)])

@@ -148,7 +148,7 @@ def test_videos_of_one_batch_are_files_of_their_own(handler: EndpointHandler, mo
 def prepared(handler: EndpointHandler, z: torch.Tensor, **parameters: object) -> tuple[object, torch.Tensor]:
     values = {"shape": list(z.shape), "dtype": "float32", "output_type": "mp4", **parameters}
     request = handler.pipeline.parse(tensor_bytes(z), "tensor/binary", None, values)
-    return request, handler.pipeline.prepare(request)
+    return request, handler.pipeline.prepare(request).inputs
 
 
 def frame_count(file: bytes) -> int:

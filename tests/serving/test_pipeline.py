@@ -129,7 +129,7 @@ class TestBatches:
             latents = torch.randn((count, 16, 4, 6), generator=torch.Generator().manual_seed(seed))
             values = {"shape": list(latents.shape), "dtype": "float32", **parameters}
             request = pipeline.parse(tensor_bytes(latents), "tensor/binary", None, values)
-            batch.append((request, pipeline.prepare(request)))
+            batch.append((request, pipeline.prepare(request).inputs))
         together = pipeline.forward(pipeline.vae, batch)
         alone = [pipeline.forward(pipeline.vae, [work])[0] for work in batch]
         for one, other in zip(together, alone, strict=True):
@@ -155,7 +155,7 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         ("free", "expected"),
-        [(10**12, Mode.FULL), (10**9, Mode.REDUCED), (4 * 10**8, Mode.SLICED), (10**6, Mode.TILED)],
+        [(10**12, Mode.FULL), (12 * 10**8, Mode.REDUCED), (4 * 10**8, Mode.SLICED), (10**6, Mode.TILED)],
     )
     def test_the_mode_follows_from_what_is_free(
         self, vae: VAE, free: int, expected: Mode, monkeypatch: pytest.MonkeyPatch
@@ -175,14 +175,14 @@ class TestMemory:
 
         def short_of_memory(z: torch.Tensor, **options: object) -> object:
             reduced = "forward" in vars(vae.model.decoder)
-            tried.append((reduced, vae.model.use_slicing, vae.model.use_tiling))
+            tried.append((reduced, len(z), vae.model.use_tiling))
             if not vae.model.use_tiling:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return decode(z, **options)
 
         monkeypatch.setattr(vae.model, "decode", short_of_memory)
         _, mode = vae.decode(torch.zeros(2, 4, 8, 8))
-        ways = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+        ways = [(False, 2, False), (True, 2, False), (True, 1, False), (True, 1, True), (True, 1, True)]
         assert (mode, tried) == (Mode.TILED, ways)
         monkeypatch.setattr(vae.model, "decode", decode)
         assert vae.decode(torch.zeros(2, 4, 8, 8))[1] is Mode.FULL
@@ -190,7 +190,7 @@ class TestMemory:
     def test_what_can_never_fit_is_refused_with_its_estimate(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("handlers.serving.vae.total_memory", lambda device: 10**9)
         monkeypatch.setattr(vae.model, "decode", lambda z, **options: pytest.fail("it ran"))
-        message = r"`shape` \[1, 4, 2048, 2048\] takes about 9.8 GB of memory even in tiles, and this device has 1.0 GB"
+        message = r"\[1, 4, 2048, 2048\] takes about 16.3 GB of memory even in tiles, and this device has 1.0 GB"
         with pytest.raises(RequestError, match=message) as refused:
             vae.decode(torch.zeros(1, 4, 2048, 2048))
         assert refused.value.status == 422

@@ -48,7 +48,7 @@ JSON = st.recursive(
 def pipeline(request: pytest.FixtureRequest, checkpoint: Any) -> Pipeline:
     model: type[EndpointHandler] = MODELS[request.param]
     options = Settings(weights=str(checkpoint(request.param)), max_pixels=LIMITS.max_pixels)
-    return Pipeline([VAE.load(model, "", options, "cpu")], model.fps, options)
+    return Pipeline([VAE.load(model, "", options, "cpu")], options)
 
 
 def refused_or(call: Any) -> Any:
@@ -135,7 +135,7 @@ def test_any_file_is_read_or_refused(pipeline: Pipeline, start: bytes, rest: byt
 def read(
     pipeline: Pipeline, body: bytes, content_type: str, accept: str | None, values: Any, task: Any
 ) -> torch.Tensor:
-    return pipeline.prepare(pipeline.parse(body, content_type, accept, values, task))
+    return pipeline.prepare(pipeline.parse(body, content_type, accept, values, task)).inputs
 
 
 def assert_valid(pipeline: Pipeline, inputs: torch.Tensor | None) -> None:

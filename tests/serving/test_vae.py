@@ -40,6 +40,7 @@ def test_then_the_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path) 
         subfolder = "deep"
         vae_class = "AutoencoderKL"
         dtype = "float16"
+        latent_channels = 4
 
     shutil.copytree(checkpoint("sdxl"), tmp_path / "deep")
     repository_without_vae = tmp_path / "repository"
