@@ -48,12 +48,12 @@ class Model:
     subfolder: ClassVar[str | None] = None
     """Folder of the VAE inside the checkpoint; None where it lies at the root."""
     vae_class: ClassVar[str]
-    """Class in diffusers."""
+    """Class in diffusers; "module:Class" for one that it does not have, in a module that can be imported."""
     diffusers: ClassVar[str] = "0.36"
     """The first version of diffusers that has the class; what an endpoint has is in requirements.txt."""
     dtype: ClassVar[str]
     """What the weights run in on a GPU; on a CPU every model runs in float32."""
-    published_config: ClassVar[dict[str, Any]]
+    published_config: ClassVar[dict[str, Any]] = {}
     """The checkpoint's `config.json` where it differs from the defaults of `vae_class`.
 
     It describes the model before it is loaded, and builds it with random weights.

@@ -252,16 +252,14 @@ def _tile_pixels(model: Any) -> int:
 
 
 def _diffusers_class(declared: type[Model]) -> Any:
-    """Raises `ValueError` where the installed diffusers does not have it."""
+    """Raises `ValueError` where the installed diffusers, or the module that is named, does not have it."""
     module, _, name = declared.vae_class.rpartition(":")
-    if module:
-        return getattr(importlib.import_module(module), name)
     try:
-        return getattr(diffusers, name)
+        return getattr(importlib.import_module(module or "diffusers"), name)
     except AttributeError:
-        raise ValueError(
-            f"diffusers {diffusers.__version__} has no {declared.vae_class}; it needs {declared.diffusers} or later"
-        ) from None
+        version = f"diffusers {diffusers.__version__}"
+        missing = f"{version} has no {name}; it needs {declared.diffusers} or later"
+        raise ValueError(f"{module} has no {name}" if module else missing) from None
 
 
 def _find_weights(declared: type[Model], path: str, settings: Settings) -> tuple[str, dict[str, Any]]:
