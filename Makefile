@@ -40,11 +40,11 @@ install: $(BIN)/.installed  ## the .venv that the other targets use (newest rele
 
 .PHONY: demo
 demo: install  ## a photograph through the tiny VAE over HTTP, into out/demo.png
-	$(BIN)/python -m scripts.demo
+	exec $(BIN)/python -m scripts.demo
 
 .PHONY: serve
 serve: install  ## serve MODEL [PORT=8000] [HOST=127.0.0.1] [WEIGHTS=dir|random] [DEVICE=cpu|cuda|mps] [DTYPE=...]
-	$(BIN)/python -m scripts.serve $(call options,model=MODEL port=PORT host=HOST weights=WEIGHTS device=DEVICE dtype=DTYPE)
+	exec $(BIN)/python -m scripts.serve $(call options,model=MODEL port=PORT host=HOST weights=WEIGHTS device=DEVICE dtype=DTYPE)
 
 .PHONY: models
 models: install  ## the table of models

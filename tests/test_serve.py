@@ -1,12 +1,17 @@
 """The command line of the standalone server: one clear line when it cannot start."""
 
+import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import requests
 
-from scripts.local_server import ROOT, clean_environment
+from handlers import MODELS
+from scripts.local_server import ROOT, clean_environment, free_port, wait_until_healthy
 
 
 @pytest.mark.parametrize(
@@ -14,9 +19,9 @@ from scripts.local_server import ROOT, clean_environment
     [
         (
             [],
-            "no model was named (VAE_MODEL, or endpoint.json); the models are: sd-v1, sdxl, flux, hunyuan-video, tiny",
+            f"no model was named (VAE_MODEL, or endpoint.json); the models are: {', '.join(MODELS)}",
         ),
-        (["--model", "sd3"], "there is no model 'sd3'; the models are: sd-v1, sdxl, flux, hunyuan-video, tiny"),
+        (["--model", "fluks"], f"there is no model 'fluks'; the models are: {', '.join(MODELS)}"),
         (["--model", "sd-v1", "--dtype", "int8"], "VAE_DTYPE: Input should be 'float16', 'bfloat16' or 'float32'"),
         (["--model", "sd-v1", "--weights", "{empty}"], "VAE_WEIGHTS={empty} holds no AutoencoderKL"),
         (["--model", "sd-v1", "--weights", "random", "--device", "tpu9"], "VAE_DEVICE: torch cannot use 'tpu9' here"),
@@ -35,3 +40,23 @@ def test_what_cannot_start_says_so_in_one_line(arguments: list[str], message: st
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: " + message.replace("{empty}", str(tmp_path)))
+
+
+def test_sigterm_to_make_ends_the_server(tmp_path: Path) -> None:
+    """And not only make, which would leave it on its port."""
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (venv / "python").chmod(0o755)
+    (venv / ".installed").touch()
+    port, log = free_port(), tmp_path / "log"
+    command = ["make", "serve", f"VENV={venv.parent}", "MODEL=tiny", f"PORT={port}"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**clean_environment(), "MAKEFLAGS": ""}, stdout=output, stderr=output
+        )
+    wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait(timeout=30)
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.1:{port}/health", timeout=5)

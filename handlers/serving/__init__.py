@@ -6,12 +6,15 @@ pipeline  one request, from its payload to its answer
 worker    the devices' threads and the queue in front of them
 output    tensors to the bytes of pictures, videos and tensors
 vae       the model: weights, device, forward passes
+probe     what a loaded model's tensors look like, without running it
 spans     a video's frames, as soon as they are decoded
+autoencoder  diffusers' autoencoders, all called alike
 low_memory  the forward pass of a VAE in half the memory
 heap      what of the freed memory is kept for the next pass
-pixels    value range and layout of pixels
-latents   layout and scaling of latents
 memory    what a forward pass needs, and how to run it in what is free
+pixels    value range and layout of pixels
+normalization  range of latents
+latents   layout of latents
 payload   bytes to tensors, images and frames
 layout    the shapes of a VAE's tensors
 request   what was asked for, validated
