@@ -24,7 +24,7 @@ from scripts.deployment.calls import DeployError
 from scripts.deployment.console import WIDTH, megabytes, note, out, say
 from scripts.deployment.endpoint import PENDING_PER_REPLICA, READY, Endpoint
 from scripts.deployment.files import describe_files, repository_files
-from scripts.deployment.plan import CALLERS, FRAMEWORK, TASK, Plan, default_name, find_model, is_shipped
+from scripts.deployment.plan import CALLERS, FRAMEWORK, TASK, Plan, cannot_run, default_name, find_model, is_shipped
 from scripts.deployment.prices import describe_price, dollars
 from scripts.deployment.repository import Repository, find_checkpoint
 from scripts.deployment.smoke import is_hugging_face, smoke_test
@@ -140,7 +140,9 @@ def deploy_all(
     timeout: TimeoutOption = 30,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Deploy every published model, one by one."""
+    """Deploy every published model that an endpoint can run, one by one."""
+    for reason in filter(None, map(cannot_run, MODELS)):
+        note(reason)
     plans = [
         Plan.of(
             model,
@@ -153,11 +155,15 @@ def deploy_all(
             scale_to_zero=scale_to_zero,
         )
         for model, handler in MODELS.items()
-        if not is_shipped(handler)
+        if not is_shipped(handler) and not cannot_run(model)
     ]
     if dry_run:
         for plan in plans:
             show_plan(plan)
+    prices = [plan.price for plan in plans]
+    if None not in prices:
+        say(f"{len(plans)} endpoints: {describe_price(sum(prices))} while a replica of each starts or runs")
+    if dry_run:
         return
     account = open_account(namespace)
     rows: dict[str, tuple[str, str, str]] = {plan.model: ("not reached", "", "") for plan in plans}
@@ -351,6 +357,8 @@ def show_plan(plan: Plan) -> None:
         say(f"   The weights are copied from {plan.checkpoint}; their sizes here are about right.")
     if plan.weights == "hub":
         say(f"   No weights: the endpoint fetches them from {plan.checkpoint} at every start.")
+    if plan.weights in ("checkpoint", "hub"):
+        say(f"   Their licence: {plan.handler.license}, {plan.license_link}")
     say("\n2. The endpoint is created from that commit, or updated where it exists")
     table = make_table("setting", "value", show_header=False)
     replicas = f"{plan.min_replica} to {plan.max_replica}"

@@ -1,22 +1,62 @@
 """Prints the table of models: `make models`."""
 
+from __future__ import annotations
+
 import sys
+from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from handlers import MODELS
 from handlers.model import Model
 
+WIDE = 200
+"""Columns that the table needs; a narrower terminal gets a few lines for each model."""
+
 
 def main() -> None:
-    table = Table(box=None, header_style="bold")
-    for column in ("model", "checkpoint", "class", "dtype", "latents", "scaling", "also for"):
-        table.add_column(column, overflow="fold")
+    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    if console.width >= WIDE:
+        print_table(console)
+    else:
+        print_list(console)
+
+
+def print_table(console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("model", "latents", "scaling", "checkpoint", "class", "dtype"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("also for", overflow="fold")
     for key, model in MODELS.items():
-        checkpoint = "models/tiny" if key == "tiny" else "/".join(filter(None, (model.checkpoint, model.subfolder)))
-        table.add_row(key, checkpoint, model.vae_class, model.dtype, latents(model), scaling(model), model.shared_by)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+        cells = (latents(model), scaling(model), checkpoint(model), word(model, "vae_class"), word(model, "dtype"))
+        table.add_row(key, *map(escape, (*cells, model.shared_by)))
+    console.print(table)
+
+
+def print_list(console: Console) -> None:
+    """The model and its checkpoint in a line each, which can be copied whole; all else is wrapped."""
+    for key, model in MODELS.items():
+        console.print(f"[bold]{key}[/]  {escape(latents(model))}  {scaling(model)}")
+        described = f"{word(model, 'vae_class')}, {word(model, 'dtype')} on a GPU"
+        for line in (checkpoint(model), described, model.shared_by and f"also for {model.shared_by}"):
+            if line:
+                console.print(Padding(escape(line), (0, 0, 0, 4)))
+
+
+def word(model: type[Model], name: str) -> str:
+    """What a model declares; `?` where it leaves out what has no default."""
+    return str(getattr(model, name, "?"))
+
+
+def checkpoint(model: type[Model]) -> str:
+    """Where its weights are: on the Hub, or in this project."""
+    folder = Path(word(model, "checkpoint"))
+    if folder.is_absolute():
+        return f"{folder.parent.name}/{folder.name}"
+    return "/".join(filter(None, (str(folder), model.subfolder)))
 
 
 def latents(model: type[Model]) -> str:
@@ -24,14 +64,15 @@ def latents(model: type[Model]) -> str:
     factor, frames = model.frame_factor, ""
     if model.kind == "video":
         frames = f"(F-1)/{factor}+1, " if factor > 1 else "F, "
-    return f"[B, {model.latent_channels}, {frames}H/{model.vae_scale_factor}, W/{model.vae_scale_factor}]"
+    scale = model.vae_scale_factor
+    return f"[B, {word(model, 'latent_channels')}, {frames}H/{scale}, W/{scale}]"
 
 
 def scaling(model: type[Model]) -> str:
     """What a client sends for the latents of the model's pipeline."""
     if gives_raw_latents(model):
-        return "none, do_scaling=False"
-    return ", ".join(f"{value:g}" for value in scaling_factors(model).values()) or "none, do_scaling"
+        return "do_scaling=False"
+    return ", ".join(f"{value:g}" for value in scaling_factors(model).values()) or "do_scaling"
 
 
 def gives_raw_latents(model: type[Model]) -> bool:

@@ -33,6 +33,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from handlers import MODELS
+from scripts.deployment.plan import tag_of
+
 TOOLKIT = Path(__file__).parent / "toolkit"
 NOW = "2026-11-21T06:00:00.000Z"
 NO_REPOSITORY = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
@@ -411,12 +414,14 @@ class Hub:
         return Response(answer.content, answer.status_code, kept)
 
     def stub(self, key: str, request: Request, body: bytes) -> Response:
+        tag = self.endpoints[key]["tags"][1]
+        video = any(model.kind == "video" for name, model in MODELS.items() if tag_of(name) == tag)
         if request.path_params.get("path") != "decode":
             self.pictures[key] = body
-            shape = [1, 4, 1, 4, 4] if "video" in key else [1, 4, 4, 4]
+            shape = [1, 4, 1, 4, 4] if video else [1, 4, 4, 4]
             headers = {"shape": json.dumps(shape), "dtype": "float16"}
             return Response(bytes(128), media_type="tensor/binary", headers=headers)
-        if request.query_params["output_type"] == "mp4":
+        if video:
             return Response(b"\x00\x00\x00\x18ftypisom", media_type="video/mp4")
         return Response(self.stub_answer or self.pictures[key], media_type="image/png")
 

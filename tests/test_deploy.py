@@ -5,18 +5,37 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import av
 import pytest
 from PIL import Image
 
 from handlers import MODELS
+from scripts.deployment import smoke, snippets
 from scripts.deployment.console import megabytes
-from tests.conftest import Endpoint
-from tests.deploy_runner import NAMESPACE, PUBLISHED, TOKEN, Result, Runner, copy_project, deploy, hub, publish
+from scripts.deployment.plan import default_name
+from tests.checkpoints import SMALL
+from tests.deploy_runner import (
+    NAMESPACE,
+    PUBLISHED,
+    TOKEN,
+    Result,
+    Runner,
+    copy_project,
+    deploy,
+    hub,
+    publish,
+    small_models,
+)
 from tests.hub_server import Hub
 
-__all__ = ["deploy", "hub"]  # fixtures
+__all__ = ["deploy", "hub", "small_models"]  # fixtures
+
+SERVED = [key for key in MODELS if key in SMALL or key == "tiny"]
+"""Models that have a small checkpoint to be tried with."""
 
 
 @pytest.fixture
@@ -38,7 +57,7 @@ def repository(hub: Hub, name: str) -> dict[str, bytes]:
     return hub.repos[f"{NAMESPACE}/{name}"].files
 
 
-def snippets(result: Result) -> list[str]:
+def printed_code(result: Result) -> list[str]:
     """The Python code that was printed: each begins after a line that ends in a colon and an empty one."""
     parts = re.split(r"^.*:\n\n", result.out, flags=re.MULTILINE)[1:]
     return [part for part in parts if "import torch" in part]
@@ -54,7 +73,7 @@ def test_dry_run_prints_the_plan_with_no_torch_no_token_and_no_network(
     assert hub.requests == []
     handler = MODELS[model]
     for text in (
-        f"https://huggingface.co/<your account>/remote-vae-{model}",
+        f"https://huggingface.co/<your account>/{default_name(model)}",
         handler.instance,
         "scale to zero",
         "an hour",
@@ -160,7 +179,7 @@ def test_the_whole_life_of_an_endpoint(
     assert f"{hub.url}/live/{key}" in first.out
     assert "$0.033 an hour" in first.out
     monkeypatch.chdir(tmp_path)
-    (snippet,) = snippets(first)
+    (snippet,) = printed_code(first)
     exec(snippet, {})
     with Image.open("decoded.jpg") as picture:
         assert picture.size == (512, 512)
@@ -225,7 +244,7 @@ def test_an_endpoint_with_a_token_prints_code_that_sends_it(
 
     assert result.status == 0
     assert "`remote_decode` of diffusers sends no token" in result.out
-    with_token, with_diffusers = snippets(result)
+    with_token, with_diffusers = printed_code(result)
     assert "remote_decode(" in with_diffusers
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -241,7 +260,7 @@ def test_a_checkpoint_goes_up_with_nothing_but_the_vae(hub: Hub, deploy: Runner,
     result = deploy("deploy", "--model", model)
 
     assert result.status == 0
-    uploaded = repository(hub, f"remote-vae-{model}")
+    uploaded = repository(hub, default_name(model))
     assert uploaded.keys() == listed_files(plan.out).keys()
     checkpoint = hub.repos[MODELS[model].checkpoint]
     folder = f"{MODELS[model].subfolder}/" if MODELS[model].subfolder else ""
@@ -253,9 +272,9 @@ def test_a_checkpoint_goes_up_with_nothing_but_the_vae(hub: Hub, deploy: Runner,
     card = uploaded["README.md"].decode()
     assert MODELS[model].license in card
     assert MODELS[model].license_link in card
-    assert hub.endpoints[f"{NAMESPACE}/remote-vae-{model}"]["compute"]["accelerator"] == "gpu"
-    if model == "hunyuan-video":
-        assert "an MP4 video came back" in result.out
+    assert hub.endpoints[f"{NAMESPACE}/{default_name(model)}"]["compute"]["accelerator"] == "gpu"
+    assert ("an MP4 video came back" in result.out) == (MODELS[model].kind == "video")
+    assert f"{MODELS[model].license}, {MODELS[model].license_link}" in plan.out
 
 
 def test_weights_that_are_up_already_are_not_fetched_again(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
@@ -319,11 +338,13 @@ def test_deploy_all_ends_with_a_table(hub: Hub, deploy: Runner) -> None:
     result = deploy("deploy-all")
 
     assert result.status == 1
-    assert sorted(hub.endpoints) == sorted(f"{NAMESPACE}/remote-vae-{key}" for key in PUBLISHED if key != "sdxl")
+    assert sorted(hub.endpoints) == sorted(f"{NAMESPACE}/{default_name(key)}" for key in PUBLISHED if key != "sdxl")
     table = result.out[result.out.index("URL, or what went wrong") :]
     assert re.search(r"^flux +running +\$0.80/h +http\S+/remote-vae-flux", table, re.MULTILINE)
     assert re.search(r"^sdxl +failed +madebyollin/sdxl-vae-fp16-fix is not on the Hub", table, re.MULTILINE)
-    assert result.lines[-1] == "error: 1 of 4 models failed; `make deploy-all` again goes on with them"
+    assert result.lines[-1] == (
+        f"error: 1 of {len(PUBLISHED)} models failed; `make deploy-all` again goes on with them"
+    )
 
     publish(hub, MODELS["sdxl"].checkpoint)
     assert deploy("deploy-all").status == 0
@@ -334,6 +355,7 @@ def test_deploy_all_dry_run_plans_each_published_model(hub: Hub, deploy: Runner)
     result = deploy("deploy-all", "--dry-run", token=None)
 
     assert re.findall(r"Plan for MODEL=(\S+);", result.out) == PUBLISHED
+    assert re.search(rf"^{len(PUBLISHED)} endpoints: \$\d+\.\d\d an hour while", result.out, re.MULTILINE)
     assert hub.requests == []
 
 
@@ -386,8 +408,73 @@ def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:
     assert re.search(r"gave back another picture \(\d\.\d dB, under 15\)", result.lines[-1])
 
 
-def test_smoke_of_a_video_model(deploy: Runner, video_endpoint: Endpoint) -> None:
-    result = deploy("smoke", "--url", video_endpoint.url)
+@pytest.mark.parametrize("model", SERVED)
+def test_smoke_of_each_model(small_models: str, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """What random weights make of the picture is another one; that `tiny` keeps it is in the whole life above."""
+    monkeypatch.setattr(smoke, "LOWEST_PSNR", 0)
+    result = smoke.smoke_test(f"{small_models}/{model}", None)
 
-    assert result.status == 0
-    assert re.search(r"became latents \[1, 16, 1, 32, 32\], and an MP4 video came back", result.out)
+    assert result.shape[1] == MODELS[model].latent_channels
+    assert result.shape[-1] == smoke.SIZE // MODELS[model].vae_scale_factor
+    assert (result.psnr is None) == (MODELS[model].kind == "video")
+
+
+@pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning")
+@pytest.mark.parametrize("model", SERVED)
+def test_the_printed_code_runs_as_it_is(
+    small_models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(snippets, "SIZE", 256)
+    url, kind = f"{small_models}/{model}", MODELS[model].kind
+    for snippet, name in ((snippets.diffusers_snippet, "decoded.jpg"), (snippets.token_snippet, "decoded.png")):
+        exec(snippet(MODELS[model], url), {})
+        if kind == "video":
+            name = "decoded.mp4"
+            assert shown_frames(Path(name)) == shown(MODELS[model])
+        else:
+            with Image.open(name) as picture:
+                assert picture.size == (256, 256)
+        Path(name).unlink()
+
+
+def shown(model: type) -> int:
+    """Frames that the printed code's latents are decoded to."""
+    return (snippets.LATENT_FRAMES - 1) * model.frame_factor + 1
+
+
+def shown_frames(video: Path) -> int:
+    with av.open(video) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_a_model_whose_class_is_too_new_for_an_endpoint_is_refused(deploy: Runner, tmp_path: Path) -> None:
+    """The service says so too, where diffusers is too old for it."""
+    deploy.project = copy_project(tmp_path)
+    (deploy.project / "endpoint.json").unlink()
+    file = deploy.project / "handlers" / "sdxl.py"
+    code = file.read_text().replace('"AutoencoderKL"', '"AutoencoderOfTomorrow"\n    diffusers = "9.1"')
+    file.write_text(code)
+    message = (
+        "sdxl cannot run on an endpoint: its AutoencoderOfTomorrow needs diffusers 9.1 or later, and endpoints have "
+        "one before 0.38; `make serve MODEL=sdxl` runs it on a machine of your own"
+    )
+
+    for dry_run in ((), ("--dry-run",)):
+        refused = deploy("deploy", "--model", "sdxl", *dry_run)
+        assert (refused.status, refused.out, refused.lines) == (1, "", [f"error: {message}"])
+    others = deploy("deploy-all", "--dry-run")
+    assert (others.status, others.lines) == (0, [message])
+    assert "MODEL=sdxl;" not in others.out
+
+    served = subprocess.run(
+        [sys.executable, "-m", "scripts.serve", "--model", "sdxl", "--weights", "random"],
+        cwd=deploy.project,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert served.returncode == 1
+    last = served.stderr.splitlines()[-1]
+    assert re.fullmatch(r"error: diffusers \S+ has no AutoencoderOfTomorrow; it needs 9.1 or later", last)

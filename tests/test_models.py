@@ -1,15 +1,19 @@
 """What the models declare, and the one that ships in this repository."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 from handlers import MODELS, EndpointHandler, get_model
+from scripts import models
 from scripts.local_server import ROOT
 
 TINY = ROOT / "models" / "tiny"
@@ -21,10 +25,8 @@ def tiny() -> EndpointHandler:
 
 
 def test_an_unknown_key_is_an_error_that_lists_the_keys() -> None:
-    with pytest.raises(
-        ValueError, match=r"there is no model 'sd3'; the models are: sd-v1, sdxl, flux, hunyuan-video, tiny"
-    ):
-        get_model("sd3")
+    with pytest.raises(ValueError, match=f"there is no model 'fluks'; the models are: {', '.join(MODELS)}"):
+        get_model("fluks")
 
 
 def test_tiny_is_described_as_its_own_config_describes_it() -> None:
@@ -54,6 +56,30 @@ def test_tiny_keeps_a_flat_picture_flat(tiny: EndpointHandler, value: int) -> No
 
 def test_every_model_is_one_class_in_a_file_of_its_own_name() -> None:
     for key, model in MODELS.items():
-        assert Path(model.__module__.replace(".", "/")).name == key.replace("-", "_")
+        assert Path(model.__module__.replace(".", "/")).name == re.sub("[-.]", "_", key)
         assert issubclass(model, EndpointHandler)
         assert model.__doc__
+
+
+@pytest.mark.parametrize(
+    ("print_models", "width"), [(models.print_table, models.WIDE), (models.print_list, 80), (models.print_list, 120)]
+)
+def test_the_printed_models_can_be_read_at_any_width(
+    print_models: Callable[[Console], None], width: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_models(Console(width=width))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    for key, model in MODELS.items():
+        assert any(line.startswith(f"{key} ") and models.latents(model) in line for line in lines)
+        assert any(models.checkpoint(model) in line for line in lines)
+        assert any(model.vae_class in line for line in lines)
+
+
+def test_a_model_that_declares_nothing_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "MODELS", {"bare": type("Bare", (EndpointHandler,), {})})
+    for print_models in (models.print_table, models.print_list):
+        print_models(Console(width=200))
+        assert "[B, ?, H/8, W/8]" in capsys.readouterr().out

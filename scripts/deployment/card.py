@@ -24,13 +24,12 @@ def model_card(plan: Plan, revision: str | None) -> str:
         base_model = f"base_model: {plan.checkpoint}\n"
     if plan.weights == "hub":
         source += ", from where the endpoint fetches them at every start"
-    license_link = handler.license_link or f"https://huggingface.co/{handler.checkpoint}"
     license_id = handler.license if handler.license in HUB_LICENSES else "other"
     license_name = f"license_name: {handler.license}\n" if license_id == "other" else ""
     return f"""\
 ---
 license: {license_id}
-{license_name}license_link: {license_link}
+{license_name}license_link: {plan.license_link}
 library_name: diffusers
 {base_model}tags:
 - remote-vae
@@ -44,7 +43,7 @@ latents, over the protocol of `remote_decode` and `remote_encode` in diffusers.
 Made by `make deploy MODEL={plan.model}` of remote-vae {__version__}, which overwrites what is edited here.
 
 - Weights: {source}
-- Licence of the weights: [{handler.license}]({license_link})
+- Licence of the weights: [{handler.license}]({plan.license_link})
 - Who may call it: {CALLERS[plan.access]}
 
 ## Calling it

@@ -11,10 +11,11 @@ from typing import Any
 
 from huggingface_hub import InferenceEndpoint, constants
 
+from handlers import MODELS
 from scripts.deployment.account import Account
 from scripts.deployment.calls import DeployError, HubError, call
 from scripts.deployment.console import elapsed, out, say
-from scripts.deployment.plan import FRAMEWORK, TAG, TASK, Plan
+from scripts.deployment.plan import FRAMEWORK, TAG, TASK, Plan, tag_of
 from scripts.deployment.prices import hourly_price
 
 # huggingface_hub has this address fixed; a test, or a company's mirror, has another.
@@ -66,7 +67,8 @@ class Endpoint:
     @property
     def model(self) -> str:
         """Key of the model, from the tags."""
-        return next((tag for tag in self.raw.get("tags") or [] if tag != TAG), "?")
+        tag = next((tag for tag in self.raw.get("tags") or [] if tag != TAG), "?")
+        return next((model for model in MODELS if tag_of(model) == tag), tag)
 
     @property
     def state(self) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from handlers import MODELS
 from handlers.base import EndpointHandler
+from handlers.model import Model
 from scripts.deployment.calls import DeployError
 from scripts.deployment.prices import describe_cost, hourly_price
 
@@ -23,13 +24,19 @@ CALLERS: dict[str, str] = {
 FRAMEWORK = "pytorch"
 TASK = "custom"
 TAG = "remote-vae"
-"""Marks an endpoint as this project's; the model's key is the tag beside it."""
+"""Marks an endpoint as this project's; the model's own is the tag beside it."""
 WEIGHT_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
+
+
+def tag_of(model: str) -> str:
+    """The model's key as the platform takes it in names: with no dot."""
+    return model.replace(".", "-")
 
 
 def default_name(model: str) -> str:
-    return f"remote-vae-{model}"
+    return f"remote-vae-{tag_of(model)}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class Plan:
     ) -> Plan:
         """Raises `DeployError` for a value that cannot be, naming the Makefile's variable."""
         handler = find_model(model)
+        if reason := cannot_run(model):
+            raise DeployError(reason)
         name = name or default_name(model)
         if not NAME.fullmatch(name):
             raise DeployError(f"NAME={name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end")
@@ -112,7 +121,7 @@ class Plan:
 
     @property
     def tags(self) -> list[str]:
-        return [TAG, self.model]
+        return [TAG, tag_of(self.model)]
 
     @property
     def price(self) -> float | None:
@@ -130,12 +139,34 @@ class Plan:
             return self.handler.checkpoint
         return f"models/{self.model}" if str(self.weights) == self.handler.checkpoint else "a local folder"
 
+    @property
+    def license_link(self) -> str:
+        return self.handler.license_link or f"https://huggingface.co/{self.handler.checkpoint}"
+
 
 def find_model(model: str | None) -> type[EndpointHandler]:
     if model not in MODELS:
         asked = f"there is no model {model!r}" if model else "no model was named"
         raise DeployError(f"{asked}: MODEL is one of {', '.join(MODELS)}")
+    if missing := [word for word in Model.__annotations__ if not hasattr(MODELS[model], word)]:
+        raise DeployError(f"{model} does not declare {', '.join(missing)}; handlers/model.py says what that is")
     return MODELS[model]
+
+
+def cannot_run(model: str) -> str | None:
+    """Why an endpoint cannot run it; None where it can. requirements.txt bounds diffusers there, and not elsewhere."""
+    handler = MODELS[model]
+    bound = re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
+    if bound is None or _version(handler.diffusers) < _version(bound[1]):
+        return None
+    return (
+        f"{model} cannot run on an endpoint: its {handler.vae_class} needs diffusers {handler.diffusers} or later, and "
+        f"endpoints have one before {bound[1]}; `make serve MODEL={model}` runs it on a machine of your own"
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
 
 
 def is_shipped(handler: type[EndpointHandler]) -> bool:
@@ -158,6 +189,6 @@ def _find_weights(handler: type[EndpointHandler], weights: str | None) -> Path |
         found = json.loads((folder / "config.json").read_text()).get("_class_name")
     except (ValueError, AttributeError):
         raise DeployError(f"WEIGHTS={folder} has a config.json that is no JSON object") from None
-    if found != handler.vae_class:
+    if found != handler.vae_class.rpartition(":")[2]:
         raise DeployError(f"WEIGHTS={folder} is an {found}, and this model an {handler.vae_class}")
     return folder

@@ -15,8 +15,11 @@ LATENT_FRAMES = 3
 
 
 def diffusers_snippet(model: type[Model], url: str) -> str:
-    """With the released client, for a public endpoint."""
-    arguments = ", ".join(["", *(f"{name}={value}" for name, value in _parameters(model, released=True).items())])
+    """With the released client, for a public endpoint. What it has no argument for goes into the address."""
+    sent = _parameters(model, released=True)
+    if "num_frames" in sent:
+        url += f"?num_frames={sent.pop('num_frames')}"
+    arguments = ", ".join(["", *(f"{name}={value}" for name, value in sent.items())])
     if model.kind == "video":
         return dedent(f"""\
             from pathlib import Path
@@ -72,11 +75,11 @@ def token_snippet(model: type[Model], url: str) -> str:
 
 
 def latents_shape(model: type[Model]) -> list[int]:
-    """As the model's pipelines lay them out: of one picture, or of a few frames; one where they are packed."""
+    """As the model's pipelines lay them out: of one picture, or of a few frames."""
     side, channels, patch = SIZE // model.vae_scale_factor, model.latent_channels, model.patch
     frames = LATENT_FRAMES if model.kind == "video" else 1
     shapes = {
-        "packed": [1, (side // patch) ** 2, channels * patch**2],
+        "packed": [1, frames * (side // patch) ** 2, channels * patch**2],
         "BFCHW": [1, frames, channels, side, side],
     }
     if layout := pipeline_layout(model):
@@ -94,6 +97,8 @@ def _parameters(model: type[Model], released: bool) -> dict[str, Any]:
     sent: dict[str, Any] = {}
     if pipeline_layout(model) == "packed":
         sent |= {"height": SIZE, "width": SIZE}
+        if model.kind == "video":
+            sent["num_frames"] = (LATENT_FRAMES - 1) * model.frame_factor + 1
     if gives_raw_latents(model):
         return {**sent, "do_scaling": False}
     return sent | (scaling_factors(model) or ({} if released else {"do_scaling": True}))
