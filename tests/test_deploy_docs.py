@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy_runner import NAMESPACE, PROJECT, TOKEN, Runner, deploy, hub
+from handlers import MODELS
+from scripts.deployment.prices import hourly_price
+from tests.deploy_runner import NAMESPACE, PROJECT, PUBLISHED, TOKEN, Runner, deploy, hub
 from tests.hub_server import Hub, identity
 
 __all__ = ["deploy", "hub"]  # fixtures
@@ -109,13 +111,14 @@ def test_make_fails_with_one_line(make: list[str]) -> None:
 
 
 def test_the_documented_prices_are_the_tables_own() -> None:
-    from scripts.deployment.plan import Plan
-
     text = (PROJECT / "docs" / "deploying.md").read_text()
-    rows = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \| `([\w-]+)` x1 \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
-    assert len(rows) == 4
-    for models, instance, price, month in rows:
-        for model in re.findall(r"`([\w-]+)`", models):
-            plan = Plan.of(model)
-            assert (plan.instance, plan.price) == (instance, float(price))
-            assert float(month) == pytest.approx(plan.price * 1.25 * 30, abs=0.005)
+    rows = re.findall(r"^\| `([\w-]+)` x1 \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    for instance, price, month in rows:
+        assert hourly_price("aws", instance, "x1") == float(price)
+        assert float(month) == pytest.approx(float(price) * 1.25 * 30, abs=0.005)
+    instances = [instance for instance, *_ in rows]
+    assert set(instances) == {model.instance for model in MODELS.values()}
+    assert [MODELS[key].instance for key in ("tiny", "sdxl", "flux")] == instances[:3]
+    published = [hourly_price("aws", MODELS[key].instance, "x1") for key in PUBLISHED]
+    cost = f"${min(published):.2f} to ${max(published):.2f} an hour for the published models"
+    assert cost in (PROJECT / "README.md").read_text()

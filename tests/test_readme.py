@@ -1,38 +1,72 @@
-"""The README is true: its Python runs, and its commands are there."""
+"""The README and the guides are true: their Python runs, and their commands are there."""
 
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
+from handlers import MODELS
 from handlers.serving import metrics
 from handlers.serving.limits import Limits
+from scripts import models
 from scripts.local_server import ROOT
-from tests.conftest import Endpoint
+from tests.deploy_runner import small_models
+
+__all__ = ["small_models"]  # a fixture
 
 README = (ROOT / "README.md").read_text()
-PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "EndpointHandler" not in block]
+OPERATING = (ROOT / "docs" / "operating.md").read_text()
+HTTP_API = (ROOT / "docs" / "http-api.md").read_text()
 COMMANDS = sorted(set(re.findall(r"^\$ make ([a-z-]+)", README, re.MULTILINE)))
-MODELS_SHOWN = dict.fromkeys(re.findall(r"# MODEL=([a-z0-9-]+)", README))
+DEPRECATED = "ignore:`do_scaling` is deprecated:FutureWarning"
 
 
-@pytest.mark.parametrize("key", MODELS_SHOWN)
+def code(text: str) -> list[str]:
+    """The Python in a document that is not a model's class."""
+    return [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "EndpointHandler" not in block]
+
+
+def snippets(text: str) -> Iterator[tuple[str, str]]:
+    """Each with its model: it begins with a comment that names the model."""
+    for block in code(text):
+        for snippet in re.split(r"^(?=# MODEL=)", block, flags=re.MULTILINE):
+            if named := re.match(r"# MODEL=([a-z0-9-]+(?:\.\d)?)", snippet):
+                yield named[1], snippet
+
+
+def run_snippets(text: str, key: str, url: str) -> dict[str, Any]:
+    """Runs those of one model in their order, after the document's first block. Gives what they leave."""
+    namespace: dict[str, Any] = {"photograph": Image.effect_noise((64, 64), 50).convert("RGB")}
+    exec(code(text)[0], namespace)
+    namespace["ENDPOINT"] = f"{url}/{key}"
+    for model, snippet in snippets(text):
+        if model == key:
+            exec(snippet, namespace)
+    return namespace
+
+
+@pytest.mark.filterwarnings(DEPRECATED)
+@pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(README)))
 def test_snippets_run_as_they_stand(
-    key: str, running: Callable[[str], Endpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, small_models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    setup, *snippets = PYTHON
-    namespace: dict = {}
-    exec(setup, namespace)
-    namespace["ENDPOINT"] = running(key).url
-    mine = [snippet for snippet in snippets if snippet.startswith(f"# MODEL={key}")]
-    for snippet in mine:
-        exec(snippet, namespace)
-    assert mine
-    assert "image" in namespace or Path("video.mp4").stat().st_size > 1000
+    left = run_snippets(README, key, small_models)
+    assert left["image"].size > (256, 256) if MODELS[key].kind == "image" else len(left["video"]) > 1000
+
+
+@pytest.mark.filterwarnings(DEPRECATED)
+@pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(HTTP_API)))
+def test_snippets_of_the_interface_run_as_they_stand(
+    key: str, small_models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_snippets(HTTP_API, key, small_models)
 
 
 def test_variables_of_make_serve_reach_the_server() -> None:
@@ -55,14 +89,33 @@ def test_commands_are_targets(target: str) -> None:
 
 
 def test_models_table_is_the_one_of_the_code() -> None:
+    table = README[README.index("|---", README.index("## Models")) : README.index("**Adding one.**")]
+    rows = re.findall(r"^\| (`.*?`) \| .* \| `?(.*?)`? \| (.*?) ?\|$", table, re.MULTILINE)
+    listed = {key: (latents, sent) for keys, latents, sent in rows for key in re.findall(r"`(\S+)`", keys)}
+    assert "flux" in listed
+    for key, (latents, sent) in listed.items():
+        model = MODELS[key]
+        if latents == "packed":
+            assert model.pipeline_layout == "packed"
+            assert "`height`, `width`" in sent
+        else:
+            assert sorted(latents.strip("[]").split(", ")) == sorted(models.latents(model).strip("[]").split(", "))
+            frames_first = latents.split(", ")[1] in ("F", f"(F-1)/{model.frame_factor}+1")
+            assert frames_first == (model.pipeline_layout == "BFCHW")
+        factors = {name: float(value) for name, value in re.findall(r"(\w+_factor)=([-\d.]+)", sent)}
+        own = models.scaling_factors(model)
+        assert factors == ({} if own.get("scaling_factor") == 1 else own)
+        assert (sent == "`do_scaling=False`") == models.gives_raw_latents(model)
+
+
+def test_models_are_printed() -> None:
     command = [sys.executable, "-m", "scripts.models"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for key, factor in re.findall(r"^\| `([a-z0-9-]+)` \|.*\| ([0-9.]+)", README, re.MULTILINE):
-        assert re.search(rf"^ *{key} .* {factor} ", result.stdout, re.MULTILINE), (key, factor)
+    assert re.search(r"^flux .* 0.3611, 0.1159 ", result.stdout, re.MULTILINE)
 
 
 def test_limits_are_those_of_the_code_with_their_defaults() -> None:
-    table = README[README.index("**Limits.**") : README.index("**Health.**")]
+    table = OPERATING[OPERATING.index("## Limits") : OPERATING.index("## Health")]
     rows = re.findall(r"^\| (`VAE_.*?) \| .* \| ([\d., ]+) \|$", table, re.MULTILINE)
     shown = {
         name: default
@@ -75,5 +128,5 @@ def test_limits_are_those_of_the_code_with_their_defaults() -> None:
 def test_metrics_are_those_of_the_code() -> None:
     text = metrics.exposition().decode()
     there = set(re.findall(r"^# TYPE ((?:vae|inf)_\w+)", text, re.MULTILINE))
-    table = README[README.index("**Metrics.**") : README.index("Worth an alert")]
+    table = OPERATING[OPERATING.index("## Metrics") : OPERATING.index("Worth an alert")]
     assert set(re.findall(r"(?:vae|inf)_\w+", table)) == there

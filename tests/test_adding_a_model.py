@@ -1,0 +1,132 @@
+"""What the README says of adding a model, done as it says: from its blocks of code to a served picture."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.utils.remote_utils import remote_decode
+
+from scripts import local_server
+from scripts.local_server import ROOT, serve
+from tests.deploy_runner import copy_project
+
+README = (ROOT / "README.md").read_text()
+ADDING = README[README.index("**Adding one.**") : README.index("## Deploying")]
+FILE = re.search(r"`(handlers/\w+\.py)`", ADDING)[1]
+(CLASS,) = re.findall(r"```python\n(.*?)```", ADDING, re.DOTALL)
+(LINES,) = re.findall(r"```diff\n(.*?)```", ADDING, re.DOTALL)
+KEY = re.search(r"`make serve MODEL=(\S+)`", ADDING)[1]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project with the model in it."""
+    project = copy_project(tmp_path)
+    (project / "endpoint.json").unlink()
+    (project / FILE).write_text(CLASS)
+    registry = project / "handlers" / "__init__.py"
+    code = registry.read_text().splitlines(keepends=True)
+    for line in LINES.splitlines(keepends=True):
+        if line.startswith(" "):
+            assert line[1:] in code  # what is there already
+        else:
+            follows = r"from handlers\." if "import" in line else r"MODELS: "
+            place = max(number for number, there in enumerate(code) if re.match(follows, there))
+            code.insert(place + 1, line[1:])
+    registry.write_text("".join(code))
+    monkeypatch.setattr(local_server, "ROOT", project)
+    return project
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A checkpoint of the upscaler's shape with few channels: three blocks, so 4 pixels a latent."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        scaling_factor=0.08333,
+    )
+    vae.save_pretrained(tmp_path / "checkpoint" / "vae")
+    return tmp_path / "checkpoint"
+
+
+def declare(project: Path, old: str, new: str) -> None:
+    code = (project / FILE).read_text()
+    assert old in code
+    (project / FILE).write_text(code.replace(old, new))
+
+
+def served(project: Path, *arguments: str) -> str:
+    """What `make serve` says before it ends."""
+    command = [sys.executable, "-m", "scripts.serve", "--model", KEY, *arguments]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120).stderr
+
+
+def assert_decodes(weights: Path, tmp_path: Path) -> None:
+    """The server gives what the VAE itself gives for scaled latents, to the released client."""
+    latents = torch.randn(1, 4, 24, 16) * 0.1
+    with serve("--model", KEY, "--weights", str(weights), log=tmp_path / "log") as url:
+        decoded = remote_decode(url, latents, scaling_factor=0.08333, output_type="pt", return_type="pt")
+        image = remote_decode(url, latents, scaling_factor=0.08333)
+    vae = AutoencoderKL.from_pretrained(weights / "vae")
+    with torch.no_grad():
+        torch.testing.assert_close(decoded, vae.decode(latents / 0.08333).sample)
+    assert image.size == (64, 96)
+
+
+@pytest.mark.usefixtures("project")
+def test_the_readmes_model_decodes_a_picture(weights: Path, tmp_path: Path) -> None:
+    assert_decodes(weights, tmp_path)
+
+
+def test_it_is_listed_and_can_be_deployed(project: Path) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
+
+    assert re.search(rf"^{KEY} +\[B, 4, H/4, W/4\] +do_scaling ", run("scripts.models"), re.MULTILINE)
+    assert f"Plan for MODEL={KEY}" in run("scripts.deploy", "deploy", "--model", KEY, "--dry-run")
+
+
+def test_what_is_declared_wrong_is_told_with_what_was_found(project: Path, weights: Path) -> None:
+    (shown,) = re.findall(r"`\.\.\. (declares .*?)`", ADDING)
+    declare(project, '"stabilityai/stable-diffusion-x4-upscaler"', f'"{weights}"')
+    declare(project, "    vae_scale_factor = 4\n", "")
+    assert re.fullmatch(rf"error: \w+ {shown}", served(project).splitlines()[-1])
+
+    declare(project, "    latent_channels = 4\n", "    vae_scale_factor = 4\n")
+    said = "declares latent_channels = None, but its AutoencoderKL has latent_channels = 4"
+    assert re.fullmatch(rf"error: \w+ {said}", served(project).splitlines()[-1])
+
+
+def test_what_must_be_declared(project: Path) -> None:
+    declare(project, '    dtype = "float32"\n    latent_channels = 4\n', "")
+    last = "x4-upscaler does not declare {}; handlers/model.py says what that is"
+    assert served(project).splitlines() == [f"error: {last.format('dtype')}"]
+    command = [sys.executable, "-m", "scripts.deploy", "deploy", "--model", KEY, "--dry-run"]
+    refused = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert refused.stderr.splitlines() == [f"error: {last.format('dtype, latent_channels')}"]
+
+
+def test_a_class_that_diffusers_does_not_have(project: Path, weights: Path, tmp_path: Path) -> None:
+    named = re.search(r"`(vae_class = .*?)`", ADDING)[1]
+    declare(project, 'vae_class = "AutoencoderKL"', named)
+    module, _, name = named.split('"')[1].partition(":")
+    code = f"from diffusers import AutoencoderKL\n\n\nclass {name}(AutoencoderKL):\n    pass\n"
+    (project / module.replace(".", "/")).with_suffix(".py").write_text(code)
+    config = weights / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"AutoencoderKL"', f'"{name}"'))
+
+    assert_decodes(weights, tmp_path)
+
+    declare(project, name, "Other")
+    assert served(project, "--weights", str(weights)).splitlines()[-1] == f"error: {module} has no Other"
