@@ -17,6 +17,8 @@ class CogVideoX(EndpointHandler):
     fps = 8
     takes_reciprocal = True
     peak = {"decode": Peak(5175, 1610, 12), "encode": Peak(2665, 860, 12)}
+    usual_size = (480, 720, 49)
+    instance = "nvidia-l4"  # 20.7 GB of 24
     license = "apache-2.0"
     license_link = "https://huggingface.co/THUDM/CogVideoX-2b/blob/main/LICENSE"
     weights_mb = 431

@@ -15,6 +15,8 @@ class EasyAnimate(EndpointHandler):
     fps = 8
     takes_reciprocal = True
     peak = {"decode": Peak(5345, 4480, 2), "encode": Peak(2345, 1080, 4)}
+    usual_size = (512, 512, 49)
+    instance = "nvidia-t4"  # 7.3 GB of 14
     license = "apache-2.0"
     license_link = "https://huggingface.co/alibaba-pai/EasyAnimateV5.1-12b-zh-diffusers"
     weights_mb = 489

@@ -11,8 +11,7 @@ class Flux(EndpointHandler):
     latent_channels = 16
     pipeline_layout = "packed"
     latents_layouts = unshifted_layouts = ("BFHWC",)  # of Kandinsky 5, which does not shift
-    # 1024x1024: as the SDXL decoder's 8.5 GB, whose layers it has; a T4's 14 GB would do, but it computes no bfloat16
-    instance = "nvidia-l4"
+    instance = "nvidia-l4"  # 2.2 GB of 24, in bfloat16, which a T4 does not compute
     license = "apache-2.0"
     license_link = "https://huggingface.co/black-forest-labs/FLUX.1-schnell/blob/main/LICENSE.md"
     weights_mb = 168

@@ -12,6 +12,7 @@ class Flux2(EndpointHandler):
     pipeline_layout = "packed"
     latents_layouts = ("patchified",)  # of ERNIE-Image
     raw_layouts = ("BCHW",)  # of Flux2KleinPipeline; those of Bria FIBO 2 have this layout too, and are not
+    instance = "nvidia-l4"  # 2.2 GB of 24, in bfloat16, which a T4 does not compute
     license = "apache-2.0"
     license_link = "https://huggingface.co/black-forest-labs/FLUX.2-klein-4B"
     weights_mb = 168

@@ -13,10 +13,9 @@ class HunyuanVideo(EndpointHandler):
     latent_channels = 16
     frame_factor = 4
     latents_layouts = ("BFHWC",)  # of Kandinsky 5
-    # 320x512, 61 frames: one tensor of 256 channels at full size is 5.1 GB, and a block holds about four of them; with
-    # 1 GB of weights that is over a 24 GB L4. An estimate, not measured.
-    instance = "nvidia-l40s"
-    peak = {"decode": Peak(1480, 1140, 17, reduced=0.45), "encode": Peak(900, 642, 17, reduced=0.5)}
+    peak = {"decode": Peak(1480, 1140, 17, 0.45, 0.78), "encode": Peak(900, 795, 17, 0.42, 0.86)}
+    usual_size = (720, 1280, 129)
+    instance = "nvidia-l40s"  # 25.8 GB of 48 in reduced memory; 49.5 as diffusers runs it
     license = "tencent-hunyuan-community"
     license_link = "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"
     weights_mb = 986

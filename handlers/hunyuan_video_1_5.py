@@ -15,6 +15,8 @@ class HunyuanVideo15(EndpointHandler):
     frame_factor = 4
     runs_batches = False  # the mask of its attention does not take one
     peak = {"decode": Peak(900, 890, ALL), "encode": Peak(900, 890, ALL)}
+    usual_size = (480, 848, 121)
+    instance = "nvidia-l4"  # 21.6 GB of 24 in tiles; as a whole it is 114, which no instance up to an A100 has
     license = "tencent-hunyuan-community"
     license_link = "https://huggingface.co/tencent/HunyuanVideo-1.5/blob/main/LICENSE"
     weights_mb = 5042

@@ -17,6 +17,8 @@ class Ltx2(EndpointHandler):
     patch = 1
     raw_layouts = ("BCFHW",)  # of LTX2Pipeline
     peak = {"decode": Peak(94, 44, ALL), "encode": Peak(88, 40, ALL)}
+    usual_size = (512, 768, 121)
+    instance = "nvidia-l4"  # 9.2 GB of 24, in bfloat16, which a T4 does not compute
     license = "ltx-2-community-license-agreement"
     license_link = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
     weights_mb = 2445

@@ -15,7 +15,9 @@ class LtxVideo(EndpointHandler):
     vae_scale_factor = 32
     frame_factor = 8
     patch = 1
-    peak = {"decode": Peak(76, 36, ALL), "encode": Peak(88, 40, ALL)}
+    peak = {"decode": Peak(76, 36, ALL), "encode": Peak(88, 48, ALL)}
+    usual_size = (480, 704, 161)
+    instance = "nvidia-l4"  # 9.1 GB of 24, in bfloat16, which a T4 does not compute
     license = "ltx-video-openrail-m"
     license_link = "https://huggingface.co/Lightricks/LTX-Video/blob/main/ltx-video-2b-v0.9.5.license.txt"
     weights_mb = 2494

@@ -14,6 +14,8 @@ class Mochi(EndpointHandler):
     frame_factor = 6
     fps = 30
     peak = {"decode": Peak(4115, 1010, ALL), "encode": Peak(450, 425, ALL)}
+    usual_size = (480, 848, 85)
+    instance = "nvidia-l4"  # 16.5 GB of 24 in tiles; as a whole it is 92, which no instance up to an A100 has
     license = "apache-2.0"
     license_link = "https://huggingface.co/genmo/mochi-1-preview"
     weights_mb = 1839

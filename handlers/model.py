@@ -17,7 +17,7 @@ patchified: [B, C * patch * patch, H/patch, W/patch]
 class Peak(NamedTuple):
     """Numbers alive at the peak of a pass, for each pixel of a picture or of a frame, as diffusers runs it.
 
-    Measured with fake tensors at the published size, whose table is in benchmarks/NOTES.md.
+    Computed without numbers for the published sizes; benchmarks/NOTES.md has the table and how it is made again.
     """
 
     first: float
@@ -26,11 +26,24 @@ class Peak(NamedTuple):
     """For each further frame, up to `frames`; what comes after them is run when they are done."""
     frames: int = 1
     reduced: float = 1
-    """Share of it that reduced memory takes, of models that `low_memory` knows."""
+    """Share of it that reduced memory takes at most, of models that `low_memory` knows.
+
+    That is of a small picture or a tile, which is convolved in one piece, with copies of all of it, so that it
+    may be above 1; of large ones it is down to a half.
+    """
+    reduced_first: float = 0
+    """The same share of the first frame, where it is another than of those that follow; 0 where it is not."""
+    tile: int = 1
+    """Pixels of a tile against those of the config: Wan 2.2 counts patches of 2x2 when it cuts what it encodes."""
 
     def values(self, frames: int) -> float:
         """For each pixel of one frame of a video of so many."""
         return self.first + self.more * (min(frames, self.frames) - 1)
+
+    def reduced_values(self, frames: int) -> float:
+        """The same in reduced memory."""
+        first = self.first * (self.reduced_first or self.reduced)
+        return first + (self.values(frames) - self.first) * self.reduced
 
 
 ALL = 10_000
@@ -89,11 +102,16 @@ class Model:
     """Whether diffusers can run a batch of more than one."""
     tiles: ClassVar[tuple[Task, ...]] = ("decode", "encode")
     """What diffusers can do in tiles."""
-    peak: ClassVar[dict[Task, Peak]] = {"decode": Peak(770, reduced=0.58), "encode": Peak(645, reduced=0.63)}
+    peak: ClassVar[dict[Task, Peak]] = {"decode": Peak(770, reduced=0.71), "encode": Peak(645, reduced=0.66)}
     """By which a request is run as a whole, in reduced memory or in tiles; those of Stable Diffusion and Flux."""
 
+    usual_size: ClassVar[tuple[int, ...]] = (1024, 1024)
+    """Height and width in pixels, and of a video its frames: what its pipelines make by default or in examples."""
     instance: ClassVar[str] = "nvidia-l4"
-    """Smallest instance type of Inference Endpoints that decodes the model's usual sizes without tiling."""
+    """Smallest instance type of Inference Endpoints that decodes `usual_size` without tiling, as `memory` plans it.
+
+    Where none up to nvidia-l40s does, the smallest that does it in tiles.
+    """
     license: ClassVar[str] = "other"
     """Of the checkpoint, as the Hub spells it."""
     license_link: ClassVar[str | None] = None

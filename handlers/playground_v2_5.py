@@ -9,6 +9,7 @@ class PlaygroundV25(EndpointHandler):
     vae_class = "AutoencoderKL"
     dtype = "float32"
     latent_channels = 4
+    instance = "nvidia-t4"  # 4.4 GB of 14
     license = "playground-v2dot5-community"
     license_link = "https://huggingface.co/playgroundai/playground-v2.5-1024px-aesthetic/blob/main/LICENSE.md"
     weights_mb = 335

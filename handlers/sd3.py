@@ -9,6 +9,7 @@ class StableDiffusion3(EndpointHandler):
     vae_class = "AutoencoderKL"
     dtype = "float16"
     latent_channels = 16
+    instance = "nvidia-t4"  # 2.2 GB of 14
     license = "stabilityai-ai-community"
     license_link = "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md"
     weights_mb = 168

@@ -8,8 +8,7 @@ class StableDiffusionXL(EndpointHandler):
     vae_class = "AutoencoderKL"
     dtype = "float16"
     latent_channels = 4
-    # 1024x1024 took 35.5 % of an RTX 4090's 24 GB in the pilot: 8.5 GB of the T4's 14
-    instance = "nvidia-t4"
+    instance = "nvidia-t4"  # 2.2 GB of 14
     license = "mit"
     license_link = "https://huggingface.co/madebyollin/sdxl-vae-fp16-fix"
     weights_mb = 335

@@ -16,6 +16,8 @@ class StableVideoDiffusion(EndpointHandler):
     tiles = ()  # diffusers has none for it
     takes_reciprocal = True
     peak = {"decode": Peak(1025, 1025, ALL), "encode": Peak(640, 640, ALL)}
+    usual_size = (576, 1024, 25)
+    instance = "nvidia-l40s"  # 38.4 GB of 48, all frames at once; chunks of frames take less, and the plan knows none
     license = "stable-video-diffusion-community"
     license_link = "https://huggingface.co/stabilityai/stable-video-diffusion-img2vid-xt/blob/main/LICENSE.md"
     weights_mb = 391

@@ -14,6 +14,7 @@ class Taef1(EndpointHandler):
     latent_channels = 16
     tiles = ("decode",)  # tiled encoding of 16 channels fails in diffusers up to 0.42
     peak = {"decode": Peak(195), "encode": Peak(200)}
+    instance = "nvidia-t4"  # 0.5 GB of 14
     license = "mit"
     license_link = "https://huggingface.co/madebyollin/taef1"
     weights_mb = 10

@@ -13,6 +13,7 @@ class Taesd(EndpointHandler):
     dtype = "float16"
     latent_channels = 4
     peak = {"decode": Peak(195), "encode": Peak(200)}
+    instance = "nvidia-t4"  # 0.5 GB of 14
     license = "mit"
     license_link = "https://huggingface.co/madebyollin/taesd"
     weights_mb = 10

@@ -13,7 +13,9 @@ class Wan21(EndpointHandler):
     latent_channels = 16
     frame_factor = 4
     fps = 16
-    peak = {"decode": Peak(1735, 1095, 4, reduced=0.82), "encode": Peak(965, 670, 5, reduced=0.8)}
+    peak = {"decode": Peak(1735, 1095, 4, reduced=0.96), "encode": Peak(965, 670, 5, reduced=0.98)}
+    usual_size = (480, 832, 81)
+    instance = "nvidia-t4"  # 6.2 GB of 14
     license = "apache-2.0"
     license_link = "https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     weights_mb = 508

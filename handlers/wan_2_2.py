@@ -13,7 +13,9 @@ class Wan22(EndpointHandler):
     latent_channels = 48
     vae_scale_factor = 16
     frame_factor = 4
-    peak = {"decode": Peak(1455, 975, 5, reduced=0.86), "encode": Peak(490, 1340, 2, reduced=0.8)}
+    peak = {"decode": Peak(1455, 975, 5, reduced=0.96), "encode": Peak(490, 1340, 2, reduced=1.12, tile=4)}
+    usual_size = (704, 1280, 121)
+    instance = "nvidia-l4"  # 16.7 GB of 24
     license = "apache-2.0"
     license_link = "https://huggingface.co/Wan-AI/Wan2.2-TI2V-5B-Diffusers"
     weights_mb = 2819

@@ -42,6 +42,8 @@ class Plan:
     """Heights and widths."""
     encode: tuple[int, ...]
     video: tuple[Size, ...]
+    own: dict[str, Size]
+    """A further decode, of models that have a usual size of their own."""
     repeats: int
     ways: dict[str, Size]
     """The decode of each model that the ways to run it are compared on."""
@@ -59,12 +61,16 @@ GPU = Plan(
     decode=(512, 1024, 2048),
     encode=(256, 512, 1024, 2048),
     video=((320, 512, 9), (320, 512, 61)),
+    own={"wan-2.1": (480, 832, 33)},
     repeats=10,
     ways={
         "sd-v1": (1024, 1024, None),
         "sdxl": (1024, 1024, None),
         "flux": (1024, 1024, None),
+        "flux2": (1024, 1024, None),
+        "qwen-image": (1024, 1024, None),
         "hunyuan-video": (320, 512, 9),
+        "wan-2.1": (480, 832, 33),
     },
     served=tuple(
         Load("sd-v1", size, image_format, clients, 128)
@@ -81,6 +87,7 @@ CPU = Plan(
     decode=(256,),
     encode=(256,),
     video=(),
+    own={},
     repeats=2,
     ways={"sd-v1": (256, 256, None)},
     served=(
@@ -99,6 +106,9 @@ CPU = Plan(
         ("sd-v1", "encode", (1024, 1024, None)),
         ("hunyuan-video", "decode", (320, 512, 9)),
         ("hunyuan-video", "encode", (320, 512, 9)),
+        ("flux2", "decode", (1024, 1024, None)),
+        ("qwen-image", "decode", (1024, 1024, None)),
+        ("wan-2.1", "decode", (320, 512, 9)),
     ),
 )
 TINY = 512
@@ -207,6 +217,8 @@ def all_steps(
             chosen = [(TINY, TINY, None)] if key == "tiny" else [(size, size, None) for size in sizes[task]]
             for size in plan.video if MODELS[key].kind == "video" else chosen:
                 yield f"{key} {task} {describe(size)}", lambda key=key, task=task, size=size: compare(key, task, size)
+        if size := plan.own.get(key):
+            yield f"{key} decode {describe(size)}", lambda key=key, size=size: compare(key, "decode", size)
         if size := plan.ways.get(key):
             for name in ways.ways(device):
                 line = f"{key} decode {describe(size)}: {name}"

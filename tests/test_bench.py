@@ -175,6 +175,7 @@ def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         decode=(),
         encode=(),
         video=(),
+        own={},
         repeats=1,
         ways={"tiny": (size, size, None)},
         served=(Load("tiny", size, "jpg", 2, 4, rounds=1),),
@@ -207,5 +208,6 @@ def test_a_client_gets_answers_of_every_form(running: Any) -> None:
 def test_every_model_has_inputs() -> None:
     for key, model in MODELS.items():
         size = (64, 96, 5 if model.kind == "video" else None)
-        assert forward.inputs(key, "decode", size).shape[-2:] == (8, 12)
+        side = model.vae_scale_factor
+        assert forward.inputs(key, "decode", size).shape[-2:] == (64 // side, 96 // side)
         assert forward.inputs(key, "encode", size).shape[-2:] == (64, 96)

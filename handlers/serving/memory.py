@@ -69,9 +69,11 @@ class MemoryUse:
         frame, frames = layout.frame_pixels(task, shape), layout.frames(task, shape)
         peak = self.declared.peak[task]
         full = 1.25 * peak.values(frames) * itemsize
-        reduced = full * peak.reduced if self.reduces else full
+        reduced = 1.25 * peak.reduced_values(frames) * itemsize if self.reduces else full
         result = frame * frames * JOINING[task] * itemsize
-        return Estimate(int(frame * full), int(frame * reduced), int(min(frame, self.tile_pixels) * reduced), result)
+        return Estimate(
+            int(frame * full), int(frame * reduced), int(min(frame, self.tile_pixels * peak.tile) * reduced), result
+        )
 
 
 JOINING: dict[Task, int] = {"decode": 15, "encode": 9}

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from handlers import MODELS
+from handlers.serving.autoencoder import has_frames
 from handlers.serving.low_memory import reduce_peak, reduced_peak
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE
@@ -52,7 +53,7 @@ def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int)
     data = inputs(key, task, size).to(vae.device, vae.dtype)
     calls = {
         "plain": plain_call(plain, task, data),
-        "project": lambda: getattr(vae, task)(data)[0],
+        "project": lambda: getattr(vae, task)(with_frames(vae.model, data) if task == "decode" else data)[0],
         "reduced": reduced_call(vae.model, task, data),
     }
     results: dict[str, Tensor] = {}
@@ -102,18 +103,26 @@ def fake_peaks(key: str, task: str, size: Size) -> dict[str, Any]:
     with FakeTensorMode(), torch.inference_mode():
         model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
         data = inputs(key, task, size)
-        plain = peak_bytes(lambda: getattr(model, task)(data, return_dict=False))
+        call = plain_call(model, task, data)
+        plain = peak_bytes(call)
         reduce_peak(model)
-        reduced = peak_bytes(lambda: getattr(model, task)(data, return_dict=False))
+        reduced = peak_bytes(call)
     peak_mb = {"plain": plain / 2**20, "reduced": reduced / 2**20}
     return {"model": key, "task": task, "size": size, "peak_mb": peak_mb, "peak_ratio": {"reduced": reduced / plain}}
+
+
+def with_frames(model: Any, data: Tensor) -> Tensor:
+    """A picture as a video of one frame, for the models that take it so."""
+    return data.unsqueeze(2) if data.ndim == 4 and has_frames(model) else data
 
 
 def plain_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
     @torch.inference_mode()
     def call() -> Tensor:
-        result = getattr(model, task)(data, return_dict=False)[0]
-        return result if isinstance(result, Tensor) else result.mode()
+        result = getattr(model, task)(with_frames(model, data), return_dict=False)[0]
+        if not isinstance(result, Tensor):
+            return result.mode()
+        return result.squeeze(2) if task == "decode" and data.ndim == 4 and result.ndim == 5 else result
 
     return call
 
@@ -177,7 +186,7 @@ def flops(key: str, task: str, size: Size) -> int:
     with FakeTensorMode(), torch.inference_mode():
         model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
         with FlopCounterMode(display=False) as counter:
-            getattr(model, task)(inputs(key, task, size), return_dict=False)
+            plain_call(model, task, inputs(key, task, size))()
     return counter.get_total_flops()
 
 

@@ -1,0 +1,82 @@
+"""The plan's estimates beside what the passes take, of every model in every mode; and the instances chosen by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from handlers import MODELS
+from handlers.model import ALL, Model, Task
+from handlers.serving.memory import Mode
+from scripts.benchmark.memory import Case, estimated, measured, offered, tile_side, weight_bytes
+from scripts.deployment.prices import HOURLY
+
+AT_MOST = 2.5
+"""Times what is taken: above it, a request would be put in tiles, or refused, that fits three times over."""
+MEMORY_GB = {"nvidia-t4": 14, "nvidia-l4": 24, "nvidia-a10g": 24, "nvidia-l40s": 48}
+BY_PRICE = sorted(MEMORY_GB, key=lambda instance: HOURLY[instance]["x1"])
+
+
+def cases(declared: type[Model], task: Task) -> Iterator[Case]:
+    """Few: each is a pass of a published architecture, operator by operator."""
+    half, factor = torch.float16, declared.frame_factor
+    few = 2 * factor + 1 if declared.kind == "video" else 1
+    alone, both = offered(declared, task), offered(declared, task, batch=2)
+    height, width, frames = (*declared.usual_size, 1)[:3]
+    if declared.peak[task].frames < ALL:
+        frames = min(frames, 17)  # more take no more, but time
+    yield Case(task, Mode.FULL, height, width, frames, dtype=half)
+    yield Case(task, Mode.FULL, 128, 128)
+    if Mode.FULL in both:
+        yield Case(task, Mode.FULL, 256, 384, few, batch=2)
+    if Mode.REDUCED in both:
+        yield Case(task, Mode.REDUCED, 128, 128, dtype=half)
+        yield Case(task, Mode.REDUCED, 256, 384, few, batch=2, dtype=half)
+    yield Case(task, Mode.SLICED, 128, 192, few, batch=2)
+    if Mode.TILED in alone:
+        unit = declared.vae_scale_factor
+        side = -(-tile_side(declared) * 9 // 8 // unit) * unit
+        yield Case(task, Mode.TILED, side, side, few, dtype=half)
+        if side <= 512 and declared.kind == "image":
+            yield Case(task, Mode.TILED, side, side, batch=2)
+
+
+def takes_less(declared: type[Model], case: Case) -> bool:
+    """Of models for which a video is a batch of pictures: batches are decoded video by video in any mode, and encoded
+    frame by frame when they are sliced. The plan takes that for more than it is, and slices what it need not."""
+    return declared.vae_class == "AutoencoderKLTemporalDecoder" and case.batch > 1
+
+
+@pytest.mark.parametrize("task", ["decode", "encode"])
+@pytest.mark.parametrize("key", MODELS)
+def test_estimates_are_not_below_what_is_taken_nor_far_above_it(key: str, task: Task) -> None:
+    declared = MODELS[key]
+    ratios = {case: estimated(declared, case) / measured(declared, case) for case in cases(declared, task)}
+    wrong = {
+        case: round(ratio, 2)
+        for case, ratio in ratios.items()
+        if ratio < 1 or (ratio > AT_MOST and not takes_less(declared, case))
+    }
+    assert not wrong
+
+
+def fits(declared: type[Model], instance: str, modes: set[Mode]) -> bool:
+    """Whether it decodes the model's usual size in one of these modes."""
+    if instance == "nvidia-t4" and declared.dtype == "bfloat16":  # which it does not compute
+        return False
+    dtype = getattr(torch, declared.dtype)
+    free = MEMORY_GB[instance] * 1e9 - weight_bytes(declared, dtype)
+    return any(
+        estimated(declared, Case("decode", mode, *declared.usual_size, dtype=dtype)) <= free
+        for mode in modes.intersection(offered(declared, "decode"))
+    )
+
+
+@pytest.mark.parametrize("key", [key for key in MODELS if key != "tiny"])  # which needs no GPU
+def test_the_instance_is_the_cheapest_that_decodes_the_usual_size(key: str) -> None:
+    declared = MODELS[key]
+    whole = [instance for instance in BY_PRICE if fits(declared, instance, {Mode.FULL, Mode.REDUCED})]
+    tiled = [instance for instance in BY_PRICE if fits(declared, instance, {Mode.TILED})]
+    assert declared.instance == (whole or tiled)[0]
