@@ -15,7 +15,7 @@ class HunyuanVideo(EndpointHandler):
     latents_layouts = ("BFHWC",)  # of Kandinsky 5
     peak = {"decode": Peak(1480, 1140, 17, 0.45, 0.78), "encode": Peak(900, 795, 17, 0.42, 0.86)}
     usual_size = (720, 1280, 129)
-    instance = "nvidia-l40s"  # 25.8 GB of 48 in reduced memory; 49.5 as diffusers runs it
+    instance = "nvidia-l40s"  # 25.6 GB of 48 in reduced memory; 49.5 as diffusers runs it
     license = "tencent-hunyuan-community"
     license_link = "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"
     weights_mb = 986

@@ -1,6 +1,6 @@
 """Starts each model at its published size with random weights, encodes and decodes: `python -m tests.published_sizes`.
 
-One picture of 256x256, or the fewest frames of at least 5 that the model's grid has. For all it takes a quarter of an hour
+One picture of 256x256, or the fewest frames of at least 5 that the model has. For all it takes a quarter of an hour
 and up to 10 GB, so it is no part of the tests; name keys for some.
 """
 

@@ -38,9 +38,7 @@ def cases(declared: type[Model], task: Task) -> Iterator[Case]:
     if Mode.TILED in alone:
         unit = declared.vae_scale_factor
         side = -(-tile_side(declared) * 9 // 8 // unit) * unit
-        yield Case(task, Mode.TILED, side, side, few, dtype=half)
-        if side <= 512 and declared.kind == "image":
-            yield Case(task, Mode.TILED, side, side, batch=2)
+        yield Case(task, Mode.TILED, side, side, few, batch=2 if side <= 512 and few == 1 else 1, dtype=half)
 
 
 def takes_less(declared: type[Model], case: Case) -> bool:
