@@ -15,6 +15,7 @@ class Flux(EndpointHandler):
     license = "apache-2.0"
     license_link = "https://huggingface.co/black-forest-labs/FLUX.1-schnell/blob/main/LICENSE.md"
     weights_mb = 168
+    shared_by = "Chroma, HiDream, Lumina 2, Z-Image, Kandinsky 5 image"
     published_config = {
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,

@@ -19,6 +19,7 @@ class HunyuanVideo(EndpointHandler):
     license = "tencent-hunyuan-community"
     license_link = "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"
     weights_mb = 986
+    shared_by = "FramePack, SkyReels-V1, Kandinsky 5 video"
     published_config = {
         "block_out_channels": [128, 256, 512, 512],
         "latent_channels": 16,

@@ -12,6 +12,7 @@ class StableDiffusionXL(EndpointHandler):
     license = "mit"
     license_link = "https://huggingface.co/madebyollin/sdxl-vae-fp16-fix"
     weights_mb = 335
+    shared_by = "PixArt-Sigma, AuraFlow, Hunyuan-DiT"
     published_config = {
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,

@@ -37,7 +37,7 @@ def decode_at_once(model: Any, latents: Tensor, options: DecodeOptions = DecodeO
 
 def _decode_pictures(model: Any, video: Tensor, options: DecodeOptions) -> Tensor:
     """Latents [C, F, H, W] to [3, F, H, W], the frames as a batch. Most such models mix the frames of a batch."""
-    mixes = "num_frames" in inspect.signature(model.decode).parameters
+    mixes = "num_frames" in inspect.signature(model.decoder.forward).parameters
     chunks = video.movedim(0, 1).split(options.chunk_frames or video.shape[1])
     pictures = [
         model.decode(chunk, return_dict=False, **({"num_frames": len(chunk)} if mixes else {}))[0] for chunk in chunks

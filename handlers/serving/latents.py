@@ -43,11 +43,13 @@ class LatentsLayouts:
         """The layouts that latents of this shape may have.
 
         Packed latents are told by the height and width that came along; where they fit, it is no other layout, although
-        an unbatched [C, H, W] has three dimensions too, and one client sends height and width with any.
+        an unbatched [C, H, W] has three dimensions too, and one client sends height and width with any. So it is with
+        batches: without one, pictures 128 pixels wide with their channels last are [1, H, 16, 16], as a batch is.
         """
         asked = (parameters.latents_layout,) if parameters.latents_layout else self.names
         found = [name for name in asked if name in self.names and self._sizes(name, shape, parameters)]
-        return ["packed"] if "packed" in found else found
+        batched = [name for name in found if len(shape) == len(_groups(PATTERNS[name]))]
+        return ["packed"] if "packed" in found else batched or found
 
     def read(self, latents: Tensor, parameters: Parameters) -> tuple[Tensor, LatentsLayout]:
         """Latents as they came, with or without their batch dimension, to the VAE's own [B, C, (F,) H, W].

@@ -67,4 +67,5 @@ def differs(layout: Layout, declared: type[Model]) -> str | None:
     if not wrong:
         return None
     said = ", ".join(f"{name.split()[0]} = {getattr(declared, name.split()[0], None)}" for name in wrong)
-    return f"{declared.__name__} declares {said}, but its {declared.vae_class} has {', '.join(wrong)}"
+    name = next(part.__name__ for part in declared.__mro__ if "vae_class" in vars(part))
+    return f"{name} declares {said}, but its {declared.vae_class} has {', '.join(wrong)}"

@@ -81,7 +81,7 @@ class VAE:
             model = vae_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
         vae = cls(model.to(device), declared)
         if difference := differs(vae.layout, declared):
-            if not settings.weights:
+            if settings.weights in (None, "random"):
                 raise ValueError(difference)
             logger.warning("%s; these weights are taken as they are", difference)
         logger.info("running on %s in %s", device, dtype)

@@ -76,6 +76,12 @@ def test_frames_first_and_channels_last(batch: int) -> None:
     assert torch.equal(read(IMAGE, picture.movedim(1, -1).unsqueeze(1)), picture)
 
 
+def test_a_batch_is_read_before_what_has_none() -> None:
+    """Pictures 128 pixels wide, whose width would be the channels of one that has them last."""
+    latents = torch.randn(1, 16, 24, 16)
+    assert torch.equal(read(IMAGE, latents), latents)
+
+
 def test_patches_as_channels() -> None:
     latents = torch.randn(2, 128, 4, 6)
     assert torch.equal(read(PATCHIFIED, latents), pixel_shuffle(latents, 2))
