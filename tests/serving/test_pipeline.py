@@ -155,7 +155,7 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         ("free", "expected"),
-        [(10**12, Mode.FULL), (12 * 10**8, Mode.REDUCED), (4 * 10**8, Mode.SLICED), (10**6, Mode.TILED)],
+        [(10**12, Mode.FULL), (13 * 10**8, Mode.REDUCED), (5 * 10**8, Mode.SLICED), (10**6, Mode.TILED)],
     )
     def test_the_mode_follows_from_what_is_free(
         self, vae: VAE, free: int, expected: Mode, monkeypatch: pytest.MonkeyPatch
