@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 
+from handlers import MODELS
 from scripts.local_server import ROOT, clean_environment, serve
 from tests.conftest import Endpoint, uint8_pixels
 
@@ -75,4 +76,4 @@ def test_another_model_does_not_take_the_weights_in_the_repository(repository: P
 def test_no_or_an_unknown_model_is_an_error_that_lists_the_keys(environment: dict[str, str]) -> None:
     result = import_handler(ROOT, **environment)
     assert result.returncode != 0
-    assert result.stderr.rstrip().endswith("the models are: sd-v1, sdxl, flux, hunyuan-video, tiny")
+    assert result.stderr.rstrip().endswith(f"the models are: {', '.join(MODELS)}")

@@ -122,7 +122,8 @@ class LatentsLayouts:
     def _packed_grid(self, parameters: Parameters) -> dict[str, int]:
         """Frames, and rows and columns of patches, in pixels of the height and width that came; 0 where none came."""
         side = self.patch * self.layout.vae_scale_factor
-        frames = 1 if parameters.num_frames is None else self._latent_frames(parameters.num_frames)
+        one = self.layout.kind == "image" or parameters.num_frames is None
+        frames = 1 if one else self._latent_frames(parameters.num_frames)
         try:
             rows, columns = int(parameters.height) // side, int(parameters.width) // side
         except (TypeError, ValueError, OverflowError):

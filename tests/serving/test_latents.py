@@ -59,6 +59,10 @@ def test_packed_latents_of_a_video_are_one_frame_unless_num_frames_says_more() -
         read(VIDEO, torch.randn(1, 48, 64), height=64, width=64)
 
 
+def test_num_frames_says_nothing_of_a_picture() -> None:
+    assert read(IMAGE, torch.randn(1, 16, 64), height=64, width=64, num_frames=9).shape == (1, 16, 8, 8)
+
+
 def test_tokens_of_a_video_go_frame_by_frame() -> None:
     latents = torch.randn(2, 128, 3, 4, 6)
     packed = latents.flatten(2).transpose(1, 2)
