@@ -72,7 +72,7 @@ def test_another_model_does_not_take_the_weights_in_the_repository(repository: P
     assert "madebyollin/sdxl-vae-fp16-fix" in result.stderr
 
 
-@pytest.mark.parametrize("environment", [{}, {"VAE_MODEL": "sd3"}])
+@pytest.mark.parametrize("environment", [{}, {"VAE_MODEL": "fluks"}])
 def test_no_or_an_unknown_model_is_an_error_that_lists_the_keys(environment: dict[str, str]) -> None:
     result = import_handler(ROOT, **environment)
     assert result.returncode != 0
