@@ -84,6 +84,9 @@ resume: $(DEPLOY_VENV)/bin/.installed  ## start the paused endpoint of MODEL aga
 undeploy: $(DEPLOY_VENV)/bin/.installed  ## delete the endpoint of MODEL [DELETE_REPO=1] [YES=1]
 	@$(DEPLOY) undeploy $(deploy_target) $(if $(DELETE_REPO),--delete-repo) $(if $(YES),--yes)
 
+# a file of tests stays in one process, which starts the servers that they share; `make test ARGS="-k mp4"` for some
+ARGS ?= -n 2 --dist loadfile
+
 .PHONY: test
 test: install  ## the tests, with the newest releases
 	$(BIN)/python -m pytest $(ARGS)
