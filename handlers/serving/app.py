@@ -234,7 +234,7 @@ async def body_of(request: Request, limits: Limits) -> AsyncIterator[tuple[bytea
         nonlocal held
         held += size
         state.held_bytes += size
-        limits.check_held(state.held_bytes)
+        limits.check_held(state.held_bytes, held)
 
     try:
         declared = request.headers.get("content-length", "")

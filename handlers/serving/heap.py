@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import psutil
 import torch
 
-from handlers.serving.memory import free_memory
+from handlers.serving.memory import free_memory, total_memory
 
 MARGIN = 1.1
 """What may be kept, in parts of what the largest pass took."""
@@ -47,8 +48,12 @@ class Heap:
     """One for the whole process: `HEAP`."""
 
     def __init__(self) -> None:
+        self.reserve = 0
+        """Bytes that are left to other requests, whose bodies come at any time."""
         self.base = 0
         """Resident bytes after the free pages were last given back."""
+        self.floor = sys.maxsize
+        """The fewest of these: what the process always holds."""
         self.largest = 0
         """The most resident bytes that the process grew by in a pass."""
         self.needed = 0
@@ -71,13 +76,22 @@ class Heap:
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         self.base = _resident()
+        self.floor = min(self.floor, self.base)
+
+    def available(self) -> int:
+        """Bytes that a pass could get now."""
+        return _available() - self.reserve
+
+    def capacity(self) -> int:
+        """Bytes that a pass could get at best."""
+        return total_memory(torch.device("cpu")) - self.reserve - min(self.floor, self.base)
 
     def make_room(self, needed: int) -> None:
         """Before a pass whose tensors take so many bytes at their peak."""
         self.repeated, self.needed = needed == self.needed, needed
-        if short := _available() < needed * HOLES:
+        if short := self.available() < needed * HOLES:
             self.trim()
-            short = _available() < needed * HOLES
+            short = self.available() < needed * HOLES
         _mallopt(M_MMAP_THRESHOLD, SMALL_BLOCK if short else LARGE_BLOCK)
 
     @contextmanager
@@ -92,7 +106,7 @@ class Heap:
             after = _resident()
             self.largest = max(self.largest, after - before)
             kept = after - self.base
-            if kept > _available() or (kept > self.largest * MARGIN and not self.repeated):
+            if kept > self.available() or (kept > self.largest * MARGIN and not self.repeated):
                 self.trim()
 
 

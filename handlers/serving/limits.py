@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,7 +18,10 @@ class Limits(BaseModel):
     max_body_mb: Annotated[float, Field(gt=0)] = 512
     """Megabytes of a request's body; a minute of 720p video as uint8 pixels is about this much."""
     max_held_mb: Annotated[float, Field(gt=0)] = 2048
-    """Megabytes of the bodies of all requests that are in the service at a time, and of what was made of them."""
+    """Megabytes of the bodies of all requests that are in the service at a time, and of what was made of them.
+
+    Unless it is set, no more than an eighth of the machine's memory.
+    """
     max_pixels: Annotated[int, Field(ge=1)] = 128_000_000
     """Pixels of a request, all pictures of a batch and all frames counted: 139 frames of 1280x720, or 11313x11313."""
     max_frames: Annotated[int, Field(ge=1)] = 257
@@ -38,13 +41,21 @@ class Limits(BaseModel):
     grace: Annotated[float, Field(ge=0)] = 20
     """Seconds after SIGTERM in which requests that are in are still finished; Kubernetes kills after 30."""
 
+    def within(self, memory: int) -> Self:
+        """These limits on a machine, or in a container, of so many bytes."""
+        if "max_held_mb" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"max_held_mb": min(self.max_held_mb, memory // 8_000_000)})
+
     def check_body(self, size: int) -> None:
         """Bytes of a body, counted as they come."""
         if size > self.max_body_mb * 1e6:
             raise _too_large(f"the body is larger than {self.max_body_mb:g} MB", "VAE_MAX_BODY_MB")
 
-    def check_held(self, size: int) -> None:
-        """Bytes of all bodies together."""
+    def check_held(self, size: int, own: int) -> None:
+        """Bytes of all requests together, and of one of them, which may be too much by itself."""
+        if own > self.max_held_mb * 1e6:
+            raise _too_large(f"the request takes {own / 1e6:.0f} MB; at most {self.max_held_mb:g}", "VAE_MAX_HELD_MB")
         if size > self.max_held_mb * 1e6:
             raise RequestError(f"requests hold {self.max_held_mb:g} MB already (VAE_MAX_HELD_MB); try again soon", 503)
 

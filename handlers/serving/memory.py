@@ -83,7 +83,7 @@ JOINING: dict[Task, int] = {"decode": 15, "encode": 9}
 def choose_modes(estimate: Estimate, batch: int, free: int, capacity: int, offered: Sequence[Mode]) -> list[Mode]:
     """The modes to try, in this order: the first that fits in `free` bytes, then those that need less.
 
-    Where none fits now, the last is tried all the same: the estimate has a margin. None where it needs more than
+    Where none fits now, it is the last all the same: the estimate has a margin. None where it needs more than
     `capacity`, the device's whole memory.
 
     Args:

@@ -20,6 +20,7 @@ from handlers.model import Model, Task
 from handlers.serving import metrics, output, payload, pixels
 from handlers.serving.autoencoder import DecodeOptions
 from handlers.serving.errors import RequestError
+from handlers.serving.heap import HEAP
 from handlers.serving.latents import LatentsLayouts, add_noise, generator_of
 from handlers.serving.memory import Mode, free_memory, is_out_of_memory, total_memory
 from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, decode_answer
@@ -86,7 +87,9 @@ class Pipeline:
 
     @classmethod
     def load(cls, declared: type[Model], path: str) -> Pipeline:
-        settings = Settings.load()
+        memory = total_memory(torch.device("cpu"))
+        settings = Settings.load().within(memory)
+        HEAP.reserve = int(settings.max_held_mb * 1e6)
         path = "" if settings.foreign_repository else path
         vaes = [VAE.load(declared, path, settings, device) for device in devices(settings.device)]
         return cls(vaes, settings)

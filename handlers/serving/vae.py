@@ -166,15 +166,20 @@ class VAE:
             RequestError: not even tiles fit: in this device (422), or now (503).
         """
         estimate = self.memory.estimate(task, self.layout, inputs.shape, self.model.dtype.itemsize)
-        capacity, offered = total_memory(self.device), self._offered(task, len(inputs))
+        offered = self._offered(task, len(inputs))
+        least = offered[-1]
         if self.device.type == "cpu":
             HEAP.make_room(estimate.of(offered[0], len(inputs)))
-        modes = choose_modes(estimate, len(inputs), free_memory(self.device), capacity, offered)
-        least = offered[-1]
+            free, capacity = HEAP.available(), HEAP.capacity()
+        else:
+            free, capacity = free_memory(self.device), total_memory(self.device)
+        modes = choose_modes(estimate, len(inputs), free, capacity, offered)
         needed = f"`shape` {list(inputs.shape)} takes about {estimate.of(least, len(inputs)) / 1e9:.1f} GB of memory"
         needed += " even in tiles" if least is Mode.TILED else ", and there are no tiles for it"
         if not modes:
-            raise RequestError(f"{needed}, and this device has {capacity / 1e9:.1f} GB", 422)
+            raise RequestError(f"{needed}, and this device has {capacity / 1e9:.1f} GB for it", 422)
+        if self.device.type == "cpu" and estimate.of(modes[0], len(inputs)) > free:  # which says so by being killed
+            raise RequestError(f"{needed}, which this device does not have free now; try again soon", 503)
         for mode in modes:
             self.model.use_tiling = mode is Mode.TILED
             one_by_one = mode in (Mode.SLICED, Mode.TILED) and len(inputs) > 1

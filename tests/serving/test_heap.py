@@ -87,6 +87,7 @@ class FakeHeap(Heap):
     def trim(self) -> None:
         self.trims += 1
         self.resident = self.base = self.live
+        self.floor = min(self.floor, self.base)
 
     def run(self, grows: int, needed: int = 0) -> int:
         """Runs a pass that takes so many more, of a shape that differs from the last unless `needed` is the same.
@@ -136,6 +137,17 @@ def test_it_is_trimmed_where_a_pass_may_not_find_enough(monkeypatch: pytest.Monk
         assert (fake.trims, fake.block, fake.resident) == (trims, block, 1000 if trims else 1400)
         fake.make_room(1)
         assert fake.block == LARGE_BLOCK
+
+
+def test_what_requests_may_bring_meanwhile_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeHeap(monkeypatch, resident=400, available=1600)
+    monkeypatch.setattr(heap, "total_memory", lambda device: 2000)
+    fake.reserve = 250
+    fake.trim()
+    assert (fake.available(), fake.capacity()) == (1350, 1350)
+    fake.resident = fake.live = 900  # other requests', at the time of a trim
+    fake.trim()
+    assert (fake.available(), fake.capacity()) == (850, 1350)
 
 
 def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import requests
 import torch
 from PIL import Image
 
+from handlers.serving.limits import Limits
 from tests.conftest import SERVERS, Endpoint, faulty_endpoint
 from tests.faulty_server import SLOW
 
@@ -84,6 +85,12 @@ def read_answer(answers: BinaryIO) -> tuple[int, bytes]:
     return status, body
 
 
+def test_what_is_held_is_an_eighth_of_the_memory_unless_it_is_set() -> None:
+    assert Limits().within(2 * 10**9).max_held_mb == 250
+    assert Limits().within(10**12).max_held_mb == 2048
+    assert Limits(max_held_mb=2048).within(2 * 10**9).max_held_mb == 2048
+
+
 class TestSizes:
     def test_a_body_over_the_limit_is_413_whether_it_says_its_length_or_not(self, narrow: Endpoint) -> None:
         body = b"\0" * 1_500_000
@@ -126,7 +133,8 @@ class TestSizes:
         buffer = io.BytesIO()
         Image.new("RGB", (512, 512)).save(buffer, format="PNG")  # 3 MB as floats
         response = requests.post(narrow.url, data=buffer.getvalue(), timeout=10)
-        assert (response.status_code, response.json()["error"][:20]) == (503, "requests hold 1.5 MB")
+        message = "the request takes 3 MB; at most 1.5, the limit here (VAE_MAX_HELD_MB)"
+        assert (response.status_code, response.json()["error"]) == (413, message)
         assert metric(narrow, "vae_held_bytes") == 0
 
     def test_bodies_count_together_while_they_come(self, narrow: Endpoint) -> None:
