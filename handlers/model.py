@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 Kind = Literal["image", "video"]
 Task = Literal["decode", "encode"]
+SampleMode = Literal["argmax", "sample", "moments"]
+"""What of an encoder's distribution: its mode, a sample, or its mean and log-variance, [B, 2 * C, ...]."""
 LatentsLayout = Literal["BCHW", "BCFHW", "BFCHW", "BFHWC", "packed", "patchified"]
 """How latents are laid out on their way: batch, channels, frames, height, width, in this order of dimensions; or
 

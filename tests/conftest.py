@@ -21,6 +21,7 @@ from PIL import Image
 from handlers import MODELS
 from handlers.serving.output import describe, tensor_bytes
 from scripts.local_server import serve
+from tests.small_service import Service, running_service
 
 SERVERS = ("standalone", "toolkit")
 """In which the service runs."""
@@ -130,6 +131,13 @@ def faulty_endpoint(kind: str, key: str, weights: Path, log: Path, **environment
         environment["TOOLKIT"] = toolkit
     with serve("--model", key, "--weights", str(weights), log=log, command=command, **environment) as url:
         yield Endpoint(key, url, getattr(diffusers, MODELS[key].vae_class).from_pretrained(weights).eval(), log)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The server of every model's small checkpoint."""
+    with running_service(tmp_path_factory.mktemp("service") / "checkpoints") as running:
+        yield running
 
 
 @pytest.fixture(params=IMAGE_MODELS)

@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import pytest
 
 from handlers import MODELS
-from scripts.local_server import serve
-from tests.checkpoints import SMALL
 from tests.hub_server import Hub, Repo, identity, running_hub
 
 PROJECT = Path(__file__).parents[1]
@@ -119,19 +116,6 @@ def deploy(hub: Hub, tmp_path: Path) -> Runner:
     home = tmp_path / "home"
     home.mkdir()
     return Runner(hub, home)
-
-
-@pytest.fixture(scope="module")
-def small_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where small random checkpoints are served, each model under its key, and `tiny` itself."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    (folder / "tiny").symlink_to(PROJECT / "models" / "tiny")
-    for key in SMALL.keys() & MODELS.keys():
-        vae_class, config = SMALL[key]
-        getattr(diffusers, vae_class).from_config(config).save_pretrained(folder / key)
-    log = tmp_path_factory.mktemp("log") / "models.log"
-    with serve("--folder", str(folder), log=log, command=("-m", "tests.models_server")) as url:
-        yield url
 
 
 def publish(hub: Hub, repository: str, folder: str = "", **options: bool) -> Repo:

@@ -45,7 +45,7 @@ async def health(request: Request) -> Response:
 
 class Handler:
     def __init__(self, key: str, folder: Path) -> None:
-        settings = Settings(weights=str(folder))
+        settings = Settings(model=key, weights=str(folder))
         loaded = vae.VAE.load(model_of(key), "", settings, "cpu")
         for model in (loaded.model, loaded.probe.copy):
             small_tiles(model, loaded.layout.vae_scale_factor)

@@ -28,11 +28,11 @@ from tests.deploy_runner import (
     deploy,
     hub,
     publish,
-    small_models,
 )
 from tests.hub_server import Hub
+from tests.small_service import Service
 
-__all__ = ["deploy", "hub", "small_models"]  # fixtures
+__all__ = ["deploy", "hub"]  # fixtures
 
 SERVED = [key for key in MODELS if key in SMALL or key == "tiny"]
 """Models that have a small checkpoint to be tried with."""
@@ -409,10 +409,10 @@ def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:
 
 
 @pytest.mark.parametrize("model", SERVED)
-def test_smoke_of_each_model(small_models: str, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+def test_smoke_of_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """What random weights make of the picture is another one; that `tiny` keeps it is in the whole life above."""
     monkeypatch.setattr(smoke, "LOWEST_PSNR", 0)
-    result = smoke.smoke_test(f"{small_models}/{model}", None)
+    result = smoke.smoke_test(f"{service.url}/{model}", None)
 
     assert result.shape[1] == MODELS[model].latent_channels
     assert result.shape[-1] == smoke.SIZE // MODELS[model].vae_scale_factor
@@ -422,12 +422,12 @@ def test_smoke_of_each_model(small_models: str, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning")
 @pytest.mark.parametrize("model", SERVED)
 def test_the_printed_code_runs_as_it_is(
-    small_models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(snippets, "SIZE", 256)
-    url, kind = f"{small_models}/{model}", MODELS[model].kind
+    url, kind = f"{service.url}/{model}", MODELS[model].kind
     for snippet, name in ((snippets.diffusers_snippet, "decoded.jpg"), (snippets.token_snippet, "decoded.png")):
         exec(snippet(MODELS[model], url), {})
         if kind == "video":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import av
@@ -21,14 +19,13 @@ from torch import Tensor
 from handlers.model import Model
 from handlers.serving.autoencoder import DecodeOptions, decode_at_once, encode_at_once, has_frames
 from handlers.serving.low_memory import has_reduced_peak
-from handlers.serving.output import describe, tensor_bytes, write_mp4
+from handlers.serving.output import write_mp4
 from handlers.serving.vae import VAE
-from scripts.local_server import serve
 from tests import pipelines
-from tests.checkpoints import SMALL, build, model_of, save, small_tiles
+from tests.checkpoints import SMALL, build, model_of, small_tiles
 from tests.pipelines import FIRST_FRAME, PIPELINES, Unavailable
+from tests.small_service import SERVED, Service, as_tensor
 
-SERVED = [key for key in SMALL if model_of(key)]
 DECODERS = [(key, pipeline) for key in SERVED for pipeline in PIPELINES[key][0]]
 ENCODERS = [(key, pipeline) for key in SERVED for pipeline in PIPELINES[key][1]]
 SEED = 7
@@ -52,54 +49,6 @@ MISSING = {
     }
 }
 """Pipelines that a version of diffusers does not have."""
-
-
-@dataclass(frozen=True)
-class Service:
-    """The server of all small checkpoints, and the models themselves."""
-
-    url: str
-    model: Callable[[str], Any]
-
-    def post(self, key: str, tensor: Tensor, task: str, **parameters: Any) -> requests.Response:
-        shape, dtype = describe(tensor)
-        return requests.post(
-            f"{self.url}/{key}/{task}",
-            data=tensor_bytes(tensor),
-            params={"shape": shape, "dtype": dtype, **parameters},
-            headers={"Content-Type": "tensor/binary"},
-            timeout=60,
-        )
-
-    def tensor(self, key: str, tensor: Tensor, task: str, **parameters: Any) -> Tensor:
-        return as_tensor(self.post(key, tensor, task, **parameters))
-
-    def refusal(self, key: str, tensor: Tensor, task: str, **parameters: Any) -> str:
-        response = self.post(key, tensor, task, **parameters)
-        assert response.status_code in (400, 422), response.headers
-        return response.json()["error"]
-
-
-def as_tensor(response: requests.Response) -> Tensor:
-    assert response.ok, response.text
-    dtype = getattr(torch, response.headers["dtype"])
-    return torch.frombuffer(bytearray(response.content), dtype=dtype).reshape(json.loads(response.headers["shape"]))
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder, models = tmp_path_factory.mktemp("checkpoints"), {}
-    for key in SERVED:
-        save(key, folder / key)
-
-    def model(key: str) -> Any:
-        if key not in models:
-            models[key] = build(key)
-        return models[key]
-
-    log = tmp_path_factory.mktemp("log") / "models.log"
-    with serve("--folder", str(folder), log=log, command=("-m", "tests.models_server")) as url:
-        yield Service(url, model)
 
 
 @pytest.fixture

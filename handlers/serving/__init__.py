@@ -2,6 +2,7 @@
 
 app       HTTP: routes, headers, status codes
 access_log  a request's id, its line in the log, its counters
+description  what is served, for clients that ask
 pipeline  one request, from its payload to its answer
 worker    the devices' threads and the queue in front of them
 output    tensors to the bytes of pictures, videos and tensors

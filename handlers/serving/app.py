@@ -25,10 +25,12 @@ from starlette.routing import Route
 from handlers.model import Task
 from handlers.serving import metrics
 from handlers.serving.access_log import NO_ANSWER, AccessLog
+from handlers.serving.description import describe
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.output import to_json
 from handlers.serving.pipeline import Pipeline
+from handlers.serving.request import media_type_of
 
 T = TypeVar("T")
 
@@ -39,6 +41,7 @@ CONTENT_TYPES = {
     "application/octet-stream",
     "application/x-www-form-urlencoded",  # what curl says of any --data-binary
     "application/json",
+    "multipart/form-data",
     "tensor/base64",
     "tensor/binary",
     "image/png",
@@ -59,6 +62,7 @@ def build_app(model: str | None = None) -> Starlette:
         Route("/predict", predict, methods=["POST"]),
         Route("/decode", decode, methods=["POST"]),
         Route("/encode", encode, methods=["POST"]),
+        Route("/config", config, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
         Route("/metrics", show_metrics, methods=["GET"]),
     ]
@@ -137,6 +141,12 @@ async def health(request: Request) -> Response:
     return PlainTextResponse("Ok")
 
 
+async def config(request: Request) -> Response:
+    pipeline = _pipeline(request)
+    check_token(request, pipeline.settings.api_token)
+    return JSONResponse(describe(pipeline))
+
+
 async def show_metrics(request: Request) -> Response:
     _pipeline(request).measure()
     metrics.HELD.set(request.app.state.held_bytes)
@@ -148,10 +158,10 @@ async def run(request: Request, task: Task | None) -> Response:
     pipeline, record = _pipeline(request), request.state.record
     settings = pipeline.settings
     check_token(request, settings.api_token)
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if content_type not in CONTENT_TYPES:
+    content_type = request.headers.get("content-type", "")
+    if (media_type := media_type_of(content_type)) not in CONTENT_TYPES:
         known = ", ".join(sorted(CONTENT_TYPES - {""}))
-        raise RequestError(f"Content-Type {content_type[:100]!r} is not taken; send none, or one of {known}", 415)
+        raise RequestError(f"Content-Type {media_type[:100]!r} is not taken; send none, or one of {known}", 415)
     pipeline.workers.check_open()
     accept = request.headers.get("accept")
     values: dict[str, Any] = dict(request.query_params)

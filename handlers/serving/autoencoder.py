@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from handlers.model import SampleMode
+
 
 @dataclass(frozen=True)
 class DecodeOptions:
@@ -18,6 +20,25 @@ class DecodeOptions:
     """Of those that are conditioned on one (LTX-Video from 0.9.1 on); the noise that goes with it is in the latents."""
     chunk_frames: int | None = None
     """Frames at a time of those that take a video as a batch of pictures; None for all of a video."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What is taken of the distribution that an encoder gives; without one, as of AutoencoderTiny, the latents are."""
+
+    sample_mode: SampleMode = "argmax"
+    generator: torch.Generator | None = None
+    """Of a sample."""
+
+    def of(self, posterior: Any) -> Tensor:
+        """Latents [B, C, ...], or moments [B, 2 * C, ...]."""
+        match self.sample_mode:
+            case "argmax":
+                return posterior.mode()
+            case "sample":
+                return posterior.sample(self.generator)
+            case "moments":
+                return posterior.parameters
 
 
 def has_frames(model: Any) -> bool:
@@ -46,27 +67,24 @@ def _decode_pictures(model: Any, video: Tensor, options: DecodeOptions) -> Tenso
 
 
 def encode_at_once(
-    model: Any, pixels: Tensor, generator: torch.Generator | None = None, one_by_one: bool = False
+    model: Any, pixels: Tensor, options: EncodeOptions = EncodeOptions(), one_by_one: bool = False
 ) -> Tensor:
-    """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents; of pictures, [B, C, 1, H, W] by some models.
+    """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents, of pictures [B, C, 1, H, W] by some."""
+    if pixels.ndim == 5 and not has_frames(model):
+        pictures = encode_at_once(model, pixels.movedim(2, 1).flatten(0, 1), options, one_by_one)
+        return pictures.unflatten(0, (-1, pixels.shape[2])).movedim(1, 2)
+    encoded = posterior_of(model, pixels, one_by_one)
+    return encoded if isinstance(encoded, Tensor) else options.of(encoded)
 
-    Gives the mode of the encoder's distribution, or a sample of it where a generator is given.
-    """
-    frames = None
-    if has_frames(model):
-        pixels = pixels.unsqueeze(2) if pixels.ndim == 4 else pixels
-    elif pixels.ndim == 5:
-        frames = pixels.shape[2]
-        pixels = pixels.movedim(2, 1).flatten(0, 1)
+
+def posterior_of(model: Any, pixels: Tensor, one_by_one: bool = False) -> Any:
+    """diffusers' distribution of the latents; or the latents, of the autoencoders that are not variational."""
+    if pixels.ndim == 4 and has_frames(model):
+        pixels = pixels.unsqueeze(2)
     encoded = [model.encode(part, return_dict=False)[0] for part in (pixels.split(1) if one_by_one else [pixels])]
-    if isinstance(encoded[0], Tensor):  # the autoencoders that are not variational, AutoencoderTiny for one
-        latents = torch.cat(encoded)
-    else:
-        posterior = encoded[0]
-        if one_by_one:
-            posterior = type(posterior)(torch.cat([part.parameters for part in encoded]))
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
-    return latents if frames is None else latents.unflatten(0, (-1, frames)).movedim(1, 2)
+    if isinstance(encoded[0], Tensor):
+        return torch.cat(encoded)
+    return type(encoded[0])(torch.cat([part.parameters for part in encoded])) if one_by_one else encoded[0]
 
 
 def forget(model: Any) -> None:

@@ -25,6 +25,8 @@ class Layout:
     first: most VAEs have (n - 1) * factor + 1 for all n, CogVideoX only for odd ones, and n * factor for even ones."""
     vae_ndim: int = 4
     """Dimensions of what the VAE itself takes; 5 where it has frames."""
+    variational: bool = True
+    """Whether the encoder gives a distribution, of which there are moments and samples."""
 
     @property
     def ndim(self) -> int:

@@ -59,10 +59,16 @@ class Limits(BaseModel):
         if size > self.max_held_mb * 1e6:
             raise RequestError(f"requests hold {self.max_held_mb:g} MB already (VAE_MAX_HELD_MB); try again soon", 503)
 
-    def check_picture(self, width: int, height: int, frames: int = 1) -> None:
-        """A picture, or the first so many frames of a video, before their pixels are decoded."""
+    def check_picture(self, width: int, height: int, frames: int = 1, batch: int = 1) -> None:
+        """A batch of such pictures, or the first so many frames of a video, before their pixels are decoded."""
         self._check_frames(frames)
-        self._check_pixels(width * height * frames, f"{width}x{height} pixels" + _of_frames(frames))
+        what = f"{width}x{height} pixels" + _of_frames(frames) + (f" in each of {batch} pictures" if batch > 1 else "")
+        self._check_pixels(width * height * frames * batch, what)
+
+    def check_files(self, batch: int) -> None:
+        """Pictures in one request, before any is read."""
+        if batch > self.max_batch:
+            raise _too_large(f"a batch of {batch} pictures; at most {self.max_batch}", "VAE_MAX_BATCH")
 
     def check_batch(self, shape: Sequence[int], frames: int, pixels: int) -> None:
         """A batch of tensors of this shape, before anything is made of it; frames and pixels of each of its items."""

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ MAX_SIDE = {"jpg": 65500, "webp": 16383, "png": 65535, "mp4": 16384}
 
 def check_size(answer: Answer, image_format: str, width: int, height: int) -> None:
     """Raises `RequestError` where the answer's file cannot be that large."""
-    name = {Answer.IMAGE: image_format, Answer.MP4: "mp4"}.get(answer)
+    name = {Answer.IMAGE: image_format, Answer.IMAGES: image_format, Answer.MP4: "mp4"}.get(answer)
     if name and max(width, height) > MAX_SIDE[name]:
         raise RequestError(
             f"`shape`: {width}x{height} pixels do not fit in a {name} file, which takes {MAX_SIDE[name]} each way; "
@@ -57,6 +58,8 @@ def render(value: Tensor | Mp4Writer, answer: Answer, image_format: str, quality
         return Content(value.finish(), "video/mp4")
     if answer is Answer.IMAGE:
         return write_image(to_image(value[0]), image_format, quality)
+    if answer is Answer.IMAGES:
+        return write_zip([write_image(to_image(pixels), image_format, quality) for pixels in value], image_format)
     shape, dtype = describe(value)
     return Content(tensor_bytes(value), "tensor/binary", {"shape": json.dumps(shape), "dtype": dtype})
 
@@ -98,6 +101,15 @@ def write_image(image: Image.Image, image_format: str, quality: int) -> Content:
     buffer = io.BytesIO()
     image.save(buffer, format=name, **options)
     return Content(buffer.getvalue(), f"image/{name}")
+
+
+def write_zip(images: list[Content], image_format: str) -> Content:
+    """The files as `0.png`, `1.png`, ... in their order; stored as they are, since pictures are compressed already."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for index, image in enumerate(images):
+            archive.writestr(f"{index}.{image_format}", image.body)
+    return Content(buffer.getvalue(), "application/zip")
 
 
 def write_png(pixels: np.ndarray) -> bytes:

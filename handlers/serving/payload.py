@@ -14,6 +14,8 @@ import av
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
@@ -39,6 +41,9 @@ JPEG_SCANS = 100
 
 JSON_VALUES = 10_000
 """Lists, objects and their elements in a JSON body, which take 25 times their size; parameters are a few dozen."""
+
+FORM_PARTS = 1000
+"""Files and fields of a form; how many pictures make a batch is one of `Limits`."""
 
 MP4_BOXES = 10_000
 """Beside each other in an MP4 file; one in fragments has two for each."""
@@ -75,6 +80,53 @@ def read_json(body: Body) -> tuple[bytes, dict[str, Any]]:
     return read_base64(message["inputs"]), parameters
 
 
+def read_form(body: Body, content_type: str) -> tuple[list[bytes], dict[str, Any]]:
+    """The files of a `multipart/form-data` body in their order, and its other fields, which are parameters."""
+    files: list[bytes] = []
+    values: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    name, part = bytearray(), bytearray()
+
+    def end_header() -> None:
+        headers[name.decode("latin-1").lower()] = part.decode("latin-1")
+        name.clear()
+        part.clear()
+
+    def end_part() -> None:
+        disposition, options = parse_options_header(headers.get("content-disposition", ""))
+        field = options.get(b"name", b"").decode("utf-8", "replace")
+        if disposition != b"form-data" or not (field or b"filename" in options):
+            raise RequestError("a part of the form has no `Content-Disposition: form-data` with a name")
+        if b"filename" in options:
+            files.append(bytes(part))
+        else:
+            values.setdefault(field, []).append(part.decode("utf-8", "replace"))
+        if len(files) + len(values) > FORM_PARTS:
+            raise RequestError(f"the form has more than {FORM_PARTS} parts", 413)
+        headers.clear()
+        part.clear()
+
+    _, options = parse_options_header(content_type)
+    try:
+        parser = MultipartParser(
+            options.get(b"boundary", b""),
+            {
+                "on_header_field": lambda data, start, end: name.extend(data[start:end]),
+                "on_header_value": lambda data, start, end: part.extend(data[start:end]),
+                "on_header_end": end_header,
+                "on_part_data": lambda data, start, end: part.extend(data[start:end]),
+                "on_part_end": end_part,
+            },
+        )
+        parser.write(bytes(body))
+        parser.finalize()
+    except FormParserError as error:
+        raise RequestError(f"the body is no multipart/form-data: {error}") from None
+    if not files:
+        raise RequestError("the form holds no file: send one as `curl -F file=@picture.png` does, with a filename")
+    return files, {field: value if field == "shape" else value[-1] for field, value in values.items()}
+
+
 def read_base64(text: Any) -> bytes:
     if not isinstance(text, str):
         raise RequestError(f"`inputs` must be base64 text, got {type(text).__name__}")
@@ -97,15 +149,18 @@ def read_tensor(body: Body, shape: tuple[int, ...] | None, dtype: str | None) ->
     return torch.frombuffer(writable, dtype=DTYPES[dtype]).reshape(shape)
 
 
-def read_image(body: Body, limits: Limits) -> Image.Image:
-    """A PNG, JPEG or WebP file, of which a small one may hold a huge picture: its header is looked at first."""
+def read_image(body: Body, limits: Limits, batch: int = 1) -> Image.Image:
+    """A PNG, JPEG or WebP file, of which a small one may hold a huge picture: its header is looked at first.
+
+    It is one of a batch of so many, all of one size.
+    """
     if body.startswith(JPEG) and body.count(b"\xff\xda") > JPEG_SCANS:
         raise RequestError(f"the JPEG file has more than {JPEG_SCANS} scans; save it anew", 422)
     if body[8:12] == b"WEBP":  # for which Pillow takes memory as soon as it opens the file
-        limits.check_picture(*_webp_size(body))
+        limits.check_picture(*_webp_size(body), batch=batch)
     try:
         image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG", "WEBP"))
-        limits.check_picture(*image.size)
+        limits.check_picture(*image.size, batch=batch)
         image.load()
     except RequestError:
         raise

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from handlers.model import Model, Task
 from handlers.serving import metrics, output, payload, pixels
-from handlers.serving.autoencoder import DecodeOptions
+from handlers.serving.autoencoder import DecodeOptions, EncodeOptions
 from handlers.serving.errors import RequestError
 from handlers.serving.heap import HEAP
 from handlers.serving.latents import LatentsLayouts, add_noise, generator_of
 from handlers.serving.memory import Mode, free_memory, is_out_of_memory, total_memory
-from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, decode_answer
+from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, decode_answer, media_type_of
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE, devices
 from handlers.serving.worker import Device, DeviceWorkers
@@ -54,9 +54,9 @@ def _decode_options(request: Request) -> DecodeOptions:
     return DecodeOptions(request.parameters.decode_timestep, request.parameters.decode_chunk_size)
 
 
-def _generator(request: Request) -> torch.Generator | None:
-    """None for the mode of the encoder's distribution."""
-    return None if request.parameters.sample_mode == "argmax" else generator_of(request.parameters)
+def _encode_options(request: Request) -> EncodeOptions:
+    sampled = request.parameters.sample_mode == "sample"
+    return EncodeOptions(request.parameters.sample_mode, generator_of(request.parameters) if sampled else None)
 
 
 def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,16 +103,31 @@ class Pipeline:
         task: Task | None = None,
     ) -> Request:
         """The request that an HTTP message carries; without a `task`, its payload tells which it is."""
-        if content_type in ("application/json", "tensor/base64"):
-            body, more = payload.read_json(body)
+        media_type, files = media_type_of(content_type), [body]
+        if media_type in ("application/json", "tensor/base64"):
+            files[0], more = payload.read_json(body)
             values = {**values, **_without_nulls(more)}
-        kind: BodyKind | None = "tensor" if content_type == "tensor/binary" or "shape" in values else None
+        elif media_type == "multipart/form-data":
+            files, more = payload.read_form(body, content_type)
+            values = {**values, **more}
+        kind: BodyKind | None = "tensor" if media_type == "tensor/binary" or "shape" in values else None
+        kind = kind or self._kind_of(files)
+        body = files[0] if len(files) == 1 else files
         return self._request(body, kind, Parameters.parse(values), Accept.parse(accept, content_type), task)
 
+    def _kind_of(self, files: list[payload.Body]) -> BodyKind:
+        """What one file holds, or several, which are pictures."""
+        kinds = [payload.sniff(file) for file in files]
+        if len(files) > 1 and (self.layout.kind == "video" or set(kinds) != {"image"}):
+            taken = "a video model takes one file" if self.layout.kind == "video" else "a batch is of pictures alone"
+            raise RequestError(f"the form holds {len(files)} files ({', '.join(sorted(set(kinds)))}); {taken}", 422)
+        return kinds[0]
+
     def _request(
-        self, body: Any, body_kind: BodyKind | None, parameters: Parameters, accept: Accept, task: Task | None
+        self, body: Any, body_kind: BodyKind, parameters: Parameters, accept: Accept, task: Task | None
     ) -> Request:
-        body_kind = body_kind or payload.sniff(body)
+        if body_kind == "tensor" and isinstance(body, list):
+            raise RequestError("`shape` and `dtype` are of one tensor, but the form holds several files")
         if task is None:
             task = "encode" if body_kind != "tensor" or self._holds_pixels(parameters) else "decode"
         if task == "decode" and body_kind != "tensor":
@@ -120,7 +135,21 @@ class Pipeline:
         if self.layout.kind == "image" and body_kind == "video":
             raise RequestError("the body is a video, but this is an image model; send PNG, JPEG or WebP", 422)
         answer = Answer.LATENTS if task == "encode" else decode_answer(self.layout.kind, parameters, accept)
+        if task == "encode" and parameters.sample_mode == "moments":
+            self._check_moments(parameters)
         return Request(task, body, body_kind, parameters, answer, accept)
+
+    def _check_moments(self, parameters: Parameters) -> None:
+        """Raises `RequestError` where there are none, or where they are asked for in a way that they do not come in."""
+        if not self.layout.variational:
+            raise RequestError("`sample_mode`: this VAE's encoder gives latents, no distribution with moments", 422)
+        scaled = parameters.do_scaling or parameters.scaling_factor or parameters.shift_factor
+        if scaled or parameters.latents_layout:
+            raise RequestError(
+                "`sample_mode`: moments come raw and in the VAE's own layout, with twice the channels (means, then "
+                "log-variances); send no scaling and no `latents_layout`",
+                422,
+            )
 
     def _holds_pixels(self, parameters: Parameters) -> bool:
         """Whether a tensor that came to no explicit path is to be encoded."""
@@ -148,6 +177,9 @@ class Pipeline:
         if not prepared.inputs.isfinite().all():
             dtype = str(prepared.inputs.dtype).removeprefix("torch.")
             raise RequestError(f"the tensor holds NaN or infinity, as it came or once it is scaled in {dtype}", 422)
+        if request.parameters.memory_format:
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            return replace(prepared, inputs=prepared.inputs.contiguous(memory_format=formats[prepared.inputs.ndim]))
         return prepared
 
     def _read_latents(self, request: Request) -> Tensor:
@@ -184,12 +216,16 @@ class Pipeline:
             if batch.shape[2] < len(frames):
                 headers["X-VAE-Frames"] = f"the first {batch.shape[2]} of {len(frames)}"
         else:
-            image = request.body
-            if not isinstance(image, Image.Image):
-                image = payload.read_image(image, self.settings)
-            batch = pixels.from_images([payload.upright_rgb(image)], self.layout)
+            files = request.body if isinstance(request.body, list) else [request.body]
+            self.settings.check_files(len(files))
+            images = [self._read_image(file, len(files)) for file in files]
+            batch = pixels.from_images(images, self.layout)
         self._to_answer(request, self._no_latents(batch.shape))  # refuses here what it would refuse when all is done
         return Prepared(batch, headers)
+
+    def _read_image(self, file: payload.Body | Image.Image, batch: int) -> Image.Image:
+        image = file if isinstance(file, Image.Image) else payload.read_image(file, self.settings, batch)
+        return payload.upright_rgb(image)
 
     def _no_latents(self, shape: tuple[int, ...]) -> Tensor:
         """Of the shape that pixels of this one are encoded to, without numbers."""
@@ -200,8 +236,10 @@ class Pipeline:
         return torch.empty((shape[0], layout.latent_channels, *sizes), dtype=self.vae.dtype, device="meta")
 
     def _to_answer(self, request: Request, raw: Tensor) -> Tensor:
-        """Raw latents, scaled and laid out as was asked for."""
+        """Raw latents, scaled and laid out as was asked for; moments as they are."""
         layout = request.parameters.latents_layout
+        if request.parameters.sample_mode == "moments":
+            return raw
         scaled = self.vae.normalization.scaling(request.parameters, "encode", layout).scale(raw)
         return self.latents_layouts.write(scaled, layout)
 
@@ -212,8 +250,8 @@ class Pipeline:
 
     def submit(self, request: Request, inputs: Tensor) -> Future[Result]:
         """Queues the prepared request for a device; what waits together and has one shape goes as one batch."""
-        sampled = request.parameters.sample_mode == "sample"
-        alone = object() if sampled else None
+        drawn = request.parameters.sample_mode
+        alone = object() if drawn == "sample" else drawn
         key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], _decode_options(request), alone)
         size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
         return self.workers.submit((request, inputs), key, size)
@@ -236,12 +274,15 @@ class Pipeline:
         start = perf_counter()
         metrics.BATCH_SIZE.observe(len(batch))
         requests = [request for request, _ in batch]
-        inputs, options = torch.cat([tensor for _, tensor in batch]), _decode_options(requests[0])
+        inputs = batch[0][1] if len(batch) == 1 else torch.cat([tensor for _, tensor in batch])
+        options = _decode_options(requests[0])
         if requests[0].answer is Answer.MP4:
             values, mode = vae.decode(inputs, partial(self._write_videos, vae, requests), options)
         else:
-            task, generator = requests[0].task, _generator(requests[0])
-            outputs, mode = vae.decode(inputs, options=options) if task == "decode" else vae.encode(inputs, generator)
+            if requests[0].task == "decode":
+                outputs, mode = vae.decode(inputs, options=options)
+            else:
+                outputs, mode = vae.encode(inputs, _encode_options(requests[0]))
             parts = outputs.split([len(tensor) for _, tensor in batch])
             values = [vae.to_cpu(self._finish(request, part)) for request, part in zip(requests, parts, strict=True)]
         metrics.PASSES.labels(requests[0].task, mode.value).inc()
@@ -307,7 +348,7 @@ class Pipeline:
             kind = "image"
         elif not isinstance(inputs, bytes | bytearray):
             inputs = payload.read_base64(inputs)
-        request = self._request(inputs, kind, Parameters.parse(values), accept, task=None)
+        request = self._request(inputs, kind or payload.sniff(inputs), Parameters.parse(values), accept, task=None)
         if request.answer is Answer.PIXELS:  # a video's frames, which are given as PIL images
             request = replace(request, answer=Answer.UINT8)
         return request

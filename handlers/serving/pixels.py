@@ -21,6 +21,9 @@ def from_images(images: list[Image.Image], layout: Layout) -> Tensor:
     """
     scale = layout.vae_scale_factor
     width, height = images[0].size
+    if layout.kind == "image" and len({image.size for image in images}) > 1:
+        sizes = ", ".join(f"{width}x{height}" for width, height in dict.fromkeys(image.size for image in images))
+        raise RequestError(f"the pictures of a batch must have one size, and these have {sizes[:200]}", 422)
     if min(width, height) < scale:
         raise RequestError(f"the picture is {width}x{height} pixels; this VAE needs at least {scale} each way", 422)
     if layout.kind == "video":

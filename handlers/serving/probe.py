@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from handlers.model import Model, Task
-from handlers.serving.autoencoder import decode_at_once, encode_at_once, forget, has_frames
+from handlers.serving.autoencoder import decode_at_once, encode_at_once, forget, has_frames, posterior_of
 from handlers.serving.layout import Layout
 
 SIDE = 64
@@ -29,31 +29,33 @@ class Probe:
             ValueError: it takes no RGB pictures.
         """
         try:
-            latents = self._run("encode", (1, 3, SIDE, SIDE))
+            encoded = self._run(posterior_of, (1, 3, SIDE, SIDE))
         except RuntimeError as error:
             raise ValueError(
                 f"the {declared.vae_class} of {declared.__name__} takes no RGB pictures: {error}"
             ) from None
+        variational = not isinstance(encoded, torch.Tensor)
+        latents = encoded.mode() if variational else encoded
         channels, frames = latents.shape[1], (1, 2, 3) if declared.kind == "video" else (1, 1, 1)
         if declared.kind == "video" and has_frames(self.copy):
-            frames = tuple(self._run("decode", (1, channels, count, 2, 2)).shape[2] for count in (1, 2, 3))
-        return Layout(declared.kind, channels, SIDE // latents.shape[-1], frames, 5 if has_frames(self.copy) else 4)
+            frames = tuple(self._run(decode_at_once, (1, channels, count, 2, 2)).shape[2] for count in (1, 2, 3))
+        ndim = 5 if has_frames(self.copy) else 4
+        return Layout(declared.kind, channels, SIDE // latents.shape[-1], frames, ndim, variational)
 
     def explains(self, error: RuntimeError, task: Task, shape: Sequence[int], tiled: bool) -> bool:
         """Whether the model fails so for every batch of this shape, whatever its numbers and wherever it runs."""
         self.copy.use_tiling = tiled
         try:
-            self._run(task, shape)
+            self._run(encode_at_once if task == "encode" else decode_at_once, shape)
         except RuntimeError as same:
             return str(same)[:40] == str(error)[:40]  # what follows are sizes, which devices write otherwise
         finally:
             forget(self.copy)
         return False
 
-    def _run(self, task: Task, shape: Sequence[int]) -> torch.Tensor:
+    def _run(self, forward: Callable[[Any, torch.Tensor], Any], shape: Sequence[int]) -> Any:
         with torch.device("meta"), torch.no_grad():
-            inputs = torch.zeros(tuple(shape))
-            return encode_at_once(self.copy, inputs) if task == "encode" else decode_at_once(self.copy, inputs)
+            return forward(self.copy, torch.zeros(tuple(shape)))
 
 
 def differs(layout: Layout, declared: type[Model]) -> str | None:

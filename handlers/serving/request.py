@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from handlers.model import Kind, LatentsLayout, Task
+from handlers.model import Kind, LatentsLayout, SampleMode, Task
 from handlers.serving.errors import RequestError
 
 BodyKind = Literal["tensor", "image", "video"]
@@ -42,6 +42,8 @@ class Parameters(BaseModel):
     """Whether latents are as the transformer gave them, where a model's pipelines give some that are raw already."""
     latents_layout: LatentsLayout | None = None
     """None where the shape tells; of an encode request's answer, None for the VAE's own."""
+    memory_format: Literal["channels_last"] | None = None
+    """Of the tensor when the VAE gets it; torch's kernels round otherwise for another one. None for contiguous."""
     num_frames: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Of a video, in pixels; what packed latents of more than one frame need."""
     height: Any = None
@@ -60,8 +62,8 @@ class Parameters(BaseModel):
     """Share of noise, drawn with `seed`, in such latents; None for the timestep."""
     decode_chunk_size: Annotated[int, Field(ge=1)] | None = None
     """Frames at a time where a VAE takes them as a batch of pictures; None for all."""
-    sample_mode: Literal["argmax", "sample"] = "argmax"
-    """Of the encoder's distribution: its mode, or a sample drawn with `seed`."""
+    sample_mode: SampleMode = "argmax"
+    """Of the encoder's distribution; a sample is drawn with `seed`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @classmethod
@@ -87,6 +89,7 @@ class Answer(Enum):
     """The form of an answer."""
 
     IMAGE = "one encoded image"
+    IMAGES = "a ZIP of one encoded image for each of the batch"
     MP4 = "one MP4 file"
     PIXELS = "floats in [0, 1], [B, C, H, W] or [F, C, H, W]"
     UINT8 = "uint8, [B, H, W, C] or [F, H, W, C]"
@@ -103,26 +106,34 @@ class Accept:
     json: bool = False
     """Bytes as base64 inside JSON."""
     image_format: Literal["jpg", "png", "webp"] | None = None
+    zip: bool = False
+    """A file for each of a batch, together in a ZIP."""
 
     @classmethod
     def parse(cls, header: str | None, content_type: str = "") -> Accept:
         """Reads the header. As in the toolkit, a JSON request that accepts anything is answered in JSON."""
         header = (header or "*/*").lower()
-        if header == "*/*" and content_type == "application/json":
-            header = content_type
+        if header == "*/*" and media_type_of(content_type) == "application/json":
+            header = "application/json"
         formats = {"image/jpeg": "jpg", "image/jpg": "jpg", "image/png": "png", "image/webp": "webp"}
         return cls(
             tensor="tensor/" in header,
             json="tensor/base64" in header or "application/json" in header,
             image_format=next((name for media_type, name in formats.items() if media_type in header), None),
+            zip="application/zip" in header,
         )
+
+
+def media_type_of(content_type: str) -> str:
+    """The header without its parameters."""
+    return content_type.split(";")[0].strip().lower()
 
 
 def decode_answer(kind: Kind, parameters: Parameters, accept: Accept) -> Answer:
     """The answer to a decode request: the table of `docs/http-api.md`. Raises `RequestError` where it has no row."""
     output_type = parameters.output_type or _default_output_type(kind, accept)
     answers = {
-        ("image", "pil"): Answer.PIXELS if accept.tensor else Answer.IMAGE,
+        ("image", "pil"): Answer.PIXELS if accept.tensor else Answer.IMAGES if accept.zip else Answer.IMAGE,
         ("image", "pt"): Answer.UINT8 if parameters.partial_postprocess else Answer.DECODED,
         ("video", "pil"): Answer.PIXELS,
         ("video", "pt"): Answer.UINT8 if parameters.partial_postprocess else Answer.DECODED,
@@ -131,8 +142,8 @@ def decode_answer(kind: Kind, parameters: Parameters, accept: Accept) -> Answer:
     if (kind, output_type) not in answers:
         message = "`output_type`: 'mp4' needs a video model, and this is an image model; use 'pil' or 'pt'"
         raise RequestError(message, 422)
-    if kind == "video" and accept.image_format and parameters.output_type in (None, "pil"):
-        raise RequestError("a video cannot be answered as one image: use output_type=mp4, or Accept: tensor/binary")
+    if kind == "video" and (accept.image_format or accept.zip) and parameters.output_type in (None, "pil"):
+        raise RequestError("a video cannot be answered as images: use output_type=mp4, or Accept: tensor/binary")
     return answers[kind, output_type]
 
 
@@ -148,7 +159,7 @@ class Request:
 
     task: Task
     body: Any
-    """Bytes, or a tensor or PIL image where the request came as a plain object."""
+    """Bytes, or several files' in a list; a tensor or PIL image where the request came as a plain object."""
     body_kind: BodyKind
     parameters: Parameters
     answer: Answer

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from handlers.model import Model, Task
 from handlers.serving import metrics
-from handlers.serving.autoencoder import DecodeOptions, encode_at_once, forget
+from handlers.serving.autoencoder import DecodeOptions, EncodeOptions, encode_at_once, forget
 from handlers.serving.errors import RequestError
 from handlers.serving.heap import HEAP, map_gpu_memory
 from handlers.serving.low_memory import has_reduced_peak, reduced_peak
@@ -112,14 +112,11 @@ class VAE:
 
         return self._run("decode", latents, lambda z, one_by_one: gather(spans(z, one_by_one)))
 
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Mode]:
-        """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents; of pictures [B, C, 1, H, W] by some VAEs.
-
-        Gives the mode of the encoder's distribution, or a sample of it where a generator is given.
-        """
+    def encode(self, pixels: Tensor, options: EncodeOptions = EncodeOptions()) -> tuple[Tensor, Mode]:  # noqa: B008
+        """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents, of pictures [B, C, 1, H, W] by some."""
 
         def forward(x: Tensor, one_by_one: bool) -> Tensor:
-            return self._finite(encode_at_once(self.model, x, generator, one_by_one))
+            return self._finite(encode_at_once(self.model, x, options, one_by_one))
 
         return self._run("encode", pixels, forward)
 

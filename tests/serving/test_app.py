@@ -406,7 +406,7 @@ class TestWrongInput:
 
     def test_video_as_an_image(self, video_endpoint: Endpoint) -> None:
         response = video_endpoint.post(video_endpoint.latents(), headers={"Accept": "image/png"}, output_type="pil")
-        self.assert_refused(video_endpoint, response, "a video cannot be answered as one image")
+        self.assert_refused(video_endpoint, response, "a video cannot be answered as images")
 
     @pytest.mark.parametrize(
         ("body", "message"),

@@ -1,0 +1,85 @@
+"""What a client need not be told, as it is asked here: the answer of `GET /config`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import diffusers
+import torch
+
+from handlers.model import Task
+from handlers.serving.limits import Limits
+from handlers.serving.pipeline import Pipeline
+from handlers.version import VERSION
+
+BUFFER_NUMBERS = 4096
+"""More than any mean or deviation of latents has; larger buffers are weights."""
+
+
+def describe(pipeline: Pipeline) -> dict[str, Any]:
+    """JSON's own types alone. `docs/http-api.md` says what each entry means."""
+    vae, declared, layout, settings = pipeline.vae, pipeline.vae.declared, pipeline.layout, pipeline.settings
+    tasks: list[Task] = ["decode", "encode"]
+    stored = json.loads(vae.model.to_json_string())  # where the weights lie here is nobody's matter
+    return {
+        "version": VERSION,
+        "model": settings.model,
+        "checkpoint": declared.checkpoint,
+        "subfolder": declared.subfolder,
+        "revision": settings.revision,
+        "weights": settings.weights,
+        "vae_class": declared.vae_class,
+        "diffusers": diffusers.__version__,
+        "vae_config": {name: value for name, value in stored.items() if name != "_name_or_path"},
+        "buffers": _buffers(vae.model),
+        "dtype": str(vae.dtype).removeprefix("torch."),
+        "device": str(vae.device),
+        "kind": layout.kind,
+        "tasks": tasks,
+        "sample_modes": ["argmax", "sample", "moments"] if layout.variational else ["argmax"],
+        "latents": {
+            "channels": layout.latent_channels,
+            "layout": pipeline.latents_layouts.own,
+            "pipeline_layout": declared.pipeline_layout or pipeline.latents_layouts.own,
+            "layouts": list(pipeline.latents_layouts.names),
+            "patch": declared.patch,
+            "vae_scale_factor": layout.vae_scale_factor,
+        },
+        "pixels": {
+            "layout": "BCFHW" if layout.kind == "video" else "BCHW",
+            "channels": 3,
+            "range": [-1, 1],
+            "frame_counts": list(layout.frame_counts),
+            "fps": declared.fps,
+        },
+        "normalization": _normalization(pipeline),
+        "answers": {
+            "output_type": ["pil", "pt", "mp4"] if layout.kind == "video" else ["pil", "pt"],
+            "image_format": ["jpg", "png", "webp"] if layout.kind == "image" else [],
+        },
+        "limits": {name: getattr(settings, name) for name in Limits.model_fields},
+    }
+
+
+def _normalization(pipeline: Pipeline) -> dict[str, Any]:
+    """``raw = scaled * std / factor + mean``, or ``scaled / factor + shift``; means and deviations a channel."""
+    found, declared = pipeline.vae.normalization, pipeline.vae.declared
+    named = {"mean": found.mean, "std": found.std}
+    return {
+        "factor": found.factor if declared.uses_scaling_factor or found.mean is None else None,
+        "shift": found.shift,
+        **{name: None if values is None else values[0].tolist() for name, values in named.items()},
+        "raw_layouts": list(declared.raw_layouts),
+        "unshifted_layouts": list(declared.unshifted_layouts),
+    }
+
+
+def _buffers(model: Any) -> dict[str, Any]:
+    """Those that are part of the checkpoint: statistics of a BatchNorm, or the latents' mean and deviation."""
+    state = model.state_dict()
+    return {
+        name: buffer.to("cpu", torch.float64).tolist()
+        for name, buffer in model.named_buffers()
+        if name in state and buffer.numel() <= BUFFER_NUMBERS
+    }

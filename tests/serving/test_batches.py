@@ -1,0 +1,215 @@
+"""Several pictures in one request and in one answer, and what an encoder says beside the mode: moments."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from handlers import MODELS
+from tests.conftest import Endpoint, uint8_pixels
+from tests.small_service import SERVED, Service, as_tensor
+
+
+def pictures(count: int = 3, size: tuple[int, int] = (96, 64)) -> list[Image.Image]:
+    gradient = Image.radial_gradient("L").resize(size)
+    return [Image.merge("RGB", [gradient.rotate(90 * turns + index) for turns in range(3)]) for index in range(count)]
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def form(images: list[Image.Image]) -> list[Any]:
+    return [("file", (f"{index}.png", png(image))) for index, image in enumerate(images)]
+
+
+def post_form(endpoint: Endpoint, files: Any, path: str = "/encode", **more: Any) -> requests.Response:
+    return requests.post(endpoint.url + path, files=files, timeout=60, **more)
+
+
+class TestForm:
+    """What `curl -F file=@picture.png`, `requests.post(files=...)` and a browser's FormData send."""
+
+    @pytest.mark.parametrize("path", ["/encode", "/"])
+    def test_a_batch_of_pictures(self, image_endpoint: Endpoint, path: str) -> None:
+        images = pictures()
+        latents = as_tensor(post_form(image_endpoint, form(images), path, params=image_endpoint.scaling))
+        expected = image_endpoint.encoded(VaeImageProcessor().preprocess(images))
+        torch.testing.assert_close(latents, expected.detach(), atol=1e-4, rtol=0)
+
+    def test_fields_are_parameters(self, image_endpoint: Endpoint) -> None:
+        one = post_form(image_endpoint, form(pictures(1)), data={"do_scaling": "true", "sample_mode": "argmax"})
+        other = post_form(image_endpoint, form(pictures(1)), params={"do_scaling": "true"})
+        assert torch.equal(as_tensor(one), as_tensor(other))
+
+    def test_a_tensor(self, image_endpoint: Endpoint) -> None:
+        latents = image_endpoint.latents()
+        fields = {"shape": [str(size) for size in latents.shape], "dtype": "float32", "output_type": "pt"}
+        answer = post_form(image_endpoint, {"file": ("z", latents.numpy().tobytes())}, "/decode", data=fields)
+        expected = image_endpoint.post(latents, "/decode", output_type="pt")
+        assert torch.equal(as_tensor(answer), as_tensor(expected))
+
+    def test_a_video(self, video_endpoint: Endpoint) -> None:
+        latents = video_endpoint.latents(frames=2)
+        mp4 = video_endpoint.post(latents, output_type="mp4").content
+        by_form = post_form(video_endpoint, {"file": ("video.mp4", mp4)})
+        by_body = requests.post(video_endpoint.url + "/encode", data=mp4, timeout=60)
+        assert torch.equal(as_tensor(by_form), as_tensor(by_body))
+
+    @pytest.mark.parametrize(
+        ("files", "fields", "status", "said"),
+        [
+            (form([*pictures(1), *pictures(1, (64, 64))]), {}, 422, "one size, and these have 96x64, 64x64"),
+            ([("note", (None, "no file"))], {}, 400, "the form holds no file"),
+            (form(pictures(65, (8, 8))), {}, 413, "a batch of 65 pictures; at most 64"),
+            ([*form(pictures(1)), ("b", ("b.txt", b"text"))], {}, 400, "the body is no PNG, JPEG, WebP or MP4 file"),
+            (form(pictures(2)), {"shape": "1", "dtype": "uint8"}, 400, "the form holds several files"),
+        ],
+    )
+    def test_what_is_refused(self, running: Any, files: Any, fields: dict[str, str], status: int, said: str) -> None:
+        answer = post_form(running("sd-v1"), files, data=fields)
+        assert answer.status_code == status
+        assert said in answer.json()["error"]
+
+    def test_several_files_for_a_video_model(self, video_endpoint: Endpoint) -> None:
+        answer = post_form(video_endpoint, form(pictures(2)))
+        assert answer.status_code == 422
+        assert "a video model takes one file" in answer.json()["error"]
+
+    @pytest.mark.parametrize(
+        ("content_type", "body"),
+        [
+            ("multipart/form-data", b"--x\r\n"),
+            ("multipart/form-data; boundary=", b"--x\r\n"),
+            ("multipart/form-data; boundary=x", b"--y\r\n\r\n"),
+            ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: attachment\r\n\r\n1\r\n--x--\r\n"),
+            ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data; filename=a\r\n\r\n\x89PNG"),
+            ("multipart/form-data; boundary=" + "x" * 300, b""),
+        ],
+    )
+    def test_a_broken_form(self, running: Any, content_type: str, body: bytes) -> None:
+        endpoint = running("sd-v1")
+        answer = requests.post(endpoint.url, data=body, headers={"Content-Type": content_type}, timeout=10)
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]
+
+
+class TestZip:
+    @pytest.mark.parametrize("image_format", ["png", "jpg", "webp"])
+    def test_a_file_for_each_of_a_batch(self, image_endpoint: Endpoint, image_format: str) -> None:
+        latents = image_endpoint.latents(batch=11)
+        parameters = {"image_format": image_format, **image_endpoint.scaling}
+        answer = image_endpoint.post(latents, "/decode", {"Accept": "application/zip"}, **parameters)
+        assert answer.headers["Content-Type"] == "application/zip"
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            assert archive.namelist() == [f"{index}.{image_format}" for index in range(11)]
+            images = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
+        expected = uint8_pixels(image_endpoint.decoded(latents))
+        if image_format == "png":
+            assert np.abs(np.stack(images).astype(int) - expected).max() <= 1  # of a batch, by another rounding
+        assert np.stack(images).shape == expected.shape
+
+    def test_of_a_video_there_is_none(self, video_endpoint: Endpoint) -> None:
+        headers = {"Accept": "application/zip"}
+        answer = video_endpoint.post(video_endpoint.latents(), "/decode", headers, output_type="pil")
+        assert answer.status_code == 400
+        assert "a video cannot be answered as images" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("key", SERVED)
+@torch.no_grad()
+def test_moments_are_what_the_encoder_gave(service: Service, key: str) -> None:
+    vae, about = service.model(key), requests.get(f"{service.url}/{key}/config", timeout=5).json()
+    side = 4 * about["latents"]["vae_scale_factor"]
+    video = about["kind"] == "video"
+    frames = (about["pixels"]["frame_counts"][2],) if video else ()
+    pixels = torch.rand((1, 3, *frames, side, side), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    if "moments" not in about["sample_modes"]:
+        said = service.refusal(key, pixels, "encode", sample_mode="moments")
+        assert "gives latents, no distribution" in said
+        return
+    moments = service.tensor(key, pixels, "encode", sample_mode="moments")
+    if key.startswith("svd"):  # which takes frames as pictures
+        expected = vae.encode(pixels[0].movedim(1, 0)).latent_dist.parameters.movedim(0, 1)[None]
+    else:
+        expected = vae.encode(pixels.unsqueeze(2) if key == "qwen-image" else pixels).latent_dist.parameters
+    torch.testing.assert_close(moments, expected, atol=1e-5, rtol=1e-5)
+    mode = service.tensor(key, pixels, "encode")
+    torch.testing.assert_close(moments[:, : mode.shape[1]], mode, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{"do_scaling": True}, {"scaling_factor": 2}, {"latents_layout": "packed"}])
+def test_moments_come_raw(service: Service, more: dict[str, Any]) -> None:
+    said = service.refusal("flux", torch.zeros(1, 3, 64, 64), "encode", sample_mode="moments", **more)
+    assert "moments come raw" in said
+
+
+@torch.no_grad()
+def test_channels_last_is_to_the_last_bit_what_the_model_makes_of_such_a_tensor(service: Service) -> None:
+    vae = service.model("sd-v1")
+    pixels = torch.rand((1, 3, 64, 96), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    there = {name: service.tensor("sd-v1", pixels, "encode", memory_format=name) for name in ("channels_last", None)}
+    here = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+    assert torch.equal(there["channels_last"], here)
+    assert torch.equal(there[None], vae.encode(pixels).latent_dist.mode())
+
+
+class TestConfig:
+    @pytest.mark.parametrize("key", SERVED)
+    def test_it_says_all_that_a_client_needs(self, service: Service, key: str) -> None:
+        about = requests.get(f"{service.url}/{key}/config", timeout=5).json()
+        vae = service.model(key)
+        own = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+        stored = {name: value for name, value in about["vae_config"].items() if not name.startswith("_")}
+        assert stored == json.loads(json.dumps(own))
+        assert about["vae_class"] == type(vae).__name__
+        assert (about["model"], about["dtype"]) == (key, "float32")
+        assert str(service.folder) not in json.dumps({**about, "weights": None})
+        buffers = dict(vae.named_buffers())
+        for name, values in about["buffers"].items():
+            assert torch.equal(torch.tensor(values, dtype=buffers[name].dtype), buffers[name])
+        assert bool(about["buffers"]) == (key == "flux2" or key.startswith("ltx"))
+
+    @pytest.mark.parametrize("key", [key for key in SERVED if key in MODELS])
+    def test_its_normalisation_is_the_services(self, service: Service, key: str) -> None:
+        """``raw = scaled * std / factor + mean``, or ``scaled / factor + shift``."""
+        about = requests.get(f"{service.url}/{key}/config", timeout=5).json()
+        said, layouts = about["normalization"], about["latents"]
+        time = (3,) if layouts["layout"] == "BCFHW" and about["kind"] == "video" else ()
+        scaled = torch.randn((1, layouts["channels"], *time, 4, 4), generator=torch.Generator().manual_seed(0))
+        more = {"latents_layout": layouts["layout"]} if about["kind"] == "video" else {}
+        more |= {"normalized": True} if said["raw_layouts"] else {}
+        if said["mean"] is None:
+            raw = scaled / (said["factor"] or 1) + said["shift"]
+        else:
+            mean, std = (torch.tensor(said[name])[None].repeat(1, 1, 4, 4)[..., :4, :4] for name in ("mean", "std"))
+            mean, std = (values.unsqueeze(2) if scaled.ndim == 5 else values for values in (mean, std))
+            raw = scaled * std / (said["factor"] or 1) + mean
+        options = {"output_type": "pt", **more}
+        if about["vae_config"].get("timestep_conditioning"):
+            options["decode_noise_scale"] = 0
+        one = service.tensor(key, scaled, "decode", do_scaling=True, **options)
+        other = service.tensor(key, raw, "decode", **{**options, "normalized": None})
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+    def test_it_needs_the_services_token(self, checkpoint: Any, tmp_path: Any) -> None:
+        from scripts.local_server import serve
+
+        arguments = ("--model", "sd-v1", "--weights", str(checkpoint("sd-v1")))
+        with serve(*arguments, log=tmp_path / "log", API_TOKEN="a-token") as url:
+            assert requests.get(url + "/config", timeout=5).status_code == 401
+            headers = {"Authorization": "Bearer a-token"}
+            about = requests.get(url + "/config", headers=headers, timeout=5).json()
+        assert about["model"] == "sd-v1"
+        assert "a-token" not in json.dumps(about)

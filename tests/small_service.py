@@ -1,0 +1,69 @@
+"""A server of all small checkpoints, each model under its key, and the models themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import requests
+import torch
+from torch import Tensor
+
+from handlers.serving.output import describe, tensor_bytes
+from scripts.local_server import ROOT, serve
+from tests.checkpoints import SMALL, model_of, save
+
+SERVED = [key for key in SMALL if model_of(key)]
+
+
+class Service:
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url = url
+        self.folder = folder
+        self.model = cache(self._load)
+
+    def _load(self, key: str) -> Any:
+        cls = getattr(diffusers, json.loads((self.folder / key / "config.json").read_text())["_class_name"])
+        return cls.from_pretrained(self.folder / key).eval().requires_grad_(False)
+
+    def post(self, key: str, tensor: Tensor, task: str, **parameters: Any) -> requests.Response:
+        shape, dtype = describe(tensor)
+        return requests.post(
+            f"{self.url}/{key}/{task}",
+            data=tensor_bytes(tensor),
+            params={"shape": shape, "dtype": dtype, **parameters},
+            headers={"Content-Type": "tensor/binary"},
+            timeout=60,
+        )
+
+    def tensor(self, key: str, tensor: Tensor, task: str, **parameters: Any) -> Tensor:
+        return as_tensor(self.post(key, tensor, task, **parameters))
+
+    def refusal(self, key: str, tensor: Tensor, task: str, **parameters: Any) -> str:
+        response = self.post(key, tensor, task, **parameters)
+        assert response.status_code in (400, 422), response.headers
+        return response.json()["error"]
+
+
+def as_tensor(response: requests.Response) -> Tensor:
+    assert response.ok, response.text
+    dtype = getattr(torch, response.headers["dtype"])
+    return torch.frombuffer(bytearray(response.content), dtype=dtype).reshape(json.loads(response.headers["shape"]))
+
+
+@contextmanager
+def running_service(folder: Path) -> Iterator[Service]:
+    """Its checkpoints in a folder that it makes, beside `tiny`, and its log beside that."""
+    folder.mkdir()
+    for key in SERVED:
+        save(key, folder / key)
+    if not (folder / "tiny").exists():
+        (folder / "tiny").symlink_to(ROOT / "models" / "tiny")
+    log = folder.with_suffix(".log")
+    with serve("--folder", str(folder), log=log, command=("-m", "tests.models_server")) as url:
+        yield Service(url, folder)
