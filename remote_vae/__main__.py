@@ -1,0 +1,3 @@
+from remote_vae.cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""Latents and pictures between files and an endpoint."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from remote_vae.client import Client
+from remote_vae.tensors import as_query, decode_mp4, from_answer, post_tensor
+
+IMAGES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
+
+
+def decode(client: Client, file: Path, out: Path, parameters: dict[str, Any]) -> list[Path]:
+    """Writes the picture, each of a batch, or the MP4 that an endpoint makes of a file's latents."""
+    suffix = out.suffix.lower()
+    latents = read_tensor(file)
+    if suffix == ".mp4":
+        return [write(out, decode_mp4(client, latents, **parameters))]
+    if suffix not in IMAGES:
+        raise ValueError(f"{out}: a picture is {', '.join(IMAGES)}, a video .mp4")
+    answer = post_tensor(
+        client,
+        "/decode",
+        latents,
+        {**parameters, "output_type": "pil", "image_format": IMAGES[suffix]},
+        "application/zip",
+    )
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        pictures = [archive.read(name) for name in archive.namelist()]
+    if len(pictures) == 1:
+        return [write(out, pictures[0])]
+    return [write(out.with_stem(f"{out.stem}-{index}"), picture) for index, picture in enumerate(pictures)]
+
+
+def encode(client: Client, pictures: list[Path], out: Path, parameters: dict[str, Any]) -> list[int]:
+    """Writes the latents of pictures of one size, or of a video, and gives their shape."""
+    if out.suffix.lower() not in (".safetensors", ".npy"):
+        raise ValueError(f"{out}: latents are written as .safetensors or .npy")
+    answer = client.request(
+        "POST",
+        "/encode",
+        params=as_query(parameters),
+        files=[("file", (picture.name, picture.read_bytes())) for picture in pictures],
+    )
+    latents = from_answer(answer)
+    write_tensor(out, latents)
+    return list(latents.shape)
+
+
+def read_tensor(file: Path) -> Tensor:
+    """The one tensor in a file.
+
+    Raises:
+        ValueError: it holds none, or several, or is of no known kind.
+    """
+    suffix = file.suffix.lower()
+    try:
+        if suffix == ".npy":
+            found: Any = torch.from_numpy(np.load(file, allow_pickle=False))
+        elif suffix == ".safetensors":
+            found = load_file(file)
+        elif suffix in (".pt", ".pth"):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            raise ValueError(f"{file}: latents are read from .safetensors, .npy and .pt")
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    tensors = list(found.values()) if isinstance(found, dict) else [found]
+    if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
+        names = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{file} must hold one tensor, and holds {names or 'none'}")
+    return tensors[0]
+
+
+def write_tensor(file: Path, tensor: Tensor) -> None:
+    """numpy has no bfloat16, so that goes into an .npy as float32."""
+    if file.suffix.lower() == ".npy":
+        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        write(file, buffer.getvalue())
+    else:
+        part = file.with_name(f".{file.name}.part")
+        save_file({"latents": tensor.contiguous()}, part)
+        part.replace(file)
+
+
+def write(file: Path, data: bytes) -> Path:
+    """At once: nobody sees half of it under this name."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(data)
+    part.replace(file)
+    return file

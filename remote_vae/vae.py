@@ -1,0 +1,219 @@
+"""`RemoteVAE`: an object of the real diffusers class, whose passes run elsewhere."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from concurrent.futures import Future
+from os import PathLike
+from threading import Thread
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, EncoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from PIL import Image
+from torch import Tensor, nn
+
+from remote_vae import tensors
+from remote_vae.client import Client
+
+
+def RemoteVAE(url: str, token: str | None = None, **options: Any) -> Any:
+    """A VAE of an endpoint, for wherever a pipeline takes one.
+
+    It is an object of the very class of diffusers, with the checkpoint's config and statistics and without its weights,
+    so that it takes no memory. `encode` and `decode` send their tensors to the endpoint, and give what the local ones
+    give: pixels in the latents' dtype; for a pipeline that makes PIL pictures in float32, of pixels in uint8.
+    `decode_async` decodes while the next picture is generated. Tiling and slicing are the endpoint's matter.
+
+    Args:
+        url: of the endpoint.
+        token: of an endpoint that is not public; None takes the Hugging Face login for Hugging Face's own hosts.
+        options: those of `Client`.
+
+    Raises:
+        RemoteVAEError: the endpoint cannot be reached, or is none of this project.
+        ImportError: the installed diffusers does not have the VAE's class.
+    """
+    return Connection(Client(url, token, **options)).vae
+
+
+class Connection:
+    """What makes an empty VAE one that works; it is the VAE's attribute `remote`."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.config = client.config()
+        self.vae = hollow(self.config)
+        self.vae.remote = self
+        self.vae.encode = self.encode
+        self.vae.decode = self.decode
+        self.vae.decode_async = self.decode_async
+        self.vae.save_pretrained = self.save_config
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Pixels in [-1, 1] as the class takes them, to the distribution of their latents."""
+        given = inspect.signature(type(self.vae).encode).bind(self.vae, *args, **kwargs).arguments
+        pixels: Tensor = given["x"]
+        moments = "moments" in self.config["sample_modes"]
+        batch = self._to_rank(pixels, len(self.config["pixels"]["layout"]))
+        pieces = batch.split(self._batch_limit(batch, math.prod(batch.shape[2:])))
+        parameters = {"sample_mode": "moments" if moments else None, "memory_format": memory_format(pixels)}
+        encoded = torch.cat([tensors.encode(self.client, piece, **parameters) for piece in pieces])
+        encoded = encoded.to(pixels.device, pixels.dtype)
+        if pixels.ndim == 4 and self.config["kind"] == "video":
+            encoded = encoded.squeeze(2)
+        if pixels.ndim == 4 and memory_format(pixels):  # which convolutions hand on
+            encoded = encoded.contiguous(memory_format=torch.channels_last)
+        result = DiagonalGaussianDistribution(encoded) if moments else encoded
+        if not given.get("return_dict", True):
+            return (result,)
+        if moments:
+            return AutoencoderKLOutput(latent_dist=result)
+        if isinstance(self.vae, diffusers.AutoencoderTiny):
+            return AutoencoderTinyOutput(latents=result)
+        return EncoderOutput(latent=result)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """Raw latents as the class takes them, to pixels."""
+        given = inspect.signature(type(self.vae).decode).bind(self.vae, *args, **kwargs).arguments
+        latents: Tensor = next(value for name, value in given.items() if name in ("z", "x"))
+        parameters = {"latents_layout": self.config["latents"]["layout"], "memory_format": memory_format(latents)}
+        if (timestep := given.get("temb")) is not None:
+            parameters |= {"decode_timestep": _one_number(timestep), "decode_noise_scale": 0}
+        pictures = self.config["kind"] == "video" and latents.ndim == 4  # a video as a batch of pictures
+        batch = latents.unflatten(0, (-1, given.get("num_frames") or 1)).movedim(1, 2) if pictures else latents
+        sample = self._pixels(batch, parameters, ends_as_picture())
+        if pictures:
+            sample = sample.movedim(2, 1).flatten(0, 1)
+        elif sample.ndim < latents.ndim:
+            sample = sample.unsqueeze(2)
+        return DecoderOutput(sample=sample) if given.get("return_dict", True) else (sample,)
+
+    def _pixels(self, latents: Tensor, parameters: dict[str, Any], as_uint8: bool) -> Tensor:
+        """[B, 3, H, W] or [B, 3, F, H, W] about in [-1, 1], on the latents' device."""
+        video = self.config["kind"] == "video"
+        frames = self._decoded_frames(latents.shape[2]) if video else 1
+        factor = self.config["latents"]["vae_scale_factor"]
+        limit = self._batch_limit(latents, frames * factor**2 * math.prod(latents.shape[-2:]))
+        if not as_uint8:
+            pieces = [tensors.decode(self.client, piece, **parameters) for piece in latents.split(limit)]
+            return torch.cat(pieces).to(latents.device, latents.dtype)
+        parameters = {**parameters, "partial_postprocess": True}
+        pieces = [tensors.decode(self.client, piece, **parameters) for piece in latents.split(1 if video else limit)]
+        pixels = torch.stack(pieces).movedim(-1, 1) if video else torch.cat(pieces).movedim(-1, 1)
+        return pixels.to(latents.device).float() / 127.5 - 1
+
+    def decode_async(self, latents: Tensor, output_type: str = "pil", **parameters: Any) -> Future[Any]:
+        """Decodes what a pipeline gives with `output_type="latent"` while this thread goes on.
+
+        Args:
+            latents: in the layout and the normalisation of the pipeline.
+            output_type: "pil", or "mp4" for a video as a file.
+            parameters: those of docs/http-api.md; packed latents need `height` and `width`, of a video `num_frames`.
+                Without a `scaling_factor` or `do_scaling` the endpoint normalises as the model's pipeline does.
+
+        Returns:
+            Of a list of PIL pictures, of videos a list of frames for each; or of the bytes of an MP4 file.
+        """
+        if not {"scaling_factor", "shift_factor", "do_scaling"} & parameters.keys():
+            parameters["do_scaling"] = True
+        latents = latents.detach().to("cpu", copy=True)  # which the pipeline may go on to change
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self._pictures(latents, output_type, parameters))
+            except BaseException as error:  # whatever it is, the future's reader gets it
+                future.set_exception(error)
+
+        Thread(target=run, name="decode_async", daemon=True).start()
+        return future
+
+    def _pictures(self, latents: Tensor, output_type: str, parameters: dict[str, Any]) -> Any:
+        if output_type == "mp4":
+            return tensors.decode_mp4(self.client, latents, **parameters)
+        if output_type != "pil":
+            raise ValueError(f'output_type is "pil" or "mp4", not {output_type!r}')
+        parameters = {**parameters, "partial_postprocess": True}
+        video = self.config["kind"] == "video"
+        pieces = latents.split(1 if video else self.config["limits"]["max_batch"])
+        answers = [tensors.decode(self.client, piece, **parameters).numpy() for piece in pieces]
+        if video:
+            return [[Image.fromarray(frame) for frame in frames] for frames in answers]
+        return [Image.fromarray(picture) for pictures in answers for picture in pictures]
+
+    def save_config(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """In place of `save_pretrained`: there are no weights here, so only the config is written."""
+        self.vae.save_config(save_directory)
+
+    def _to_rank(self, tensor: Tensor, rank: int) -> Tensor:
+        """With the dimension for frames that the endpoint has and the class has not, or the other way round."""
+        if tensor.ndim == rank:
+            return tensor
+        return tensor.unsqueeze(2) if tensor.ndim < rank else tensor.squeeze(2)
+
+    def _decoded_frames(self, latent_frames: int) -> int:
+        """As the entry `frame_counts` of `/config` is defined."""
+        counts = self.config["pixels"]["frame_counts"]
+        return counts[(latent_frames - 1) % 2] + (latent_frames - 1) // 2 * (counts[2] - counts[0])
+
+    def _batch_limit(self, batch: Tensor, pixels: int) -> int:
+        """How many of these go into one request; `pixels` of each."""
+        limits = self.config["limits"]
+        size = batch[0].numel() * batch.element_size()
+        fits = min(limits["max_batch"], limits["max_pixels"] // pixels, int(limits["max_body_mb"] * 1e6) // size)
+        return max(fits, 1)
+
+
+def hollow(config: dict[str, Any]) -> Any:
+    """The VAE that `/config` describes, with empty parameters in place of its weights, and its statistics."""
+    cls = getattr(diffusers, config["vae_class"], None)
+    if cls is None:
+        raise ImportError(
+            f"diffusers {diffusers.__version__} has no {config['vae_class']}, which the endpoint runs with diffusers "
+            f"{config['diffusers']}"
+        )
+    dtype = getattr(torch, config["dtype"])
+    with torch.device("meta"):
+        vae = cls.from_config(config["vae_config"])
+    for path, module in vae.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(parameter.new_empty(0, dtype=dtype, device="cpu"), False))
+        for name, buffer in module.named_buffers(recurse=False):
+            kind = dtype if buffer.is_floating_point() else buffer.dtype
+            known = config["buffers"].get(prefix + name, [])
+            module._buffers[name] = torch.tensor(known, dtype=kind)
+    return vae.eval()
+
+
+def memory_format(tensor: Tensor) -> str | None:
+    """As the endpoint calls it: torch's kernels round otherwise for another one."""
+    last = torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
+    return None if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last) else "channels_last"
+
+
+def ends_as_picture() -> bool:
+    """Whether a pipeline is running that makes PIL pictures of the very pixels that are decoded now."""
+    frame = sys._getframe(1)
+    while frame:
+        pipeline = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__call__" and isinstance(pipeline, DiffusionPipeline):
+            marks = getattr(pipeline, "watermark", None) is not None  # it changes pixels before they are rounded
+            return frame.f_locals.get("output_type") == "pil" and not marks
+        frame = frame.f_back
+    return False
+
+
+def _one_number(values: Any) -> float:
+    """Of a timestep for each of a batch."""
+    numbers = set(torch.as_tensor(values).flatten().tolist())
+    if len(numbers) != 1:
+        raise ValueError(f"one timestep for the whole batch is taken, not {sorted(numbers)}")
+    return numbers.pop()

@@ -1,0 +1,174 @@
+"""Pipelines of diffusers make the same pictures with a VAE that runs elsewhere as with their own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxImg2ImgPipeline, FluxPipeline
+from PIL import Image
+
+from handlers import MODELS
+from remote_vae import RemoteVAE
+from remote_vae.vae import hollow
+from tests.small_pipelines import CASES, Case, make, run
+from tests.small_service import Service
+
+pytestmark = pytest.mark.filterwarnings(
+    # schedulers of diffusers, beside the newest torch and numpy
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+FLUX = next(case for case in CASES if case.pipeline == "FluxPipeline")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join((case.pipeline, *case.pictures)))
+def test_pictures_are_the_same(service: Service, case: Case) -> None:
+    local = run(make(case, service.model(case.key)), case)
+    remote = run(make(case, RemoteVAE(f"{service.url}/{case.key}")), case)
+    assert len(remote) == len(local) >= 1
+    assert np.asarray(local[0]).std() > 20  # a picture, and no grey
+    for ours, theirs in zip(remote, local, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("output_type", ["pt", "np"])
+def test_floats_are_the_same(service: Service, output_type: str) -> None:
+    """To the last bit: nothing was rounded to uint8 on the way."""
+    local = run(make(FLUX, service.model("flux")), FLUX, output_type=output_type)[0]
+    remote = run(make(FLUX, RemoteVAE(f"{service.url}/flux")), FLUX, output_type=output_type)[0]
+    assert np.array_equal(remote, local)
+
+
+def test_wherever_a_pipeline_takes_a_vae(service: Service, tmp_path: Path) -> None:
+    expected = run(make(FLUX, service.model("flux")), FLUX)[0]
+    remote = RemoteVAE(f"{service.url}/flux")
+    assert type(remote) is AutoencoderKL
+
+    pipe = make(FLUX, service.model("flux"))
+    pipe.save_pretrained(tmp_path / "whole")
+    loaded = FluxPipeline.from_pretrained(tmp_path / "whole", vae=remote, **empty_parts())
+    pipe.vae = remote
+    remote.enable_tiling()
+    remote.enable_slicing()
+    copied = copy.deepcopy(pipe)
+    for each in (loaded, pipe, pipe.to("cpu"), copied):
+        each.set_progress_bar_config(disable=True)
+        assert np.array_equal(run(each, FLUX)[0], expected)
+
+    again = FluxPipeline.from_pipe(FluxImg2ImgPipeline.from_pipe(pipe))
+    again.set_progress_bar_config(disable=True)
+    assert again.vae is remote
+    assert np.array_equal(run(again, FLUX)[0], expected)
+
+    pipe.save_pretrained(tmp_path / "config")
+    assert [file.name for file in (tmp_path / "config" / "vae").iterdir()] == ["config.json"]
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
+        FluxPipeline.from_pretrained(tmp_path / "config", **empty_parts())
+    loaded = FluxPipeline.from_pretrained(tmp_path / "config", vae=remote, **empty_parts())
+    assert loaded.vae is remote
+
+
+def empty_parts() -> dict[str, None]:
+    return dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+
+
+def test_other_dtypes(service: Service) -> None:
+    """The pipeline and what it gives are in the dtype that the user chose; the endpoint stays in its own."""
+    remote = RemoteVAE(f"{service.url}/flux")
+    pipe = make(FLUX, remote).to(torch.bfloat16)
+    assert remote.dtype == torch.bfloat16
+    numbers = {name: value.bfloat16() for name, value in FLUX.arguments.items()}
+    assert run(pipe, FLUX, **numbers, output_type="pt")[0].dtype == torch.bfloat16
+    assert run(pipe, FLUX, **numbers)[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_it_takes_no_memory(key: str) -> None:
+    """At the published size, with every attribute that pipelines read."""
+    model = MODELS[key]
+    with torch.device("meta"):
+        real = getattr(diffusers, model.vae_class).from_config(model.published_config)
+    config = {"vae_class": model.vae_class, "vae_config": dict(real.config), "dtype": "float16", "buffers": {}}
+    vae = hollow(config)
+    assert sum(value.numel() for value in vae.state_dict().values()) == 0
+    assert vae.dtype == torch.float16
+    assert vae.device == torch.device("cpu")
+    assert [name for name, _ in vae.named_modules()] == [name for name, _ in real.named_modules()]
+
+
+def test_statistics_are_the_checkpoints(service: Service) -> None:
+    for key, name in (("flux2", "bn.running_var"), ("ltx-video", "latents_mean")):
+        ours, theirs = (
+            dict(vae.named_buffers())[name] for vae in (RemoteVAE(f"{service.url}/{key}"), service.model(key))
+        )
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("key", ["sd-v1", "taesd", "sana", "svd", "cogvideox", "qwen-image", "ltx-video-0.9.1"])
+@torch.no_grad()
+def test_the_methods_give_what_the_class_gives(service: Service, key: str) -> None:
+    local, remote = service.model(key), RemoteVAE(f"{service.url}/{key}")
+    numbers = torch.Generator().manual_seed(0)
+    frames = {"cogvideox": (9,), "qwen-image": (1,), "ltx-video-0.9.1": (9,)}.get(key, ())
+    pixels = torch.rand((2, 3, *frames, 64, 96), generator=numbers) * 2 - 1
+    ours, theirs = remote.encode(pixels), local.encode(pixels)
+    assert type(ours) is type(theirs)
+    if "latent_dist" in theirs:
+        assert torch.equal(ours.latent_dist.parameters, theirs.latent_dist.parameters)
+        sampled = [each.latent_dist.sample(torch.Generator().manual_seed(1)) for each in (ours, theirs)]
+        assert torch.equal(*sampled)
+        latents = theirs.latent_dist.mode().clone()
+    else:
+        assert torch.equal(ours[0], theirs[0])
+        latents = theirs[0]
+    more = {"svd": {"num_frames": 2}, "ltx-video-0.9.1": {"temb": torch.tensor([0.05, 0.05])}}.get(key, {})
+    decoded = remote.decode(latents, **more)
+    assert torch.equal(decoded.sample, local.decode(latents, **more).sample)
+    assert torch.equal(remote.decode(latents, return_dict=False, **more)[0], decoded.sample)
+
+
+def test_batches_are_cut_to_what_the_service_takes(service: Service) -> None:
+    remote, local = RemoteVAE(f"{service.url}/sd-v1"), service.model("sd-v1")
+    remote.remote.config["limits"]["max_batch"] = 2
+    latents = torch.randn((5, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(remote.decode(latents).sample, local.decode(latents).sample, atol=1e-4)
+    pixels = torch.rand((3, 3, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.allclose(remote.encode(pixels)[0].mode(), local.encode(pixels)[0].mode(), atol=1e-5)
+
+
+def test_decoding_while_the_next_is_generated(service: Service) -> None:
+    """The queue of the pilot's announcement."""
+    remote = RemoteVAE(f"{service.url}/flux")
+    pipe = make(FLUX, service.model("flux"))
+    expected = [run(pipe, FLUX, num_inference_steps=steps)[0] for steps in (1, 2, 3)]
+    pipe.vae = None
+    pending = []
+    for steps in (1, 2, 3):
+        latents = torch.stack(run(pipe, FLUX, num_inference_steps=steps, output_type="latent"))
+        pending.append(remote.decode_async(latents, height=64, width=64))
+    pictures = [picture for future in pending for picture in future.result()]
+    assert all(isinstance(picture, Image.Image) for picture in pictures)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(pictures, expected, strict=True))
+
+
+def test_a_video_while_the_next_is_generated(service: Service) -> None:
+    case = next(case for case in CASES if case.pipeline == "WanPipeline")
+    remote = RemoteVAE(f"{service.url}/wan-2.1")
+    pipe = make(case, service.model("wan-2.1"))
+    latents = torch.stack(run(pipe, case, output_type="latent"))[None]
+    latents = latents if latents.shape[1] == 16 else latents.movedim(1, 2)
+    (frames,) = remote.decode_async(latents).result()
+    assert all(np.array_equal(*pair) for pair in zip(frames, run(pipe, case), strict=True))
+    assert remote.decode_async(latents, output_type="mp4").result()[4:8] == b"ftyp"
+
+
+def test_what_is_wrong_is_told_by_the_future(service: Service) -> None:
+    remote = RemoteVAE(f"{service.url}/flux")
+    future = remote.decode_async(torch.randn(1, 16, 64))
+    with pytest.raises(Exception, match=r"422 `shape` \[1, 16, 64\] is no shape of this VAE's latents"):
+        future.result()
