@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENDPOINT_VENV := .venv-endpoint
 DEPLOY_VENV := .venv-deploy
-SOURCES := handler.py handlers scripts tests
+SOURCES := handler.py handlers remote_vae scripts tests
 
 # $(call options,name=VARIABLE ...): "--name value" for each of the variables that is set
 options = $(foreach pair,$(1),$(if $($(lastword $(subst =, ,$(pair)))),--$(firstword $(subst =, ,$(pair))) "$($(lastword $(subst =, ,$(pair))))"))

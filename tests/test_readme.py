@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from PIL import Image
 
@@ -15,14 +17,15 @@ from handlers.serving import metrics
 from handlers.serving.limits import Limits
 from scripts import models
 from scripts.local_server import ROOT
-from tests.deploy_runner import small_models
-
-__all__ = ["small_models"]  # a fixture
+from tests.small_pipelines import CASES, make
+from tests.small_service import Service
 
 README = (ROOT / "README.md").read_text()
 OPERATING = (ROOT / "docs" / "operating.md").read_text()
 HTTP_API = (ROOT / "docs" / "http-api.md").read_text()
+REMOTE_VAE = (ROOT / "remote_vae" / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"^\$ make ([a-z-]+)", README, re.MULTILINE)))
+QUICK = {"num_inference_steps": 1, "height": 64, "width": 64}
 DEPRECATED = "ignore:`do_scaling` is deprecated:FutureWarning"
 
 
@@ -42,7 +45,7 @@ def snippets(text: str) -> Iterator[tuple[str, str]]:
 def run_snippets(text: str, key: str, url: str) -> dict[str, Any]:
     """Runs those of one model in their order, after the document's first block. Gives what they leave."""
     namespace: dict[str, Any] = {"photograph": Image.effect_noise((64, 64), 50).convert("RGB")}
-    exec(code(text)[0], namespace)
+    exec(next(block for block in code(text) if "ENDPOINT = " in block), namespace)
     namespace["ENDPOINT"] = f"{url}/{key}"
     for model, snippet in snippets(text):
         if model == key:
@@ -53,20 +56,41 @@ def run_snippets(text: str, key: str, url: str) -> dict[str, Any]:
 @pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(README)))
 def test_snippets_run_as_they_stand(
-    key: str, small_models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    left = run_snippets(README, key, small_models)
+    left = run_snippets(README, key, service.url)
     assert left["image"].size > (256, 256) if MODELS[key].kind == "image" else len(left["video"]) > 1000
 
 
 @pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(HTTP_API)))
 def test_snippets_of_the_interface_run_as_they_stand(
-    key: str, small_models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_snippets(HTTP_API, key, small_models)
+    assert run_snippets(HTTP_API, key, service.url)
+
+
+@pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(REMOTE_VAE)))
+def test_snippets_of_the_package_run_as_they_stand(key: str, service: Service) -> None:
+    assert len(run_snippets(REMOTE_VAE, key, service.url)["images"]) == 2
+
+
+def test_the_first_example_runs(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small pipeline in place of FLUX.1, whose text encoders are numbers."""
+    case = next(case for case in CASES if case.pipeline == "FluxPipeline")
+    make(case, None).save_pretrained(tmp_path)
+    text = next(block for block in code(README) if "FluxPipeline" in block)
+    text = text.replace("black-forest-labs/FLUX.1-dev", str(tmp_path)).replace(
+        "https://....endpoints.huggingface.cloud", f"{service.url}/flux"
+    )
+    call, load = diffusers.FluxPipeline.__call__, diffusers.FluxPipeline.from_pretrained
+    without = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", partial(load, **without))
+    monkeypatch.setattr(diffusers.FluxPipeline, "__call__", lambda pipe, prompt: call(pipe, **case.arguments, **QUICK))
+    exec(text, namespace := {})
+    assert namespace["image"].size == (64, 64)
 
 
 def test_variables_of_make_serve_reach_the_server() -> None:

@@ -1,0 +1,185 @@
+"""The command `remote-vae`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from remote_vae.client import Client, RemoteVAEError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console(stderr=True)
+
+Url = Annotated[str, typer.Option(help="Of the endpoint.", envvar="REMOTE_VAE_URL")]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a protected endpoint; better in the variable. Default: the Hugging Face login, for its hosts.",
+        envvar="REMOTE_VAE_TOKEN",
+    ),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Latents are the VAE's own, not normalised as pipelines have them.")]
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    status = 0
+    try:
+        app()
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except (RemoteVAEError, ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads may wait for an endpoint, and what is written is written
+
+
+@app.command()
+def info(url: str, token: Token = None) -> None:
+    """What an endpoint serves."""
+    about = Client(url, token).config()
+    latents, pixels = about["latents"], about["pixels"]
+    table = Table(show_header=False, box=None)
+    for name, value in {
+        "model": about["model"],
+        "checkpoint": about["checkpoint"],
+        "class": f"{about['vae_class']} (diffusers {about['diffusers']})",
+        "runs in": f"{about['dtype']} on {about['device']}",
+        "latents": f"{latents['layout']}, {latents['channels']} channels, 1/{latents['vae_scale_factor']} of the side",
+        "of its pipelines": latents["pipeline_layout"],
+        "frames": ", ".join(map(str, pixels["frame_counts"])) + ", ..." if about["kind"] == "video" else "",
+        "limits": ", ".join(f"{name} {value:g}" for name, value in about["limits"].items()),
+        "version": about["version"],
+    }.items():
+        if value:
+            table.add_row(name, str(value))
+    Console().print(table)
+
+
+@app.command()
+def decode(
+    file: Annotated[Path, typer.Argument(help="Latents: .safetensors, .npy, or .pt (weights alone).")],
+    out: Annotated[
+        Path, typer.Argument(help="A picture (.png, .jpg, .webp) or .mp4; of a batch, -0, -1, ... are added.")
+    ],
+    url: Url,
+    token: Token = None,
+    raw: Raw = False,
+    height: Annotated[int | None, typer.Option(help="Of packed latents, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of packed latents, in pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Of packed latents of a video.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Of an MP4.")] = None,
+) -> None:
+    """Latents in a file to pictures, or a video."""
+    more = {"height": height, "width": width, "num_frames": num_frames, "fps": fps}
+    from remote_vae import files
+
+    client = Client(url, token)
+    with working(f"decoding {file}"):
+        written = files.decode(client, file, out, {"do_scaling": not raw, **more})
+    for path in written:
+        print(path)
+
+
+@app.command()
+def encode(
+    pictures: Annotated[list[Path], typer.Argument(help="PNG, JPEG or WebP files of one size, or one MP4.")],
+    out: Annotated[Path, typer.Option(help="Latents: .safetensors or .npy.")],
+    url: Url,
+    token: Token = None,
+    raw: Raw = False,
+    layout: Annotated[str | None, typer.Option(help="Such as packed; `remote-vae info` names the pipeline's.")] = None,
+    sample_mode: Annotated[str | None, typer.Option(help="argmax, sample or moments.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a sample.")] = None,
+) -> None:
+    """Pictures, or a video, to latents in a file."""
+    more = {"latents_layout": layout, "sample_mode": sample_mode, "seed": seed}
+    from remote_vae import files
+
+    client = Client(url, token)
+    with working(f"encoding {len(pictures)} file" + "s" * (len(pictures) > 1)):
+        shape = files.encode(client, pictures, out, {"do_scaling": not raw, **more})
+    print(f"{out} {shape}")
+
+
+@app.command()
+def latents(
+    folder: Annotated[Path, typer.Argument(help="Of the pictures; folders in it too.", exists=True, file_okay=False)],
+    url: Url,
+    out: Annotated[Path, typer.Option(help="Kohya and ai-toolkit look for it in the pictures' own folder.")],
+    format: Annotated[str, typer.Option(help="kohya, musubi, ai-toolkit or webdataset.")],
+    token: Token = None,
+    resolution: Annotated[str, typer.Option(help="Area that pictures are brought to: 1024, or 1280x720.")] = "1024",
+    upscale: Annotated[bool, typer.Option(help="Whether smaller pictures are enlarged.")] = True,
+    flip: Annotated[bool, typer.Option(help="Mirrored pictures too.")] = False,
+    sample_mode: Annotated[str | None, typer.Option(help="Of webdataset: moments, sample or argmax.")] = None,
+    seed: Annotated[int, typer.Option(help="Of samples.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Pictures on their way at a time.")] = 8,
+) -> None:
+    """The latents of a data set, as a trainer reads them. The same command again goes on where it was ended."""
+    from remote_vae.latents.formats import FORMATS
+    from remote_vae.latents.run import FAILED, Run
+
+    sides = [int(side) for side in resolution.split("x") if side.isdecimal()]
+    if len(sides) not in (1, 2) or min(sides) < 64:
+        raise ValueError(f"--resolution {resolution}: expected 1024, or 1280x720, of at least 64 a side")
+    if format not in FORMATS:
+        raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
+    client = Client(url, token)
+    about = client.config()
+    made = FORMATS[format](about["model"], (sides[0], sides[-1]), upscale, flip, sample_mode)
+    run = Run(client, about, folder, out, made, seed, workers)
+    encoded = run.go(console)
+    console.print(f"{encoded} encoded, {run.there} were there, {len(run.failed)} could not be", highlight=False)
+    if run.failed:
+        raise ValueError(f"{len(run.failed)} pictures could not be encoded: {out / FAILED} says which and why")
+
+
+@app.command()
+def proxy(
+    url: str,
+    token: Token = None,
+    port: Annotated[int, typer.Option(help="To listen on.")] = 9000,
+    host: Annotated[
+        str, typer.Option(help="To listen on; any other than this opens your token's use to others.")
+    ] = "127.0.0.1",
+    patience: Annotated[float, typer.Option(help="Seconds to wait for an endpoint that starts.")] = 900,
+) -> None:
+    """A local address that adds the token and waits out a cold start, for clients that do neither."""
+    import uvicorn
+
+    from remote_vae.proxy import LOOPBACK, build_proxy
+
+    client = Client(url, token, patience=patience)
+    hosts = LOOPBACK if host in ("127.0.0.1", "localhost", "::1") else ["*"]
+    console.print(f"http://{host}:{port} is {client.url} now; Ctrl-C ends it", highlight=False)
+    uvicorn.run(
+        build_proxy(client, hosts),
+        host=host,
+        port=port,
+        log_level="warning",
+        server_header=False,  # the endpoint's own pass
+        date_header=False,
+        timeout_graceful_shutdown=1,
+    )
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A line that moves while it goes on."""
+    with console.status(what):
+        yield

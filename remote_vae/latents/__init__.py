@@ -1,0 +1,1 @@
+"""The latents of a data set, for trainers."""

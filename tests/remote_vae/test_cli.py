@@ -1,0 +1,136 @@
+"""`remote-vae info`, `decode` and `encode`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from scripts.local_server import ROOT
+from tests.difficult_way import difficult_way
+from tests.small_service import Service
+
+LATENTS = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(0))
+
+
+def remote_vae(*arguments: object, status: int = 0, **environment: str) -> tuple[str, str]:
+    """What the command prints, on both streams."""
+    command = [sys.executable, "-m", "remote_vae", *map(str, arguments)]
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "300", **environment},
+    )
+    assert run.returncode == status, run.stderr
+    assert "Traceback" not in run.stderr
+    return run.stdout, run.stderr
+
+
+def test_info(service: Service) -> None:
+    out, _ = remote_vae("info", f"{service.url}/wan-2.1")
+    for word in (
+        "wan-2.1",
+        "AutoencoderKLWan",
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "BCFHW, 16 channels",
+        "1, 5, 9, ...",
+    ):
+        assert word in out
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])
+def test_decoding_a_batch(service: Service, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"latents{suffix}"
+    if suffix == ".safetensors":
+        save_file({"latents": LATENTS}, file)
+    elif suffix == ".npy":
+        np.save(file, LATENTS.numpy())
+    else:
+        torch.save(LATENTS, file)
+    out, _ = remote_vae("decode", file, tmp_path / "out.png", "--url", f"{service.url}/sd-v1")
+    assert out.split() == [str(tmp_path / f"out-{index}.png") for index in range(2)]
+    vae = service.model("sd-v1")
+    expected = vae.decode(LATENTS / vae.config.scaling_factor).sample
+    for index, pixels in enumerate(expected):
+        with Image.open(tmp_path / f"out-{index}.png") as picture:
+            ours = np.asarray(picture).astype(int)
+        assert np.abs(ours - ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_encoding_and_decoding(service: Service, tmp_path: Path) -> None:
+    url = f"{service.url}/sd-v1"
+    for index in range(2):
+        Image.radial_gradient("L").resize((96, 64)).rotate(90 * index).convert("RGB").save(tmp_path / f"{index}.png")
+    both = [tmp_path / f"{index}.png" for index in range(2)]
+    out, _ = remote_vae("encode", *both, "--out", tmp_path / "z.safetensors", "--url", url)
+    assert out.strip() == f"{tmp_path / 'z.safetensors'} [2, 4, 8, 12]"
+    remote_vae("encode", *both, "--out", tmp_path / "raw.npy", "--url", url, "--raw")
+    scaled, raw = load_file(tmp_path / "z.safetensors")["latents"], torch.from_numpy(np.load(tmp_path / "raw.npy"))
+    torch.testing.assert_close(scaled, raw * 0.18215, atol=1e-6, rtol=1e-6)
+    remote_vae("encode", both[0], "--out", tmp_path / "m.npy", "--url", url, "--raw", "--sample-mode", "moments")
+    assert np.load(tmp_path / "m.npy").shape == (1, 8, 8, 12)
+
+
+def test_a_video(service: Service, tmp_path: Path) -> None:
+    np.save(tmp_path / "z.npy", torch.randn(1, 16, 3, 8, 8).numpy())
+    remote_vae("decode", tmp_path / "z.npy", tmp_path / "v.mp4", "--url", f"{service.url}/wan-2.1", "--fps", 8)
+    with av.open(str(tmp_path / "v.mp4")) as video:
+        assert (video.streams.video[0].frames, video.streams.video[0].average_rate) == (9, 8)
+    out, _ = remote_vae("encode", tmp_path / "v.mp4", "--out", tmp_path / "z.npy", "--url", f"{service.url}/wan-2.1")
+    assert out.endswith("[1, 16, 3, 8, 8]\n")
+
+
+def test_packed_latents(service: Service, tmp_path: Path) -> None:
+    save_file({"z": torch.randn(1, 24, 64)}, tmp_path / "z.safetensors")
+    url = f"{service.url}/flux"
+    size = ("--height", 64, "--width", 96)
+    out, _ = remote_vae("decode", tmp_path / "z.safetensors", tmp_path / "p.webp", "--url", url, *size)
+    with Image.open(out.strip()) as picture:
+        assert picture.size == (96, 64)
+
+
+def test_what_is_wrong_is_one_line(service: Service, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/touched",)
+
+    save_file({"a": LATENTS, "b": LATENTS.clone()}, tmp_path / "two.safetensors")
+    torch.save(Evil(), tmp_path / "evil.pt")
+    np.save(tmp_path / "z.npy", LATENTS.numpy())
+    (tmp_path / "text.safetensors").write_text("text")
+    url = f"{service.url}/sd-v1"
+    for file, out, said in (
+        ("two.safetensors", "o.png", "must hold one tensor, and holds a, b"),
+        ("evil.pt", "o.png", "cannot be read"),
+        ("text.safetensors", "o.png", "cannot be read"),
+        ("missing.npy", "o.png", "No such file or directory"),
+        ("z.npy", "o.gif", "a picture is .png"),
+        ("z.npy", "o.mp4", "'mp4' needs a video model"),
+        ("z.txt", "o.png", "latents are read from"),
+    ):
+        _, error = remote_vae("decode", tmp_path / file, tmp_path / out, "--url", url, status=1)
+        assert said in error
+        assert len(error.strip().splitlines()) <= 4, error
+        assert not (tmp_path / out).exists()
+    assert not (tmp_path / "touched").exists()
+
+
+def test_no_token_is_printed(service: Service, tmp_path: Path) -> None:
+    token = "hf_theTokenThatNobodyMaySee"
+    with difficult_way(f"{service.url}/sd-v1") as way:
+        way.token = token
+        assert "sd-v1" in remote_vae("info", way.url, REMOTE_VAE_TOKEN=token)[0]
+        said = remote_vae("info", way.url, status=1, REMOTE_VAE_TOKEN=token + "x")
+    assert token not in "".join(said)
+    assert "the token is not taken" in said[1]

@@ -1,0 +1,268 @@
+"""`remote-vae latents`: what trainers read, equal to local encoding, whatever happens on the way."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from remote_vae.latents.buckets import AIToolkitBuckets, KohyaBuckets, MusubiBuckets
+from remote_vae.latents.formats import FORMATS, Format
+from scripts.local_server import ROOT
+from tests.difficult_way import Way, difficult_way
+from tests.small_service import Service
+
+SIZES = [(300, 200), (200, 300), (256, 256), (100, 90), (640, 200), (128, 128), (90, 100), (257, 255)]
+
+
+def command(folder: Path, out: Path, url: str, made: str, *more: str) -> list[str]:
+    given = ["--url", url, "--out", str(out), "--format", made, "--resolution", "128", *more]
+    return [sys.executable, "-m", "remote_vae", "latents", str(folder), *given]
+
+
+def run(*arguments: Any, status: int = 0) -> str:
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures of many sizes, also below it; with captions."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for index, size in enumerate(SIZES):
+        image = Image.radial_gradient("L").resize(size).rotate(45 * index)
+        colours = Image.merge("RGB", [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image])
+        colours.save(folder / ("more" if index % 2 else ".") / f"p{index}.png")
+        (folder / ("more" if index % 2 else ".") / f"p{index}.txt").write_text(f"picture {index}")
+    return folder
+
+
+def local(vae: Any, made: Format, folder: Path, name: Path, flip: bool = False) -> torch.Tensor:
+    """What a trainer with this VAE stores, where it draws with the generator of this picture."""
+    image = picture(folder / name)
+    image = made.resize(image, made.place(image.size))
+    pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.cat([pixels, pixels.flip(3)]) if made.flip else pixels
+    posterior = vae.encode(pixels.unsqueeze(2) if "Qwen" in type(vae).__name__ else pixels).latent_dist
+    if made.sample_mode == "moments":
+        return posterior.parameters[int(flip)]
+    seed = zlib.crc32(name.as_posix().encode())
+    latents = posterior.mode()
+    if made.sample_mode == "sample":
+        latents = posterior.sample(torch.Generator().manual_seed(seed))
+    if made.scaled and vae.config.get("latents_mean"):
+        shape = (1, -1, 1, 1, 1)
+        latents = (latents - torch.tensor(vae.config.latents_mean).view(shape)) / torch.tensor(
+            vae.config.latents_std
+        ).view(shape)
+    elif made.scaled:
+        latents = (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    return latents[int(flip)]
+
+
+def picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def names(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
+
+
+def close(ours: Any, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(torch.as_tensor(ours), theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("key", "end"), [("sdxl", ""), ("flux", "_{}x{}")])
+@torch.no_grad()
+def test_kohya(service: Service, folder: Path, tmp_path: Path, key: str, end: str) -> None:
+    assert "8 encoded" in run(folder, tmp_path / "out", f"{service.url}/{key}", "kohya", "--flip")
+    made = FORMATS["kohya"](key, (128, 128), flip=True)
+    for name in names(folder):
+        width, height = size = picture(folder / name).size
+        file = np.load(tmp_path / "out" / name.parent / f"{name.stem}_{width:04d}x{height:04d}_{key}.npz")
+        bucket = made.place(size).bucket
+        part = end.format(bucket[1] // 8, bucket[0] // 8)
+        assert sorted(file) == sorted(
+            f"{part_of}{part}" for part_of in ("latents", "latents_flipped", "original_size", "crop_ltrb")
+        )
+        close(file[f"latents{part}"], local(service.model(key), made, folder, name))
+        close(file[f"latents_flipped{part}"], local(service.model(key), made, folder, name, flip=True))
+        assert tuple(file[f"original_size{part}"]) == size
+
+
+@torch.no_grad()
+def test_musubi(service: Service, folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "out", f"{service.url}/qwen-image", "musubi")
+    made = FORMATS["musubi"]("qwen-image", (128, 128))
+    for name in names(folder):
+        width, height = size = picture(folder / name).size
+        bucket = made.place(size).bucket
+        with safe_open(
+            tmp_path / "out" / name.parent / f"{name.stem}_{width:04d}x{height:04d}_qi.safetensors", "pt"
+        ) as file:
+            (key,) = file.keys()
+            assert key == f"latents_1x{bucket[1] // 8}x{bucket[0] // 8}_float32"
+            close(file.get_tensor(key), local(service.model("qwen-image"), made, folder, name))
+            assert file.metadata()["architecture"] == "qwen_image"
+
+
+@torch.no_grad()
+def test_ai_toolkit(service: Service, folder: Path) -> None:
+    run(folder, folder, f"{service.url}/flux", "ai-toolkit", "--flip")
+    made = FORMATS["ai-toolkit"]("flux", (128, 128), flip=True)
+    for name in names(folder):
+        files = sorted((folder / name.parent / "_latent_cache").glob(f"{name.stem}_*.safetensors"))
+        assert len(files) == 2
+        for path in files:
+            with safe_open(path, "pt") as file:
+                flip = "flip_x" in file.metadata()
+                close(file.get_tensor("latent"), local(service.model("flux"), made, folder, name, flip=flip))
+
+
+@torch.no_grad()
+def test_webdataset(service: Service, folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "out", f"{service.url}/sd-v1", "webdataset")
+    made = FORMATS["webdataset"]("sd-v1", (128, 128))
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as archive:
+        files = {member.name: archive.extractfile(member).read() for member in archive}
+    assert list(files)[:3] == ["more/p1.moments.npy", "more/p1.json", "more/p1.txt"]
+    for name in names(folder):
+        key = name.with_suffix("").as_posix()
+        close(np.load(io.BytesIO(files[f"{key}.moments.npy"])), local(service.model("sd-v1"), made, folder, name))
+        assert json.loads(files[f"{key}.json"])["file"] == name.as_posix()
+        assert files[f"{key}.txt"].decode().startswith("picture")
+    Image.new("RGB", (128, 128)).save(folder / "new.png")
+    assert "1 encoded, 8 were there" in run(folder, tmp_path / "out", f"{service.url}/sd-v1", "webdataset")
+    with tarfile.open(tmp_path / "out" / "shard-000001.tar") as archive:
+        assert archive.getnames() == ["new.moments.npy", "new.json"]
+
+
+def test_what_cannot_be_read_is_listed(service: Service, folder: Path, tmp_path: Path) -> None:
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "cut.png").write_bytes((folder / "p0.png").read_bytes()[:400])
+    Image.new("RGB", SIZES[0]).save(folder / "p0.jpg")  # beside p0.png
+    (folder / "note.txt").write_text("no picture")
+    out = tmp_path / "out"
+    said = run(folder, out, f"{service.url}/sdxl", "kohya", status=1)
+    assert "8 encoded, 0 were there, 3 could not be" in said
+    listed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
+    assert sorted(listed) == ["broken.png", "cut.png", "p0.png"]
+    assert listed["p0.png"] == "its latents would have the name of those of p0.jpg"
+    for name in listed:
+        (folder / name).unlink()
+    assert "0 encoded, 8 were there, 0 could not be" in run(folder, out, f"{service.url}/sdxl", "kohya")
+    assert not (out / "failed.txt").exists()
+
+
+def test_other_settings_are_refused(service: Service, folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "out", f"{service.url}/sdxl", "kohya")
+    for more, said in (
+        (("--seed", "1"), "made with seed=0; take another folder"),
+        (("--no-upscale",), "made with upscale=True"),
+        (("--resolution", "256"), r"made with resolution=[128, 128]"),
+        (("--format", "musubi"), "Musubi is known for qwen-image, wan-2.1, and this is sdxl"),
+        (("--format", "lora"), "expected one of kohya, musubi, ai-toolkit, webdataset"),
+        (("--resolution", "big"), "expected 1024, or 1280x720"),
+    ):
+        assert said in run(folder, tmp_path / "out", f"{service.url}/sdxl", "kohya", *more, status=1)
+
+
+@pytest.fixture
+def way(service: Service) -> Iterator[Way]:
+    with difficult_way(f"{service.url}/sdxl") as way:
+        yield way
+
+
+def test_an_endpoint_that_is_lost_ends_the_run(way: Way, folder: Path, tmp_path: Path) -> None:
+    way.answer = (401, "Unauthorized")
+    assert "401 Unauthorized" in run(folder, tmp_path / "out", way.url, "kohya", status=1)
+    way.answer = None
+    assert "8 encoded" in run(folder, tmp_path / "out", way.url, "kohya")
+
+
+def test_ctrl_c_ends_at_once(way: Way, folder: Path, tmp_path: Path) -> None:
+    way.hangs = True
+    process = subprocess.Popen(command(folder, tmp_path / "out", way.url, "kohya"), cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not any(method == "POST" for method, _, _ in way.seen) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert time.monotonic() - start < 2
+    assert process.returncode == 130
+    assert b"Traceback" not in said
+
+
+def test_it_goes_on_after_kill_9_at_any_moment(way: Way, tmp_path: Path) -> None:
+    """Twenty times. Nothing is lost, nothing written twice, and no name holds half a file."""
+    folder, out, rng = tmp_path / "pictures", tmp_path / "out", random.Random(0)
+    folder.mkdir()
+    for index in range(150):
+        Image.new("RGB", (130 + index, 128), (index, 0, 0)).save(folder / f"{index}.png")
+    written: dict[str, int] = {}
+
+    def check() -> None:
+        for path in out.rglob("*.npz"):
+            moment = path.stat().st_mtime_ns
+            assert written.setdefault(path.name, moment) == moment
+            assert np.load(path)["latents"].shape[0] == 4
+
+    for _ in range(20):
+        posts = sum(method == "POST" for method, _, _ in way.seen)
+        process = subprocess.Popen(
+            command(folder, out, way.url, "kohya", "--workers", "2"), cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        while sum(method == "POST" for method, _, _ in way.seen) == posts and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        check()
+    assert 0 < len(written) < 150
+    run(folder, out, way.url, "kohya")
+    check()
+    assert len(written) == 150
+    assert not list(out.rglob(".*.part"))
+
+
+SIDES = [(1000, 700), (512, 512), (333, 777), (3000, 500), (64, 64), (1024, 1023), (90, 2000)]
+
+
+@pytest.mark.parametrize("upscale", [True, False])
+@pytest.mark.parametrize("size", SIDES)
+def test_buckets(size: tuple[int, int], upscale: bool) -> None:
+    """Each is of steps, no larger than asked for, and within the resized picture."""
+    for buckets, steps, most in (
+        (KohyaBuckets((512, 512), upscale), 64, 512**2),
+        (MusubiBuckets((512, 512), upscale), 16, 512**2 * 1.05),
+        (AIToolkitBuckets((512, 512), 16), 16, 512**2),
+    ):
+        if upscale or min(size) >= steps:
+            placed = buckets.place(size)
+            assert placed.bucket[0] % steps == placed.bucket[1] % steps == 0
+            assert 0 < placed.bucket[0] * placed.bucket[1] <= most
+            assert placed.bucket[0] <= placed.resized[0]
+            assert placed.bucket[1] <= placed.resized[1]
+            assert min(placed.corner) >= 0

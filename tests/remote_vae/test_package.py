@@ -1,0 +1,40 @@
+"""The package as `pip install "remote-vae @ git+..."` brings it."""
+
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from handlers.version import VERSION
+from scripts.local_server import ROOT
+
+
+def run(*command: object, folder: Path) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_the_wheel_in_a_clean_environment(tmp_path: Path) -> None:
+    """torch and diffusers are the user's: they are lent by the environment of the tests."""
+    for part in ("remote_vae", "handlers"):  # a copy, as a build leaves files behind
+        shutil.copytree(ROOT / part, tmp_path / "project" / part)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "project")
+    build = ("-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, tmp_path / "project")
+    run(sys.executable, *build, folder=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"remote_vae", f"remote_vae-{VERSION}.dist-info"}
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", wheel, folder=tmp_path)
+    assert "--patience" in run(python.parent / "remote-vae", "proxy", "--help", folder=tmp_path)
+    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (packages / "lent.pth").write_text(next(path for path in sys.path if path.endswith("site-packages")))
+    code = "import remote_vae, importlib.metadata as m; print(remote_vae.RemoteVAE.__module__, m.version('remote-vae'))"
+    assert run(python, "-c", code, folder=tmp_path).split() == ["remote_vae.vae", VERSION]
