@@ -131,8 +131,11 @@ def latents(
     workers: Annotated[int, typer.Option(min=1, help="Pictures on their way at a time.")] = 8,
 ) -> None:
     """The latents of a data set, as a trainer reads them. The same command again goes on where it was ended."""
-    from remote_vae.latents.formats import FORMATS
-    from remote_vae.latents.run import FAILED, Run
+    try:
+        from remote_vae.latents.formats import FORMATS
+        from remote_vae.latents.run import FAILED, Run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}; this command needs torch and opencv-python-headless beside the package") from None
 
     sides = [int(side) for side in resolution.split("x") if side.isdecimal()]
     if len(sides) not in (1, 2) or min(sides) < 64:

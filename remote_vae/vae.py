@@ -58,7 +58,7 @@ class Connection:
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Pixels in [-1, 1] as the class takes them, to the distribution of their latents."""
-        given = inspect.signature(type(self.vae).encode).bind(self.vae, *args, **kwargs).arguments
+        given = self._given("encode", args, kwargs)
         pixels: Tensor = given["x"]
         moments = "moments" in self.config["sample_modes"]
         batch = self._to_rank(pixels, len(self.config["pixels"]["layout"]))
@@ -81,7 +81,7 @@ class Connection:
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """Raw latents as the class takes them, to pixels."""
-        given = inspect.signature(type(self.vae).decode).bind(self.vae, *args, **kwargs).arguments
+        given = self._given("decode", args, kwargs)
         latents: Tensor = next(value for name, value in given.items() if name in ("z", "x"))
         parameters = {"latents_layout": self.config["latents"]["layout"], "memory_format": memory_format(latents)}
         if (timestep := given.get("temb")) is not None:
@@ -94,6 +94,12 @@ class Connection:
         elif sample.ndim < latents.ndim:
             sample = sample.unsqueeze(2)
         return DecoderOutput(sample=sample) if given.get("return_dict", True) else (sample,)
+
+    def _given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a method by their names. diffusers before 0.38 hides them in a wrapper's closure."""
+        method = getattr(type(self.vae), name)
+        method = inspect.getclosurevars(inspect.unwrap(method)).nonlocals.get("method", method)
+        return inspect.signature(method).bind(self.vae, *args, **kwargs).arguments
 
     def _pixels(self, latents: Tensor, parameters: dict[str, Any], as_uint8: bool) -> Tensor:
         """[B, 3, H, W] or [B, 3, F, H, W] about in [-1, 1], on the latents' device."""

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from handlers import MODELS, get_model
-from scripts.benchmark import forward, report, service, ways
+from scripts.benchmark import clients, forward, report, service, ways
 from scripts.benchmark.forward import Size
 from scripts.benchmark.service import Load
 from scripts.local_server import ROOT, serve
@@ -53,6 +53,10 @@ class Plan:
     latency: tuple[str, int]
     """Model and size of the latency over HTTP."""
     latency_count: int
+    queue: tuple[str, Size, int]
+    """Model, size and pictures of the queue against decoding in place."""
+    data_set: tuple[str, int, int]
+    """Model, side and pictures of a data set whose latents are made."""
     fake: tuple[tuple[str, str, Size], ...]
     """Peaks that are computed, not measured, as this device would take too long."""
 
@@ -81,6 +85,8 @@ GPU = Plan(
     pilot=Load("sd-v1", 512, "png", 8, 64, rounds=1),
     latency=("sd-v1", 1024),
     latency_count=100,
+    queue=("sd-v1", (1024, 1024, None), 16),
+    data_set=("sd-v1", 512, 512),
     fake=(),
 )
 CPU = Plan(
@@ -101,6 +107,8 @@ CPU = Plan(
     pilot=Load("tiny", 512, "png", 8, 16, rounds=1),
     latency=("tiny", 1024),
     latency_count=10,
+    queue=("tiny", (512, 512, None), 8),
+    data_set=("tiny", 256, 128),
     fake=(
         ("sd-v1", "decode", (1024, 1024, None)),
         ("sd-v1", "encode", (1024, 1024, None)),
@@ -130,7 +138,9 @@ def main(
     keys = [key for key in keys if is_here(key)]
     diffusers_logging.set_verbosity_error()
     results = {"about": about(device)}
-    results |= {name: [] for name in ("forward", "fake_peaks", "ways", "latency", "throughput", "pilot")}
+    results |= {
+        name: [] for name in ("forward", "fake_peaks", "ways", "latency", "throughput", "pilot", "queue", "data_set")
+    }
     folder = BENCHMARKS / slug(results["about"]["device"])
     folder.mkdir(parents=True, exist_ok=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -205,6 +215,12 @@ def all_steps(
     def served(load: Load) -> None:
         results["throughput"].append(service.throughput(url(load.model), vae(load.model)[1], load))
 
+    def queued(key: str, size: Size, count: int) -> None:
+        results["queue"].append(clients.queue(url(key), key, vae(key)[1], size, count))
+
+    def data_set(key: str, side: int, count: int) -> None:
+        results["data_set"].append(clients.data_set(url(key), key, side, count))
+
     def pilot(load: Load) -> None:
         results["pilot"].append(service.throughput(url(load.model, pilot=True), vae(load.model)[1], load))
 
@@ -230,6 +246,12 @@ def all_steps(
         yield f"{key} over HTTP: latency", lambda key=key, size=size: latency(key, (size, size, None))
     for load in (load for load in plan.served if load.model in keys):
         yield f"{load.model} {load.size} over HTTP: {load.clients} x {load.format}", lambda load=load: served(load)
+    key, size, count = plan.queue
+    if key in keys:
+        yield f"{key} {describe(size)}: the queue", lambda: queued(*plan.queue)
+    key, side, count = plan.data_set
+    if key in keys:
+        yield f"{key} {side}: {count} latents", lambda: data_set(*plan.data_set)
     if plan.pilot.model in keys:
         yield f"{plan.pilot.model} {plan.pilot.size}: the pilot's way", lambda: pilot(plan.pilot)
 

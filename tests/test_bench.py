@@ -116,6 +116,17 @@ def results() -> dict[str, Any]:
         ],
         "throughput": [served],
         "pilot": [],
+        "queue": [],
+        "data_set": [
+            {
+                "model": "tiny",
+                "size": [256, 256, None],
+                "count": 8,
+                "per_second": [],
+                "against_loop": 2,
+                "against_service": 0.96,
+            }
+        ],
         "latency": [],
     }
 
@@ -182,6 +193,8 @@ def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         pilot=Load("tiny", size, "png", 2, 4, rounds=1),
         latency=("tiny", size),
         latency_count=2,
+        queue=("tiny", (size, size, None), 2),
+        data_set=("tiny", size, 8),
         fake=(("tiny", "decode", (size, size, None)),),
     )
     monkeypatch.setattr(bench, "CPU", plan)
@@ -193,7 +206,10 @@ def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert {path.name for path in folder.iterdir()} == {"README.md", "results.json", "time.png", "memory.png"}
     results = json.loads((folder / "results.json").read_text())
     counts = {name: len(rows) for name, rows in results.items() if isinstance(rows, list)}
-    assert counts == {"forward": 2, "fake_peaks": 1, "ways": 2, "latency": 1, "throughput": 1, "pilot": 1}
+    assert counts == {"forward": 2, "fake_peaks": 1, "ways": 2, "latency": 1, "throughput": 1, "pilot": 1} | {
+        "queue": 1,
+        "data_set": 1,
+    }
     assert "failed: RuntimeError: no C compiler" in (folder / "README.md").read_text()
 
 

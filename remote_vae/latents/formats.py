@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 from PIL import Image
 from safetensors.torch import save
@@ -75,10 +76,13 @@ class Format:
         return self.buckets.place(size)
 
     def resize(self, image: Image.Image, placement: Placement) -> Image.Image:
-        """As the trainers do: by area where it shrinks, else by Lanczos; then the middle."""
+        """As kohya's trainers do: by OpenCV's area where it shrinks, else by Pillow's Lanczos; then the middle."""
         if image.size != placement.resized:
-            larger = image.width >= placement.resized[0] and image.height >= placement.resized[1]
-            image = image.resize(placement.resized, Image.Resampling.BOX if larger else Image.Resampling.LANCZOS)
+            if image.width >= placement.resized[0] and image.height >= placement.resized[1]:
+                pixels = cv2.resize(np.array(image), placement.resized, interpolation=cv2.INTER_AREA)
+                image = Image.fromarray(pixels)
+            else:
+                image = image.resize(placement.resized, Image.Resampling.LANCZOS)
         left, top = placement.corner
         return image.crop((left, top, left + placement.bucket[0], top + placement.bucket[1]))
 
