@@ -35,6 +35,7 @@ def test_the_wheel_in_a_clean_environment(tmp_path: Path) -> None:
     run(python, "-m", "pip", "install", wheel, folder=tmp_path)
     assert "--patience" in run(python.parent / "remote-vae", "proxy", "--help", folder=tmp_path)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    (packages / "lent.pth").write_text(next(path for path in sys.path if path.endswith("site-packages")))
+    lent = next(path for path in sys.path if path.endswith("site-packages"))
+    (packages / "lent.pth").write_text(f"import sys; sys.path.insert(0, {lent!r})")
     code = "import remote_vae, importlib.metadata as m; print(remote_vae.RemoteVAE.__module__, m.version('remote-vae'))"
     assert run(python, "-c", code, folder=tmp_path).split() == ["remote_vae.vae", VERSION]
