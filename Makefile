@@ -7,6 +7,31 @@ ENDPOINT_VENV := .venv-endpoint
 DEPLOY_VENV := .venv-deploy
 SOURCES := handler.py handlers remote_vae scripts tests
 
+# The variables that each target takes; any other, which may be a misspelt one, is an error before anything happens.
+TAKES_serve := MODEL PORT HOST WEIGHTS DEVICE DTYPE
+TAKES_settings := VENDOR REGION ACCESS MIN_REPLICA MAX_REPLICA SCALE_TO_ZERO TIMEOUT DRY_RUN NAMESPACE
+TAKES_deploy := MODEL NAME INSTANCE SIZE WEIGHTS $(TAKES_settings)
+TAKES_deploy-all := $(TAKES_settings)
+TAKES_endpoints := NAMESPACE
+TAKES_smoke := MODEL NAMESPACE NAME URL
+TAKES_pause := MODEL NAMESPACE NAME
+TAKES_resume := MODEL NAMESPACE NAME
+TAKES_undeploy := MODEL NAMESPACE NAME DELETE_REPO YES
+TAKES_test := ARGS
+TAKES_test-endpoint := ARGS
+TAKES_bench := DEVICE MODELS
+TAKES_fuzz := COUNT SEED ONLY TOOLKIT
+TAKES_soak := MINUTES SEED TOOLKIT
+
+space := $(subst ,, )
+takes := $(sort $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal))))
+given := $(foreach pair,$(subst \$(space),_,$(MAKEOVERRIDES)),$(firstword $(subst =, ,$(pair))))
+unknown := $(filter-out $(takes) PYTHON OMP_WAIT_POLICY,$(given))
+$(if $(unknown),$(error `make $(MAKECMDGOALS)` takes no $(unknown)$(if $(takes),; it takes $(takes))))
+
+# $(call switch,VARIABLE,--option): the option for VARIABLE=1; 0 and nothing are off
+switch = $(if $(filter 1,$($(1))),$(2),$(if $(filter-out 0,$($(1))),$(error $(1)=$($(1)) is neither 1, for on, nor 0)))
+
 # $(call options,name=VARIABLE ...): "--name value" for each of the variables that is set
 options = $(foreach pair,$(1),$(if $($(lastword $(subst =, ,$(pair)))),--$(firstword $(subst =, ,$(pair))) "$($(lastword $(subst =, ,$(pair))))"))
 
@@ -54,7 +79,7 @@ models: install  ## the table of models
 DEPLOY := $(DEPLOY_VENV)/bin/python -m scripts.deploy
 deploy_target = $(call options,model=MODEL namespace=NAMESPACE name=NAME)
 deploy_settings = $(call options,vendor=VENDOR region=REGION access=ACCESS min-replica=MIN_REPLICA \
-	max-replica=MAX_REPLICA scale-to-zero=SCALE_TO_ZERO timeout=TIMEOUT) $(if $(DRY_RUN),--dry-run)
+	max-replica=MAX_REPLICA scale-to-zero=SCALE_TO_ZERO timeout=TIMEOUT) $(call switch,DRY_RUN,--dry-run)
 
 .PHONY: deploy
 deploy: $(DEPLOY_VENV)/bin/.installed  ## an Inference Endpoint of MODEL [DRY_RUN=1] [ACCESS=public ...: docs/deploying.md]
@@ -82,7 +107,7 @@ resume: $(DEPLOY_VENV)/bin/.installed  ## start the paused endpoint of MODEL aga
 
 .PHONY: undeploy
 undeploy: $(DEPLOY_VENV)/bin/.installed  ## delete the endpoint of MODEL [DELETE_REPO=1] [YES=1]
-	@$(DEPLOY) undeploy $(deploy_target) $(if $(DELETE_REPO),--delete-repo) $(if $(YES),--yes)
+	@$(DEPLOY) undeploy $(deploy_target) $(call switch,DELETE_REPO,--delete-repo) $(call switch,YES,--yes)
 
 # a file of tests stays in one process, which starts the servers that they share; `make test ARGS="-k mp4"` for some
 ARGS ?= -n 2 --dist loadfile

@@ -58,10 +58,12 @@ def build_app(model: str | None = None) -> Starlette:
     It answers 503 until `app.state.handler` is set to a loaded `EndpointHandler`.
     """
     routes = [
-        Route("/", root, methods=["GET", "POST"]),
-        Route("/predict", predict, methods=["POST"]),
-        Route("/decode", decode, methods=["POST"]),
-        Route("/encode", encode, methods=["POST"]),
+        Route("/", root, methods=["GET", "POST", "PUT"]),
+        *(
+            Route(path + slash, endpoint, methods=["POST", "PUT"])  # PUT is what `curl -T` sends
+            for path, endpoint in (("/predict", predict), ("/decode", decode), ("/encode", encode))
+            for slash in ("", "/")
+        ),
         Route("/config", config, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
         Route("/metrics", show_metrics, methods=["GET"]),
@@ -119,7 +121,7 @@ def end_requests(app: Starlette) -> None:
 
 
 async def root(request: Request) -> Response:
-    return await (predict(request) if request.method == "POST" else health(request))
+    return await (health(request) if request.method in ("GET", "HEAD") else predict(request))
 
 
 async def predict(request: Request) -> Response:

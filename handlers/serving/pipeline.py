@@ -188,8 +188,9 @@ class Pipeline:
         self._check_batch("decode", batch.shape)
         if len(batch) > 1 and not self._takes_batch(request.answer):
             raise RequestError(
-                f"`shape`: a batch of {len(batch)} cannot be answered as {request.answer.value}; use output_type=pt "
-                "(with partial_postprocess=False for videos), or send one at a time"
+                f"`shape`: a batch of {len(batch)} cannot be answered as {request.answer.value}; send one at a time "
+                "(in a UI: a batch size of 1, and a larger batch count), or ask for output_type=pt"
+                + (", or for pictures with Accept: application/zip" if self.layout.kind == "image" else "")
             )
         width, height = (side * self.layout.vae_scale_factor for side in (batch.shape[-1], batch.shape[-2]))
         output.check_size(request.answer, self._image_format(request), width, height)
@@ -299,14 +300,15 @@ class Pipeline:
         return writers
 
     def _finish(self, request: Request, output: Tensor) -> Tensor:
-        if request.task == "decode":
-            return pixels.to_answer(output, request.answer)
-        scaled = self._to_answer(request, output)
-        if not scaled.isfinite().all():
+        dtype, decodes = request.parameters.answer_dtype, request.task == "decode"
+        answer = pixels.to_answer(output, request.answer) if decodes else self._to_answer(request, output)
+        if dtype and answer.is_floating_point():
+            answer = answer.to(payload.DTYPES[dtype])
+        if (dtype or not decodes) and not answer.isfinite().all():
             raise RequestError(
-                "`scaling_factor`, `shift_factor`: they take the latents out of their dtype's range", 422
+                "`scaling_factor`, `shift_factor`, `answer_dtype`: they take the answer out of its dtype's range", 422
             )
-        return scaled
+        return answer
 
     def render(self, request: Request, value: Tensor | output.Mp4Writer) -> output.Content:
         """The answer's bytes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from handlers.model import Kind, LatentsLayout, SampleMode, Task
 from handlers.serving.errors import RequestError
@@ -25,6 +25,14 @@ def _image_format(value: str) -> str:
     return "jpg" if value == "jpeg" else value
 
 
+def _dimensions(value: Any) -> Any:
+    """`shape=1,4,64,64` and `shape=[1,4,64,64]`, which people try first, beside one `shape` a dimension."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if len(values) == 1 and isinstance(values[0], str):
+        return [part.strip() for part in values[0].strip("[]() ").split(",")]
+    return value
+
+
 Dimension = Annotated[int, Field(gt=0, lt=2**31)]
 
 
@@ -33,7 +41,7 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    shape: Annotated[tuple[Dimension, ...], Field(max_length=8)] | None = None
+    shape: Annotated[tuple[Dimension, ...], Field(max_length=8), BeforeValidator(_dimensions)] | None = None
     dtype: Literal["float16", "float32", "bfloat16", "uint8"] | None = None
     scaling_factor: Annotated[float, AfterValidator(_not_zero)] | None = None
     shift_factor: float | None = None
@@ -51,6 +59,8 @@ class Parameters(BaseModel):
     width: Any = None
     output_type: Literal["pil", "pt", "mp4"] | None = None
     partial_postprocess: bool = False
+    answer_dtype: Literal["float16", "float32", "bfloat16"] | None = None
+    """Of an answer in floats; None for the VAE's own. JavaScript and numpy have no bfloat16."""
     image_format: Annotated[Literal["jpg", "jpeg", "png", "webp"], AfterValidator(_image_format)] | None = None
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Of JPEG and WebP; PNG has none."""

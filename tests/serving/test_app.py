@@ -6,6 +6,7 @@ import io
 import json
 import re
 from contextlib import suppress
+from typing import Any
 
 import av
 import numpy as np
@@ -348,6 +349,50 @@ WRONG_TENSORS = {
 }
 
 
+class TestWhatPeopleTryFirst:
+    @pytest.mark.parametrize("shape", ["1,4,8,12", "[1, 4, 8, 12]", "(1,4,8,12)"])
+    def test_a_shape_in_one(self, running: Any, shape: str) -> None:
+        endpoint = running("sd-v1")
+        latents = endpoint.latents()
+        expected = endpoint.post(latents, output_type="pt")
+        response = requests.post(
+            endpoint.url,
+            data=latents.numpy().tobytes(),
+            params={"shape": shape, "dtype": "float32", "output_type": "pt"},
+            timeout=30,
+        )
+        assert response.content == expected.content
+
+    @pytest.mark.parametrize("path", ["/predict/", "/decode/", "/predict", "/"])
+    def test_a_slash_and_curl_t(self, running: Any, path: str) -> None:
+        endpoint = running("sd-v1")
+        latents = endpoint.latents()
+        parameters = {"shape": list(latents.shape), "dtype": "float32", "output_type": "pt"}
+        expected = requests.post(endpoint.url, data=latents.numpy().tobytes(), params=parameters, timeout=30)
+        response = requests.put(endpoint.url + path, data=latents.numpy().tobytes(), params=parameters, timeout=30)
+        assert response.content == expected.content
+        assert expected.ok
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    def test_the_dtype_of_the_answer(self, endpoint: Endpoint, dtype: str) -> None:
+        latents = endpoint.latents()
+        for path, tensor in (("/decode", latents), ("/encode", torch.zeros(1, 3, *(1,) * (latents.ndim - 4), 64, 64))):
+            own = as_tensor(endpoint.post(tensor, path, output_type="pt"))
+            asked = as_tensor(endpoint.post(tensor, path, output_type="pt", answer_dtype=dtype))
+            assert torch.equal(asked, own.to(getattr(torch, dtype)))
+        uint8 = endpoint.post(latents, output_type="pt", partial_postprocess=True, answer_dtype=dtype)
+        assert uint8.headers["dtype"] == "uint8"
+
+    def test_what_the_dtype_cannot_hold(self, running: Any) -> None:
+        response = running("sd-v1").post(torch.rand(1, 3, 64, 64), scaling_factor=1e6, answer_dtype="float16")
+        assert (response.status_code, "`answer_dtype`" in response.json()["error"]) == (422, True)
+
+    def test_several_pictures_of_a_ui(self, running: Any) -> None:
+        """SD.Next with a batch of 2."""
+        response = running("sd-v1").post(torch.zeros(2, 4, 8, 8))
+        assert "in a UI: a batch size of 1, and a larger batch count" in response.json()["error"]
+
+
 class TestWrongInput:
     """Each is a 4xx that says what came and what is expected, and the next request works."""
 
@@ -463,9 +508,9 @@ class TestWrongInput:
     def test_unknown_path_and_method(self, endpoint: Endpoint) -> None:
         response = requests.post(f"{endpoint.url}/nowhere", timeout=5)
         assert (response.status_code, response.json()["error"][:20]) == (404, "there is no /nowhere")
-        response = requests.put(endpoint.url, timeout=5)
-        assert (response.status_code, response.json()) == (405, {"error": "/ does not take PUT"})
-        assert {method.strip() for method in response.headers["Allow"].split(",")} == {"GET", "HEAD", "POST"}
+        response = requests.delete(endpoint.url, timeout=5)
+        assert (response.status_code, response.json()) == (405, {"error": "/ does not take DELETE"})
+        assert {method.strip() for method in response.headers["Allow"].split(",")} == {"GET", "HEAD", "POST", "PUT"}
 
     def test_the_client_raises_with_the_message(self, image_endpoint: Endpoint) -> None:
         with pytest.raises(RuntimeError, match="batch of 2"):

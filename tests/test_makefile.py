@@ -1,0 +1,51 @@
+"""What `make` makes of variables. Nothing runs: `make -n` prints what would."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from scripts.local_server import ROOT
+
+
+def make(*arguments: str) -> tuple[int, str]:
+    """The status, and the last line that is said."""
+    command = ["make", "-n", "--no-print-directory", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return result.returncode, " ".join((result.stdout + result.stderr).splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (("deploy", "MODEL=flux", "DRY_RUN=1"), '--model "flux" --dry-run'),
+        (("deploy", "MODEL=flux", "DRY_RUN=0"), '--model "flux"'),
+        (("deploy", "MODEL=flux", "DRY_RUN="), '--model "flux"'),
+        (("deploy-all", "DRY_RUN=1"), "--dry-run"),
+        (("undeploy", "MODEL=x", "YES=0", "DELETE_REPO=0"), '--model "x"'),
+        (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO="), '--model "x" --yes'),
+        (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO=1"), '--model "x" --delete-repo --yes'),
+        (("test", "ARGS=-k a=b -x"), "pytest -k a=b -x"),
+    ],
+)
+def test_a_switch_is_on_for_1_alone(arguments: tuple[str, ...], options: str) -> None:
+    status, line = make(*arguments)
+    assert status == 0
+    assert line.endswith(f"{arguments[0]} {options}" if arguments[0] != "test" else options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("deploy", "MODEL=flux", "DRYRUN=1"), "`make deploy` takes no DRYRUN; it takes ACCESS DRY_RUN INSTANCE"),
+        (("deploy-all", "INSTANCE=nvidia-l4"), "`make deploy-all` takes no INSTANCE; it takes ACCESS DRY_RUN"),
+        (("deploy", "MODEL=flux", "DRY_RUN=yes"), "DRY_RUN=yes is neither 1, for on, nor 0"),
+        (("undeploy", "MODEL=x", "YES=true"), "YES=true is neither 1, for on, nor 0"),
+        (("lint", "FIX=1"), "`make lint` takes no FIX."),
+    ],
+)
+def test_anything_else_is_an_error_before_anything_happens(arguments: tuple[str, ...], said: str) -> None:
+    status, line = make(*arguments)
+    assert status == 2
+    assert said in line
