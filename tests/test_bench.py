@@ -138,7 +138,7 @@ def test_the_report_says_of_each_target_whether_it_is_met(results: dict[str, Any
     rows = {
         line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "at least" in line or "at most" in line
     }
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert [line.count("not yet measured (needs a GPU)") for line in rows.values()].count(1) == 5
     by_start = {
         start: next(line for what, line in rows.items() if what.startswith(start)) for start in ("thr", "`/h", "pe")
