@@ -26,7 +26,7 @@ TAKES_soak := MINUTES SEED TOOLKIT
 space := $(subst ,, )
 takes := $(sort $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal))))
 given := $(foreach pair,$(subst \$(space),_,$(MAKEOVERRIDES)),$(firstword $(subst =, ,$(pair))))
-unknown := $(filter-out $(takes) PYTHON OMP_WAIT_POLICY,$(given))
+unknown := $(filter-out $(takes) PYTHON BIN VENV ENDPOINT_VENV DEPLOY_VENV OMP_WAIT_POLICY,$(given))
 $(if $(unknown),$(error `make $(MAKECMDGOALS)` takes no $(unknown)$(if $(takes),; it takes $(takes))))
 
 # $(call switch,VARIABLE,--option): the option for VARIABLE=1; 0 and nothing are off

@@ -44,7 +44,7 @@ def test_the_released_client_works_in_front_of_the_toolkit(
         assert np.array_equal(np.asarray(image), uint8_pixels(endpoint.decoded(latents))[0])
         assert remote_encode(url, photograph, **endpoint.scaling).shape == (1, 16, 8, 12)
         assert requests.get(f"{url}/health", timeout=5).text == "Ok"
-        for method, path, status in (("GET", "/nowhere", 404), ("PUT", "/", 405), ("POST", "/", 400)):
+        for method, path, status in (("GET", "/nowhere", 404), ("DELETE", "/", 405), ("POST", "/", 400)):
             response = requests.request(method, url + path, timeout=5)
             assert (response.status_code, list(response.json())) == (status, ["error"])
 

@@ -59,7 +59,7 @@ class Parameters(BaseModel):
     width: Any = None
     output_type: Literal["pil", "pt", "mp4"] | None = None
     partial_postprocess: bool = False
-    answer_dtype: Literal["float16", "float32", "bfloat16"] | None = None
+    answer_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Of an answer in floats; None for the VAE's own. JavaScript and numpy have no bfloat16."""
     image_format: Annotated[Literal["jpg", "jpeg", "png", "webp"], AfterValidator(_image_format)] | None = None
     quality: Annotated[int, Field(ge=1, le=100)] = 95

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import AutoencoderKL, FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
@@ -71,6 +74,15 @@ def test_wherever_a_pipeline_takes_a_vae(service: Service, tmp_path: Path) -> No
         FluxPipeline.from_pretrained(tmp_path / "config", **empty_parts())
     loaded = FluxPipeline.from_pretrained(tmp_path / "config", vae=remote, **empty_parts())
     assert loaded.vae is remote
+
+
+@pytest.mark.parametrize("hook", [cpu_offload, lambda vae: cpu_offload_with_hook(vae, "cpu")])
+def test_offloading_hooks(service: Service, hook: Callable[[Any], Any]) -> None:
+    """What `enable_sequential_cpu_offload` and `enable_model_cpu_offload` do to each part of a pipeline."""
+    remote = RemoteVAE(f"{service.url}/flux")
+    hook(remote)
+    expected = run(make(FLUX, service.model("flux")), FLUX)[0]
+    assert np.array_equal(run(make(FLUX, remote), FLUX)[0], expected)
 
 
 def empty_parts() -> dict[str, None]:
