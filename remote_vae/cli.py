@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -85,11 +83,11 @@ def decode(
     fps: Annotated[float | None, typer.Option(help="Of an MP4.")] = None,
 ) -> None:
     """Latents in a file to pictures, or a video."""
-    more = {"height": height, "width": width, "num_frames": num_frames, "fps": fps}
     from remote_vae import files
 
+    more = {"height": height, "width": width, "num_frames": num_frames, "fps": fps}
     client = Client(url, token)
-    with working(f"decoding {file}"):
+    with console.status(f"decoding {file}"):
         written = files.decode(client, file, out, {"do_scaling": not raw, **more})
     for path in written:
         print(path)
@@ -107,11 +105,11 @@ def encode(
     seed: Annotated[int | None, typer.Option(help="Of a sample.")] = None,
 ) -> None:
     """Pictures, or a video, to latents in a file."""
-    more = {"latents_layout": layout, "sample_mode": sample_mode, "seed": seed}
     from remote_vae import files
 
+    more = {"latents_layout": layout, "sample_mode": sample_mode, "seed": seed}
     client = Client(url, token)
-    with working(f"encoding {len(pictures)} file" + "s" * (len(pictures) > 1)):
+    with console.status(f"encoding {len(pictures)} file" + "s" * (len(pictures) > 1)):
         shape = files.encode(client, pictures, out, {"do_scaling": not raw, **more})
     print(f"{out} {shape}")
 
@@ -179,10 +177,3 @@ def proxy(
         date_header=False,
         timeout_graceful_shutdown=1,
     )
-
-
-@contextmanager
-def working(what: str) -> Iterator[None]:
-    """A line that moves while it goes on."""
-    with console.status(what):
-        yield

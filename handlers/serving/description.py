@@ -18,17 +18,17 @@ BUFFER_NUMBERS = 4096
 
 
 def describe(pipeline: Pipeline) -> dict[str, Any]:
-    """JSON's own types alone. `docs/http-api.md` says what each entry means."""
+    """JSON's own types alone, and no path of this machine. `docs/http-api.md` says what each entry means."""
     vae, declared, layout, settings = pipeline.vae, pipeline.vae.declared, pipeline.layout, pipeline.settings
     tasks: list[Task] = ["decode", "encode"]
-    stored = json.loads(vae.model.to_json_string())  # where the weights lie here is nobody's matter
+    stored = json.loads(vae.model.to_json_string())
     return {
         "version": VERSION,
         "model": settings.model,
         "checkpoint": declared.checkpoint,
         "subfolder": declared.subfolder,
         "revision": settings.revision,
-        "weights": settings.weights,
+        "weights": settings.weights if settings.weights in (None, "random") else "local",
         "vae_class": declared.vae_class,
         "diffusers": diffusers.__version__,
         "vae_config": {name: value for name, value in stored.items() if name != "_name_or_path"},

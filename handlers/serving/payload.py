@@ -80,12 +80,12 @@ def read_json(body: Body) -> tuple[bytes, dict[str, Any]]:
     return read_base64(message["inputs"]), parameters
 
 
-def read_form(body: Body, content_type: str) -> tuple[list[bytes], dict[str, Any]]:
+def read_form(body: Body, content_type: str) -> tuple[list[Body], dict[str, Any]]:
     """The files of a `multipart/form-data` body in their order, and its other fields, which are parameters."""
-    files: list[bytes] = []
+    files: list[Body] = []
     values: dict[str, Any] = {}
     headers: dict[str, str] = {}
-    name, part = bytearray(), bytearray()
+    name, part, parts = bytearray(), bytearray(), 0
 
     def end_header() -> None:
         headers[name.decode("latin-1").lower()] = part.decode("latin-1")
@@ -93,18 +93,20 @@ def read_form(body: Body, content_type: str) -> tuple[list[bytes], dict[str, Any
         part.clear()
 
     def end_part() -> None:
+        nonlocal part, parts
+        parts += 1
         disposition, options = parse_options_header(headers.get("content-disposition", ""))
         field = options.get(b"name", b"").decode("utf-8", "replace")
         if disposition != b"form-data" or not (field or b"filename" in options):
             raise RequestError("a part of the form has no `Content-Disposition: form-data` with a name")
         if b"filename" in options:
-            files.append(bytes(part))
+            files.append(part)
         else:
             values.setdefault(field, []).append(part.decode("utf-8", "replace"))
-        if len(files) + len(values) > FORM_PARTS:
+        if parts > FORM_PARTS:
             raise RequestError(f"the form has more than {FORM_PARTS} parts", 413)
         headers.clear()
-        part.clear()
+        part = bytearray()
 
     _, options = parse_options_header(content_type)
     try:
@@ -118,7 +120,7 @@ def read_form(body: Body, content_type: str) -> tuple[list[bytes], dict[str, Any
                 "on_part_end": end_part,
             },
         )
-        parser.write(bytes(body))
+        parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise RequestError(f"the body is no multipart/form-data: {error}") from None

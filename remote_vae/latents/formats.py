@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,7 +46,7 @@ class Encoded:
 
 
 @dataclass
-class Format:
+class Format(ABC):
     """A trainer's. Its files are written for pictures by themselves, or for `together` of them."""
 
     model: str
@@ -86,13 +87,17 @@ class Format:
         left, top = placement.corner
         return image.crop((left, top, left + placement.bucket[0], top + placement.bucket[1]))
 
+    def name(self, picture: Picture) -> Path:
+        """What no other picture's latents may be called."""
+        return self.files(0, [picture])[0]
+
+    @abstractmethod
     def files(self, index: int, pictures: list[Picture]) -> list[Path]:
         """Of the pictures that are written together, the so manieth of the data set, in the output's folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def contents(self, encoded: list[Encoded]) -> list[bytes]:
         """What is written into each of `files`."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -181,7 +186,6 @@ class AIToolkit(Format):
     }
     """Its name of the latents' space, and what sides are multiples of."""
     turns: ClassVar[bool] = True
-    turns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,12 +240,15 @@ class WebDataset(Format):
     sampled: ClassVar[str] = "moments"
     together: ClassVar[int] = 1000
     turns: ClassVar[bool] = True
-    turns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.buckets = KohyaBuckets(self.resolution, self.upscale, most=max(1024, *self.resolution))
         self.scaled = self.sample_mode != "moments"
+
+    def name(self, picture: Picture) -> Path:
+        """The sample's key; what follows a dot in the name of a member is its kind."""
+        return Path(picture.relative.with_suffix("").as_posix().replace(".", "_"))
 
     def files(self, index: int, pictures: list[Picture]) -> list[Path]:
         return [Path(f"shard-{index:06d}.tar")]
@@ -258,7 +265,7 @@ class WebDataset(Format):
 
     def _members(self, encoded: Encoded) -> dict[str, bytes]:
         picture, kind = encoded.picture, "moments" if self.sample_mode == "moments" else "latents"
-        key = picture.relative.with_suffix("").as_posix().replace(".", "_")  # what follows a dot is the kind
+        key = self.name(picture).as_posix()
         about = {
             "file": picture.relative.as_posix(),
             "model": self.model,

@@ -110,12 +110,16 @@ class Run:
         """What is not there yet."""
         taken: dict[Path, Path] = {}
         for index, group in enumerate(groups):
-            pictures = [picture for picture in map(self._look, group) if picture]
+            pictures = []
+            for picture in filter(None, map(self._look, group)):
+                first = taken.setdefault(self.made.name(picture), picture.relative)
+                if first == picture.relative:
+                    pictures.append(picture)
+                else:
+                    self.failed[picture.relative] = f"its latents would have the name of those of {first}"
             files = self.made.files(index, pictures) if pictures else []
             if all((self.out / file).exists() for file in files):
                 self.there += len(pictures)
-            elif (first := taken.setdefault(files[0], group[0])) != group[0]:
-                self.failed[group[0]] = f"its latents would have the name of those of {first}"
             else:
                 yield Part(pictures, files)
 

@@ -175,6 +175,21 @@ def test_what_cannot_be_read_is_listed(service: Service, folder: Path, tmp_path:
     assert not (out / "failed.txt").exists()
 
 
+@pytest.mark.parametrize("made", ["kohya", "webdataset"])
+def test_two_pictures_of_one_name_are_told_each_time(service: Service, tmp_path: Path, made: str) -> None:
+    """Also when the latents of the first are there already; `a.b` and `a_b` are one key of a WebDataset."""
+    folder, out = tmp_path / "pictures", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a_b.png", "a_b.jpg") if made == "kohya" else ("a.b.png", "a_b.png"):
+        Image.new("RGB", (128, 128)).save(folder / name)
+    for encoded, there in ((1, 0), (0, 1)):
+        said = run(folder, out, f"{service.url}/sdxl", made, status=1)
+        assert f"{encoded} encoded, {there} were there, 1 could not be" in said
+    if made == "webdataset":
+        with tarfile.open(out / "shard-000000.tar") as archive:
+            assert archive.getnames() == ["a_b.moments.npy", "a_b.json"]
+
+
 def test_other_settings_are_refused(service: Service, folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path / "out", f"{service.url}/sdxl", "kohya")
     for more, said in (

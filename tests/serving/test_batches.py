@@ -74,6 +74,7 @@ class TestForm:
             ([("note", (None, "no file"))], {}, 400, "the form holds no file"),
             (form(pictures(65, (8, 8))), {}, 413, "a batch of 65 pictures; at most 64"),
             ([*form(pictures(1)), ("b", ("b.txt", b"text"))], {}, 400, "the body is no PNG, JPEG, WebP or MP4 file"),
+            (form(pictures(1)), {"x": ["1"] * 1100}, 413, "the form has more than 1000 parts"),
             (form(pictures(2)), {"shape": "1", "dtype": "uint8"}, 400, "the form holds several files"),
         ],
     )
