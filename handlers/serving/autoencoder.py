@@ -20,6 +20,8 @@ class DecodeOptions:
     """Of those that are conditioned on one (LTX-Video from 0.9.1 on); the noise that goes with it is in the latents."""
     chunk_frames: int | None = None
     """Frames at a time of those that take a video as a batch of pictures; None for all of a video."""
+    exact: bool = False
+    """Whether only diffusers' own pass will do."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class EncodeOptions:
     sample_mode: SampleMode = "argmax"
     generator: torch.Generator | None = None
     """Of a sample."""
+    exact: bool = False
+    """Whether only diffusers' own pass will do."""
 
     def of(self, posterior: Any) -> Tensor:
         """Latents [B, C, ...], or moments [B, 2 * C, ...]."""

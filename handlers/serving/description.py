@@ -35,6 +35,8 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "buffers": _buffers(vae.model),
         "dtype": str(vae.dtype).removeprefix("torch."),
         "device": str(vae.device),
+        "fast": vae.fast.verdicts,
+        "exact": settings.exact,
         "kind": layout.kind,
         "tasks": tasks,
         "sample_modes": ["argmax", "sample", "moments"] if layout.variational else ["argmax"],

@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Step = Callable[[Tensor], Tensor]
+from handlers.serving import coders
+from handlers.serving.coders import Step, Way, attend
+
 Read = Callable[[int, int], Tensor]
 """Gives rows, from the first up to the second, of a picture that need not exist as a whole."""
 Write = Callable[[Tensor, int, int, Tensor], None]
@@ -35,19 +37,6 @@ fill a GPU, and small beside the activation of 512 MB that it is part of (256 ch
 MIN_ROWS = 16
 """Of a chunk, whatever they take: two more rows are normalised for each, which stays cheap beside the convolution."""
 
-CAUSAL_CODERS = {"WanEncoder3d", "WanDecoder3d", "QwenImageEncoder3d", "QwenImageDecoder3d"}
-"""Those of `_reduce_causal`."""
-CODERS = {"Encoder", "Decoder", "HunyuanVideoEncoder3D", "HunyuanVideoDecoder3D"}
-BLOCKS = {
-    "UNetMidBlock2D",
-    "DownEncoderBlock2D",
-    "UpDecoderBlock2D",
-    "HunyuanVideoMidBlock3D",
-    "HunyuanVideoDownBlock3D",
-    "HunyuanVideoUpBlock3D",
-}
-"""Those whose steps are known here; others have other parts, or a `forward` with other arguments."""
-
 
 def reduce_peak(model: Any) -> list[nn.Module]:
     """Gives the encoder and the decoder of a diffusers autoencoder a forward pass with a lower peak, for inference.
@@ -55,25 +44,16 @@ def reduce_peak(model: Any) -> list[nn.Module]:
     The results are those of diffusers but for rounding. Weights, `to` and tiling stay as they are.
 
     Returns:
-        The modules whose `forward` was replaced; none where `has_reduced_peak` says no.
+        The modules whose `forward` was replaced; none where `coders.is_known` says no.
     """
-    if not has_reduced_peak(model):
+    if not coders.is_known(model):
         return []
-    coders = [model.encoder, model.decoder]
-    if all(type(coder).__name__ in CAUSAL_CODERS for coder in coders):
-        return [module for coder in coders for module in _reduce_causal(coder)]
-    for coder in coders:
-        coder.forward = MethodType(_forward, coder)
-    return coders
-
-
-def has_reduced_peak(model: Any) -> bool:
-    """Whether `reduce_peak` knows all that the model is made of."""
-    coders = [getattr(model, "encoder", None), getattr(model, "decoder", None)]
-    return all(type(coder).__name__ in CAUSAL_CODERS for coder in coders) or all(
-        type(coder).__name__ in CODERS and all(type(block).__name__ in BLOCKS for block in _blocks(coder))
-        for coder in coders
-    )
+    both = coders.coders_of(model)
+    if coders.is_causal(both):
+        return [module for coder in both for module in _reduce_causal(coder)]
+    for coder in both:
+        coder.forward = partial(coders.run, coder, BY_ROWS)
+    return both
 
 
 @contextmanager
@@ -87,40 +67,6 @@ def reduced_peak(model: Any) -> Iterator[None]:
             del module.forward
 
 
-@torch.no_grad()
-def _forward(coder: nn.Module, sample: Tensor, latent_embeds: None = None) -> Tensor:
-    """What `forward` of the coder gives. No step's input outlives it: nothing else refers to it."""
-    for step in _steps(coder):
-        sample = step(sample)
-    return sample
-
-
-def _blocks(coder: nn.Module) -> list[nn.Module]:
-    if hasattr(coder, "down_blocks"):
-        return [*coder.down_blocks, getattr(coder, "mid_block", None)]  # DC-AE's has none
-    return [getattr(coder, "mid_block", None), *getattr(coder, "up_blocks", ())]
-
-
-def _steps(coder: nn.Module) -> Iterator[Step]:
-    yield coder.conv_in
-    for block in _blocks(coder):
-        yield from _block_steps(block)
-    yield partial(_normalize_and_convolve, coder.conv_norm_out, coder.conv_act, coder.conv_out)
-
-
-def _block_steps(block: nn.Module) -> Iterator[Step]:
-    """A residual block, then what comes between two of them or after the last."""
-    between = getattr(block, "attentions", ())
-    for index, resnet in enumerate(block.resnets):
-        if 0 < index <= len(between) and between[index - 1] is not None:
-            yield partial(_attend, between[index - 1])
-        yield partial(_residual, resnet)
-    for layer in getattr(block, "upsamplers", None) or ():
-        yield partial(_upsample, layer)
-    for layer in getattr(block, "downsamplers", None) or ():
-        yield partial(_downsample, layer)
-
-
 def _residual(block: nn.Module, x: Tensor) -> Tensor:
     """x + conv2(act(norm2(conv1(act(norm1(x)))))), in two tensors: x, and one that conv2 reads and writes."""
     hidden = _normalize_and_convolve(block.norm1, block.nonlinearity, block.conv1, x)
@@ -130,6 +76,10 @@ def _residual(block: nn.Module, x: Tensor) -> Tensor:
         torch.add(result, rows if block.conv_shortcut is None else _inner(block.conv_shortcut)(rows), out=out)
 
     return _normalize_and_convolve(block.norm2, block.nonlinearity, block.conv2, hidden, out=hidden, write=add)
+
+
+def _finish(coder: nn.Module, x: Tensor) -> Tensor:
+    return _normalize_and_convolve(coder.conv_norm_out, coder.conv_act, coder.conv_out, x)
 
 
 def _normalize_and_convolve(
@@ -187,27 +137,7 @@ def _downsample(layer: nn.Module, x: Tensor) -> Tensor:
     return _convolve(layer.conv, lambda first, last: x[..., first:last, :], x.shape[-2], _row_bytes(x), padding)
 
 
-def _attend(attention: nn.Module, x: Tensor) -> Tensor:
-    """Attention between the pixels of a picture; a video's see those of their own frame and the frames before it.
-
-    diffusers says the latter with a mask, (F * H * W) squared; here each frame is given the frames that it sees.
-    """
-    if x.ndim == 4:
-        return attention(x)
-    frame_size, heads = x.shape[-2] * x.shape[-1], attention.heads
-    tokens = attention.group_norm(x.flatten(2)).transpose(1, 2)
-    query, key, value = (
-        project(tokens).unflatten(2, (heads, -1)).transpose(1, 2)
-        for project in (attention.to_q, attention.to_k, attention.to_v)
-    )
-    seen = [
-        F.scaled_dot_product_attention(frame, key[:, :, : last + 1], value[:, :, : last + 1])
-        for frame, last in zip(
-            query.split(frame_size, dim=2), range(frame_size - 1, key.shape[2], frame_size), strict=True
-        )
-    ]
-    result = attention.to_out[0](torch.cat(seen, dim=2).transpose(1, 2).flatten(2))
-    return result.transpose(1, 2).unflatten(2, x.shape[2:]) + x
+BY_ROWS = Way(_residual, _upsample, _downsample, attend, _finish)
 
 
 def _reduce_causal(coder: nn.Module) -> Iterator[nn.Module]:

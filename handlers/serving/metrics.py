@@ -19,6 +19,7 @@ BATCH_SIZE = Histogram("vae_batch_size", "Requests that ran as one batch.", buck
 PASSES = Counter("vae_passes_total", "Passes through the VAE, by the mode that memory allowed.", ["task", "mode"])
 OUT_OF_MEMORY = Counter("vae_out_of_memory_total", "Passes that ran out of memory and were tried one step down.")
 UPCAST = Counter("vae_upcast_total", "Passes that overflowed and ran once more in float32.")
+FAST = Gauge("vae_fast_pass", "Whether the fast pass is in use (1), once it was wanted.", ["task", "device"])
 FREE_MEMORY = Gauge("vae_device_free_bytes", "Memory that is free on a device.", ["device"])
 TOTAL_MEMORY = Gauge("vae_device_total_bytes", "Memory of a device.", ["device"])
 HELD = Gauge("vae_held_bytes", "Bytes of the bodies of requests that are in the service.")

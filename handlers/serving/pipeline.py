@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Thread
 from time import perf_counter
 from typing import Any
 
@@ -50,15 +51,6 @@ class Result:
     """Of the batch that the request was in."""
 
 
-def _decode_options(request: Request) -> DecodeOptions:
-    return DecodeOptions(request.parameters.decode_timestep, request.parameters.decode_chunk_size)
-
-
-def _encode_options(request: Request) -> EncodeOptions:
-    sampled = request.parameters.sample_mode == "sample"
-    return EncodeOptions(request.parameters.sample_mode, generator_of(request.parameters) if sampled else None)
-
-
 def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter that is null was not sent."""
     return {name: value for name, value in values.items() if value is not None}
@@ -80,6 +72,9 @@ class Pipeline:
         self.settings = settings
         devices = [Device(partial(self.forward, vae), vae.is_alive) for vae in vaes]
         self.workers = DeviceWorkers(devices, self.vae.batch_limit, settings.timeout)
+        for number, vae in enumerate(vaes):
+            if vae.fast.fast:  # requests are served meanwhile, by diffusers' own pass
+                Thread(target=self._check_fast, args=(number, vae), name=f"fast-{number}", daemon=True).start()
         self.readers = asyncio.Semaphore(os.cpu_count() or 1)
         """Held while a payload is parsed: a picture takes several times its pixels then."""
         self.places = asyncio.Semaphore(settings.max_queue + len(vaes))
@@ -93,6 +88,10 @@ class Pipeline:
         path = "" if settings.foreign_repository else path
         vaes = [VAE.load(declared, path, settings, device) for device in devices(settings.device)]
         return cls(vaes, settings)
+
+    def _check_fast(self, number: int, vae: VAE) -> None:
+        for check in vae.fast.checks():
+            self.workers.when_idle(number, check)
 
     def parse(
         self,
@@ -253,9 +252,18 @@ class Pipeline:
         """Queues the prepared request for a device; what waits together and has one shape goes as one batch."""
         drawn = request.parameters.sample_mode
         alone = object() if drawn == "sample" else drawn
-        key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], _decode_options(request), alone)
+        key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], self._decode_options(request), alone)
         size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
         return self.workers.submit((request, inputs), key, size)
+
+    def _decode_options(self, request: Request) -> DecodeOptions:
+        asked = request.parameters
+        return DecodeOptions(asked.decode_timestep, asked.decode_chunk_size, asked.exact or self.settings.exact)
+
+    def _encode_options(self, request: Request) -> EncodeOptions:
+        asked = request.parameters
+        generator = generator_of(asked) if asked.sample_mode == "sample" else None
+        return EncodeOptions(asked.sample_mode, generator, asked.exact or self.settings.exact)
 
     def forward(self, vae: VAE, batch: list[tuple[Request, Tensor]]) -> list[Result]:
         """The VAE and what belongs on its device, for requests of one task and shape.
@@ -276,14 +284,14 @@ class Pipeline:
         metrics.BATCH_SIZE.observe(len(batch))
         requests = [request for request, _ in batch]
         inputs = batch[0][1] if len(batch) == 1 else torch.cat([tensor for _, tensor in batch])
-        options = _decode_options(requests[0])
+        options = self._decode_options(requests[0])
         if requests[0].answer is Answer.MP4:
             values, mode = vae.decode(inputs, partial(self._write_videos, vae, requests), options)
         else:
             if requests[0].task == "decode":
                 outputs, mode = vae.decode(inputs, options=options)
             else:
-                outputs, mode = vae.encode(inputs, _encode_options(requests[0]))
+                outputs, mode = vae.encode(inputs, self._encode_options(requests[0]))
             parts = outputs.split([len(tensor) for _, tensor in batch])
             values = [vae.to_cpu(self._finish(request, part)) for request, part in zip(requests, parts, strict=True)]
         metrics.PASSES.labels(requests[0].task, mode.value).inc()

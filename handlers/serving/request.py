@@ -72,6 +72,8 @@ class Parameters(BaseModel):
     """Share of noise, drawn with `seed`, in such latents; None for the timestep."""
     decode_chunk_size: Annotated[int, Field(ge=1)] | None = None
     """Frames at a time where a VAE takes them as a batch of pictures; None for all."""
+    exact: bool = False
+    """Whether only diffusers' own pass will do, bit for bit; a request that it has no memory for is refused then."""
     sample_mode: SampleMode = "argmax"
     """Of the encoder's distribution; a sample is drawn with `seed`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None

@@ -26,6 +26,10 @@ class Settings(Limits):
     """A torch device; None takes CUDA, then MPS, then the CPU."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """None takes the model's own on a GPU and float32 on a CPU."""
+    fast: bool = False
+    """Whether the fast pass is used where a check on the device finds it right and quicker (`fast_check`)."""
+    exact: bool = False
+    """Whether every request is run as diffusers runs it, bit for bit, as with `exact` in each; else it is refused."""
     api_token: str | None = None
     """What every POST must send as a Bearer token. From the variable `API_TOKEN`."""
     foreign_repository: bool = False
@@ -40,7 +44,7 @@ class Settings(Limits):
         With another model than the file's in the environment, nothing of the file holds.
 
         Raises:
-            ValueError: a variable has a value that it cannot have; the message names it.
+            ValueError: a variable has a value that it cannot have, or two exclude each other; the message names it.
         """
         endpoint = repository / "endpoint.json"
         values = json.loads(endpoint.read_text()) if endpoint.is_file() else {}
@@ -50,10 +54,13 @@ class Settings(Limits):
             if value := os.environ.get(_variable(name)):
                 values[name] = value
         try:
-            return cls.model_validate(values)
+            settings = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{_variable(str(first['loc'][0]))}: {first['msg']}, got {first['input']!r}") from None
+        if settings.fast and settings.exact:
+            raise ValueError("VAE_FAST and VAE_EXACT: only one can be on")
+        return settings
 
 
 def _variable(name: str) -> str:

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,11 @@ from torch import Tensor
 from handlers.model import Model, Task
 from handlers.serving import metrics
 from handlers.serving.autoencoder import DecodeOptions, EncodeOptions, encode_at_once, forget
+from handlers.serving.coders import is_known
 from handlers.serving.errors import RequestError
+from handlers.serving.fast_check import FastPasses
 from handlers.serving.heap import HEAP, map_gpu_memory
-from handlers.serving.low_memory import has_reduced_peak, reduced_peak
+from handlers.serving.low_memory import reduced_peak
 from handlers.serving.memory import (
     MemoryUse,
     Mode,
@@ -48,7 +50,7 @@ A CPU is busy with one, so it takes them one by one.
 class VAE:
     """A diffusers autoencoder on its device. It takes tensors from any device; what it gives is on its own."""
 
-    def __init__(self, model: Any, declared: type[Model]) -> None:
+    def __init__(self, model: Any, declared: type[Model], fast: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.dtype: torch.dtype = model.dtype
         self.config = model.config
@@ -56,7 +58,8 @@ class VAE:
         self.probe = Probe(model)
         self.layout = self.probe.layout(declared)
         self.normalization = Normalization.of(model, declared)
-        self.memory = MemoryUse(declared, has_reduced_peak(model), _tile_pixels(model))
+        self.memory = MemoryUse(declared, is_known(model), _tile_pixels(model))
+        self.fast = FastPasses(self.model, declared, wanted=fast)
         self.batch_limit = BATCH_PIXELS if declared.runs_batches and self.device.type != "cpu" else 0
 
     @classmethod
@@ -79,7 +82,7 @@ class VAE:
             source, options = _find_weights(declared, path, settings)
             logger.info("loading %s from %s", declared.vae_class, source)
             model = vae_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
-        vae = cls(model.to(device), declared)
+        vae = cls(model.to(device), declared, settings.fast)
         if difference := differs(vae.layout, declared):
             if settings.weights in (None, "random"):
                 raise ValueError(difference)
@@ -110,7 +113,7 @@ class VAE:
             for pixels in decode_spans(self.model, z, options):
                 yield self._finite(pixels.squeeze(2) if pixels.ndim > self.layout.pixels_ndim else pixels)
 
-        return self._run("decode", latents, lambda z, one_by_one: gather(spans(z, one_by_one)))
+        return self._run("decode", latents, lambda z, one_by_one: gather(spans(z, one_by_one)), options.exact)
 
     def encode(self, pixels: Tensor, options: EncodeOptions = EncodeOptions()) -> tuple[Tensor, Mode]:  # noqa: B008
         """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents, of pictures [B, C, 1, H, W] by some."""
@@ -118,7 +121,7 @@ class VAE:
         def forward(x: Tensor, one_by_one: bool) -> Tensor:
             return self._finite(encode_at_once(self.model, x, options, one_by_one))
 
-        return self._run("encode", pixels, forward)
+        return self._run("encode", pixels, forward, options.exact)
 
     def _finite(self, result: Tensor) -> Tensor:
         """In the VAE's dtype, whichever it was made in; or `FloatingPointError`."""
@@ -128,26 +131,28 @@ class VAE:
         return result
 
     @torch.no_grad()
-    def _run(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T]) -> tuple[T, Mode]:
+    def _run(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T], exact: bool) -> tuple[T, Mode]:
         """Runs `forward` with the inputs on the device, and whether it shall take them one by one."""
         with HEAP.settle() if self.device.type == "cpu" else nullcontext():
-            return self._run_finite(task, inputs, forward)
+            return self._run_finite(task, inputs, forward, exact)
 
-    def _run_finite(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T]) -> tuple[T, Mode]:
+    def _run_finite(
+        self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T], exact: bool
+    ) -> tuple[T, Mode]:
         """Runs in the model's dtype; where that overflows, once more in float32.
 
         Raises:
             RequestError: not even float32 gives finite numbers (422), or the memory does not suffice.
         """
         with suppress(FloatingPointError):
-            return self._fit(task, inputs, forward)
+            return self._fit(task, inputs, forward, exact)
         if self.dtype != torch.float32:
             logger.warning("%s of %s is not finite in %s; once more in float32", task, list(inputs.shape), self.dtype)
             metrics.UPCAST.inc()
             try:
                 self.model.to(torch.float32)
                 with suppress(FloatingPointError):
-                    return self._fit(task, inputs, forward)
+                    return self._fit(task, inputs, forward, exact)
             finally:
                 self.model.to(self.dtype)  # exact: these weights were in it
         raise RequestError(
@@ -156,14 +161,14 @@ class VAE:
             422,
         )
 
-    def _fit(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T]) -> tuple[T, Mode]:
+    def _fit(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T], exact: bool) -> tuple[T, Mode]:
         """Runs in the best mode that memory allows, and one step down when it turns out not to.
 
         Raises:
             RequestError: not even tiles fit: in this device (422), or now (503).
         """
         estimate = self.memory.estimate(task, self.layout, inputs.shape, self.model.dtype.itemsize)
-        offered = self._offered(task, len(inputs))
+        offered = self._offered(task, len(inputs), exact)
         least = offered[-1]
         if self.device.type == "cpu":
             HEAP.make_room(estimate.of(offered[0], len(inputs)))
@@ -172,7 +177,10 @@ class VAE:
             free, capacity = free_memory(self.device), total_memory(self.device)
         modes = choose_modes(estimate, len(inputs), free, capacity, offered)
         needed = f"`shape` {list(inputs.shape)} takes about {estimate.of(least, len(inputs)) / 1e9:.1f} GB of memory"
-        needed += " even in tiles" if least is Mode.TILED else ", and there are no tiles for it"
+        if exact:
+            needed += " in diffusers' own pass; without `exact` it may take less"
+        else:
+            needed += " even in tiles" if least is Mode.TILED else ", and there are no tiles for it"
         if not modes:
             raise RequestError(f"{needed}, and this device has {capacity / 1e9:.1f} GB for it", 422)
         if self.device.type == "cpu" and estimate.of(modes[0], len(inputs)) > free:  # which says so by being killed
@@ -181,7 +189,7 @@ class VAE:
             self.model.use_tiling = mode is Mode.TILED
             one_by_one = mode in (Mode.SLICED, Mode.TILED) and len(inputs) > 1
             try:
-                with nullcontext() if mode is Mode.FULL else reduced_peak(self.model):
+                with self._pass(mode):
                     return forward(inputs.to(self.device, self.model.dtype), one_by_one), mode
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -198,11 +206,31 @@ class VAE:
                 torch.cuda.empty_cache()
         raise RequestError(f"{needed}, which this device does not have free now; try again soon", 503)
 
-    def _offered(self, task: Task, batch: int) -> list[Mode]:
-        """The modes that this model has for a batch of so many, from the best."""
+    def _pass(self, mode: Mode) -> AbstractContextManager[None]:
+        """Whose forward pass the model runs in this mode: the one place that chooses."""
+        match mode:
+            case Mode.FAST:
+                return self.fast.fast.installed()
+            case Mode.FULL:
+                return nullcontext()
+            case Mode.REDUCED | Mode.SLICED | Mode.TILED:
+                return reduced_peak(self.model)
+
+    def _offered(self, task: Task, batch: int, exact: bool) -> list[Mode]:
+        """The modes that this model has for a batch of so many, from the best.
+
+        Raises:
+            RequestError: it is to be exact, and diffusers cannot run a batch; status 422.
+        """
         whole = batch == 1 or self.declared.runs_batches
+        if exact:
+            if not whole:
+                raise RequestError("`exact`: diffusers runs no batch through this model; send one at a time", 422)
+            return [Mode.FULL]
+        fast = whole and self.fast.on(task, self.model.dtype)
         has = {
-            Mode.FULL: whole,
+            Mode.FAST: fast,
+            Mode.FULL: whole and not fast,
             Mode.REDUCED: whole and self.memory.reduces,
             Mode.SLICED: batch > 1,
             Mode.TILED: task in self.declared.tiles,

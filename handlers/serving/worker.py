@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -55,6 +56,8 @@ class DeviceWorkers:
         self._arrival = threading.Condition()
         self._batches: dict[int, tuple[float, list[Job]]] = {}
         """By device: what it runs, and since when."""
+        self._chores: list[deque[Callable[[], None]]] = [deque() for _ in devices]
+        """By device: what it does by itself while nothing waits."""
         self._alive = set(range(len(devices)))
         self._problem: str | None = None
         self._closing = False
@@ -103,6 +106,12 @@ class DeviceWorkers:
             self._arrival.notify()
         return job.future
 
+    def when_idle(self, number: int, chore: Callable[[], None]) -> None:
+        """Has a device do something of its own as soon as no job waits."""
+        with self._arrival:
+            self._chores[number].append(chore)
+            self._arrival.notify_all()
+
     def close(self) -> None:
         """`check_open` lets in no more work. Safe in a signal handler."""
         self._closing = True
@@ -114,7 +123,10 @@ class DeviceWorkers:
         """A device's thread: a batch at a time, for as long as the device lives."""
         try:
             while True:
-                batch = self._next_batch(number)
+                batch = self._next(number)
+                if not isinstance(batch, list):
+                    batch()
+                    continue
                 _run(device, batch)
                 start, _ = self._batches.pop(number)
                 self._learn_speed(monotonic() - start, sum(job.size for job in batch))
@@ -129,10 +141,12 @@ class DeviceWorkers:
             for job in jobs:
                 _fail(job, RequestError(f"{self._problem}; try again soon", 503))
 
-    def _next_batch(self, number: int) -> list[Job]:
-        """The job that is due first, and those that go with it, marked as running."""
+    def _next(self, number: int) -> list[Job] | Callable[[], None]:
+        """The job that is due first, and those that go with it, marked as running; a chore where none waits."""
         with self._arrival:
-            self._arrival.wait_for(lambda: self._waiting)
+            self._arrival.wait_for(lambda: self._waiting or self._chores[number])
+            if not self._waiting:
+                return self._chores[number].popleft()
             self._waiting.sort(key=lambda job: job.due)
             first, size = self._waiting[0], 0
             batch = []
