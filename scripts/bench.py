@@ -11,13 +11,15 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from time import sleep
 from typing import Annotated, Any
 
+import httpx2
 import torch
 import typer
 from diffusers.utils import logging as diffusers_logging
@@ -43,8 +45,10 @@ class Plan:
     encode: tuple[int, ...]
     video: tuple[Size, ...]
     own: dict[str, Size]
-    """A further decode, of models that have a usual size of their own."""
+    """A further decode of some models."""
     repeats: int
+    fast: bool
+    """Whether what is served runs the fast pass."""
     ways: dict[str, Size]
     """The decode of each model that the ways to run it are compared on."""
     served: tuple[Load, ...]
@@ -61,12 +65,14 @@ class Plan:
     """Peaks that are computed, not measured, as this device would take too long."""
 
 
+WAN: Size = (480, 832, 33)
 GPU = Plan(
     decode=(512, 1024, 2048),
     encode=(256, 512, 1024, 2048),
     video=((320, 512, 9), (320, 512, 61)),
-    own={"wan-2.1": (480, 832, 33)},
+    own={"wan-2.1": WAN},
     repeats=10,
+    fast=True,
     ways={
         "sd-v1": (1024, 1024, None),
         "sdxl": (1024, 1024, None),
@@ -74,7 +80,7 @@ GPU = Plan(
         "flux2": (1024, 1024, None),
         "qwen-image": (1024, 1024, None),
         "hunyuan-video": (320, 512, 9),
-        "wan-2.1": (480, 832, 33),
+        "wan-2.1": WAN,
     },
     served=tuple(
         Load("sd-v1", size, image_format, clients, 128)
@@ -93,8 +99,9 @@ CPU = Plan(
     decode=(256,),
     encode=(256,),
     video=(),
-    own={},
+    own={"sd-v1": (512, 512, None), "flux": (512, 512, None)},
     repeats=2,
+    fast=False,
     ways={"sd-v1": (256, 256, None)},
     served=(
         Load("sd-v1", 256, "jpg", 8, 12),
@@ -137,7 +144,7 @@ def main(
         raise SystemExit(f"error: {error}") from None
     keys = [key for key in keys if is_here(key)]
     diffusers_logging.set_verbosity_error()
-    results = {"about": about(device)}
+    results = {"about": about(device) | {"fast": plan.fast}}
     results |= {
         name: [] for name in ("forward", "fake_peaks", "ways", "latency", "throughput", "pilot", "queue", "data_set")
     }
@@ -177,14 +184,14 @@ def all_steps(
     def vae(key: str) -> Any:
         if key not in loaded:
             loaded.clear(), eager.clear()  # one model at a time
-            loaded[key] = forward.load(key, device)
+            loaded[key] = forward.load(key, device, plan.fast)
         return loaded[key]
 
     def url(key: str, pilot: bool = False) -> str:
         name = f"{key}, the pilot's way" if pilot else key
         if name not in urls:
             urls.clear(), servers.close()  # and one server
-            urls[name] = servers.enter_context(server(key, device, pilot))
+            urls[name] = servers.enter_context(server(key, device, pilot, plan.fast))
         return urls[name]
 
     def matrix() -> None:
@@ -193,9 +200,7 @@ def all_steps(
 
     def compare(key: str, task: str, size: Size) -> None:
         row = forward.compare(key, *vae(key), task, size, plan.repeats)
-        row["share_of_floor"] = (
-            row["tflop"] / results["about"]["matrix_tflops"][row["dtype"]] / row["seconds"]["project"]
-        )
+        row["share_of_floor"] = row["tflop"] / results["about"]["matrix_tflops"][row["dtype"]] / row["seconds"]["fast"]
         if max(size[:2]) > MODELS[key].published_config.get("sample_size", 256):
             row |= forward.tiled(key, vae(key)[1], task, size, plan.repeats)
         results["forward"].append(row)
@@ -209,8 +214,8 @@ def all_steps(
             eager[key] = ways.Eager(key, model, size, plan.repeats)
         results["ways"].append(eager[key].compare(name, ways.ways(device)[name]))
 
-    def latency(key: str, size: Size) -> None:
-        results["latency"].append(service.latency(url(key), key, vae(key)[1], size, "uint8", plan.latency_count))
+    def latency(key: str, size: Size, image_format: str) -> None:
+        results["latency"].append(service.latency(url(key), key, vae(key)[1], size, image_format, plan.latency_count))
 
     def served(load: Load) -> None:
         results["throughput"].append(service.throughput(url(load.model), vae(load.model)[1], load))
@@ -243,7 +248,11 @@ def all_steps(
         yield f"{key} {task} {describe(size)}: peak", lambda key=key, task=task, size=size: fake(key, task, size)
     key, size = plan.latency
     if key in keys:
-        yield f"{key} over HTTP: latency", lambda key=key, size=size: latency(key, (size, size, None))
+        for name in ("uint8", "jpg"):
+            yield (
+                f"{key} over HTTP: latency, {name}",
+                lambda key=key, size=(size, size, None), name=name: latency(key, size, name),
+            )
     for load in (load for load in plan.served if load.model in keys):
         yield f"{load.model} {load.size} over HTTP: {load.clients} x {load.format}", lambda load=load: served(load)
     key, size, count = plan.queue
@@ -256,12 +265,19 @@ def all_steps(
         yield f"{plan.pilot.model} {plan.pilot.size}: the pilot's way", lambda: pilot(plan.pilot)
 
 
-def server(key: str, device: str, pilot: bool) -> Any:
+@contextmanager
+def server(key: str, device: str, pilot: bool, fast: bool) -> Iterator[str]:
+    """The service's URL; or that of the pilot's way to run one."""
     log = Path(tempfile.mkdtemp()) / "server.log"
     if pilot:
-        return serve("--model", key, "--device", device, log=log, command=("-m", "scripts.benchmark.pilot"))
+        with serve("--model", key, "--device", device, log=log, command=("-m", "scripts.benchmark.pilot")) as url:
+            yield url
+        return
     weights = () if key == "tiny" else ("--weights", "random")
-    return serve("--model", key, "--device", device, *weights, log=log)
+    with serve("--model", key, "--device", device, *weights, log=log, VAE_FAST=str(int(fast))) as url:
+        while "not checked yet" in httpx2.get(f"{url}/config").json()["fast"].values():
+            sleep(1)
+        yield url
 
 
 def describe(size: Size) -> str:

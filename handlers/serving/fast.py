@@ -45,12 +45,17 @@ def fast_pass(model: Any) -> FastPass | None:
 class FastPass:
     """For one model in one dtype, with the kernels that it has of its own. Operators of torch alone, on any device."""
 
-    def __init__(self, model: Any) -> None:
-        """`coders.is_known` is true of the model, whose weights do not change any more."""
+    def __init__(self, model: Any, fold: bool = True) -> None:
+        """Of a model of which `coders.is_known` is true, and whose weights do not change any more.
+
+        Args:
+            fold: whether an upsampling is folded into its convolution. Without, and with operators of torch alone, the
+                pass of Wan's and of Qwen-Image's is bit for bit diffusers'.
+        """
         self.model = model
         self.dtype: torch.dtype = model.dtype
         self._folded: dict[nn.Module, Phases] = {}
-        for layer in self._parts:
+        for layer in self._parts if fold else ():
             if type(layer).__name__ in ("Upsample2D", "HunyuanVideoUpsampleCausal3D"):
                 self._fold(layer.conv, *getattr(layer, "upsample_factor", ()))
             elif getattr(layer, "mode", "").startswith("upsample"):
@@ -149,10 +154,10 @@ class FastPass:
                 yield module, partial(self._causal_residual, module)
             elif hasattr(module, "_padding"):
                 yield module, partial(_causal_convolve, module)
-            elif getattr(module, "mode", "").startswith("upsample"):
+            elif getattr(module, "mode", "").startswith("upsample") and module.resample[1] in self._folded:
                 yield module.resample, partial(self._upsample_picture, module.resample[1])
         yield coder.norm_out, partial(self._normalize, coder.norm_out, coder.nonlinearity)
-        yield coder.nonlinearity, lambda x: x
+        yield coder.nonlinearity, _unchanged
 
     def _causal_residual(
         self, block: nn.Module, x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] | None = None
@@ -181,6 +186,10 @@ def _causal_convolve(conv: nn.Module, x: Tensor, cache_x: Tensor | None = None, 
     if missing > there:
         x = F.pad(x, (0, 0, 0, 0, missing - there, 0))
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, rows, columns))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _as_it_is(layer: nn.Module, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from handlers import MODELS
 from handlers.serving.autoencoder import has_frames
+from handlers.serving.fast import FastPass, fast_pass
 from handlers.serving.low_memory import reduce_peak, reduced_peak
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE
@@ -26,10 +28,16 @@ Size = tuple[int, int, int | None]
 """Height, width, and a video's frames."""
 
 
-def load(key: str, device: str) -> tuple[Any, VAE]:
-    """The model in plain diffusers, and in this project, with the same seeded random weights (`tiny` with its own)."""
+def load(key: str, device: str, fast: bool = False) -> tuple[Any, VAE]:
+    """The model in plain diffusers, and in this project, with the same seeded random weights (`tiny` with its own).
+
+    Args:
+        fast: whether the latter runs the fast pass, where its check finds it right and quicker.
+    """
     handler = MODELS[key]
-    vae = VAE.load(handler, "", Settings(weights=None if key == "tiny" else "random"), device)
+    vae = VAE.load(handler, "", Settings(weights=None if key == "tiny" else "random", fast=fast), device)
+    for check in vae.fast.checks():
+        check()
     plain = getattr(diffusers, handler.vae_class).from_config(vae.config)
     plain.load_state_dict(vae.model.state_dict())
     return plain.to(vae.device, vae.dtype).eval().requires_grad_(False), vae
@@ -49,11 +57,12 @@ def inputs(key: str, task: str, size: Size) -> Tensor:
 
 
 def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int) -> dict[str, Any]:
-    """Plain diffusers, this project, and its reduced-memory pass; ratios are against plain diffusers."""
+    """Plain diffusers, this project, its fast and its reduced-memory pass; ratios are against plain diffusers."""
     data = inputs(key, task, size).to(vae.device, vae.dtype)
     calls = {
         "plain": plain_call(plain, task, data),
         "project": lambda: getattr(vae, task)(with_frames(vae.model, data) if task == "decode" else data)[0],
+        "fast": fast_call(vae.model, task, data),
         "reduced": reduced_call(vae.model, task, data),
     }
     results: dict[str, Tensor] = {}
@@ -136,6 +145,17 @@ def reduced_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
             return call()
 
     return reduced
+
+
+def fast_call(model: Any, task: str, data: Tensor, fast: FastPass | None = None) -> Callable[[], Tensor]:
+    """The pass that the service runs with `VAE_FAST=1`; of a model that it does not know, diffusers' own."""
+    call, fast = plain_call(model, task, data), fast or fast_pass(model)
+
+    def installed() -> Tensor:
+        with fast.installed() if fast else nullcontext():
+            return call()
+
+    return installed
 
 
 def exact_result(model: Any, task: str, data: Tensor) -> Tensor:
