@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on a CPU then
+
+import io
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,7 @@ async def health(request: Request) -> Response:
 class Handler:
     def __init__(self, key: str, folder: Path) -> None:
         settings = Settings(model=key, weights=str(folder))
-        loaded = vae.VAE.load(model_of(key), "", settings, "cpu")
+        loaded = vae.VAE.load(model_of(key), "", settings, os.environ.get("VAE_DEVICE", "cpu"))
         for model in (loaded.model, loaded.probe.copy):
             small_tiles(model, loaded.layout.vae_scale_factor)
         self.pipeline = Pipeline([loaded], settings)

@@ -57,7 +57,7 @@ def as_tensor(response: requests.Response) -> Tensor:
 
 
 @contextmanager
-def running_service(folder: Path) -> Iterator[Service]:
+def running_service(folder: Path, **environment: str) -> Iterator[Service]:
     """Its checkpoints in a folder that it makes, beside `tiny`, and its log beside that."""
     folder.mkdir()
     for key in SERVED:
@@ -65,5 +65,5 @@ def running_service(folder: Path) -> Iterator[Service]:
     if not (folder / "tiny").exists():
         (folder / "tiny").symlink_to(ROOT / "models" / "tiny")
     log = folder.with_suffix(".log")
-    with serve("--folder", str(folder), log=log, command=("-m", "tests.models_server")) as url:
+    with serve("--folder", str(folder), log=log, command=("-m", "tests.models_server"), **environment) as url:
         yield Service(url, folder)

@@ -10,7 +10,12 @@ vae       the model: weights, device, forward passes
 probe     what a loaded model's tensors look like, without running it
 spans     a video's frames, as soon as they are decoded
 autoencoder  diffusers' autoencoders, all called alike
+fast_check  whether the fast pass may be used: tried on the device
+fast      the forward pass of a VAE with less arithmetic
+fused     the same on a GPU
+kernels   what it runs there, in Triton
 low_memory  the forward pass of a VAE in half the memory
+coders    what encoders and decoders are made of, for passes of our own
 heap      what of the freed memory is kept for the next pass
 memory    what a forward pass needs, and how to run it in what is free
 pixels    value range and layout of pixels

@@ -69,6 +69,14 @@ class TestDecode:
         decoded = remote_decode(endpoint.url, latents, output_type="pt", return_type="pt", **endpoint.scaling)
         torch.testing.assert_close(decoded, endpoint.decoded(latents), atol=1e-5, rtol=0)
 
+    def test_exact_is_diffusers_own_pass(self, image_endpoint: Endpoint) -> None:
+        for exact in ("true", "1"):
+            answer = image_endpoint.post(image_endpoint.latents(), output_type="pt", exact=exact)
+            assert (answer.status_code, answer.headers["X-VAE-Mode"]) == (200, "full")
+        answer = image_endpoint.post(image_endpoint.latents(), exact="maybe")
+        assert answer.status_code == 400
+        assert "`exact`: Input should be a valid boolean" in answer.json()["error"]
+
     def test_pt_with_partial_postprocess_is_uint8(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents(batch=2 if endpoint.kind == "image" else 1)
         pixels = remote_decode(

@@ -221,3 +221,21 @@ def test_when_it_is_closed_it_lets_nothing_in_and_finishes_what_is_in(device: De
     futures.append(workers.submit(1, "a", 1))  # of a request that was let in before
     device.go.release(2)
     assert [future.result(10) for future in futures] == [0, 2]
+
+
+def test_a_device_does_its_chores_while_nothing_waits(device: Device) -> None:
+    workers = DeviceWorkers([device], batch_limit=1, timeout=60)
+    done: list[str] = []
+    running, waiting = (workers.submit(number, "a", 1) for number in (1, 2))
+    wait_until(lambda: workers.running == 1)
+    for name in ("first", "second"):
+        workers.when_idle(0, lambda name=name: done.append(name))
+    device.go.release(1)
+    running.result(10)
+    wait_until(lambda: len(device.batches) == 2)
+    assert done == []
+    device.go.release(1)
+    waiting.result(10)
+    wait_until(lambda: done == ["first", "second"])
+    device.go.release(1)
+    assert workers.submit(3, "a", 1).result(10) == 6

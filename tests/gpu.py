@@ -1,0 +1,95 @@
+"""What only a GPU can tell of the service: `benchmarks/gpu.sh`. pytest finds this file only where it is named.
+
+The device is VAE_TEST_DEVICE, CUDA by default; with "cpu" all of it runs that is not about a GPU's memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from torch import Tensor
+
+from handlers import MODELS
+from handlers.serving import vae as vae_module
+from handlers.serving.memory import Mode
+from handlers.serving.settings import Settings
+from handlers.serving.vae import VAE
+from tests.checkpoints import build, model_of
+from tests.serving.test_fast import inputs, outputs
+from tests.small_service import SERVED, Service, running_service
+
+DEVICE = os.environ.get("VAE_TEST_DEVICE", "cuda")
+MODEL_FRAMES = [("sd-v1", None), ("flux2", None), ("wan-2.1", 3), ("qwen-image", 1), ("hunyuan-video", 3)]
+
+
+def loaded(key: str) -> tuple[VAE, Any]:
+    """A small model on the device, in its own dtype, checked; and the same in plain diffusers."""
+    model = build(key).to(DEVICE, getattr(torch, MODELS[key].dtype))
+    vae = VAE(deepcopy(model), MODELS[key], fast=True)
+    for check in vae.fast.checks():
+        check()
+    return vae, model
+
+
+def run(vae: VAE, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[Mode]]:
+    decoded, mode = vae.decode(given["decode"])
+    moments, other = vae.encode(given["encode"])
+    return {"decode": decoded, "encode": moments}, {mode, other}
+
+
+@pytest.mark.parametrize(("key", "frames"), MODEL_FRAMES)
+def test_every_mode(key: str, frames: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, model = loaded(key)
+    print(key, vae.fast.verdicts)
+    given = {task: tensor.to(DEVICE) for task, tensor in inputs(key, frames, model.dtype).items()}
+    own = outputs(model, given)["decode"]
+    exact = outputs(deepcopy(model).float(), {task: tensor.float() for task, tensor in given.items()})["decode"]
+    bound = 1.2 * (own.float() - exact).square().mean().sqrt()
+    for mode in (Mode.FAST, Mode.FULL, Mode.REDUCED, Mode.SLICED, Mode.TILED):
+        monkeypatch.setattr(VAE, "_offered", lambda *_, mode=mode: [mode])
+        results, modes = run(vae, given)
+        assert modes == {mode}
+        if mode is Mode.FULL:
+            assert torch.equal(results["decode"].view_as(own), own)
+        elif mode is not Mode.TILED:
+            assert (results["decode"].view_as(exact).float() - exact).square().mean().sqrt() <= bound, mode
+
+
+@pytest.mark.skipif(not DEVICE.startswith("cuda"), reason="a CPU does not fail: it kills")
+def test_out_of_memory_is_a_step_down_and_the_next_request_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = VAE.load(MODELS["sd-v1"], "", Settings(weights="random"), DEVICE)
+    latents = torch.randn(1, 4, 256, 256)
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(free - 6 * 10**9, dtype=torch.uint8, device=DEVICE)
+    monkeypatch.setattr(vae_module, "free_memory", lambda device: 10**12)  # the plan believes that all fits
+    _, mode = vae.decode(latents)
+    assert mode is not Mode.FULL
+    del ballast
+    torch.cuda.empty_cache()
+    assert vae.decode(latents)[1] is Mode.FULL
+    assert vae.is_alive()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running_service(Path(tmp_path_factory.mktemp("service")) / "checkpoints", VAE_DEVICE=DEVICE) as running:
+        yield running
+
+
+@pytest.mark.parametrize("key", SERVED)
+def test_every_model_over_http(service: Service, key: str) -> None:
+    about = requests.get(f"{service.url}/{key}/config", timeout=5).json()
+    assert about["device"].startswith(DEVICE)
+    model = model_of(key)
+    frames = [1] if model.kind == "video" else []
+    latents = torch.randn(1, model.latent_channels, *frames, 4, 6)
+    pixels = service.tensor(key, latents, "decode", output_type="pt")
+    assert pixels.isfinite().all()
+    assert service.tensor(key, pixels.float().clamp(-1, 1), "encode").isfinite().all()
