@@ -227,13 +227,13 @@ def test_what_has_no_outcome_is_lost() -> None:
     assert report.rows(ledger) == [["kind", "sent", "200"], ["good", "3", "1"], ["all", "3", "1"]]
 
 
-def test_memory_is_the_median_of_the_span_after_the_warm_up_and_of_the_last() -> None:
+def test_memory_is_told_by_spans_and_by_halves() -> None:
     memory = Memory()
     for second in range(100):
         peak = 1000 if second in (25, 95) else 0  # of one request
         memory.add(second, (500 if second < 20 else 100 + second // 2) + peak)
     assert memory.medians(warm_up=20, span=10) == (113, 147)
-    assert memory.highest(warm_up=20, span=10) == (1112, 1147)
+    assert memory.halves() == (1112, 1147)
 
 
 def test_of_a_chain_of_stack_traces_the_last_error_counts() -> None:

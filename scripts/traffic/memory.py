@@ -8,7 +8,7 @@ from statistics import median
 
 @dataclass
 class Memory:
-    """Samples over a run. What counts are two spans: right after the warm-up, and at the end."""
+    """Samples over a run."""
 
     samples: list[tuple[float, int]] = field(default_factory=list)
     """When (seconds, or requests), and resident bytes."""
@@ -23,8 +23,8 @@ class Memory:
         after = [resident for when, resident in self.samples if when >= end - span]
         return median(before), median(after)
 
-    def highest(self, warm_up: float, span: float) -> tuple[int, int]:
-        """The most bytes until the span after the warm-up is over, and in the span at the end."""
-        end = self.samples[-1][0]
-        before = max(resident for when, resident in self.samples if when <= warm_up + span)
-        return before, max(resident for when, resident in self.samples if when >= end - span)
+    def halves(self) -> tuple[int, int]:
+        """The most bytes in the first half of the run, and in the second."""
+        middle = self.samples[-1][0] / 2
+        first = max(resident for when, resident in self.samples if when <= middle)
+        return first, max(resident for when, resident in self.samples if when > middle)

@@ -57,8 +57,8 @@ def summary(ledger: Ledger) -> str:
 def memory_line(result: Result) -> str:
     before, after = result.memory
     return (
-        f"Resident memory: at most {before / 1e6:.0f} MB in the first {result.warm_up + result.span:.0f} s, "
-        f"{after / 1e6:.0f} MB in the last {result.span:.0f} s, {after / before - 1:+.1%}."
+        f"Resident memory: at most {before / 1e6:.0f} MB in the first half, {after / 1e6:.0f} MB in the second, "
+        f"{after / before - 1:+.1%}."
     )
 
 

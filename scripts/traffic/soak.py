@@ -19,11 +19,8 @@ from scripts.traffic.truth import Wrong, check_error
 
 EXIT_TIME = 30.0
 """Seconds from SIGTERM to the end of the process; Kubernetes kills it then."""
-WARM_UP = 60.0
-SPAN = 30.0
-"""Seconds; memory is the highest until the span after the warm-up is over, and in the last one."""
 GROWTH = 0.2
-"""Of the resident memory, at most: it goes up and down with the sizes."""
+"""By which the second half's highest resident memory may be above the first half's: both see many random sizes."""
 FEW = 8
 """Clients whose throughput that of a crowd is compared with."""
 IN_FLIGHT = 32
@@ -36,12 +33,10 @@ NOTICE = 1.0
 class Result:
     seconds: float
     """Of the traffic before SIGTERM."""
-    warm_up: float
-    span: float
     throughput: dict[int, float]
     """Right answers a second, by the number of clients."""
     memory: tuple[int, int]
-    """The most bytes until the span after the warm-up is over, and in the last one."""
+    """The most bytes in the first half of the traffic, and in the second."""
     exit_seconds: float
     """From SIGTERM."""
 
@@ -64,13 +59,9 @@ def throughput(traffic: Traffic, clients: int, seconds: float) -> float:
 
 
 def run(traffic: Traffic, seconds: float, advance: Callable[[float], None] = lambda _: None) -> Result:
-    """Few clients, a crowd, then mixed traffic for so long, then SIGTERM under load; what broke is in the ledger.
-
-    In a run of less than five minutes the warm-up is a fifth of it and the spans a tenth.
-    """
+    """Few clients, a crowd, then mixed traffic for so long, then SIGTERM under load; what broke is in the ledger."""
     rates = {clients: throughput(traffic, clients, min(10, seconds / 10)) for clients in (FEW, CROWD)}
     memory, threads = Memory(), [threading.Thread(target=traffic.keep, args=(client,)) for client in CLIENTS]
-    warm_up, span = min(WARM_UP, seconds / 5), min(SPAN, seconds / 10)
     start = time.monotonic()
     for thread in threads:
         thread.start()
@@ -78,7 +69,7 @@ def run(traffic: Traffic, seconds: float, advance: Callable[[float], None] = lam
         while (now := time.monotonic() - start) < seconds and traffic.server.alive:
             memory.add(now, traffic.server.memory)
             advance(now)
-            time.sleep(min(1, span / 10))
+            time.sleep(min(1, seconds / 100))
     finally:
         traffic.over.set()
         for thread in threads:
@@ -88,7 +79,7 @@ def run(traffic: Traffic, seconds: float, advance: Callable[[float], None] = lam
     exit_seconds = end(traffic)
     for error in traffic.server.logged_errors():
         traffic.ledger.find("log", f"{error} in {traffic.server.log}")
-    return Result(seconds, warm_up, span, rates, memory.highest(warm_up, span), exit_seconds)
+    return Result(seconds, rates, memory.halves(), exit_seconds)
 
 
 def check_memory(traffic: Traffic, result: Result, growth: float = GROWTH) -> None:
