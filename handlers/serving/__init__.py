@@ -6,6 +6,7 @@ description  what is served, for clients that ask
 pipeline  one request, from its payload to its answer
 worker    the devices' threads and the queue in front of them
 output    tensors to the bytes of pictures, videos and tensors
+stream    a file's bytes, read while they are written
 vae       the model: weights, device, forward passes
 probe     what a loaded model's tensors look like, without running it
 spans     a video's frames, as soon as they are decoded

@@ -56,6 +56,8 @@ class VAE:
         self.probe = Probe(model)
         self.layout = self.probe.layout(declared)
         self.normalization = Normalization.of(model, declared)
+        self.mode = Mode.FULL
+        """Of the pass that runs now, or ran last."""
         self.memory = MemoryUse(declared, has_reduced_peak(model), _tile_pixels(model))
         self.batch_limit = BATCH_PIXELS if declared.runs_batches and self.device.type != "cpu" else 0
 
@@ -178,7 +180,7 @@ class VAE:
         if self.device.type == "cpu" and estimate.of(modes[0], len(inputs)) > free:  # which says so by being killed
             raise RequestError(f"{needed}, which this device does not have free now; try again soon", 503)
         for mode in modes:
-            self.model.use_tiling = mode is Mode.TILED
+            self.mode, self.model.use_tiling = mode, mode is Mode.TILED
             one_by_one = mode in (Mode.SLICED, Mode.TILED) and len(inputs) > 1
             try:
                 with nullcontext() if mode is Mode.FULL else reduced_peak(self.model):
