@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import ExitStack
+from concurrent.futures import Future, InvalidStateError
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -341,7 +341,8 @@ class Pipeline:
 
         def begin() -> None:
             milliseconds = (perf_counter() - start) * 1000
-            work.result.set_result(Result(stream, mode, milliseconds))
+            with suppress(InvalidStateError):  # the pass is over already
+                work.result.set_result(Result(stream, mode, milliseconds))
 
         stream = Stream(begin)
         return stream
