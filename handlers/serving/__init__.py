@@ -1,6 +1,7 @@
 """The way of a request. Each stage is a module, and imports only from those below it:
 
 app       HTTP: routes, headers, status codes
+page      what a browser gets at the root
 access_log  a request's id, its line in the log, its counters
 description  what is served, for clients that ask
 pipeline  one request, from its payload to its answer

@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from time import perf_counter
@@ -19,6 +19,7 @@ from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -31,6 +32,7 @@ from handlers.serving.description import describe
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.output import to_json
+from handlers.serving.page import HEADERS, PAGE, asks_for_page
 from handlers.serving.pipeline import Pipeline, Result
 from handlers.serving.request import media_type_of
 from handlers.serving.stream import Stream
@@ -55,8 +57,12 @@ CONTENT_TYPES = {
 }
 
 
-def build_app(model: str | None = None) -> Starlette:
-    """The service; `model` is its name in the metrics.
+EXPOSED = ("dtype", "shape", "Server-Timing", "X-Request-Id", "X-VAE-Frames", "X-VAE-Mode")
+"""Headers of an answer that pages of other origins may read."""
+
+
+def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
+    """The service; `model` is its name in the metrics, and pages of `cors_origins` may call it.
 
     It answers 503 until `app.state.handler` is set to a loaded `EndpointHandler`.
     """
@@ -71,9 +77,10 @@ def build_app(model: str | None = None) -> Starlette:
         Route("/health", health, methods=["GET"]),
         Route("/metrics", show_metrics, methods=["GET"]),
     ]
+    access_log = Middleware(AccessLog, model or "", {route.path for route in routes}, on_crash)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(AccessLog, model or "", {route.path for route in routes}, on_crash)],
+        middleware=[*cross_origin(cors_origins), access_log],
         exception_handlers={
             RequestError: on_request_error,
             HTTPException: on_http_error,
@@ -86,6 +93,14 @@ def build_app(model: str | None = None) -> Starlette:
     app.state.held_bytes = 0
     app.state.deadlines = set()
     return app
+
+
+def cross_origin(origins: Sequence[str]) -> list[Middleware]:
+    """What lets pages of these origins call the service, or of all for "*"; a preflight is answered and not logged."""
+    if not origins:
+        return []
+    options = {"allow_methods": ["GET", "POST", "PUT"], "allow_headers": ["*"], "expose_headers": EXPOSED}
+    return [Middleware(CORSMiddleware, allow_origins=origins, **options)]
 
 
 @asynccontextmanager
@@ -124,7 +139,11 @@ def end_requests(app: Starlette) -> None:
 
 
 async def root(request: Request) -> Response:
-    return await (health(request) if request.method in ("GET", "HEAD") else predict(request))
+    if request.method not in ("GET", "HEAD"):
+        return await predict(request)
+    if asks_for_page(request.headers.get("accept")):  # while the model loads too: the page waits for it
+        return Response(PAGE, media_type="text/html", headers=HEADERS)
+    return await health(request)
 
 
 async def predict(request: Request) -> Response:

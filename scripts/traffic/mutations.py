@@ -34,6 +34,7 @@ JSON_VALUES = (
 PARAMETERS = (
     "shape", "dtype", "scaling_factor", "shift_factor", "do_scaling", "output_type", "partial_postprocess",
     "image_format", "quality", "fps", "height", "width", "sample_mode", "seed",
+    "stream",
 )  # fmt: skip
 PATHS = (
     "/", "/predict", "/decode", "/encode", "/health", "/metrics", "/nowhere", "/decode/", "//", "//decode", "/./",

@@ -66,7 +66,7 @@ def server(key: str, folder: Path, toolkit: Path | None = None, **environment: s
         environment: of the server, over `LIMITS`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = Path(MODELS[key].checkpoint) if key == "tiny" else _small_checkpoint(key, folder / "weights")
+    weights = Path(MODELS[key].checkpoint) if key == "tiny" else small_checkpoint(key, folder / "weights")
     options: dict[str, Any] = {"log": folder / f"{key}.log", **LIMITS, **environment}
     if toolkit is None:
         running = serve("--model", key, "--weights", str(weights), "--device", "cpu", **options)
@@ -86,7 +86,7 @@ def server(key: str, folder: Path, toolkit: Path | None = None, **environment: s
         yield Server(key, url, weights, options["log"], process)
 
 
-def _small_checkpoint(key: str, folder: Path) -> Path:
+def small_checkpoint(key: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = MODELS[key]
     vae = getattr(diffusers, model.vae_class).from_config({**model.published_config, **SMALL})
