@@ -112,6 +112,11 @@ def check(
     if answer.is_plain_refusal:
         if http:
             raise Wrong("uvicorn refused a request that is HTTP")
+    elif (
+        method == "OPTIONS" and answer.media_type == "text/plain" and "origin" in answer.headers.get("vary", "").lower()
+    ):
+        if answer.status not in (200, 400):  # a preflight, which a browser alone reads
+            raise Wrong(f"status {answer.status} for a preflight")
     elif method == "HEAD" and answer.status < 500:
         if answer.body:
             raise Wrong("an answer to HEAD has a body")

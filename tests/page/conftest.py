@@ -1,4 +1,4 @@
-"""A real Chromium, Debian's, without a window: `make test-page`."""
+"""A real Chromium, Debian's, without a window: `make test-page`. The service runs in the environment of the tests."""
 
 from __future__ import annotations
 
