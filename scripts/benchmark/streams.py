@@ -26,7 +26,8 @@ def small_server(key: str, device: str) -> Iterator[str]:
     """The model's published architecture with few channels: what streaming takes is a larger part of it."""
     folder = Path(tempfile.mkdtemp())
     weights = small_checkpoint(key, folder / "weights")
-    with serve("--model", key, "--device", device, "--weights", str(weights), log=folder / "server.log") as url:
+    arguments = ("--model", key, "--device", device, "--weights", str(weights))
+    with serve(*arguments, log=folder / "server.log", VAE_TIMEOUT="3600") as url:
         yield url
 
 

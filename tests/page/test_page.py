@@ -217,6 +217,7 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(
             page.keyboard.type(TOKEN)
             page.keyboard.press("Enter")
             expect(page.locator("#about")).to_contain_text("sd-v1")
+            expect(page.locator("#access")).to_be_hidden()
             page.reload()
             opened.choose(picture)
             expect(page.locator("#psnr")).to_contain_text("dB")
@@ -327,6 +328,7 @@ class TestVideo:
             assert page.evaluate(length) == pytest.approx(25 / 24, abs=0.02)
             expect(page.locator("#facts")).to_contain_text("first bytes after")
             expect(page.locator("#decoding")).to_contain_text("until the first bytes")
+            expect(page.locator("#decoding")).to_contain_text("from there to the last byte")
             expect(page.locator("#channels canvas")).to_have_count(16)
 
     def test_without_media_source_the_whole_file_is_shown(self, browser: Browser, video: Endpoint, clip: Path) -> None:
