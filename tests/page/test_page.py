@@ -399,8 +399,10 @@ class TestLook:
             expect(page.locator("#psnr")).to_contain_text("dB")
             page.click("summary")
             assert page.evaluate("document.documentElement.scrollWidth") <= 360
-            stage, quality = (page.locator(part).bounding_box() for part in ("#stage", "#quality"))
-            assert quality["y"] > stage["y"] + stage["height"]
+            parts = ("#stage", "#quality", "#latents", "#encoding", "#decoding")
+            stage, *below = (page.locator(part).bounding_box() for part in parts)
+            tops = [stage["y"] + stage["height"], *(box["y"] for box in below)]
+            assert tops == sorted(tops)
             assert stage["width"] > 290
             page.touchscreen.tap(stage["x"] + stage["width"] * 0.8, stage["y"] + stage["height"] / 2)
             at = page.evaluate("parseFloat(document.getElementById('stage').style.getPropertyValue('--at'))")
