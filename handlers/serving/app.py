@@ -223,15 +223,15 @@ async def run(request: Request, task: Task | None) -> Response:
             if isinstance(result.value, Stream):
                 first = await unless_gone(request, asyncio.wrap_future(result.value.read()))
                 timing["first"] = (perf_counter() - start) * 1000 - timing["queue"]
-                response = StreamedVideo(request, first, result.value, settings, held.pop_all())
+                response = StreamedVideo(request, first, result.value, pipeline, held.pop_all())
             else:
                 timing["vae"] = result.milliseconds
                 response, timing["output"] = await to_thread.run_sync(timed, write, abandon_on_cancel=True)
     except TimeoutError:
-        pipeline.workers.check_open()
         if body is None:
+            pipeline.workers.check_open()
             raise RequestError(f"the body did not arrive within {settings.timeout:g} s (VAE_TIMEOUT)", 408) from None
-        raise out_of_time(settings) from None
+        raise out_of_time(pipeline) from None
     observe(record, timing)
     record["mode"] = result.mode.value
     response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in timing.items())
@@ -240,8 +240,14 @@ async def run(request: Request, task: Task | None) -> Response:
     return response
 
 
-def out_of_time(limits: Limits) -> RequestError:
-    return RequestError(f"no answer within {limits.timeout:g} s (VAE_TIMEOUT); send less at once", 504)
+def out_of_time(pipeline: Pipeline) -> RequestError:
+    """Why a request was ended: its deadline, or that of the service."""
+    try:
+        pipeline.workers.check_open()
+    except RequestError as closed:
+        return closed
+    limit = pipeline.settings.timeout
+    return RequestError(f"no answer within {limit:g} s (VAE_TIMEOUT); send less at once", 504)
 
 
 def observe(record: dict[str, Any], timing: Mapping[str, float]) -> None:
@@ -264,9 +270,11 @@ class StreamedVideo(StreamingResponse):
     request holds, its place and its deadline among it, it holds until the last byte is sent.
     """
 
-    def __init__(self, request: Request, first: bytes, stream: Stream, limits: Limits, held: AsyncExitStack) -> None:
+    def __init__(
+        self, request: Request, first: bytes, stream: Stream, pipeline: Pipeline, held: AsyncExitStack
+    ) -> None:
         super().__init__(self._chunks(first, stream), media_type="video/mp4")
-        self.request, self.limits, self.held = request, limits, held
+        self.request, self.pipeline, self.held = request, pipeline, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record, start = self.request.state.record, perf_counter()
@@ -278,7 +286,7 @@ class StreamedVideo(StreamingResponse):
         except Exception as error:
             metrics.BROKEN.inc()
             if isinstance(error, TimeoutError):
-                error = out_of_time(self.limits)
+                error = out_of_time(self.pipeline)
             elif not isinstance(error, RequestError):
                 logger.error("request %s failed", record["request_id"], exc_info=error)
             record["error"] = f"the stream broke: {str(error) or type(error).__name__}"[:200]
