@@ -19,6 +19,7 @@ TAKES_resume := MODEL NAMESPACE NAME
 TAKES_undeploy := MODEL NAMESPACE NAME DELETE_REPO YES
 TAKES_test := ARGS
 TAKES_test-endpoint := ARGS
+TAKES_test-page := PAGE_ARGS TOOLKIT
 TAKES_bench := DEVICE MODELS
 TAKES_fuzz := COUNT SEED ONLY TOOLKIT
 TAKES_soak := MINUTES SEED TOOLKIT
@@ -119,6 +120,28 @@ test: install  ## the tests, with the newest releases
 .PHONY: test-endpoint
 test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## the same tests with what the Inference Toolkit's image holds
 	$(ENDPOINT_VENV)/bin/python -m pytest $(ARGS)
+
+# the page needs a browser, Debian's, and what drives it, which lies beside the environment that the tests run in
+PAGE_PACKAGES := .venv-page
+with_page = PYTHONPATH=$(PAGE_PACKAGES) $(if $(TOOLKIT),TOOLKIT="$(TOOLKIT)") $(BIN)/python
+
+$(PAGE_PACKAGES)/.installed: requirements/page.txt $(BIN)/.installed
+	rm -rf $(PAGE_PACKAGES)
+	$(BIN)/python -m pip install --target $(PAGE_PACKAGES) -r requirements/page.txt
+	@touch $@
+
+.PHONY: chromium
+chromium:
+	@command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } || \
+		{ echo "error: the page is tested in chromium; as root: apt-get install chromium" >&2; exit 1; }
+
+.PHONY: test-page
+test-page: install $(PAGE_PACKAGES)/.installed chromium  ## the page at the endpoint's root, in Chromium [TOOLKIT=checkout]
+	$(with_page) -m pytest tests/page $(PAGE_ARGS)
+
+.PHONY: screenshots
+screenshots: install $(PAGE_PACKAGES)/.installed chromium  ## the pictures of the page in docs/
+	$(with_page) -m scripts.screenshots
 
 .PHONY: bench
 bench: install  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [MODELS=...]

@@ -13,7 +13,7 @@ from handlers.serving.app import build_app, drain_on_sigterm
 from handlers.serving.settings import Settings
 
 settings = Settings.load()
-app = build_app(settings.model)
+app = build_app(settings.model, settings.cors_origins)
 
 
 class EndpointHandler(get_model(settings.model)):

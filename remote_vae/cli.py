@@ -81,6 +81,9 @@ def decode(
     width: Annotated[int | None, typer.Option(help="Of packed latents, in pixels.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Of packed latents of a video.")] = None,
     fps: Annotated[float | None, typer.Option(help="Of an MP4.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write an MP4 as it is decoded; to a player with - for the file.")
+    ] = False,
 ) -> None:
     """Latents in a file to pictures, or a video."""
     from remote_vae import files
@@ -88,7 +91,7 @@ def decode(
     more = {"height": height, "width": width, "num_frames": num_frames, "fps": fps}
     client = Client(url, token)
     with console.status(f"decoding {file}"):
-        written = files.decode(client, file, out, {"do_scaling": not raw, **more})
+        written = files.decode(client, file, out, {"do_scaling": not raw, **more}, stream)
     for path in written:
         print(path)
 

@@ -117,6 +117,32 @@ class Client:
                 return self._send(method, path, **arguments)
         raise AssertionError  # one of the attempts has returned or raised
 
+    def stream(self, path: str, **arguments: Any) -> Iterator[bytes]:
+        """POSTs until an answer begins, and gives its bytes as they come.
+
+        Raises:
+            RemoteVAEError: as `request`; or the connection broke midway, after which nothing is sent again.
+        """
+        for attempt in self.attempts(Retrying):
+            with attempt:
+                if attempt.retry_state.attempt_number > 1:
+                    self._send("GET", "/health")
+                answer = self._begin(path, **arguments)
+        try:
+            with self.errors_of_the_way():
+                yield from answer.iter_bytes()
+        finally:
+            answer.close()
+
+    def _begin(self, path: str, **arguments: Any) -> httpx.Response:
+        """An answer whose body is still to come."""
+        with self.errors_of_the_way():
+            answer = self._http.send(self._http.build_request("POST", self.url + path, **arguments), stream=True)
+            if not answer.is_success:
+                answer.read()
+        self.check(answer, path)
+        return answer
+
     def attempts(self, kind: Callable[..., T]) -> T:
         """Of tenacity's kind: as many as patience allows, with a line that says what is waited for."""
         return kind(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,15 +17,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remote_vae.client import Client
-from remote_vae.tensors import as_query, decode_mp4, from_answer, post_tensor
+from remote_vae.tensors import as_query, decode_mp4, from_answer, post_tensor, stream_mp4
 
+STDOUT = Path("-")
 IMAGES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 
 
-def decode(client: Client, file: Path, out: Path, parameters: dict[str, Any]) -> list[Path]:
-    """Writes the picture, each of a batch, or the MP4 that an endpoint makes of a file's latents."""
+def decode(client: Client, file: Path, out: Path, parameters: dict[str, Any], stream: bool = False) -> list[Path]:
+    """Writes the picture, each of a batch, or the MP4 that an endpoint makes of a file's latents.
+
+    With `stream` the MP4 is written as it comes; to standard output where `out` is "-".
+    """
     suffix = out.suffix.lower()
+    if (stream and suffix != ".mp4" and out != STDOUT) or (out == STDOUT and not stream):
+        raise ValueError(f"{out}: an .mp4 is streamed, or to - (standard output) with --stream")
     latents = read_tensor(file)
+    if stream:
+        return write_pieces(out, stream_mp4(client, latents, **parameters))
     if suffix == ".mp4":
         return [write(out, decode_mp4(client, latents, **parameters))]
     if suffix not in IMAGES:
@@ -93,6 +103,23 @@ def write_tensor(file: Path, tensor: Tensor) -> None:
         part = file.with_name(f".{file.name}.part")
         save_file({"latents": tensor.contiguous()}, part)
         part.replace(file)
+
+
+def write_pieces(file: Path, pieces: Iterator[bytes]) -> list[Path]:
+    """As they come; to a file whose name is there once all have come, or to standard output."""
+    if file == STDOUT:
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+        return []
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb", buffering=0) as output:
+            for piece in pieces:
+                output.write(piece)
+        return [part.replace(file)]
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write(file: Path, data: bytes) -> Path:

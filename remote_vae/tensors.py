@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx2 as httpx
 import torch
 from torch import Tensor
 
-from remote_vae.client import Client
+from remote_vae.client import Client, RemoteVAEError
 
 
 def decode(client: Client, latents: Tensor, **parameters: Any) -> Tensor:
@@ -23,6 +23,21 @@ def decode_mp4(client: Client, latents: Tensor, **parameters: Any) -> bytes:
     return post_tensor(client, "/decode", latents, {**parameters, "output_type": "mp4"}, "video/mp4").content
 
 
+def stream_mp4(client: Client, latents: Tensor, **parameters: Any) -> Iterator[bytes]:
+    """The same while the endpoint decodes it: a fragmented MP4, in pieces that play as they come.
+
+    Raises:
+        RemoteVAEError: as all requests; or the file has no end, whatever the connection said.
+    """
+    end = b""
+    given = {**parameters, "output_type": "mp4", "stream": True}
+    for piece in client.stream("/decode", **tensor_request(latents, given, "video/mp4")):
+        end = (end + piece)[-16:]
+        yield piece
+    if end[4:8] != b"mfro":  # the last box of a fragmented MP4
+        raise RemoteVAEError(f"the video from {client.url} broke off before its end")
+
+
 def encode(client: Client, pixels: Tensor, **parameters: Any) -> Tensor:
     """Pixels in [-1, 1], or uint8, to latents; `parameters` are those of docs/http-api.md."""
     return from_answer(post_tensor(client, "/encode", pixels, parameters))
@@ -32,14 +47,17 @@ def post_tensor(
     client: Client, path: str, tensor: Tensor, parameters: Mapping[str, Any], accept: str = "tensor/binary"
 ) -> httpx.Response:
     """The answer to a tensor and these parameters; those that are None are not sent."""
+    return client.request("POST", path, **tensor_request(tensor, parameters, accept))
+
+
+def tensor_request(tensor: Tensor, parameters: Mapping[str, Any], accept: str) -> dict[str, Any]:
+    """httpx's arguments for it."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return client.request(
-        "POST",
-        path,
-        params={"shape": list(tensor.shape), "dtype": dtype, **as_query(parameters)},
-        content=to_bytes(tensor),
-        headers={"Content-Type": "tensor/binary", "Accept": accept},
-    )
+    return {
+        "params": {"shape": list(tensor.shape), "dtype": dtype, **as_query(parameters)},
+        "content": to_bytes(tensor),
+        "headers": {"Content-Type": "tensor/binary", "Accept": accept},
+    }
 
 
 def as_query(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
 from os import PathLike
 from threading import Thread
@@ -127,8 +128,7 @@ class Connection:
         Returns:
             Of a list of PIL pictures, of videos a list of frames for each; or of the bytes of an MP4 file.
         """
-        if not {"scaling_factor", "shift_factor", "do_scaling"} & parameters.keys():
-            parameters["do_scaling"] = True
+        parameters = _as_the_pipeline(parameters)
         latents = latents.detach().to("cpu", copy=True)  # which the pipeline may go on to change
         future: Future[Any] = Future()
 
@@ -140,6 +140,14 @@ class Connection:
 
         Thread(target=run, name="decode_async", daemon=True).start()
         return future
+
+    def decode_stream(self, latents: Tensor, **parameters: Any) -> Iterator[bytes]:
+        """A video's latents, as `decode_async` takes them, to an MP4 file in pieces, the first of which plays already.
+
+        Raises:
+            RemoteVAEError: the endpoint refused it, or the file is not complete; what came is to be thrown away then.
+        """
+        return tensors.stream_mp4(self.client, latents, **_as_the_pipeline(parameters))
 
     def _pictures(self, latents: Tensor, output_type: str, parameters: dict[str, Any]) -> Any:
         if output_type == "mp4":
@@ -223,3 +231,9 @@ def _one_number(values: Any) -> float:
     if len(numbers) != 1:
         raise ValueError(f"one timestep for the whole batch is taken, not {sorted(numbers)}")
     return numbers.pop()
+
+
+def _as_the_pipeline(parameters: dict[str, Any]) -> dict[str, Any]:
+    """With its normalisation, where none is named."""
+    named = {"scaling_factor", "shift_factor", "do_scaling"} & parameters.keys()
+    return parameters if named else {**parameters, "do_scaling": True}

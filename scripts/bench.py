@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from handlers import MODELS, get_model
-from scripts.benchmark import clients, forward, report, service, ways
+from scripts.benchmark import clients, forward, report, service, streams, ways
 from scripts.benchmark.forward import Size
 from scripts.benchmark.service import Load
 from scripts.local_server import ROOT, serve
@@ -61,6 +61,8 @@ class Plan:
     """Model, size and pictures of the queue against decoding in place."""
     data_set: tuple[str, int, int]
     """Model, side and pictures of a data set whose latents are made."""
+    stream: tuple[str, Size]
+    """Model and size of the video that is streamed; of few channels on every device."""
     fake: tuple[tuple[str, str, Size], ...]
     """Peaks that are computed, not measured, as this device would take too long."""
 
@@ -93,6 +95,7 @@ GPU = Plan(
     latency_count=100,
     queue=("sd-v1", (1024, 1024, None), 16),
     data_set=("sd-v1", 512, 512),
+    stream=("hunyuan-video", (320, 512, 61)),
     fake=(),
 )
 CPU = Plan(
@@ -116,6 +119,7 @@ CPU = Plan(
     latency_count=10,
     queue=("tiny", (512, 512, None), 8),
     data_set=("tiny", 256, 128),
+    stream=("hunyuan-video", (320, 512, 61)),
     fake=(
         ("sd-v1", "decode", (1024, 1024, None)),
         ("sd-v1", "encode", (1024, 1024, None)),
@@ -146,7 +150,8 @@ def main(
     diffusers_logging.set_verbosity_error()
     results = {"about": about(device) | {"fast": plan.fast}}
     results |= {
-        name: [] for name in ("forward", "fake_peaks", "ways", "latency", "throughput", "pilot", "queue", "data_set")
+        name: []
+        for name in ("forward", "fake_peaks", "ways", "latency", "throughput", "pilot", "queue", "data_set", "stream")
     }
     folder = BENCHMARKS / slug(results["about"]["device"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,6 +231,10 @@ def all_steps(
     def data_set(key: str, side: int, count: int) -> None:
         results["data_set"].append(clients.data_set(url(key), key, side, count))
 
+    def streamed(key: str, size: Size) -> None:
+        with streams.small_server(key, device) as address:
+            results["stream"].append(streams.first_bytes(address, key, size))
+
     def pilot(load: Load) -> None:
         results["pilot"].append(service.throughput(url(load.model, pilot=True), vae(load.model)[1], load))
 
@@ -261,6 +270,9 @@ def all_steps(
     key, side, count = plan.data_set
     if key in keys:
         yield f"{key} {side}: {count} latents", lambda: data_set(*plan.data_set)
+    key, size = plan.stream
+    if key in keys:
+        yield f"{key} {describe(size)}: streamed", lambda: streamed(*plan.stream)
     if plan.pilot.model in keys:
         yield f"{plan.pilot.model} {plan.pilot.size}: the pilot's way", lambda: pilot(plan.pilot)
 

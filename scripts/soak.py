@@ -34,8 +34,12 @@ def main(
     torch.set_num_threads(1)  # the other cores are the server's
     columns = TextColumn("soak"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     try:
-        with server("tiny", Path(tempfile.mkdtemp(prefix="soak-")), toolkit) as running:
-            traffic = Traffic(running, seed)
+        folder = Path(tempfile.mkdtemp(prefix="soak-"))
+        with (
+            server("tiny", folder / "tiny", toolkit) as running,
+            server("hunyuan-video", folder / "video", toolkit) as video,
+        ):
+            traffic = Traffic(running, video, seed)
             with Progress(*columns, console=console) as progress:
                 task = progress.add_task("", total=minutes * 60)
                 result = soak.run(traffic, minutes * 60, lambda seconds: progress.update(task, completed=seconds))

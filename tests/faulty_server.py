@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from scripts import serve
 SLOW, BUG, OUT_OF_MEMORY, NEVER_ENOUGH, THREAD_ENDS, DEVICE_LOST, NOT_FINITE = range(901, 908)
 """On the device; a slow one takes `DEVICE_SECONDS`."""
 PAYLOAD_HANGS, PAYLOAD_BUG, OUTPUT_HANGS, DISK_FULL = range(911, 915)
+SPAN_BUG, SPAN_OUT_OF_MEMORY, SPAN_NOT_FINITE, SPAN_SLOW, SPAN_LOSES_DEVICE = range(921, 926)
+"""When a video's first span is decoded, and its first bytes are sent."""
+NOISE = 931
+"""Frames of noise, of which no encoder makes little."""
 DEVICE_SECONDS = float(os.environ.get("DEVICE_SECONDS", "1"))
 HANGS_SECONDS = 30
 
@@ -36,6 +41,29 @@ prepare, forward, render, decode, is_alive = (
 lost = False
 
 
+def bug() -> None:
+    raise ZeroDivisionError("a secret")
+
+
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def lose_device() -> None:
+    global lost
+    lost = True
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+SPAN_FAULTS = {
+    SPAN_BUG: bug,
+    SPAN_OUT_OF_MEMORY: run_out_of_memory,
+    SPAN_NOT_FINITE: lambda: None,
+    SPAN_SLOW: lambda: None,
+    SPAN_LOSES_DEVICE: lose_device,
+}
+
+
 def faulty_prepare(self: Pipeline, request: Any) -> Any:
     if request.parameters.seed == PAYLOAD_HANGS:
         time.sleep(HANGS_SECONDS)
@@ -45,24 +73,29 @@ def faulty_prepare(self: Pipeline, request: Any) -> Any:
 
 
 def faulty_forward(self: Pipeline, vae: VAE, batch: list[Any]) -> Any:
-    global lost
     fault = batch[0][0].parameters.seed
     if fault == SLOW:
         time.sleep(DEVICE_SECONDS)
     if fault == BUG:
-        raise ZeroDivisionError("a secret")
+        bug()
     if fault == THREAD_ENDS:
         sys.exit()
     if fault == DEVICE_LOST:
-        lost = True
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    model_decode = vae.model.decode
+        lose_device()
+    model_decode, spans = vae.model.decode, count()
 
     def short_of_memory(z: torch.Tensor, **options: Any) -> Any:
+        number = next(spans)
+        if fault in SPAN_FAULTS and number == 1:
+            time.sleep(DEVICE_SECONDS)
+            SPAN_FAULTS[fault]()
         if fault == NEVER_ENOUGH or (fault == OUT_OF_MEMORY and not vae.model.use_tiling):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         decoded = model_decode(z, **options)
-        return (decoded[0] * torch.nan,) if fault == NOT_FINITE else decoded
+        if fault == NOISE:
+            return (torch.rand(1, 3, decoded[0].shape[2], 512, 512) * 2 - 1,)
+        not_finite = fault == NOT_FINITE or (fault == SPAN_NOT_FINITE and number == 1)
+        return (decoded[0] * torch.nan,) if not_finite else decoded
 
     vae.model.decode = short_of_memory
     try:

@@ -11,7 +11,7 @@ import torch
 
 from handlers import MODELS
 from scripts import bench
-from scripts.benchmark import forward, report, ways
+from scripts.benchmark import forward, report, streams, ways
 from scripts.benchmark.peak import allocated_peak, peak_bytes
 from scripts.benchmark.seeds import SEEDS
 from scripts.benchmark.service import Client, Load, percentiles
@@ -129,6 +129,18 @@ def results() -> dict[str, Any]:
             }
         ],
         "latency": [],
+        "stream": [
+            {
+                "model": "hunyuan-video",
+                "size": [320, 512, 61],
+                "count": 3,
+                "whole_seconds": 10,
+                "first_byte_seconds": 2,
+                "first_frame_seconds": 2.1,
+                "last_byte_seconds": 10,
+                "first_byte_share": 0.2,
+            }
+        ],
     }
 
 
@@ -139,7 +151,7 @@ def test_the_report_says_of_each_target_whether_it_is_met(results: dict[str, Any
     rows = {
         line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "at least" in line or "at most" in line
     }
-    assert len(rows) == 14
+    assert len(rows) == 15
     assert [line.count("not yet measured (needs a GPU)") for line in rows.values()].count(1) == 8
     by_start = {
         start: next(line for what, line in reversed(rows.items()) if what.startswith(start))
@@ -199,6 +211,7 @@ def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         latency_count=2,
         queue=("tiny", (size, size, None), 2),
         data_set=("tiny", size, 8),
+        stream=("hunyuan-video", (32, 48, 25)),
         fake=(("tiny", "decode", (size, size, None)),),
     )
     monkeypatch.setattr(bench, "CPU", plan)
@@ -213,8 +226,15 @@ def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert counts == {"forward": 2, "fake_peaks": 1, "ways": 2, "latency": 2, "throughput": 1, "pilot": 1} | {
         "queue": 1,
         "data_set": 1,
+        "stream": 0,
     }
     assert "failed: RuntimeError: no C compiler" in (folder / "README.md").read_text()
+
+
+def test_the_first_bytes_of_a_stream_are_timed(running: Any) -> None:
+    row = streams.first_bytes(running("hunyuan-video").url, "hunyuan-video", (32, 48, 25))
+    assert 0 < row["first_byte_seconds"] <= row["first_frame_seconds"] <= row["last_byte_seconds"]
+    assert f"| hunyuan-video | 48x32, 25 frames | {row['whole_seconds']:.2f} |" in report.stream_table([row])
 
 
 def test_a_client_gets_answers_of_every_form(running: Any) -> None:

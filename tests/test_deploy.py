@@ -80,7 +80,14 @@ def test_dry_run_prints_the_plan_with_no_torch_no_token_and_no_network(
     ):
         assert text in result.out
     files = listed_files(result.out)
-    assert {"handler.py", "handlers/__init__.py", "requirements.txt", "endpoint.json", "README.md"} < files.keys()
+    assert {
+        "handler.py",
+        "handlers/__init__.py",
+        "handlers/serving/page.html",
+        "requirements.txt",
+        "endpoint.json",
+        "README.md",
+    } < files.keys()
     assert {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} < files.keys()
 
 

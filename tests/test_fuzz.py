@@ -57,15 +57,19 @@ def assert_nothing_broke(ledger: Ledger) -> None:
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    with server("tiny", tmp_path / "tiny", VAE_GRACE="3") as running:
-        traffic = Traffic(running, seed=1)
+    with (
+        server("tiny", tmp_path / "tiny", VAE_GRACE="3") as running,
+        server("hunyuan-video", tmp_path / "video") as video,
+    ):
+        traffic = Traffic(running, video, seed=1)
         result = soak.run(traffic, seconds=10)
     assert_nothing_broke(traffic.ledger)
     assert result.exit_seconds < soak.EXIT_TIME
     clients = {client.__name__ for client in CLIENTS}
-    assert clients == {"keep_alive", "fresh", "sizes", "pipelined", "slow", "leaver", "malformed", "crowd", "health"}
+    others = {"streams", "malformed", "crowd", "health"}
+    assert clients == {"keep_alive", "fresh", "sizes", "pipelined", "slow", "leaver", *others}
     goods = {"good: keep-alive", "good: a connection each", "good: random sizes", "good: pipelined"}
-    kinds = goods | {"burst", "health", "SIGTERM: in flight"}
+    kinds = goods | {"burst", "health", "stream: read", "SIGTERM: in flight"}
     assert kinds <= set(traffic.ledger.sent)
     about = {"device": "a CPU", "date": "today", "commit": "abc", "versions": {"python": "3"}}
     page = report.soak_page(traffic.ledger, result, about, toolkit=False)

@@ -27,12 +27,13 @@ def make(*arguments: str) -> tuple[int, str]:
         (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO="), '--model "x" --yes'),
         (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO=1"), '--model "x" --delete-repo --yes'),
         (("test", "ARGS=-k a=b -x"), "pytest -k a=b -x"),
+        (("test-page", "PAGE_ARGS=-x"), "python -m pytest tests/page -x"),
     ],
 )
 def test_a_switch_is_on_for_1_alone(arguments: tuple[str, ...], options: str) -> None:
     status, line = make(*arguments)
     assert status == 0
-    assert line.endswith(f"{arguments[0]} {options}" if arguments[0] != "test" else options)
+    assert line.endswith(options if arguments[0].startswith("test") else f"{arguments[0]} {options}")
 
 
 @pytest.mark.parametrize(

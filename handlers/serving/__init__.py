@@ -1,11 +1,13 @@
 """The way of a request. Each stage is a module, and imports only from those below it:
 
 app       HTTP: routes, headers, status codes
+page      what a browser gets at the root
 access_log  a request's id, its line in the log, its counters
 description  what is served, for clients that ask
 pipeline  one request, from its payload to its answer
 worker    the devices' threads and the queue in front of them
 output    tensors to the bytes of pictures, videos and tensors
+stream    a file's bytes, read while they are written
 vae       the model: weights, device, forward passes
 probe     what a loaded model's tensors look like, without running it
 spans     a video's frames, as soon as they are decoded

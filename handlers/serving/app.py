@@ -8,8 +8,9 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -18,9 +19,11 @@ from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from handlers.model import Task
 from handlers.serving import metrics
@@ -29,8 +32,10 @@ from handlers.serving.description import describe
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.output import to_json
-from handlers.serving.pipeline import Pipeline
+from handlers.serving.page import HEADERS, PAGE, asks_for_page
+from handlers.serving.pipeline import Pipeline, Result
 from handlers.serving.request import media_type_of
+from handlers.serving.stream import Stream
 
 T = TypeVar("T")
 
@@ -52,8 +57,12 @@ CONTENT_TYPES = {
 }
 
 
-def build_app(model: str | None = None) -> Starlette:
-    """The service; `model` is its name in the metrics.
+EXPOSED = ("dtype", "shape", "Server-Timing", "X-Request-Id", "X-VAE-Frames", "X-VAE-Mode")
+"""Headers of an answer that pages of other origins may read."""
+
+
+def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
+    """The service; `model` is its name in the metrics, and pages of `cors_origins` may call it.
 
     It answers 503 until `app.state.handler` is set to a loaded `EndpointHandler`.
     """
@@ -68,9 +77,10 @@ def build_app(model: str | None = None) -> Starlette:
         Route("/health", health, methods=["GET"]),
         Route("/metrics", show_metrics, methods=["GET"]),
     ]
+    access_log = Middleware(AccessLog, model or "", {route.path for route in routes}, on_crash)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(AccessLog, model or "", {route.path for route in routes}, on_crash)],
+        middleware=[*cross_origin(cors_origins), access_log],
         exception_handlers={
             RequestError: on_request_error,
             HTTPException: on_http_error,
@@ -83,6 +93,14 @@ def build_app(model: str | None = None) -> Starlette:
     app.state.held_bytes = 0
     app.state.deadlines = set()
     return app
+
+
+def cross_origin(origins: Sequence[str]) -> list[Middleware]:
+    """What lets pages of these origins call the service, or of all for "*"; a preflight is answered and not logged."""
+    if not origins:
+        return []
+    options = {"allow_methods": ["GET", "POST", "PUT"], "allow_headers": ["*"], "expose_headers": EXPOSED}
+    return [Middleware(CORSMiddleware, allow_origins=origins, **options)]
 
 
 @asynccontextmanager
@@ -121,7 +139,11 @@ def end_requests(app: Starlette) -> None:
 
 
 async def root(request: Request) -> Response:
-    return await (health(request) if request.method in ("GET", "HEAD") else predict(request))
+    if request.method not in ("GET", "HEAD"):
+        return await predict(request)
+    if asks_for_page(request.headers.get("accept")):  # while the model loads too: the page waits for it
+        return Response(PAGE, media_type="text/html", headers=HEADERS)
+    return await health(request)
 
 
 async def predict(request: Request) -> Response:
@@ -185,30 +207,96 @@ async def run(request: Request, task: Task | None) -> Response:
     body: bytearray | None = None
     timing: dict[str, float] = {}
     try:
-        with deadline_of(request, settings.timeout):
-            async with body_of(request, settings) as (body, hold), place_in(pipeline):
-                async with pipeline.readers:
-                    (parsed, prepared), timing["payload"] = await to_thread.run_sync(
-                        timed, read, abandon_on_cancel=True
-                    )
-                hold(prepared.inputs.nbytes)
-                start = perf_counter()
-                result = await unless_gone(request, asyncio.wrap_future(pipeline.submit(parsed, prepared.inputs)))
-                timing["queue"] = (perf_counter() - start) * 1000 - result.milliseconds
+        async with AsyncExitStack() as held:
+            held.enter_context(deadline_of(request, settings.timeout))
+            body, hold = await held.enter_async_context(body_of(request, settings))
+            await held.enter_async_context(place_in(pipeline))
+            async with pipeline.readers:
+                (parsed, prepared), timing["payload"] = await to_thread.run_sync(timed, read, abandon_on_cancel=True)
+            hold(prepared.inputs.nbytes + pipeline.unsent(parsed, prepared.inputs))
+            start = perf_counter()
+            work = pipeline.submit(parsed, prepared.inputs)
+            if parsed.parameters.stream:
+                held.callback(work.add_done_callback, drop_stream)
+            result = await unless_gone(request, asyncio.wrap_future(work))
+            timing["queue"] = (perf_counter() - start) * 1000 - result.milliseconds
+            if isinstance(result.value, Stream):
+                first = await unless_gone(request, asyncio.wrap_future(result.value.read()))
+                timing["first"] = (perf_counter() - start) * 1000 - timing["queue"]
+                response = StreamedVideo(request, first, result.value, pipeline, held.pop_all())
+            else:
                 timing["vae"] = result.milliseconds
                 response, timing["output"] = await to_thread.run_sync(timed, write, abandon_on_cancel=True)
     except TimeoutError:
-        pipeline.workers.check_open()
         if body is None:
+            pipeline.workers.check_open()
             raise RequestError(f"the body did not arrive within {settings.timeout:g} s (VAE_TIMEOUT)", 408) from None
-        raise RequestError(f"no answer within {settings.timeout:g} s (VAE_TIMEOUT); send less at once", 504) from None
-    for stage, milliseconds in timing.items():
-        metrics.STAGES.labels(stage).observe(milliseconds / 1000)
-    record.update(mode=result.mode.value, **{f"{stage}_ms": round(ms, 1) for stage, ms in timing.items()})
+        raise out_of_time(pipeline) from None
+    observe(record, timing)
+    record["mode"] = result.mode.value
     response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in timing.items())
     response.headers["X-VAE-Mode"] = result.mode.value
     response.headers.update(prepared.headers)
     return response
+
+
+def out_of_time(pipeline: Pipeline) -> RequestError:
+    """Why a request was ended: its deadline, or that of the service."""
+    try:
+        pipeline.workers.check_open()
+    except RequestError as closed:
+        return closed
+    limit = pipeline.settings.timeout
+    return RequestError(f"no answer within {limit:g} s (VAE_TIMEOUT); send less at once", 504)
+
+
+def observe(record: dict[str, Any], timing: Mapping[str, float]) -> None:
+    """Milliseconds of stages, for the log and the metrics."""
+    for stage, milliseconds in timing.items():
+        metrics.STAGES.labels(stage).observe(milliseconds / 1000)
+        record[f"{stage}_ms"] = round(milliseconds, 1)
+
+
+def drop_stream(work: Future[Result]) -> None:
+    """Ends the work on a video that nobody reads any more; at its end this does nothing."""
+    if not work.cancelled() and not work.exception():
+        work.result().value.close()
+
+
+class StreamedVideo(StreamingResponse):
+    """A video that is sent while it is made.
+
+    A failure breaks the connection: the last chunk of the answer is missing then, and the file's last box. What the
+    request holds, its place and its deadline among it, it holds until the last byte is sent.
+    """
+
+    def __init__(
+        self, request: Request, first: bytes, stream: Stream, pipeline: Pipeline, held: AsyncExitStack
+    ) -> None:
+        super().__init__(self._chunks(first, stream), media_type="video/mp4")
+        self.request, self.pipeline, self.held = request, pipeline, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record, start = self.request.state.record, perf_counter()
+        try:
+            async with self.held:
+                await unless_gone(self.request, asyncio.ensure_future(self.stream_response(send)))
+        except ClientDisconnect:
+            record["status"] = NO_ANSWER
+        except Exception as error:
+            metrics.BROKEN.inc()
+            if isinstance(error, TimeoutError):
+                error = out_of_time(self.pipeline)
+            elif not isinstance(error, RequestError):
+                logger.error("request %s failed", record["request_id"], exc_info=error)
+            record["error"] = f"the stream broke: {str(error) or type(error).__name__}"[:200]
+        observe(record, {"stream": (perf_counter() - start) * 1000})
+
+    async def _chunks(self, first: bytes, stream: Stream) -> AsyncIterator[bytes]:
+        chunk = first
+        while chunk:
+            yield chunk
+            chunk = await asyncio.wrap_future(stream.read())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ RECEIVED = Counter("vae_received_bytes_total", "Bytes of bodies that came.")
 SENT = Counter("vae_sent_bytes_total", "Bytes of bodies that went.")
 STAGES = Histogram(
     "vae_stage_seconds",
-    "Time of a request's stages: payload, queue, vae, output.",
+    "Time of a request's stages: payload, queue, vae, output; of a streamed video payload, queue, first, stream.",
     ["stage"],
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
 )
@@ -20,6 +20,7 @@ PASSES = Counter("vae_passes_total", "Passes through the VAE, by the mode that m
 OUT_OF_MEMORY = Counter("vae_out_of_memory_total", "Passes that ran out of memory and were tried one step down.")
 UPCAST = Counter("vae_upcast_total", "Passes that overflowed and ran once more in float32.")
 FAST = Gauge("vae_fast_pass", "Whether the fast pass is in use (1), once it was wanted.", ["task", "device"])
+BROKEN = Counter("vae_broken_streams_total", "Videos whose first bytes were sent, and whose last could not be.")
 FREE_MEMORY = Gauge("vae_device_free_bytes", "Memory that is free on a device.", ["device"])
 TOTAL_MEMORY = Gauge("vae_device_total_bytes", "Memory of a device.", ["device"])
 HELD = Gauge("vae_held_bytes", "Bytes of the bodies of requests that are in the service.")

@@ -24,6 +24,7 @@ from torch import Tensor, uint8
 
 from handlers.serving.errors import RequestError
 from handlers.serving.request import Answer
+from handlers.serving.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -139,27 +140,35 @@ class Mp4Writer:
 
     A `with` block adds the frames. Its end is the video's, and `finish` then gives the file. Where the block fails, the
     file is given up. The thread ends in both cases, whether or not anybody asks for the file.
+
+    With a `stream` the file goes there while it is made, and `finish` gives nothing. A reader that is slow then holds
+    back this thread, and not who adds frames: they wait here.
     """
 
-    def __init__(self, fps: float) -> None:
+    def __init__(self, fps: float, stream: Stream | None = None) -> None:
         self._frames: SimpleQueue[np.ndarray | None] = SimpleQueue()
         self._file: Future[bytes] = Future()
         self._given_up = False
+        self._stream = stream
         Thread(target=self._run, args=(fps,), name="mp4", daemon=True).start()
 
     def __enter__(self) -> Mp4Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         self._given_up = kind is not None
+        if self._stream and error:
+            self._stream.fail(error)
         self._frames.put(None)
 
     def add(self, frames: np.ndarray) -> None:
         """Takes the next frames, uint8 [F, H, W, 3]. It does not wait for the encoder.
 
         Raises:
-            RequestError: the encoder has failed with earlier ones.
+            RequestError: the encoder has failed with earlier ones, or nobody reads the stream.
         """
+        if self._stream:
+            self._stream.check()
         if self._file.done():
             self.finish()
         self._frames.put(frames)
@@ -174,9 +183,15 @@ class Mp4Writer:
 
     def _run(self, fps: float) -> None:
         try:
-            self._file.set_result(write_mp4(self._added(), fps))
+            if self._stream:
+                stream_mp4(self._added(), fps, self._stream)
+                self._file.set_result(b"")
+            else:
+                self._file.set_result(write_mp4(self._added(), fps))
         except BaseException as error:  # whatever it is, `finish` raises it
             self._file.set_exception(error)
+            if self._stream:
+                self._stream.fail(error)
 
     def _added(self) -> Iterator[np.ndarray]:
         while (frames := self._frames.get()) is not None:
@@ -194,9 +209,36 @@ def write_mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
     Raises:
         RequestError: the encoder has failed; status 500.
     """
-    buffer, stream = io.BytesIO(), None
+    buffer = io.BytesIO()
+    _encode(frames, fps, buffer, {})
+    return buffer.getvalue()
+
+
+FRAGMENTED = {
+    # a box for each frame as it is encoded, behind a header that is written with the first and says where time begins
+    "movflags": "frag_every_frame+empty_moov+delay_moov+default_base_moof",
+    "flush_packets": "1",
+}
+"""Of FFmpeg's muxer. Such a file plays from its first bytes on, and ends with a box `mfra` if it is complete."""
+
+
+def stream_mp4(frames: Iterable[np.ndarray], fps: float, stream: Stream) -> None:
+    """The same, written to the stream as it is made: the same frames in a fragmented MP4.
+
+    The encoder looks 10 frames ahead, so that the first bytes come with the frame after them, or with the last one.
+
+    Raises:
+        RequestError: the encoder has failed; status 500.
+        Exception: what the stream has failed with.
+    """
+    _encode(frames, fps, stream, FRAGMENTED)
+    stream.end()
+
+
+def _encode(frames: Iterable[np.ndarray], fps: float, file: Any, options: dict[str, str]) -> None:
+    stream = None
     try:
-        with av.open(buffer, mode="w", format="mp4") as container:
+        with av.open(file, mode="w", format="mp4", options=options) as container:
             for pixels in frames:
                 stream = stream or _add_stream(container, *pixels.shape[:2], fps)
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -208,7 +250,6 @@ def write_mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
         raise RequestError(
             "the MP4 encoder failed; the log says why, and output_type=pt gives the frames", 500
         ) from None
-    return buffer.getvalue()
 
 
 def _add_stream(container: av.container.OutputContainer, height: int, width: int, fps: float) -> av.VideoStream:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import ExitStack
+from concurrent.futures import Future, InvalidStateError
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Thread
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from handlers.serving.latents import LatentsLayouts, add_noise, generator_of
 from handlers.serving.memory import Mode, free_memory, is_out_of_memory, total_memory
 from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, decode_answer, media_type_of
 from handlers.serving.settings import Settings
+from handlers.serving.stream import BOUND, Stream
 from handlers.serving.vae import VAE, devices
 from handlers.serving.worker import Device, DeviceWorkers
 
@@ -44,11 +45,20 @@ class Prepared:
 class Result:
     """What a device made of a request."""
 
-    value: Tensor | output.Mp4Writer
-    """The answer's tensor, on the CPU; or the MP4 that its frames are written to."""
+    value: Tensor | output.Mp4Writer | Stream
+    """The answer's tensor, on the CPU; or the MP4 that its frames are written to, which may be streamed."""
     mode: Mode
     milliseconds: float
-    """Of the batch that the request was in."""
+    """Of the batch that the request was in; of a stream until its first bytes."""
+
+
+class Work(NamedTuple):
+    """What a device gets of a request."""
+
+    request: Request
+    inputs: Tensor
+    result: Future[Result] | None = None
+    """Of a request for a stream: it is set as soon as there are bytes, and at the end of the pass for all others."""
 
 
 def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +146,10 @@ class Pipeline:
         answer = Answer.LATENTS if task == "encode" else decode_answer(self.layout.kind, parameters, accept)
         if task == "encode" and parameters.sample_mode == "moments":
             self._check_moments(parameters)
+        if parameters.stream and (answer is not Answer.MP4 or accept.json):
+            raise RequestError(
+                "`stream`: only a video that is decoded to an MP4 file is streamed, not inside JSON", 422
+            )
         return Request(task, body, body_kind, parameters, answer, accept)
 
     def _check_moments(self, parameters: Parameters) -> None:
@@ -249,12 +263,20 @@ class Pipeline:
         return answer is not Answer.IMAGE
 
     def submit(self, request: Request, inputs: Tensor) -> Future[Result]:
-        """Queues the prepared request for a device; what waits together and has one shape goes as one batch."""
-        drawn = request.parameters.sample_mode
-        alone = object() if drawn == "sample" else drawn
+        """Queues the prepared request for a device; what waits together and has one shape goes as one batch.
+
+        A stream goes alone: where a batch fails its requests are run again one by one, and what was sent stays sent.
+        """
+        drawn, streamed = request.parameters.sample_mode, request.parameters.stream
+        alone = object() if drawn == "sample" or streamed else drawn
         key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], self._decode_options(request), alone)
         size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
-        return self.workers.submit((request, inputs), key, size)
+        future: Future[Result] = Future()
+        return self.workers.submit(Work(request, inputs, future if streamed else None), key, size, future)
+
+    def unsent(self, request: Request, inputs: Tensor) -> int:
+        """Bytes, at most, that wait for the reader of a stream: frames for the encoder, and what it made of them."""
+        return 3 * self.layout.pixels(request.task, inputs.shape) + BOUND if request.parameters.stream else 0
 
     def _decode_options(self, request: Request) -> DecodeOptions:
         asked = request.parameters
@@ -265,7 +287,7 @@ class Pipeline:
         generator = generator_of(asked) if asked.sample_mode == "sample" else None
         return EncodeOptions(asked.sample_mode, generator, asked.exact or self.settings.exact)
 
-    def forward(self, vae: VAE, batch: list[tuple[Request, Tensor]]) -> list[Result]:
+    def forward(self, vae: VAE, batch: list[Work]) -> list[Result]:
         """The VAE and what belongs on its device, for requests of one task and shape.
 
         Raises:
@@ -279,33 +301,59 @@ class Pipeline:
             metrics.OUT_OF_MEMORY.inc()
             raise RequestError("this device has no memory free for that now; try again soon", 503) from error
 
-    def _forward(self, vae: VAE, batch: list[tuple[Request, Tensor]]) -> list[Result]:
+    def _forward(self, vae: VAE, batch: list[Work]) -> list[Result]:
         start = perf_counter()
         metrics.BATCH_SIZE.observe(len(batch))
-        requests = [request for request, _ in batch]
-        inputs = batch[0][1] if len(batch) == 1 else torch.cat([tensor for _, tensor in batch])
+        requests = [work.request for work in batch]
+        inputs = batch[0].inputs if len(batch) == 1 else torch.cat([work.inputs for work in batch])
         options = self._decode_options(requests[0])
         if requests[0].answer is Answer.MP4:
-            values, mode = vae.decode(inputs, partial(self._write_videos, vae, requests), options)
+            values, mode = vae.decode(inputs, partial(self._write_videos, vae, batch, start), options)
         else:
             if requests[0].task == "decode":
                 outputs, mode = vae.decode(inputs, options=options)
             else:
                 outputs, mode = vae.encode(inputs, self._encode_options(requests[0]))
-            parts = outputs.split([len(tensor) for _, tensor in batch])
+            parts = outputs.split([len(work.inputs) for work in batch])
             values = [vae.to_cpu(self._finish(request, part)) for request, part in zip(requests, parts, strict=True)]
         metrics.PASSES.labels(requests[0].task, mode.value).inc()
         milliseconds = (perf_counter() - start) * 1000
         return [Result(value, mode, milliseconds) for value in values]
 
-    def _write_videos(self, vae: VAE, requests: list[Request], spans: Iterator[Tensor]) -> list[output.Mp4Writer]:
-        """Gives each request's frames to an encoder, which works on them while the device decodes the next."""
+    def _write_videos(
+        self, vae: VAE, batch: list[Work], start: float, spans: Iterator[Tensor]
+    ) -> list[output.Mp4Writer | Stream]:
+        """Gives each request's frames to an encoder, which works on them while the device decodes the next.
+
+        Raises:
+            RequestError: an earlier pass has failed when bytes of its stream were sent; what is sent stays sent.
+        """
+        streams = [self._stream(vae, work, start) for work in batch]
         with ExitStack() as stack:
-            writers = [stack.enter_context(output.Mp4Writer(r.parameters.fps or self.fps)) for r in requests]
+            writers = [
+                stack.enter_context(output.Mp4Writer(work.request.parameters.fps or self.fps, stream))
+                for work, stream in zip(batch, streams, strict=True)
+            ]
             for frames in spans:
                 for writer, part in zip(writers, frames.split(1), strict=True):
                     writer.add(vae.to_cpu(pixels.to_answer(part, Answer.MP4)).numpy())
-        return writers
+        return [stream or writer for stream, writer in zip(streams, writers, strict=True)]
+
+    def _stream(self, vae: VAE, work: Work, start: float) -> Stream | None:
+        """Where one is asked for; its first bytes are the request's result, and with them it can no more be refused."""
+        if work.result is None:
+            return None
+        if work.result.done():
+            raise RequestError("the stream had begun when its pass failed, so it cannot be tried again", 503)
+        mode = vae.mode
+
+        def begin() -> None:
+            milliseconds = (perf_counter() - start) * 1000
+            with suppress(InvalidStateError):  # the pass is over already
+                work.result.set_result(Result(stream, mode, milliseconds))
+
+        stream = Stream(begin)
+        return stream
 
     def _finish(self, request: Request, output: Tensor) -> Tensor:
         dtype, decodes = request.parameters.answer_dtype, request.task == "decode"
@@ -337,7 +385,8 @@ class Pipeline:
 
     def run_object(self, data: Mapping[str, Any]) -> Any:
         """All stages in a row for a request given as a plain object; see `EndpointHandler.__call__`."""
-        request = self._parse_object(data.get("inputs"), _without_nulls(data.get("parameters") or {}))
+        parameters = {**_without_nulls(data.get("parameters") or {}), "stream": False}
+        request = self._parse_object(data.get("inputs"), parameters)
         result = self.submit(request, self.prepare(request).inputs).result(self.settings.timeout).value
         if request.answer is Answer.IMAGE:
             return output.to_image(result[0])

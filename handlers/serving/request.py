@@ -62,6 +62,8 @@ class Parameters(BaseModel):
     answer_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Of an answer in floats; None for the VAE's own. JavaScript and numpy have no bfloat16."""
     image_format: Annotated[Literal["jpg", "jpeg", "png", "webp"], AfterValidator(_image_format)] | None = None
+    stream: bool = False
+    """Whether an MP4 is sent while it is made."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Of JPEG and WebP; PNG has none."""
     fps: Annotated[float, Field(ge=1, le=240)] | None = None

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, BeforeValidator, ValidationError
 
 from handlers.serving.limits import Limits
 
 REPOSITORY = Path(__file__).parents[2]
 """The folder that holds `handler.py`: this project, or the repository that an endpoint was made from."""
+
+
+def _separated(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _origin(value: str) -> str:
+    """As browsers send it."""
+    if value != "*" and not re.fullmatch(r"https?://[^/?#@\s*]+", value):
+        raise ValueError("expected origins such as https://example.org, separated by commas, or *")
+    return value.lower()
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class Settings(Limits):
@@ -32,6 +47,8 @@ class Settings(Limits):
     """Whether every request is run as diffusers runs it, bit for bit, as with `exact` in each; else it is refused."""
     api_token: str | None = None
     """What every POST must send as a Bearer token. From the variable `API_TOKEN`."""
+    cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_separated)] = ()
+    """Origins whose pages may call the service, as `https://a.example,https://b.example`, or `*` for all."""
     foreign_repository: bool = False
     """Whether the repository is that of another model, so that the weights in it are not this one's."""
     revision: str | None = None

@@ -60,6 +60,8 @@ class VAE:
         self.normalization = Normalization.of(model, declared)
         self.memory = MemoryUse(declared, is_known(model), _tile_pixels(model))
         self.fast = FastPasses(self.model, declared, wanted=fast)
+        self.mode = Mode.FULL
+        """Of the pass that runs now, or ran last."""
         self.batch_limit = BATCH_PIXELS if declared.runs_batches and self.device.type != "cpu" else 0
 
     @classmethod
@@ -186,7 +188,7 @@ class VAE:
         if self.device.type == "cpu" and estimate.of(modes[0], len(inputs)) > free:  # which says so by being killed
             raise RequestError(f"{needed}, which this device does not have free now; try again soon", 503)
         for mode in modes:
-            self.model.use_tiling = mode is Mode.TILED
+            self.mode, self.model.use_tiling = mode, mode is Mode.TILED
             one_by_one = mode in (Mode.SLICED, Mode.TILED) and len(inputs) > 1
             try:
                 with self._pass(mode):

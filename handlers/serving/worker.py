@@ -92,8 +92,11 @@ class DeviceWorkers:
         if self._closing or not self._alive:
             raise RequestError(f"{self.problem}; try again soon", 503)
 
-    def submit(self, work: Any, key: Hashable, size: int) -> Future:
+    def submit(self, work: Any, key: Hashable, size: int, future: Future | None = None) -> Future:
         """Queues work. Cancelling its future drops it, unless it has begun.
+
+        Args:
+            future: of its result, where the work may set it before its batch is done.
 
         Raises:
             RequestError: no device is left; status 503.
@@ -101,7 +104,8 @@ class DeviceWorkers:
         with self._arrival:
             if not self._alive:
                 self.check_open()
-            job = Job(work, key, size, monotonic() + min(size * self._seconds_per_size, self._timeout / 10))
+            due = monotonic() + min(size * self._seconds_per_size, self._timeout / 10)
+            job = Job(work, key, size, due, future or Future())
             self._waiting.append(job)
             self._arrival.notify()
         return job.future

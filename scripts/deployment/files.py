@@ -58,8 +58,8 @@ def code_files() -> list[RepoFile]:
     """`handler.py`, `handlers/` and `requirements.txt`."""
     modules = sorted(
         path
-        for path in (PROJECT / "handlers").rglob("*.py")
-        if path.is_file() and not path.name.startswith(".") and "__pycache__" not in path.parts
+        for path in (PROJECT / "handlers").rglob("*")
+        if path.is_file() and path.suffix in (".py", ".html") and not path.name.startswith(".")
     )
     paths = [PROJECT / "handler.py", *modules, PROJECT / "requirements.txt"]
     return [RepoFile(path.relative_to(PROJECT).as_posix(), path) for path in paths]

@@ -21,7 +21,7 @@ from scripts.traffic.fuzz import send_case
 from scripts.traffic.ledger import Ledger
 from scripts.traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
 from scripts.traffic.mutations import case
-from scripts.traffic.samples import Sample, any_size, large, samples
+from scripts.traffic.samples import Sample, any_size, large, samples, stream
 from scripts.traffic.servers import Server
 from scripts.traffic.truth import Truth, Wrong, check, check_refusal
 
@@ -47,6 +47,8 @@ class Traffic:
     """What the clients share."""
 
     server: Server
+    video: Server
+    """Of a video model: it streams."""
     seed: int
     ledger: Ledger = field(default_factory=Ledger)
     over: threading.Event = field(default_factory=threading.Event)
@@ -60,6 +62,8 @@ class Traffic:
         self.goods = [Good(sample.message, self.truth.of_sample(sample)) for sample in self.samples]
         sample = large(self.server.key)
         self.large = Good(sample.message, self.truth.of_sample(sample))
+        sample = stream(self.video.key)
+        self.stream = Good(sample.message, Truth(self.video.key, self.video.weights).of_sample(sample))
 
     @property
     def address(self) -> Address:
@@ -174,6 +178,22 @@ def leaver(traffic: Traffic, rng: Random) -> None:
     traffic.over.wait(rng.random() * 0.2)
 
 
+def streams(traffic: Traffic, rng: Random) -> None:
+    """Watches a video as it is decoded: to its end, in small parts, or until it has seen enough."""
+    kind = rng.choice(("read", "read slowly", "left"))
+    name = f"stream: {kind}"
+    traffic.ledger.send(name)
+    with Connection(traffic.video.address, TIMEOUT) as connection:
+        connection.send(traffic.stream.message.wire())
+        if kind == "left":
+            connection.socket.recv(rng.choice((20, 1000, 5000)))
+            traffic.ledger.end(name, "abandoned")
+        else:
+            traffic.over.wait(2 if kind == "read slowly" else 0)
+            traffic.settle(name, connection, traffic.stream)
+    traffic.over.wait(rng.random() * 0.3)
+
+
 def malformed(traffic: Traffic, rng: Random) -> None:
     """The fuzz generator's next request."""
     made = case(traffic.samples, traffic.seed, next(traffic.numbers))
@@ -210,7 +230,7 @@ def health(traffic: Traffic, rng: Random) -> None:
 
 
 HEALTH = Message("GET", "/health")
-CLIENTS = (keep_alive, keep_alive, fresh, sizes, pipelined, slow, slow, leaver, malformed, crowd, health)
+CLIENTS = (keep_alive, keep_alive, fresh, sizes, pipelined, slow, slow, leaver, streams, malformed, crowd, health)
 """One thread each."""
 
 

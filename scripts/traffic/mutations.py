@@ -34,6 +34,7 @@ JSON_VALUES = (
 PARAMETERS = (
     "shape", "dtype", "scaling_factor", "shift_factor", "do_scaling", "output_type", "partial_postprocess",
     "image_format", "quality", "fps", "height", "width", "sample_mode", "seed",
+    "stream",
 )  # fmt: skip
 PATHS = (
     "/", "/predict", "/decode", "/encode", "/health", "/metrics", "/nowhere", "/decode/", "//", "//decode", "/./",
@@ -181,6 +182,29 @@ def header(rng: Random, message: Message) -> Message:
     return _with_header(message, *rng.choice(HEADERS))
 
 
+def preflight(rng: Random, message: Message) -> Message:
+    """What a browser asks before a page of another origin may call, or half of it."""
+    origins = ("https://a.example", "https://b.example", "null", "", "*", "https://a.example.evil", "ü", "a" * 5000)
+    asked = (
+        ("Origin", rng.choice(origins)),
+        ("Access-Control-Request-Method", rng.choice(("POST", "GET", "DELETE", "", "ü", "POST, PUT"))),
+        ("Access-Control-Request-Headers", rng.choice(("authorization", "*", "", "a," * 3000, "X-\u202e"))),
+    )
+    sent = tuple(rng.sample(asked, rng.choice((1, 2, 3, 3))))
+    method = rng.choice(("OPTIONS", "OPTIONS", message.method))
+    return replace(message, method=method, headers=(*message.headers, *sent))
+
+
+def browse(rng: Random, message: Message) -> Message:
+    """As a browser asks for a page."""
+    accepted = "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"
+    method, path = (
+        rng.choice(("GET", "GET", "HEAD", "POST")),
+        rng.choice(("/", "/", "/config", "/decode", message.path)),
+    )
+    return replace(_with_header(message, "Accept", accepted), method=method, path=path)
+
+
 def path(rng: Random, message: Message) -> Message:
     return replace(message, path=rng.choice(PATHS))
 
@@ -299,6 +323,8 @@ MUTATIONS: dict[str, Callable[[Random, Message], Message]] = {
     "header: Accept": accept,
     "header: Host": host,
     "header: others": header,
+    "header: a preflight's": preflight,
+    "header: a browser's": browse,
     "path": path,
     "method": method,
     "body: truncated": truncated,

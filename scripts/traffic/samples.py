@@ -50,6 +50,12 @@ def large(key: str) -> Sample:
     return Sample("large", _tensor(latents, output_type="pt"), "decode", latents)
 
 
+def stream(key: str) -> Sample:
+    """A streamed decode of 25 frames of 64x96 pixels, which are decoded in two spans."""
+    latents = torch.randn(1, MODELS[key].latent_channels, 7, 8, 12, generator=torch.Generator().manual_seed(0))
+    return Sample("stream", _tensor(latents, stream="true"), "decode", latents)
+
+
 def any_size(key: str, rng: Random, pixels: int = 2**20) -> Message:
     """A batch of 1 to 4 pictures with sides of 64 to 768, of no more `pixels` in all, to decode or to encode."""
     height, width = (rng.randrange(8, 97) for _ in range(2))
@@ -112,6 +118,7 @@ def _video_samples(model: type[EndpointHandler], side: int, generator: torch.Gen
     decode, encode = "decode", "encode"
     return [
         Sample("mp4", _tensor(latents, output_type="mp4"), decode, latents),
+        Sample("mp4 stream", _tensor(latents, output_type="mp4", stream="true"), decode, latents),
         Sample("video pt", _tensor(latents, output_type="pt"), decode, latents),
         Sample("encode mp4", Message(path="/encode", body=mp4), encode, _frames(mp4)),
         Sample("encode frames", replace(_tensor(pixels), path="/encode"), encode, pixels),

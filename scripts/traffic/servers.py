@@ -23,6 +23,8 @@ from scripts.traffic.messages import Address, address_of
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 LIMITS = {"VAE_MAX_BODY_MB": "4", "VAE_MAX_PIXELS": "1048576", "VAE_MAX_QUEUE": "16"}
 """Small ones, so that what is over them takes no time."""
+ORIGIN = "https://a.example"
+"""Whose pages may call a server."""
 TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ |+].*\n)*+(.*)\n(?!\nDuring handling of)")
 KNOWN = "h11._util."
 """Of uvicorn and h11 themselves, where a body turned out not to be HTTP while the service already answered."""
@@ -66,8 +68,8 @@ def server(key: str, folder: Path, toolkit: Path | None = None, **environment: s
         environment: of the server, over `LIMITS`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = Path(MODELS[key].checkpoint) if key == "tiny" else _small_checkpoint(key, folder / "weights")
-    options: dict[str, Any] = {"log": folder / f"{key}.log", **LIMITS, **environment}
+    weights = Path(MODELS[key].checkpoint) if key == "tiny" else small_checkpoint(key, folder / "weights")
+    options: dict[str, Any] = {"log": folder / f"{key}.log", **LIMITS, "VAE_CORS_ORIGINS": ORIGIN, **environment}
     if toolkit is None:
         running = serve("--model", key, "--weights", str(weights), "--device", "cpu", **options)
     else:
@@ -86,7 +88,7 @@ def server(key: str, folder: Path, toolkit: Path | None = None, **environment: s
         yield Server(key, url, weights, options["log"], process)
 
 
-def _small_checkpoint(key: str, folder: Path) -> Path:
+def small_checkpoint(key: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = MODELS[key]
     vae = getattr(diffusers, model.vae_class).from_config({**model.published_config, **SMALL})

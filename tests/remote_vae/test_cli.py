@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scripts.local_server import ROOT
+from tests.conftest import same_video
 from tests.difficult_way import difficult_way
 from tests.small_service import Service
 
@@ -91,6 +92,29 @@ def test_a_video(service: Service, tmp_path: Path) -> None:
     assert out.endswith("[1, 16, 3, 8, 8]\n")
 
 
+def test_a_video_as_it_is_decoded(service: Service, tmp_path: Path) -> None:
+    np.save(tmp_path / "z.npy", torch.randn(1, 16, 3, 8, 8).numpy())
+    url = f"{service.url}/wan-2.1"
+    out, _ = remote_vae("decode", tmp_path / "z.npy", tmp_path / "v.mp4", "--stream", "--url", url)
+    assert out.strip() == str(tmp_path / "v.mp4")
+    with av.open(out.strip()) as video:
+        assert len(list(video.decode(video=0))) == 9
+    command = f"{sys.executable} -m remote_vae decode {tmp_path}/z.npy - --stream --url {url}"
+    piped = subprocess.run(command.split(), capture_output=True, cwd=ROOT, timeout=60, check=True).stdout
+    assert same_video(piped, (tmp_path / "v.mp4").read_bytes())
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_video_that_breaks_off_is_no_file(service: Service, tmp_path: Path, says_so: bool) -> None:
+    np.save(tmp_path / "z.npy", torch.randn(1, 16, 3, 8, 8).numpy())
+    with difficult_way(f"{service.url}/wan-2.1") as way:
+        way.drops = 1
+        way.hides_drops = not says_so
+        _, error = remote_vae("decode", tmp_path / "z.npy", tmp_path / "v.mp4", "--stream", "--url", way.url, status=1)
+    assert "broke before the answer was complete" in error if says_so else "broke off before its end" in error
+    assert [file.name for file in tmp_path.iterdir()] == ["z.npy"]
+
+
 def test_packed_latents(service: Service, tmp_path: Path) -> None:
     save_file({"z": torch.randn(1, 24, 64)}, tmp_path / "z.safetensors")
     url = f"{service.url}/flux"
@@ -117,12 +141,14 @@ def test_what_is_wrong_is_one_line(service: Service, tmp_path: Path) -> None:
         ("missing.npy", "o.png", "No such file or directory"),
         ("z.npy", "o.gif", "a picture is .png"),
         ("z.npy", "o.mp4", "'mp4' needs a video model"),
+        ("z.npy", "-", "an .mp4 is streamed, or to - (standard output) with --stream"),
         ("z.txt", "o.png", "latents are read from"),
     ):
-        _, error = remote_vae("decode", tmp_path / file, tmp_path / out, "--url", url, status=1)
+        out = out if out == "-" else tmp_path / out
+        _, error = remote_vae("decode", tmp_path / file, out, "--url", url, status=1)
         assert said in error
         assert len(error.strip().splitlines()) <= 4, error
-        assert not (tmp_path / out).exists()
+        assert not Path(out).exists()
     assert not (tmp_path / "touched").exists()
 
 

@@ -18,6 +18,7 @@ from handlers.serving import output
 from handlers.serving.errors import RequestError
 from handlers.serving.memory import Mode
 from handlers.serving.output import tensor_bytes, write_mp4
+from handlers.serving.pipeline import Work
 from tests.conftest import same_video, uint8_pixels
 
 Steps = list[Callable[[], None]]
@@ -95,7 +96,7 @@ def test_out_of_memory_midway_starts_again_one_step_down(handler: EndpointHandle
 
     before_spans += [lambda: None, fail]
     request, inputs = prepared(handler, latents())
-    (result,) = handler.pipeline.forward(handler.pipeline.vae, [(request, inputs)])
+    (result,) = handler.pipeline.forward(handler.pipeline.vae, [Work(request, inputs)])
     assert result.mode is Mode.REDUCED
     assert frame_count(handler.pipeline.render(request, result.value).body) == 25
 
@@ -136,7 +137,7 @@ def test_a_failing_encoder_fails_its_request_only(handler: EndpointHandler, monk
 
 def test_videos_of_one_batch_are_files_of_their_own(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "write_mp4", lambda frames, fps: (np.stack(list(frames)), fps))
-    batch = [prepared(handler, latents(seed), fps=10 + seed) for seed in range(2)]
+    batch = [Work(*prepared(handler, latents(seed), fps=10 + seed)) for seed in range(2)]
     results = handler.pipeline.forward(handler.pipeline.vae, batch)
     for seed, result in enumerate(results):
         frames, fps = result.value.finish()

@@ -17,6 +17,7 @@ from handlers.serving.errors import RequestError
 from handlers.serving.heap import HEAP
 from handlers.serving.memory import Mode
 from handlers.serving.output import tensor_bytes
+from handlers.serving.pipeline import Work
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE
 from tests.conftest import same_video, uint8_pixels
@@ -130,7 +131,7 @@ class TestBatches:
             latents = torch.randn((count, 16, 4, 6), generator=torch.Generator().manual_seed(seed))
             values = {"shape": list(latents.shape), "dtype": "float32", **parameters}
             request = pipeline.parse(tensor_bytes(latents), "tensor/binary", None, values)
-            batch.append((request, pipeline.prepare(request).inputs))
+            batch.append(Work(request, pipeline.prepare(request).inputs))
         together = pipeline.forward(pipeline.vae, batch)
         alone = [pipeline.forward(pipeline.vae, [work])[0] for work in batch]
         for one, other in zip(together, alone, strict=True):

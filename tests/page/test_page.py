@@ -1,0 +1,442 @@
+"""The page at the endpoint's root, in a browser: what a person drops on it, and what they see."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+from playwright.sync_api import Browser, Page, Route, expect
+from safetensors.torch import save_file
+
+from handlers.serving.output import write_mp4
+from scripts.local_server import ROOT, serve
+from tests.conftest import Endpoint, faulty_endpoint
+from tests.faulty_server import SPAN_SLOW
+from tests.page.conftest import visit
+
+TOKEN = "a-token-of-this-test"
+TIMES = "\N{MULTIPLICATION SIGN}"
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory, photograph: Image.Image) -> Path:
+    """96x64 pixels, which the VAE takes as they are."""
+    file = tmp_path_factory.mktemp("picture") / "astronaut.png"
+    photograph.save(file)
+    return file
+
+
+def through_the_api(url: str, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A picture's latents [1, C, h, w], and what is decoded of them, [H, W, 3]."""
+    encoded = requests.post(f"{url}/encode", data=file.read_bytes(), params={"answer_dtype": "float32"}, timeout=30)
+    shape = json.loads(encoded.headers["shape"])
+    parameters = {"shape": shape, "dtype": "float32", "image_format": "png"}
+    decoded = requests.post(f"{url}/decode", data=encoded.content, params=parameters, timeout=30)
+    latents = np.frombuffer(encoded.content, np.float32).reshape(shape)
+    return latents, np.asarray(Image.open(io.BytesIO(decoded.content)))
+
+
+def as_array(pixels: list[int], height: int, width: int) -> np.ndarray:
+    return np.array(pixels, np.uint8).reshape(height, width, 4)[..., :3]
+
+
+def toolkit(folder: Path) -> AbstractContextManager[str]:
+    """The service of `tiny` in the Inference Toolkit, or its stand-in."""
+    command = ("-m", "tests.faulty_server", "toolkit")
+    environment = {"TOOLKIT": os.environ["TOOLKIT"]} if "TOOLKIT" in os.environ else {}
+    weights = str(ROOT / "models" / "tiny")
+    return serve("--model", "tiny", "--weights", weights, log=folder / "log", command=command, **environment)
+
+
+class TestPicture:
+    def test_what_is_dropped_is_encoded_and_decoded_as_by_the_api(
+        self, browser: Browser, tiny: str, picture: Path
+    ) -> None:
+        latents, expected = through_the_api(tiny, picture)
+        original = np.asarray(Image.open(picture))
+        with visit(browser, tiny) as opened:
+            expect(opened.page.locator("#about")).to_contain_text("tiny · AutoencoderKL · float32 on cpu")
+            opened.drop(picture, "image/png")
+            psnr = 10 * np.log10(255**2 / ((original.astype(float) - expected) ** 2).mean())
+            expect(opened.page.locator("#psnr")).to_have_text(f"{psnr:.2f} dB")
+            assert np.array_equal(as_array(opened.pixels("decoded"), 64, 96), expected)
+            assert np.array_equal(as_array(opened.pixels("original"), 64, 96), original)
+            gap = np.minimum(np.abs(original.astype(int) - expected) * 8, 255)
+            assert np.array_equal(as_array(opened.pixels("difference"), 64, 96), gap)
+            expect(opened.page.locator("#channels canvas")).to_have_count(16)
+            expect(opened.page.locator("#shape")).to_have_text(f"Latents: 16 channels of 8 {TIMES} 12")
+            for card in ("#encoding", "#decoding"):
+                for said in ("VAE", "reading the request", "waiting", "writing the answer", "in all"):
+                    expect(opened.page.locator(card)).to_contain_text(said)
+            expect(opened.page.locator("#encoding")).to_contain_text(f"{latents.nbytes / 1000:.1f} kB")
+            with opened.page.expect_download() as download:
+                opened.page.click("#save")
+            assert np.array_equal(np.load(download.value.path()), latents)
+
+    def test_under_the_toolkit(self, browser: Browser, picture: Path, tmp_path: Path) -> None:
+        with toolkit(tmp_path) as url, visit(browser, url) as opened:
+            opened.choose(picture)
+            expect(opened.page.locator("#psnr")).to_contain_text("dB")
+            expect(opened.page.locator("#decoding")).to_contain_text("VAE")
+
+    def test_a_size_that_the_vae_does_not_take_and_a_format_that_the_service_does_not(
+        self, browser: Browser, tiny: str, tmp_path: Path
+    ) -> None:
+        Image.linear_gradient("L").resize((1500, 77)).convert("RGB").save(tmp_path / "wide.gif")
+        with visit(browser, tiny) as opened:
+            opened.choose(tmp_path / "wide.gif")
+            expect(opened.page.locator("#psnr")).to_contain_text("dB")
+            expect(opened.page.locator("#facts")).to_contain_text(f"1024 {TIMES} 48")
+
+    def test_the_slider_and_the_views_by_keyboard(self, browser: Browser, tiny: str, picture: Path) -> None:
+        with visit(browser, tiny) as opened:
+            page = opened.page
+            page.keyboard.press("Tab")
+            assert page.evaluate("document.activeElement.id") == "file"
+            with page.expect_file_chooser() as chooser:
+                page.keyboard.press("Space")
+            chooser.value.set_files(picture)
+            expect(page.locator("#psnr")).to_contain_text("dB")
+            visited = [press(page, "Tab") for _ in range(8)]
+            assert {"view", "slider"} <= set(visited), visited
+            page.focus("#slider")
+            for _ in range(10):
+                page.keyboard.press("ArrowRight")
+            assert page.evaluate("document.getElementById('stage').style.getPropertyValue('--at')") == "55%"
+            page.keyboard.press("End")
+            clip = "getComputedStyle(document.getElementById('decoded')).clipPath"
+            assert page.evaluate(clip) == "inset(0px 0px 0px 100%)"
+            page.focus("[name=view][value=compare]")
+            page.keyboard.press("ArrowRight")
+            expect(page.locator("#difference")).to_be_visible()
+            expect(page.locator("#decoded")).to_be_hidden()
+            x, y = (page.locator("#stage").bounding_box()[side] + 20 for side in "xy")
+            assert page.evaluate("([x, y]) => document.elementFromPoint(x, y).id", [x, y]) == "difference"
+            assert outline(page) != "none"
+
+
+def eventually(page: Page, script: str) -> object:
+    """What it gives once that is something. The page's policy forbids playwright's own way, which evaluates text."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if found := page.evaluate(script):
+            return found
+        time.sleep(0.01)
+    raise AssertionError(script)
+
+
+def press(page: Page, key: str) -> str:
+    page.keyboard.press(key)
+    return page.evaluate("document.activeElement.id || document.activeElement.name || document.activeElement.tagName")
+
+
+def outline(page: Page) -> str:
+    """Of what has the focus: seen on the element itself or what follows it."""
+    return page.evaluate(
+        "getComputedStyle(document.activeElement.nextElementSibling ?? document.activeElement).outlineStyle"
+    )
+
+
+class TestErrors:
+    def test_they_are_the_services_words(self, browser: Browser, tiny: str, tmp_path: Path) -> None:
+        broken = tmp_path / "broken.png"
+        broken.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+        said = requests.post(f"{tiny}/encode", data=broken.read_bytes(), timeout=30).json()["error"]
+        with visit(browser, tiny) as opened:
+            opened.choose(broken)
+            expect(opened.page.locator("#error")).to_have_text(said)
+            expect(opened.page.locator("#result")).to_be_hidden()
+
+    def test_the_next_file_is_taken_and_the_error_gone(
+        self, browser: Browser, tiny: str, picture: Path, tmp_path: Path
+    ) -> None:
+        np.save(tmp_path / "z.npy", np.zeros((1, 5, 8, 8), np.float32))
+        with visit(browser, tiny) as opened:
+            opened.choose(tmp_path / "z.npy")
+            expect(opened.page.locator("#error")).to_contain_text("is no shape of this VAE's latents")
+            opened.choose(picture)
+            expect(opened.page.locator("#psnr")).to_contain_text("dB")
+            expect(opened.page.locator("#error")).to_be_hidden()
+
+    def test_a_service_that_is_gone(self, browser: Browser, tiny: str, picture: Path) -> None:
+        with visit(browser, tiny) as opened:
+            expect(opened.page.locator("#about")).to_contain_text("tiny")
+            opened.page.route("**/encode*", lambda route: route.abort())
+            opened.choose(picture)
+            expect(opened.page.locator("#error")).to_have_text("The service cannot be reached.")
+            opened.errors.clear()
+
+    def test_escape_ends_what_runs(self, browser: Browser, tiny: str, picture: Path) -> None:
+        with visit(browser, tiny) as opened:
+            expect(opened.page.locator("#about")).to_contain_text("tiny")
+            opened.page.route("**/encode*", lambda route: None)
+            opened.choose(picture)
+            expect(opened.page.locator("#cancel")).to_be_visible()
+            opened.page.keyboard.press("Escape")
+            expect(opened.page.locator("#doing")).to_have_text("Cancelled.")
+
+    def test_it_waits_for_a_model_that_loads(self, browser: Browser, tiny: str) -> None:
+        with visit(browser, "about:blank") as opened:
+            answers = iter([{"status": 503, "json": {"error": "the model is loading"}}, None])
+
+            def answer(route: Route) -> None:
+                made = next(answers)
+                route.fulfill(**made) if made else route.continue_()
+
+            opened.page.route("**/config", answer)
+            opened.page.goto(tiny)
+            expect(opened.page.locator("#doing")).to_have_text("the model is loading")
+            expect(opened.page.locator("#about")).to_contain_text("tiny")
+
+
+def test_a_token_is_asked_for_and_kept_for_the_tab(
+    browser: Browser, checkpoint: Callable[[str], Path], picture: Path, tmp_path: Path
+) -> None:
+    weights = str(checkpoint("sd-v1"))
+    with serve("--model", "sd-v1", "--weights", weights, log=tmp_path / "log", API_TOKEN=TOKEN) as url:
+        with visit(browser, url) as opened:
+            page = opened.page
+            expect(page.locator("#error")).to_contain_text("Authorization: Bearer")
+            expect(page.locator("#token")).to_be_focused()
+            page.keyboard.type("another")
+            page.keyboard.press("Enter")
+            expect(page.locator("#token")).to_be_focused()
+            page.keyboard.type(TOKEN)
+            page.keyboard.press("Enter")
+            expect(page.locator("#about")).to_contain_text("sd-v1")
+            expect(page.locator("#access")).to_be_hidden()
+            page.reload()
+            opened.choose(picture)
+            expect(page.locator("#psnr")).to_contain_text("dB")
+            stored = page.evaluate("[JSON.stringify(localStorage), document.cookie, sessionStorage.getItem('token')]")
+            assert stored == ["{}", "", TOKEN]
+        with visit(browser, url) as other:
+            expect(other.page.locator("#token")).to_be_visible()
+
+
+class TestLatents:
+    @pytest.mark.parametrize("name", ["z.npy", "half.npy", "z.safetensors", "bfloat.safetensors"])
+    def test_a_file_is_decoded_as_by_the_api(
+        self, browser: Browser, tiny: str, picture: Path, tmp_path: Path, name: str
+    ) -> None:
+        latents, decoded = through_the_api(tiny, picture)
+        file = tmp_path / name
+        if name == "z.npy":
+            np.save(file, latents)
+        elif name == "half.npy":
+            np.save(file, latents.astype(np.float16))
+        else:
+            dtype = torch.bfloat16 if "bfloat" in name else torch.float32
+            save_file({"latents": torch.from_numpy(latents.copy()).to(dtype)}, file)
+        with visit(browser, tiny) as opened:
+            opened.page.click("summary")
+            opened.page.uncheck("#scaled")
+            opened.drop(file, "")
+            expect(opened.page.locator("#facts")).to_contain_text(f"96 {TIMES} 64")
+            shown = as_array(opened.pixels("decoded"), 64, 96)
+            assert np.abs(shown.astype(int) - decoded).mean() < (0.01 if name.startswith("z") else 2)
+            expect(opened.page.locator("#channels canvas")).to_have_count(16)
+            expect(opened.page.locator("#slider")).to_be_hidden()
+
+    def test_packed_and_normalised_ones(self, browser: Browser, tiny: str, tmp_path: Path) -> None:
+        packed = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(0))
+        save_file({"z": packed}, tmp_path / "packed.safetensors")
+        parameters = {"shape": [1, 24, 64], "dtype": "float32", "height": 64, "width": 96, "do_scaling": "true"}
+        answer = requests.post(
+            f"{tiny}/decode", packed.numpy().tobytes(), params={**parameters, "image_format": "png"}, timeout=30
+        )
+        with visit(browser, tiny) as opened:
+            opened.page.click("summary")
+            opened.page.fill("#height", "64")
+            opened.page.fill("#width", "96")
+            opened.choose(tmp_path / "packed.safetensors")
+            expect(opened.page.locator("#facts")).to_contain_text(f"96 {TIMES} 64")
+            shown = as_array(opened.pixels("decoded"), 64, 96)
+            assert np.array_equal(shown, np.asarray(Image.open(io.BytesIO(answer.content))))
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("text.npy", b"hello", "text.npy cannot be read: it is no .npy file"),
+            ("short.safetensors", b"\1", "short.safetensors cannot be read: it is cut short"),
+            ("long.safetensors", struct.pack("<Q", 2**40) + b"{}", "it is no .safetensors file, or cut short"),
+            ("none.safetensors", struct.pack("<Q", 2) + b"{}", "it must hold one tensor, and holds none"),
+        ],
+    )
+    def test_a_file_that_is_none(
+        self, browser: Browser, tiny: str, tmp_path: Path, name: str, content: bytes, said: str
+    ) -> None:
+        (tmp_path / name).write_bytes(content)
+        with visit(browser, tiny) as opened:
+            opened.choose(tmp_path / name)
+            expect(opened.page.locator("#error")).to_contain_text(said)
+
+
+@pytest.fixture(scope="module")
+def video(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """An endpoint whose second span takes a second where the request says so."""
+    log = tmp_path_factory.mktemp("video") / "log"
+    weights = checkpoint("hunyuan-video")
+    with faulty_endpoint("standalone", "hunyuan-video", weights, log, DEVICE_SECONDS="1.5") as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 frames of 64x48 pixels."""
+    file = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    frames = [np.roll(np.asarray(Image.linear_gradient("L").resize((64, 48)).convert("RGB")), i, 1) for i in range(25)]
+    file.write_bytes(write_mp4(np.stack(frames), 10))
+    return file
+
+
+class TestVideo:
+    def test_it_plays_while_it_comes(self, browser: Browser, video: Endpoint, clip: Path) -> None:
+        with visit(browser, video.url) as opened:
+            page = opened.page
+            page.route("**/decode*", lambda route: route.continue_(url=f"{route.request.url}&seed={SPAN_SLOW}"))
+            expect(page.locator("#invitation")).to_contain_text("Drop a video")
+            opened.choose(clip)
+            expect(page.locator("#progress")).to_contain_text("so far")
+            seen = eventually(
+                page,
+                """() => {
+                    const video = document.getElementById("video"), {buffered} = video;
+                    const playing = video.readyState >= 2 && buffered.length && !video.paused;
+                    return playing && document.getElementById("progress").textContent.includes("so far")
+                        ? [buffered.start(0), buffered.end(0), video.videoWidth, video.videoHeight] : null;
+                }""",
+            )
+            assert seen[0] == 0
+            assert 0 < seen[1] < 1
+            assert seen[2:] == [64, 48]
+            expect(page.locator("#progress")).to_have_text("decoded")
+            length = "document.getElementById('video').duration"
+            assert page.evaluate(length) == pytest.approx(25 / 24, abs=0.02)
+            expect(page.locator("#facts")).to_contain_text("first bytes after")
+            expect(page.locator("#decoding")).to_contain_text("until the first bytes")
+            expect(page.locator("#decoding")).to_contain_text("from there to the last byte")
+            expect(page.locator("#channels canvas")).to_have_count(16)
+
+    def test_without_media_source_the_whole_file_is_shown(self, browser: Browser, video: Endpoint, clip: Path) -> None:
+        with visit(browser, "about:blank") as opened:
+            opened.page.add_init_script("delete window.MediaSource; delete window.ManagedMediaSource;")
+            opened.page.goto(video.url)
+            opened.choose(clip)
+            expect(opened.page.locator("#progress")).to_have_text("decoded")
+            eventually(opened.page, "document.getElementById('video').readyState >= 2")
+            assert opened.page.evaluate("document.getElementById('video').src").startswith("blob:")
+
+    def test_latents_and_a_picture(self, browser: Browser, video: Endpoint, picture: Path, tmp_path: Path) -> None:
+        np.save(tmp_path / "z.npy", video.latents(frames=3, height=48, width=64).numpy())
+        with visit(browser, video.url) as opened:
+            opened.choose(tmp_path / "z.npy")
+            expect(opened.page.locator("#progress")).to_have_text("decoded")
+            expect(opened.page.locator("#before")).to_be_hidden()
+            opened.choose(picture)
+            expect(opened.page.locator("#psnr")).to_contain_text("dB")
+            expect(opened.page.locator("#videos")).to_be_hidden()
+
+    def test_a_file_that_is_no_video(self, browser: Browser, video: Endpoint, tmp_path: Path) -> None:
+        (tmp_path / "broken.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(100))
+        with visit(browser, video.url) as opened:
+            opened.choose(tmp_path / "broken.mp4")
+            expect(opened.page.locator("#error")).to_contain_text("video")
+
+
+def test_a_choice_of_models(browser: Browser, tiny: str, picture: Path) -> None:
+    """Of an endpoint that lists several; they are reached at their names."""
+    about = requests.get(f"{tiny}/config", timeout=5).json()
+    with visit(browser, "about:blank") as opened:
+        page, asked = opened.page, []
+
+        def answer(route: Route) -> None:
+            path = route.request.url.removeprefix(tiny)
+            asked.append(re.sub(r"\?.*", "", path))
+            if path == "/config":
+                return route.fulfill(json={"models": [{"name": "small"}, {"name": "other one"}]})
+            if path.endswith("/config"):
+                return route.fulfill(json={**about, "model": path.split("/")[1]})
+            return route.continue_(url=tiny + re.sub(r"^/[^/]+", "", path))
+
+        page.route(re.compile(r"/(config|encode|decode)(\?|$)"), answer)
+        page.goto(tiny)
+        expect(page.locator("#about")).to_contain_text("small")
+        assert page.locator("#model option").all_text_contents() == ["small", "other one"]
+        page.select_option("#model", "other one")
+        expect(page.locator("#about")).to_contain_text("other%20one")
+        opened.choose(picture)
+        expect(page.locator("#psnr")).to_contain_text("dB")
+        assert asked == [
+            "/config",
+            "/small/config",
+            "/other%20one/config",
+            "/other%20one/encode",
+            "/other%20one/decode",
+        ]
+
+
+class TestLook:
+    def test_a_narrow_screen_shows_all_without_scrolling_sideways(
+        self, browser: Browser, tiny: str, picture: Path
+    ) -> None:
+        with visit(browser, tiny, **PHONE) as opened:
+            page = opened.page
+            opened.choose(picture)
+            expect(page.locator("#psnr")).to_contain_text("dB")
+            page.click("summary")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360
+            parts = ("#stage", "#quality", "#latents", "#encoding", "#decoding")
+            stage, *below = (page.locator(part).bounding_box() for part in parts)
+            tops = [stage["y"] + stage["height"], *(box["y"] for box in below)]
+            assert tops == sorted(tops)
+            assert stage["width"] > 290
+            page.touchscreen.tap(stage["x"] + stage["width"] * 0.8, stage["y"] + stage["height"] / 2)
+            at = page.evaluate("parseFloat(document.getElementById('stage').style.getPropertyValue('--at'))")
+            assert at == pytest.approx(80, abs=3)
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_text_stands_out_from_its_ground(self, browser: Browser, tiny: str, picture: Path, scheme: str) -> None:
+        with visit(browser, tiny, color_scheme=scheme) as opened:
+            page = opened.page
+            opened.choose(picture)
+            expect(page.locator("#psnr")).to_contain_text("dB")
+            grounds = {place: colour(page, place, "backgroundColor") for place in ("body", "#quality", "#error")}
+            assert (sum(grounds["body"]) > 600) == (scheme == "light")
+            for text, ground in (
+                ("body", "body"),
+                ("#about", "body"),
+                ("#quality dt", "#quality"),
+                ("#psnr", "#quality"),
+                ("#error", "#error"),
+            ):
+                assert contrast(colour(page, text, "color"), grounds[ground]) >= 4.5, text
+
+
+def colour(page: Page, selector: str, name: str) -> list[float]:
+    style = page.evaluate("([s, name]) => getComputedStyle(document.querySelector(s))[name]", [selector, name])
+    return [float(part) for part in re.findall(r"[\d.]+", style)[:3]]
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    """As WCAG 2.2 defines it."""
+
+    def luminance(colour: list[float]) -> float:
+        linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in colour]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
