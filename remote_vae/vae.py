@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from remote_vae import tensors
+from remote_vae.batches import batch_limit, decoded_frames
 from remote_vae.client import Client
 
 
@@ -62,7 +63,7 @@ class Connection:
         pixels: Tensor = given["x"]
         moments = "moments" in self.config["sample_modes"]
         batch = self._to_rank(pixels, len(self.config["pixels"]["layout"]))
-        pieces = batch.split(self._batch_limit(batch, math.prod(batch.shape[2:])))
+        pieces = batch.split(batch_limit(self.config, batch, math.prod(batch.shape[2:])))
         parameters = {"sample_mode": "moments" if moments else None, "memory_format": memory_format(pixels)}
         encoded = torch.cat([tensors.encode(self.client, piece, **parameters) for piece in pieces])
         encoded = encoded.to(pixels.device, pixels.dtype)
@@ -104,9 +105,9 @@ class Connection:
     def _pixels(self, latents: Tensor, parameters: dict[str, Any], as_uint8: bool) -> Tensor:
         """[B, 3, H, W] or [B, 3, F, H, W] about in [-1, 1], on the latents' device."""
         video = self.config["kind"] == "video"
-        frames = self._decoded_frames(latents.shape[2]) if video else 1
+        frames = decoded_frames(self.config, latents.shape[2]) if video else 1
         factor = self.config["latents"]["vae_scale_factor"]
-        limit = self._batch_limit(latents, frames * factor**2 * math.prod(latents.shape[-2:]))
+        limit = batch_limit(self.config, latents, frames * factor**2 * math.prod(latents.shape[-2:]))
         if not as_uint8:
             pieces = [tensors.decode(self.client, piece, **parameters) for piece in latents.split(limit)]
             return torch.cat(pieces).to(latents.device, latents.dtype)
@@ -163,18 +164,6 @@ class Connection:
         if tensor.ndim == rank:
             return tensor
         return tensor.unsqueeze(2) if tensor.ndim < rank else tensor.squeeze(2)
-
-    def _decoded_frames(self, latent_frames: int) -> int:
-        """As the entry `frame_counts` of `/config` is defined."""
-        counts = self.config["pixels"]["frame_counts"]
-        return counts[(latent_frames - 1) % 2] + (latent_frames - 1) // 2 * (counts[2] - counts[0])
-
-    def _batch_limit(self, batch: Tensor, pixels: int) -> int:
-        """How many of these go into one request; `pixels` of each."""
-        limits = self.config["limits"]
-        size = batch[0].numel() * batch.element_size()
-        fits = min(limits["max_batch"], limits["max_pixels"] // pixels, int(limits["max_body_mb"] * 1e6) // size)
-        return max(fits, 1)
 
 
 def hollow(config: dict[str, Any]) -> Any:
