@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from remote_vae import tensors
 from remote_vae.batches import batch_limit, decoded_frames
 from remote_vae.client import Client
+from remote_vae.tensors import memory_format
 
 
 def RemoteVAE(url: str, token: str | None = None, **options: Any) -> Any:
@@ -186,12 +187,6 @@ def hollow(config: dict[str, Any]) -> Any:
             known = config["buffers"].get(prefix + name, [])
             module._buffers[name] = torch.tensor(known, dtype=kind)
     return vae.eval()
-
-
-def memory_format(tensor: Tensor) -> str | None:
-    """As the endpoint calls it: torch's kernels round otherwise for another one."""
-    last = torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
-    return None if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last) else "channels_last"
 
 
 def ends_as_picture() -> bool:

@@ -1,7 +1,7 @@
 """Latents as ComfyUI has them, and what is sent along so that an endpoint takes and gives those.
 
-ComfyUI's latents are the VAE's own, raw: its samplers scale them (`comfy/latent_formats.py`). Where its VAE does more than
-diffusers' class, so does this module:
+ComfyUI's latents are the VAE's own, raw: its samplers scale them (`comfy/latent_formats.py`). Where its VAE does more
+than diffusers' class, so does this module:
 
 - FLUX.2: normalised, and in patches of 2x2: 128 channels of 1/16 of the side.
 - LTX-Video, LTX-2: normalised.
@@ -71,10 +71,11 @@ class Latents:
     def encode(self, client: Client, pixels: Tensor) -> Tensor:
         """The mode of the latents of `[B, 3, H, W]` or `[B, 3, F, H, W]` in [-1, 1]."""
         batch = self._batch_for_endpoint(pixels)
+        parameters = {**self.parameters, "memory_format": tensors.memory_format(batch)}
         if self.video:
             batch = batch[:, :, : 1 + (batch.shape[2] - 1) // self.frames_each * self.frames_each]
         limit = batch_limit(self.config, batch, math.prod(batch.shape[2:]))
-        latents = torch.cat([tensors.encode(client, piece, **self.parameters) for piece in batch.split(limit)])
+        latents = torch.cat([tensors.encode(client, piece, **parameters) for piece in batch.split(limit)])
         if self.batch_of_frames:
             latents = latents[0].movedim(0, 1)
         return latents / self.scale + self.shift

@@ -39,6 +39,6 @@ class RemoteVAELoader:
 
 
 OWN_ALONE = (
-    "it goes to the endpoints of Settings > Remote VAE or REMOTE_VAE_ENDPOINTS alone, as anybody's workflow may name any "
-    "address, and this one is not among them"
+    "it goes to the endpoints of Settings > Remote VAE or REMOTE_VAE_ENDPOINTS alone, as anybody's workflow may name "
+    "any address, and this one is not among them"
 )

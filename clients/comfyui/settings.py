@@ -1,7 +1,7 @@
 """The user's own endpoints and their token: from the environment, else from ComfyUI's settings (`web/settings.js`).
 
-They are not in a workflow, which is shared with others. A workflow that comes from others may name their address in turn,
-so a token goes to the user's own endpoints alone.
+They are not in a workflow, which is shared with others. A workflow that comes from others may name their address in
+turn, so a token goes to the user's own endpoints alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`RemoteVAE`: ComfyUI's own VAE object, whose model runs elsewhere.
 
-Cropping, tiling, the order of channels and the range of pixels are ComfyUI's. The model in it takes pixels in [-1, 1] and
-gives latents, or the other way round, as ComfyUI's own models do.
+Cropping, tiling, the order of channels and the range of pixels are ComfyUI's. The model in it takes pixels in [-1, 1]
+and gives latents, or the other way round, as ComfyUI's own models do.
 """
 
 from __future__ import annotations
