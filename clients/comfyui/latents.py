@@ -88,7 +88,10 @@ class Latents:
             parameters |= {"decode_timestep": LTX_TIMESTEP, "decode_noise_scale": 0}
         latents = (latents - self.shift) * self.scale
         batch = latents.movedim(0, 1).unsqueeze(0) if self.batch_of_frames else latents
-        frames = self.decoded_frames(batch.shape[2]) if batch.ndim == 5 else 1
+        frames = 1
+        if self.video:
+            frames = self.decoded_frames(batch.shape[2])
+            parameters["num_frames"] = 1 + (batch.shape[2] - 1) * self.frames_each  # none of them is padding
         limit = batch_limit(self.config, batch, frames * self.factor**2 * math.prod(batch.shape[-2:]))
         pixels = torch.cat([tensors.decode(client, piece, **parameters) for piece in batch.split(limit)])
         if self.batch_of_frames:

@@ -224,9 +224,8 @@ def main(
                 for (node, there), (_, here) in zip(workflows(remote, key), workflows(beside, key), strict=True):
                     found, expected = comfy.run(there), comfy.run(here)
                     for name in expected:
-                        print(
-                            f"{key:8} {kind:10} {node:20} {name:9} {compare(found[name], expected[name])}", flush=True
-                        )
+                        row = f"{key:8} {kind:10} {node:20} {name:9}"
+                        print(row, compare(found[name], expected[name]), flush=True)
 
 
 if __name__ == "__main__":

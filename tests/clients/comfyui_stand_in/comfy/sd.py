@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class VAE:
-    """Pictures are `[B, H, W, C]` in [0, 1] here, the frames of a video as well; the model takes `[B, C, (F,) H, W]`."""
+    """Pictures are `[B, H, W, C]` in [0, 1], the frames of a video as well; the model takes `[B, C, (F,) H, W]`."""
 
     def __init__(self, sd: dict[str, Tensor], device: Any = None, dtype: Any = None) -> None:
         assert set(sd) == {"pixel_space_vae"}  # the one without weights
