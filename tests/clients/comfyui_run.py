@@ -1,9 +1,9 @@
-"""Workflows through a real ComfyUI's HTTP API, each with the VAE of an endpoint and with the same weights on this machine.
+"""Workflows through a real ComfyUI's HTTP API, each with the VAE of an endpoint and with the same weights locally.
 
     python -m tests.clients.comfyui_run /path/to/ComfyUI --python /path/to/its/venv/bin/python
 
-That Python has what ComfyUI requires, diffusers and `remote_vae`. Beside the small checkpoints of the tests, whose local
-VAE is diffusers', ComfyUI's own VAE is compared, with random weights of the published sizes. Prints a table.
+That Python has what ComfyUI requires, diffusers and `remote_vae`. Beside the small checkpoints of the tests, whose
+local VAE is diffusers', ComfyUI's own VAE is compared, with random weights of the published sizes. Prints a table.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def save_published(key: str, folder: Path, file: Path, checkout: Path, python: P
     vae.save_pretrained(folder)
 
 
-def pictures(folder: Path) -> list[str]:
+def save_pictures(folder: Path) -> None:
     """Crops of a photograph, and one with a hole, for inpainting."""
     photograph = Image.fromarray(data.astronaut())
     for index in range(FRAMES):
@@ -142,7 +142,6 @@ def pictures(folder: Path) -> list[str]:
         Image.fromarray(np.where(np.add.outer(*[abs(np.arange(SIZE) - 80)] * 2) < 60, 0, 255).astype("uint8"))
     )
     hole.save(folder / "hole.png")
-    return [f"{index}.png" for index in range(FRAMES)]
 
 
 def workflows(loader: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -198,7 +197,7 @@ def main(
         (base / "input").mkdir()
         (base / "models" / "vae").mkdir(parents=True)
         (base / "large").mkdir()
-        pictures(base / "input")
+        save_pictures(base / "input")
         for key in SMALL:
             frames = (2,) if MODELS[key].kind == "video" else ()
             torch.manual_seed(0)
