@@ -191,21 +191,23 @@ def compare(one: torch.Tensor, other: torch.Tensor) -> str:
 def main(
     checkout: Annotated[Path, typer.Argument(help="Of ComfyUI.")],
     python: Annotated[Path, typer.Option(help="That runs it.")],
+    model: Annotated[list[str], typer.Option(help="One of them, or several.")] = list(SMALL),  # noqa: B006, B008
 ) -> None:
+    published = [key for key in PUBLISHED if key in model]
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         (base / "input").mkdir()
         (base / "models" / "vae").mkdir(parents=True)
         (base / "large").mkdir()
         save_pictures(base / "input")
-        for key in SMALL:
+        for key in model:
             frames = (2,) if MODELS[key].kind == "video" else ()
             torch.manual_seed(0)
             latents = torch.randn(1, MODELS[key].latent_channels, *frames, SIZE // 8, SIZE // 8)
             (base / "input" / f"{key}.latent").write_bytes(
                 save({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])})
             )
-        for key in PUBLISHED:
+        for key in published:
             file = base / "models" / "vae" / f"{key}.safetensors"
             save_published(key, base / "large" / key, file, checkout, python)
         command = ("-m", "tests.models_server")
@@ -214,10 +216,10 @@ def main(
             serve("--folder", str(base / "large"), log=base / "large.log", command=command) as large,
             comfyui(checkout, python, base) as comfy,
         ):
-            local = [("LocalVAE", {"folder": str(base / "checkpoints" / key)}) for key in SMALL]
-            own = [("VAELoader", {"vae_name": f"{key}.safetensors"}) for key in PUBLISHED]
-            urls = [f"{service.url}/{key}" for key in SMALL] + [f"{large}/{key}" for key in PUBLISHED]
-            for key, url, (kind, inputs) in zip((*SMALL, *PUBLISHED), urls, (*local, *own), strict=True):
+            local = [("LocalVAE", {"folder": str(base / "checkpoints" / key)}) for key in model]
+            own = [("VAELoader", {"vae_name": f"{key}.safetensors"}) for key in published]
+            urls = [f"{service.url}/{key}" for key in model] + [f"{large}/{key}" for key in published]
+            for key, url, (kind, inputs) in zip((*model, *published), urls, (*local, *own), strict=True):
                 remote = {"class_type": "RemoteVAELoader", "inputs": {"url": url}}
                 beside = {"class_type": kind, "inputs": inputs}
                 for (node, there), (_, here) in zip(workflows(remote, key), workflows(beside, key), strict=True):
