@@ -61,8 +61,11 @@ class Latents:
         return max((counts[2] - counts[0]) // 2, 1)
 
     def encoded_frames(self, frames: int) -> int:
-        """Latent frames of so many frames of pixels; those that are too many for them are left out."""
-        return 1 + (frames - 1) // self.frames_each if self.video else frames
+        """Latent frames of so many frames of pixels, of which those that are too many are left out."""
+        if not self.video:
+            return frames
+        most = 1 + (frames - 1) // self.frames_each
+        return most if self.decoded_frames(most) <= frames else most - 1  # CogVideoX's second takes 7 frames, not 4
 
     def decoded_frames(self, latent_frames: int) -> int:
         """Frames of pixels of so many latent frames."""
@@ -73,7 +76,7 @@ class Latents:
         batch = self._batch_for_endpoint(pixels)
         parameters = {**self.parameters, "memory_format": tensors.memory_format(batch)}
         if self.video:
-            batch = batch[:, :, : 1 + (batch.shape[2] - 1) // self.frames_each * self.frames_each]
+            batch = batch[:, :, : self.decoded_frames(self.encoded_frames(batch.shape[2]))]
         limit = batch_limit(self.config, batch, math.prod(batch.shape[2:]))
         latents = torch.cat([tensors.encode(client, piece, **parameters) for piece in batch.split(limit)])
         if self.batch_of_frames:

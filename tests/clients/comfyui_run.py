@@ -191,7 +191,7 @@ def compare(one: torch.Tensor, other: torch.Tensor) -> str:
 def main(
     checkout: Annotated[Path, typer.Argument(help="Of ComfyUI.")],
     python: Annotated[Path, typer.Option(help="That runs it.")],
-    model: Annotated[list[str], typer.Option(help="One of them, or several.")] = list(SMALL),  # noqa: B006, B008
+    model: Annotated[list[str], typer.Option(help="One of them, or several.")] = list(SMALL),  # noqa: B006
 ) -> None:
     published = [key for key in PUBLISHED if key in model]
     with tempfile.TemporaryDirectory() as name:

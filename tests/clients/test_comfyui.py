@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -32,11 +35,16 @@ VIDEOS = [key for key, model in MODELS.items() if model.kind == "video" and key 
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[ModuleType]:
-    """The folder in `custom_nodes`, loaded as ComfyUI loads it."""
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The folder in `custom_nodes`, put there as its README says, and loaded as ComfyUI loads it."""
+    comfyui = tmp_path_factory.mktemp("comfyui")
+    (comfyui / "custom_nodes").mkdir()
+    readme = (ROOT / "clients" / "comfyui" / "README.md").read_text()
+    copy = re.search(r"^\$ (cp .*?) *(#.*)?$", readme, re.MULTILINE)[1].replace("/path/to/ComfyUI", str(comfyui))
+    subprocess.run(shlex.split(copy), cwd=ROOT, check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STAND_IN))
-        folder = ROOT / "clients" / "comfyui"
+        folder = comfyui / "custom_nodes" / "remote-vae"
         spec = importlib.util.spec_from_file_location("custom_node", folder / "__init__.py")
         module = importlib.util.module_from_spec(spec)
         patch.setitem(sys.modules, "custom_node", module)
@@ -126,10 +134,11 @@ def test_videos(key: str, service: Service, load: Callable[[str], Any]) -> None:
     pixels = vae.decode(latents)
     assert pixels.shape[1] == vae.upscale_ratio[0](2)
     assert torch.allclose(pixels, decoded(key, model, latents), atol=1e-5)
-    frames = picture(1 + each + 2, 2 * side, 2 * side)
+    count = 1 + 2 * each
+    frames = picture(count + 2, 2 * side, 2 * side)
     latents = vae.encode(frames)
-    assert latents.shape[2] == vae.downscale_ratio[0](len(frames)) == 2
-    expected = encoded(model, frames[: 1 + each].movedim(-1, 0).unsqueeze(0))
+    assert latents.shape[2] == vae.downscale_ratio[0](len(frames)) == 3
+    expected = encoded(model, frames[:count].movedim(-1, 0).unsqueeze(0))
     assert torch.allclose(to_raw(key, model, latents), expected, atol=1e-4)
 
 
