@@ -7,7 +7,7 @@ from typing import Any
 from remote_vae import Client, RemoteVAEError
 
 from .settings import endpoints, token_of
-from .vae import RemoteVAE
+from .vae import RemoteVAE, cancellable
 
 
 class RemoteVAELoader:
@@ -30,7 +30,7 @@ class RemoteVAELoader:
             raise ValueError("give the URL of an endpoint, here or in Settings > Remote VAE")
         client = Client(url, token_of(url))
         try:
-            return (RemoteVAE(client, client.config()),)
+            return (RemoteVAE(client, cancellable(client.config)),)
         except RemoteVAEError as error:
             if error.status not in (401, 403):
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.sd
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from remote_vae import Client
 
 from .latents import Latents
+
+T = TypeVar("T")
 
 
 class RemoteVAE(comfy.sd.VAE):
@@ -60,16 +62,16 @@ class RemoteModel(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """`[B, 3, H, W]` or `[B, 3, F, H, W]` in [-1, 1]."""
-        return _cancellable(lambda: self.latents.encode(self.client, pixels))
+        return cancellable(lambda: self.latents.encode(self.client, pixels))
 
     def decode(self, latents: Tensor) -> Tensor:
         """To pixels about in [-1, 1]."""
-        return _cancellable(lambda: self.latents.decode(self.client, latents))
+        return cancellable(lambda: self.latents.decode(self.client, latents))
 
 
-def _cancellable(call: Callable[[], Tensor]) -> Tensor:
+def cancellable(call: Callable[[], T]) -> T:
     """The call's result; ComfyUI's Cancel ends the wait for it, which may be one for a replica that starts."""
-    future: Future[Tensor] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:

@@ -204,15 +204,16 @@ def test_no_address(load: Callable[[str], Any]) -> None:
         load(" ")
 
 
-def test_cancel_ends_the_wait(load: Callable[[str], Any], service: Service) -> None:
-    """ComfyUI's, for an endpoint that does not answer."""
+@pytest.mark.parametrize("starts", [True, False])
+def test_cancel_ends_the_wait(starts: bool, load: Callable[[str], Any], service: Service) -> None:
+    """ComfyUI's, for an endpoint that starts, and for one that does not answer."""
     import comfy.model_management as management
 
     with difficult_way(f"{service.url}/tiny") as way:
-        vae = load(way.url)
-        way.hangs = True
-        threading.Timer(0.3, lambda: setattr(management, "interrupted", True)).start()
+        vae = None if starts else load(way.url)
+        way.starts_until, way.hangs = time.monotonic() + (20 if starts else 0), True
+        threading.Timer(0.2, lambda: setattr(management, "interrupted", True)).start()
         began = time.monotonic()
         with pytest.raises(management.InterruptProcessingException):
-            vae.decode(noise(1, 16, 2, 2))
-        assert time.monotonic() - began < 20
+            (vae or load(way.url)).decode(noise(1, 16, 2, 2))
+        assert time.monotonic() - began < 15
