@@ -121,7 +121,7 @@ def save_published(key: str, folder: Path, file: Path, checkout: Path, python: P
         vae.load_state_dict(convert_wan_vae_to_diffusers(dict(state)))
         decoded = vae.decode(torch.randn(1, 16, 1, 8, 8)).sample
         for name in ("decoder.head.2.weight", "decoder.head.2.bias"):
-            state[name] = state[name] / decoded.std()
+            state[name] = state[name] / decoded.abs().max() / 1.5  # diffusers' cuts off what is beyond [-1, 1]
         vae.load_state_dict(convert_wan_vae_to_diffusers(dict(state)))
         save_file(state, file)
     else:
