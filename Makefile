@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENDPOINT_VENV := .venv-endpoint
 DEPLOY_VENV := .venv-deploy
-SOURCES := handler.py handlers remote_vae scripts tests
+SOURCES := handler.py handlers remote_vae clients scripts tests
 
 # The variables that each target takes; any other, which may be a misspelt one, is an error before anything happens.
 TAKES_serve := MODEL PORT HOST WEIGHTS DEVICE DTYPE

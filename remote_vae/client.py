@@ -58,7 +58,8 @@ class Client:
 
     Args:
         url: of the endpoint, as `make deploy` or `make serve` prints it.
-        token: sent as a Bearer token to this URL; None takes the Hugging Face login for hosts of Inference Endpoints.
+        token: sent as a Bearer token to this URL; None takes the Hugging Face login for hosts of Inference Endpoints,
+            "" sends none.
         trusted_hosts: other hosts that the Hugging Face login may be sent to.
         patience: seconds for which a request waits for a service that starts, or has no place free.
         timeout: seconds without a byte after which a request that was sent is given up.
@@ -81,7 +82,7 @@ class Client:
         self.url = url.rstrip("/")
         self.patience = patience
         self.timeout = timeout
-        self._token = token or _login(address.scheme, address.hostname, trusted_hosts)
+        self._token = _login(address.scheme, address.hostname, trusted_hosts) if token is None else token
         self.headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         """Of every request. The one thing here that holds the token."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)

@@ -66,6 +66,12 @@ def as_query(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
 
 
+def memory_format(tensor: Tensor) -> str | None:
+    """As the endpoint calls it: torch's kernels round otherwise for another one."""
+    last = torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
+    return None if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last) else "channels_last"
+
+
 def to_bytes(tensor: Tensor) -> bytes:
     """numpy, which has no bfloat16, sees bytes only."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -21,7 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from remote_vae import tensors
+from remote_vae.batches import batch_limit, decoded_frames
 from remote_vae.client import Client
+from remote_vae.tensors import memory_format
 
 
 def RemoteVAE(url: str, token: str | None = None, **options: Any) -> Any:
@@ -63,7 +65,7 @@ class Connection:
         pixels: Tensor = given["x"]
         moments = "moments" in self.config["sample_modes"]
         batch = self._to_rank(pixels, len(self.config["pixels"]["layout"]))
-        pieces = batch.split(self._batch_limit(batch, math.prod(batch.shape[2:])))
+        pieces = batch.split(batch_limit(self.config, batch, math.prod(batch.shape[2:])))
         parameters = {"sample_mode": "moments" if moments else None, "memory_format": memory_format(pixels)}
         encoded = torch.cat([tensors.encode(self.client, piece, **parameters) for piece in pieces])
         encoded = encoded.to(pixels.device, pixels.dtype)
@@ -105,9 +107,9 @@ class Connection:
     def _pixels(self, latents: Tensor, parameters: dict[str, Any], as_uint8: bool) -> Tensor:
         """[B, 3, H, W] or [B, 3, F, H, W] about in [-1, 1], on the latents' device."""
         video = self.config["kind"] == "video"
-        frames = self._decoded_frames(latents.shape[2]) if video else 1
+        frames = decoded_frames(self.config, latents.shape[2]) if video else 1
         factor = self.config["latents"]["vae_scale_factor"]
-        limit = self._batch_limit(latents, frames * factor**2 * math.prod(latents.shape[-2:]))
+        limit = batch_limit(self.config, latents, frames * factor**2 * math.prod(latents.shape[-2:]))
         if not as_uint8:
             pieces = [tensors.decode(self.client, piece, **parameters) for piece in latents.split(limit)]
             return torch.cat(pieces).to(latents.device, latents.dtype)
@@ -172,18 +174,6 @@ class Connection:
             return tensor
         return tensor.unsqueeze(2) if tensor.ndim < rank else tensor.squeeze(2)
 
-    def _decoded_frames(self, latent_frames: int) -> int:
-        """As the entry `frame_counts` of `/config` is defined."""
-        counts = self.config["pixels"]["frame_counts"]
-        return counts[(latent_frames - 1) % 2] + (latent_frames - 1) // 2 * (counts[2] - counts[0])
-
-    def _batch_limit(self, batch: Tensor, pixels: int) -> int:
-        """How many of these go into one request; `pixels` of each."""
-        limits = self.config["limits"]
-        size = batch[0].numel() * batch.element_size()
-        fits = min(limits["max_batch"], limits["max_pixels"] // pixels, int(limits["max_body_mb"] * 1e6) // size)
-        return max(fits, 1)
-
 
 def hollow(config: dict[str, Any]) -> Any:
     """The VAE that `/config` describes, with empty parameters in place of its weights, and its statistics."""
@@ -205,12 +195,6 @@ def hollow(config: dict[str, Any]) -> Any:
             known = config["buffers"].get(prefix + name, [])
             module._buffers[name] = torch.tensor(known, dtype=kind)
     return vae.eval()
-
-
-def memory_format(tensor: Tensor) -> str | None:
-    """As the endpoint calls it: torch's kernels round otherwise for another one."""
-    last = torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
-    return None if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last) else "channels_last"
 
 
 def ends_as_picture() -> bool:

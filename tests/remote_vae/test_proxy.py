@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,14 @@ def way(service: Service) -> Iterator[Way]:
         yield way
 
 
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def proxy(target: str, folder: Path, *arguments: str, token: str | None = TOKEN) -> Iterator[str]:
     """The command in a process of its own; nothing that it says holds the token."""
@@ -46,9 +55,8 @@ def proxy(target: str, folder: Path, *arguments: str, token: str | None = TOKEN)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 30
-        while "is" not in log.read_text() and time.monotonic() < deadline:
+        while not answers(port) and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.3)
         yield url
     finally:
         process.send_signal(signal.SIGINT)

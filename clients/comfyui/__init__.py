@@ -1,0 +1,9 @@
+"""ComfyUI's node for remote VAE endpoints: this folder goes into `custom_nodes`."""
+
+from .nodes import RemoteVAELoader
+
+NODE_CLASS_MAPPINGS = {"RemoteVAELoader": RemoteVAELoader}
+NODE_DISPLAY_NAME_MAPPINGS = {"RemoteVAELoader": "Load Remote VAE"}
+WEB_DIRECTORY = "./web"
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

@@ -1,0 +1,219 @@
+"""ComfyUI's node: what the VAE that it gives does is what diffusers does, in ComfyUI's layout.
+
+ComfyUI itself is a stand-in of what surrounds the model in its VAE; `comfyui_run.py` is the same with the real one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from handlers import MODELS
+from remote_vae import RemoteVAEError
+from scripts.local_server import ROOT
+from tests.difficult_way import difficult_way
+from tests.small_service import Service
+
+STAND_IN = Path(__file__).parent / "comfyui_stand_in"
+TOKEN = "hf_theTokenThatNobodyMaySee"
+TAESD = {"taesd": (0.18215, 0), "taesdxl": (0.13025, 0), "taesd3": (1.5305, 0.0609), "taef1": (0.3611, 0.1159)}
+VIDEOS = [key for key, model in MODELS.items() if model.kind == "video" and key != "svd"]
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The folder in `custom_nodes`, put there as its README says, and loaded as ComfyUI loads it."""
+    comfyui = tmp_path_factory.mktemp("comfyui")
+    (comfyui / "custom_nodes").mkdir()
+    readme = (ROOT / "clients" / "comfyui" / "README.md").read_text()
+    copy = re.search(r"^\$ (cp .*?) *(#.*)?$", readme, re.MULTILINE)[1].replace("/path/to/ComfyUI", str(comfyui))
+    subprocess.run(shlex.split(copy), cwd=ROOT, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(STAND_IN))
+        folder = comfyui / "custom_nodes" / "remote-vae"
+        spec = importlib.util.spec_from_file_location("custom_node", folder / "__init__.py")
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "custom_node", module)
+        spec.loader.exec_module(module)
+        assert (folder / module.WEB_DIRECTORY / "settings.js").exists()
+        yield module
+        for name in list(sys.modules):
+            if name.split(".")[0] in ("custom_node", "comfy", "folder_paths"):
+                del sys.modules[name]
+
+
+@pytest.fixture
+def load(node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """The node, with nothing set, as a workflow calls it."""
+    for name in ("REMOTE_VAE_ENDPOINTS", "REMOTE_VAE_TOKEN", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("folder_paths.user_directory", str(tmp_path))
+    cls = node.NODE_CLASS_MAPPINGS["RemoteVAELoader"]
+    assert list(cls.INPUT_TYPES()["required"]) == ["url"]  # a workflow holds nothing else
+    return lambda url: getattr(cls(), cls.FUNCTION)(url=url)[0]
+
+
+def picture(*shape: int) -> Tensor:
+    """As LoadImage gives it."""
+    return torch.rand(*shape, 3, generator=torch.Generator().manual_seed(0))
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def to_raw(key: str, model: Any, latents: Tensor) -> Tensor:
+    """ComfyUI's latents of this model, as diffusers' class takes them."""
+    if key == "flux2":  # [B, 32 * 4, h/2, w/2], normalised by the BatchNorm
+        mean, variance = (value.view(1, -1, 1, 1) for value in (model.bn.running_mean, model.bn.running_var))
+        latents = latents * (variance + model.config.batch_norm_eps).sqrt() + mean
+        return torch.nn.functional.pixel_shuffle(latents, 2)
+    if key.startswith("ltx"):
+        mean, std = (value.view(1, -1, 1, 1, 1) for value in (model.latents_mean, model.latents_std))
+        return latents * std + mean
+    scale, shift = TAESD.get(key, (1, 0))
+    return (latents - shift) * scale
+
+
+def of_frames(key: str, tensor: Tensor) -> Tensor:
+    """Between ComfyUI's batch and the class's."""
+    return tensor.unsqueeze(2) if key == "qwen-image" and tensor.ndim == 4 else tensor
+
+
+@torch.no_grad()
+def decoded(key: str, model: Any, latents: Tensor) -> Tensor:
+    options = {"num_frames": len(latents)} if key == "svd" else {}
+    sample = model.decode(to_raw(key, model, latents), **options).sample
+    return ((sample + 1) / 2).clamp(0, 1).movedim(1, -1)
+
+
+@torch.no_grad()
+def encoded(model: Any, pixels: Tensor) -> Tensor:
+    found = model.encode(pixels * 2 - 1)
+    return found.latent_dist.mode() if "latent_dist" in found else found[0]
+
+
+@pytest.mark.parametrize("key", [key for key, model in MODELS.items() if key not in VIDEOS])
+def test_pictures(key: str, service: Service, load: Callable[[str], Any]) -> None:
+    """VAE Decode and VAE Encode. A size that the VAE cannot take is cropped around the middle, as ComfyUI does."""
+    model, vae = service.model(key), load(f"{service.url}/{key}")
+    channels = {"flux2": 128}.get(key, MODELS[key].latent_channels)
+    side = {"flux2": 16}.get(key, MODELS[key].vae_scale_factor)
+    assert (vae.latent_channels, vae.spacial_compression_encode()) == (channels, side)
+    latents = of_frames(key, noise(1 if key == "qwen-image" else 2, channels, 2, 3))
+    assert torch.allclose(vae.decode(latents), decoded(key, model, latents), atol=1e-5)
+    pixels = picture(2, 2 * side + 5, 3 * side)
+    cropped = of_frames(key, pixels[:, 2:-3].movedim(-1, 1))
+    latents = vae.encode(pixels)
+    assert latents.shape[:2] == (2, channels)
+    assert latents.shape[-2:] == (2, 3)
+    assert torch.allclose(to_raw(key, model, latents), encoded(model, cropped), atol=1e-4)
+
+
+@pytest.mark.parametrize("key", VIDEOS)
+def test_videos(key: str, service: Service, load: Callable[[str], Any]) -> None:
+    """Frames that are too many for the latents are left out, as ComfyUI's own VAEs leave them out or refuse them."""
+    model, vae = service.model(key), load(f"{service.url}/{key}")
+    side, each = MODELS[key].vae_scale_factor, MODELS[key].frame_factor
+    assert vae.temporal_compression_decode() == each
+    latents = noise(1, vae.latent_channels, 2, 2, 2)
+    pixels = vae.decode(latents)
+    assert pixels.shape[1] == vae.upscale_ratio[0](2)
+    assert torch.allclose(pixels, decoded(key, model, latents), atol=1e-5)
+    count = 1 + 2 * each
+    frames = picture(count + 2, 2 * side, 2 * side)
+    latents = vae.encode(frames)
+    assert latents.shape[2] == vae.downscale_ratio[0](len(frames)) == 3
+    expected = encoded(model, frames[:count].movedim(-1, 0).unsqueeze(0))
+    assert torch.allclose(to_raw(key, model, latents), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("key", ["flux", "flux2", "qwen-image", "wan-2.1"])
+def test_tiles(key: str, service: Service, load: Callable[[str], Any]) -> None:
+    """VAE Decode (Tiled): ComfyUI puts what the model gives for a tile where the ratios say."""
+    model, vae = service.model(key), load(f"{service.url}/{key}")
+    frames = () if vae.latent_dim == 2 else (2 if key == "wan-2.1" else 1,)
+    latents = noise(1, vae.latent_channels, *frames, 4, 3)
+    pieces = [[decoded(key, model, part) for part in row.split(2, -1)] for row in latents.split(2, -2)]
+    expected = torch.cat([torch.cat(row, -2) for row in pieces], -3)
+    assert torch.allclose(vae.decode_tiled(latents, 2), expected, atol=1e-5)
+
+
+def test_ltx_video_with_a_timestep(service: Service, load: Callable[[str], Any]) -> None:
+    """From 0.9.1 on: ComfyUI adds a share of noise, from torch's generator, and decodes at 0.05."""
+    model, vae = service.model("ltx-video-0.9.5"), load(f"{service.url}/ltx-video-0.9.5")
+    latents = noise(1, 128, 2, 2, 2)
+    torch.manual_seed(1)
+    pixels = vae.decode(latents)
+    torch.manual_seed(1)
+    noisy = torch.randn_like(latents) * 0.025 + latents * 0.975
+    sample = model.decode(to_raw("ltx", model, noisy), temb=torch.tensor([0.05])).sample
+    assert torch.allclose(pixels, ((sample + 1) / 2).clamp(0, 1).movedim(1, -1), atol=1e-5)
+
+
+def test_more_than_fits_one_request(service: Service, load: Callable[[str], Any]) -> None:
+    vae = load(f"{service.url}/tiny")
+    vae.first_stage_model.latents.config["limits"]["max_batch"] = 2
+    latents = noise(5, 16, 2, 2)
+    assert torch.allclose(vae.decode(latents), decoded("tiny", service.model("tiny"), latents), atol=1e-5)
+
+
+def test_it_cannot_be_saved(service: Service, load: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match="cannot be saved"):
+        load(f"{service.url}/tiny").get_sd()
+
+
+def test_the_token_goes_to_the_users_own_endpoints_alone(
+    service: Service, load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A workflow from elsewhere may name any address."""
+    settings = tmp_path / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
+    with difficult_way(f"{service.url}/tiny") as way, difficult_way(f"{service.url}/tiny") as other:
+        way.token = other.token = TOKEN
+        settings.write_text(json.dumps({"RemoteVAE.Endpoints": f"{way.url}/ http://mine", "RemoteVAE.Token": TOKEN}))
+        for url in ("", way.url, f" {way.url}/"):
+            assert load(url).decode(noise(1, 16, 2, 2)).shape == (1, 16, 16, 3)
+        with pytest.raises(RemoteVAEError, match="this one is not among them"):
+            load(other.url)
+        assert not any("Authorization" in headers for *_, headers in other.seen)
+        monkeypatch.setenv("REMOTE_VAE_ENDPOINTS", other.url)
+        assert load(other.url).latent_channels == 16
+        monkeypatch.setenv("REMOTE_VAE_TOKEN", "hf_another")
+        with pytest.raises(RemoteVAEError, match="your token is not taken") as error:
+            load("")
+    assert "hf_another" not in str(error.value)
+
+
+def test_no_address(load: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match="give the URL of an endpoint"):
+        load(" ")
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_cancel_ends_the_wait(starts: bool, load: Callable[[str], Any], service: Service) -> None:
+    """ComfyUI's, for an endpoint that starts, and for one that does not answer."""
+    import comfy.model_management as management
+
+    with difficult_way(f"{service.url}/tiny") as way:
+        vae = None if starts else load(way.url)
+        way.starts_until, way.hangs = time.monotonic() + (20 if starts else 0), True
+        threading.Timer(0.2, lambda: setattr(management, "interrupted", True)).start()
+        began = time.monotonic()
+        with pytest.raises(management.InterruptProcessingException):
+            (vae or load(way.url)).decode(noise(1, 16, 2, 2))
+        assert time.monotonic() - began < 15

@@ -1,0 +1,68 @@
+"""The commands in docs/clients.md, and what the clients that they are for send.
+
+Those clients' source is not here: their requests are, and the lines that the commands change.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+
+from scripts.local_server import ROOT
+from tests.remote_vae.test_proxy import proxy
+from tests.small_service import Service, as_tensor
+
+CLIENTS = (ROOT / "docs" / "clients.md").read_text()
+COMMANDS = re.findall(r"^\$ (.*)$", CLIENTS, re.MULTILINE)
+PILOT = [
+    f"https://{name}.us-east-1.aws.endpoints.huggingface.cloud"
+    for name in ("q1bj3bpq6kzilnsu", "x2dmsqunjd6k9prw", "whhx50ex1aryqvw6", "o7ywnmrahorts457", "qc6479g0aac6qwy9")
+]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("sed ")])
+def test_the_pilots_addresses_are_replaced(command: str, tmp_path: Path) -> None:
+    """As they stand in SD.Next and in kijai's nodes: with a slash after them and without."""
+    file = tmp_path / shlex.split(command)[-1]
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(f"    'sd': '{url}',\n            endpoint = \"{url}/\"\n" for url in PILOT))
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    expected = "    'sd': 'http://127.0.0.1:9000',\n            endpoint = \"http://127.0.0.1:9000/\"\n"
+    assert file.read_text() == expected * len(PILOT)
+
+
+def test_every_command_is_one_of_these() -> None:
+    assert [command.split()[0] for command in COMMANDS] == ["pip", "remote-vae", "sed", "sed"]
+
+
+def test_what_they_send_through_the_proxy(service: Service, tmp_path: Path) -> None:
+    """The documented command, with this address and port: SD.Next's request of FLUX.1 and of a picture, and kijai's."""
+    name, verb, url, *options = shlex.split(next(command for command in COMMANDS if "proxy" in command))
+    assert (name, verb, options) == ("remote-vae", "proxy", ["--port", "9000"])
+    assert url.startswith("https://")
+    vae = service.model("flux")
+    raw = torch.randn((1, 16, 4, 6), generator=torch.Generator().manual_seed(0))
+    scaled = (raw - 0.1159) * 0.3611
+    packed = scaled.view(1, 16, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 6, 64).contiguous()
+    headers = {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
+    alike = {"dtype": "float32", "output_type": "pt", "partial_postprocess": False, "height": 32, "width": 48}
+    sdnext = {**alike, "input_tensor_type": "binary", "output_tensor_type": "binary"}
+    sdnext |= {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+    with proxy(f"{service.url}/flux", tmp_path) as address:
+
+        def send(path: str, tensor: torch.Tensor, **parameters: object) -> torch.Tensor:
+            parameters["shape"] = list(tensor.shape)
+            return as_tensor(
+                requests.post(address + path, params=parameters, data=tensor.numpy().tobytes(), headers=headers)
+            )
+
+        decoded = vae.decode(raw).sample
+        assert torch.allclose(send("", packed, **sdnext), decoded, atol=1e-5)
+        assert torch.allclose(send("", scaled[0], **sdnext), decoded, atol=1e-5)
+        assert torch.equal(send("/", raw, **alike, do_scaling=False), decoded)
