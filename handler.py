@@ -8,7 +8,7 @@ import sys
 
 from starlette.routing import Mount
 
-from handlers import get_model
+from handlers import get_handler
 from handlers.serving.app import build_app, drain_on_sigterm
 from handlers.serving.settings import Settings
 
@@ -16,8 +16,8 @@ settings = Settings.load()
 app = build_app(settings.model, settings.cors_origins)
 
 
-class EndpointHandler(get_model(settings.model)):
-    """The model that `endpoint.json` or `VAE_MODEL` names; once loaded, `app` serves it."""
+class EndpointHandler(get_handler(settings.model)):
+    """The model or models that `endpoint.json` or `VAE_MODEL` names; once loaded, `app` serves them."""
 
     def __init__(self, path: str = "") -> None:
         super().__init__(path)

@@ -63,6 +63,26 @@ MODELS: dict[str, type[EndpointHandler]] = {
 }
 
 
+def get_models(keys: str | None) -> dict[str, type[EndpointHandler]]:
+    """The handler classes of one key, or of several that are separated by commas.
+
+    Raises:
+        ValueError: there is no such model, or one is named twice.
+    """
+    names = [name.strip() for name in (keys or "").split(",")]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is named twice")
+    return {name: get_model(name) for name in names}
+
+
+def get_handler(keys: str | None) -> type[EndpointHandler]:
+    """What serves the models of these keys: the class of one, or one that holds several."""
+    models = get_models(keys)
+    if len(models) == 1:
+        return next(iter(models.values()))
+    return type("SeveralModels", (EndpointHandler,), {"models": models})
+
+
 def get_model(key: str | None) -> type[EndpointHandler]:
     """The handler class of a model key. Raises `ValueError` for any other, or a class that lacks a word."""
     if key not in MODELS:

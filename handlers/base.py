@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from handlers.model import Model
 
@@ -13,11 +14,15 @@ class EndpointHandler(Model):
     Reading the declarations needs no torch: it is imported when a handler is made.
     """
 
+    models: ClassVar[Mapping[str, type[EndpointHandler]]] = {}
+    """Of an endpoint for several VAEs, all of them by their keys; that class declares nothing else."""
+
     def __init__(self, path: str = "") -> None:
         """Loads the VAE. `path` is the folder that the toolkit mounted the repository at; "" where there is none."""
-        from handlers.serving.pipeline import Pipeline
+        from handlers.serving.pipeline import load_pipelines
 
-        self.pipeline = Pipeline.load(type(self), path)
+        self.pipelines = load_pipelines(self.models or {"": type(self)}, path)
+        self.pipeline = next(iter(self.pipelines.values()))
 
     def __call__(self, data: dict[str, Any]) -> Any:
         """Runs one request given as a plain object, as the toolkit's own routes do.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from time import perf_counter
 from uuid import uuid4
 
@@ -31,10 +31,13 @@ OnCrash = Callable[[Request, Exception], Awaitable[Response]]
 class AccessLog:
     """ASGI middleware. What `request.state.record` (a dictionary) gathers on the way is part of the line."""
 
-    def __init__(self, app: ASGIApp, model: str, routes: Collection[str], on_crash: OnCrash) -> None:
-        """`routes` are the paths that are counted by name; `on_crash` gives the answer when there is none."""
+    def __init__(self, app: ASGIApp, models: Sequence[str], routes: Collection[str], on_crash: OnCrash) -> None:
+        """`routes` are the paths that are counted by name; `on_crash` gives the answer when there is none.
+
+        Of several models, the name of one at the beginning of a path is taken off it and left in `request.state.model`.
+        """
         self.app = app
-        self.model = model
+        self.models = models
         self.routes = routes
         self.on_crash = on_crash
 
@@ -49,7 +52,10 @@ class AccessLog:
             "path": scope["path"][:100],
             "status": NO_ANSWER,
         }
-        scope.setdefault("state", {})["record"] = record
+        model, path = self._split(scope["path"])
+        scope = {**scope, "path": path, "state": {**scope.get("state", {}), "record": record, "model": model}}
+        if len(self.models) > 1:
+            record["model"] = model or self.models[0]
         start, sent, received = perf_counter(), 0, 0
 
         async def counted() -> Message:
@@ -75,9 +81,14 @@ class AccessLog:
             await response(scope, counted, observed)
         finally:
             route = scope["path"] if scope["path"] in self.routes else "other"
-            metrics.REQUESTS.labels(route, self.model, record["status"]).inc()
+            metrics.REQUESTS.labels(route, model or self.models[0], record["status"]).inc()
             metrics.RECEIVED.inc(received)
             metrics.SENT.inc(sent)
             record |= {"received_bytes": received, "sent_bytes": sent, "ms": round((perf_counter() - start) * 1000, 1)}
             quiet = scope["method"] in ("GET", "HEAD") and record["status"] == 200  # probes, every few seconds
             logger.log(logging.DEBUG if quiet else logging.INFO, json.dumps(record))
+
+    def _split(self, path: str) -> tuple[str, str]:
+        """The model that a path names, or "", and the path without it."""
+        first, _, rest = path[1:].partition("/")
+        return (first, f"/{rest}") if len(self.models) > 1 and first in self.models else ("", path)

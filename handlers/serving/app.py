@@ -62,7 +62,10 @@ EXPOSED = ("dtype", "shape", "Server-Timing", "X-Request-Id", "X-VAE-Frames", "X
 
 
 def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
-    """The service; `model` is its name in the metrics, and pages of `cors_origins` may call it.
+    """The service; pages of `cors_origins` may call it.
+
+    `model` is its name in the metrics. Where it is several, separated by commas, each is served under its name too, as
+    `/flux/decode`, and the first one at the root.
 
     It answers 503 until `app.state.handler` is set to a loaded `EndpointHandler`.
     """
@@ -77,7 +80,8 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
         Route("/health", health, methods=["GET"]),
         Route("/metrics", show_metrics, methods=["GET"]),
     ]
-    access_log = Middleware(AccessLog, model or "", {route.path for route in routes}, on_crash)
+    models = [name.strip() for name in (model or "").split(",")]
+    access_log = Middleware(AccessLog, models, {route.path for route in routes}, on_crash)
     app = Starlette(
         routes=routes,
         middleware=[*cross_origin(cors_origins), access_log],
@@ -168,7 +172,14 @@ async def health(request: Request) -> Response:
 async def config(request: Request) -> Response:
     pipeline = _pipeline(request)
     check_token(request, pipeline.settings.api_token)
-    return JSONResponse(describe(pipeline))
+    described = describe(pipeline)
+    pipelines = getattr(request.app.state.handler, "pipelines", {})
+    if len(pipelines) > 1 and not request.state.model:
+        described["models"] = [
+            {"name": name, "checkpoint": other.vae.declared.checkpoint, "kind": other.layout.kind}
+            for name, other in pipelines.items()
+        ]
+    return JSONResponse(described)
 
 
 async def show_metrics(request: Request) -> Response:
@@ -211,7 +222,7 @@ async def run(request: Request, task: Task | None) -> Response:
             held.enter_context(deadline_of(request, settings.timeout))
             body, hold = await held.enter_async_context(body_of(request, settings))
             await held.enter_async_context(place_in(pipeline))
-            async with pipeline.readers:
+            async with pipeline.machine.readers:
                 (parsed, prepared), timing["payload"] = await to_thread.run_sync(timed, read, abandon_on_cancel=True)
             hold(prepared.inputs.nbytes + pipeline.unsent(parsed, prepared.inputs))
             start = perf_counter()
@@ -357,13 +368,13 @@ async def place_in(pipeline: Pipeline) -> AsyncIterator[None]:
     """
     limits = pipeline.settings
     with anyio.move_on_after(limits.patience) as waiting:
-        await pipeline.places.acquire()
+        await pipeline.machine.places.acquire()
     if waiting.cancelled_caught:
         raise RequestError(f"{limits.max_queue} requests are waiting already (VAE_MAX_QUEUE); try again soon", 503)
     try:
         yield
     finally:
-        pipeline.places.release()
+        pipeline.machine.places.release()
 
 
 async def unless_gone(request: Request, work: asyncio.Future[T]) -> T:
@@ -394,7 +405,8 @@ def timed(function: Callable[..., T], *args: Any) -> tuple[T, float]:
 def _pipeline(request: Request) -> Pipeline:
     if request.app.state.handler is None:
         raise HTTPException(503, "the model is loading", headers={"Retry-After": "5"})
-    return request.app.state.handler.pipeline
+    handler = request.app.state.handler
+    return handler.pipelines[request.state.model] if request.state.model else handler.pipeline
 
 
 async def on_request_error(request: Request, error: RequestError) -> Response:
@@ -408,9 +420,11 @@ async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
-    path = request.scope["path"][:100]
+    path = request.state.record["path"]
+    models = list(getattr(request.app.state.handler, "models", {}))
+    named = f", each also under the name of a model: {', '.join(f'/{model}/decode' for model in models)}"
     detail = {
-        404: f"there is no {path}; POST to /, /predict, /decode or /encode",
+        404: f"there is no {path}; POST to /, /predict, /decode or /encode{named if models else ''}",
         405: f"{path} does not take {request.method}",
     }.get(error.status_code, error.detail)
     return error_answer(request, detail, error.status_code, error.headers)

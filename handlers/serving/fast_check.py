@@ -45,8 +45,9 @@ PENDING = "off: not checked yet"
 class FastPasses:
     """The fast pass of a model, and for each task whether it is on, in words. Only its device's thread runs it."""
 
-    def __init__(self, model: Any, declared: type[Model], wanted: bool) -> None:
-        self.declared = declared
+    def __init__(self, model: Any, declared: type[Model], wanted: bool, name: str = "") -> None:
+        """`name` is the model's in metrics and the log."""
+        self.declared, self.name = declared, name
         self.fast = fast_pass(model) if wanted else None
         state = PENDING if self.fast else NONE if wanted else UNWANTED
         self.verdicts: dict[Task, str] = {"decode": state, "encode": state}
@@ -86,11 +87,9 @@ class FastPasses:
         self.verdicts[task] = f"{'on' if on else 'off'}: {why}"
         if on:
             self._on.add(task)
-        device = str(self.fast.model.device)
-        metrics.FAST.labels(task, device).set(on)
-        logger.log(
-            logging.INFO if on else logging.WARNING, "fast pass, %s on %s, %s", task, device, self.verdicts[task]
-        )
+        device, level = str(self.fast.model.device), logging.INFO if on else logging.WARNING
+        metrics.FAST.labels(task, device, self.name).set(on)
+        logger.log(level, "fast pass, %s %s on %s, %s", self.name, task, device, self.verdicts[task])
 
 
 def _reason(error: Exception) -> str:

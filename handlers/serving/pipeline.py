@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from threading import Thread
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -23,12 +22,12 @@ from handlers.serving.autoencoder import DecodeOptions, EncodeOptions
 from handlers.serving.errors import RequestError
 from handlers.serving.heap import HEAP
 from handlers.serving.latents import LatentsLayouts, add_noise, generator_of
+from handlers.serving.machine import Machine
 from handlers.serving.memory import Mode, free_memory, is_out_of_memory, total_memory
 from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, decode_answer, media_type_of
 from handlers.serving.settings import Settings
 from handlers.serving.stream import BOUND, Stream
 from handlers.serving.vae import VAE, devices
-from handlers.serving.worker import Device, DeviceWorkers
 
 
 @dataclass(frozen=True)
@@ -66,38 +65,47 @@ def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def load_pipelines(models: Mapping[str, type[Model]], path: str) -> dict[str, Pipeline]:
+    """One for each model, by its key, on the devices of this machine. `path` is the deployed repository's, or "".
+
+    Raises:
+        ValueError, OSError: a setting or weights are wrong, as `Settings.load` and `VAE.load` say.
+    """
+    settings = Settings.load().within(total_memory(torch.device("cpu")))
+    HEAP.reserve = int(settings.max_held_mb * 1e6)
+    path = "" if settings.foreign_repository else path
+    names = devices(settings.device)
+    machine = Machine([torch.device(name) for name in names], settings)
+
+    def load(key: str, declared: type[Model]) -> Pipeline:
+        own, folder = settings, path
+        if len(models) > 1:
+            own, folder = settings.of(key), str(Path(path, "vae", key)) if path else ""
+        return Pipeline([VAE.load(declared, folder, own, name) for name in names], own, machine)
+
+    return {key: load(key, declared) for key, declared in models.items()}
+
+
 class Pipeline:
     """The stages of a request around one VAE.
 
     They share nothing but the request, so different requests may be in different stages at the same time. Only
-    `forward` is bound to threads: those of `workers`, one for each device.
+    `forward` is bound to threads: those of the machine's `workers`, one for each device.
     """
 
-    def __init__(self, vaes: list[VAE], settings: Settings) -> None:
+    def __init__(self, vaes: list[VAE], settings: Settings, machine: Machine | None = None) -> None:
+        """`vaes` are one for each device; the machine is that of other pipelines too, or one for this alone."""
         self.vaes = vaes
         self.vae = vaes[0]
         self.layout = self.vae.layout
         self.latents_layouts = LatentsLayouts(self.layout, self.vae.declared)
         self.fps = self.vae.declared.fps
         self.settings = settings
-        devices = [Device(partial(self.forward, vae), vae.is_alive) for vae in vaes]
-        self.workers = DeviceWorkers(devices, self.vae.batch_limit, settings.timeout)
+        self.machine = machine or Machine([vae.device for vae in vaes], settings)
+        self.workers = self.machine.workers
         for number, vae in enumerate(vaes):
             if vae.fast.fast:  # requests are served meanwhile, by diffusers' own pass
                 Thread(target=self._check_fast, args=(number, vae), name=f"fast-{number}", daemon=True).start()
-        self.readers = asyncio.Semaphore(os.cpu_count() or 1)
-        """Held while a payload is parsed: a picture takes several times its pixels then."""
-        self.places = asyncio.Semaphore(settings.max_queue + len(vaes))
-        """Held by a request from its payload to its answer; `app` takes them, first come, first served."""
-
-    @classmethod
-    def load(cls, declared: type[Model], path: str) -> Pipeline:
-        memory = total_memory(torch.device("cpu"))
-        settings = Settings.load().within(memory)
-        HEAP.reserve = int(settings.max_held_mb * 1e6)
-        path = "" if settings.foreign_repository else path
-        vaes = [VAE.load(declared, path, settings, device) for device in devices(settings.device)]
-        return cls(vaes, settings)
 
     def _check_fast(self, number: int, vae: VAE) -> None:
         for check in vae.fast.checks():
@@ -268,11 +276,12 @@ class Pipeline:
         A stream goes alone: where a batch fails its requests are run again one by one, and what was sent stays sent.
         """
         drawn, streamed = request.parameters.sample_mode, request.parameters.stream
-        alone = object() if drawn == "sample" or streamed else drawn
+        apart = drawn == "sample" or streamed or not self.vae.declared.runs_batches
+        alone = object() if apart else drawn
         key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], self._decode_options(request), alone)
         size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
         future: Future[Result] = Future()
-        return self.workers.submit(Work(request, inputs, future if streamed else None), key, size, future)
+        return self.machine.submit(self, Work(request, inputs, future if streamed else None), key, size, future)
 
     def unsent(self, request: Request, inputs: Tensor) -> int:
         """Bytes, at most, that wait for the reader of a stream: frames for the encoder, and what it made of them."""
@@ -316,7 +325,7 @@ class Pipeline:
                 outputs, mode = vae.encode(inputs, self._encode_options(requests[0]))
             parts = outputs.split([len(work.inputs) for work in batch])
             values = [vae.to_cpu(self._finish(request, part)) for request, part in zip(requests, parts, strict=True)]
-        metrics.PASSES.labels(requests[0].task, mode.value).inc()
+        metrics.PASSES.labels(requests[0].task, mode.value, self.settings.model or "").inc()
         milliseconds = (perf_counter() - start) * 1000
         return [Result(value, mode, milliseconds) for value in values]
 

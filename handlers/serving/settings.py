@@ -31,12 +31,15 @@ Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class Settings(Limits):
-    """`VAE_<NAME>` in the environment sets each of these; the last two follow from `endpoint.json`."""
+    """`VAE_<NAME>` in the environment sets each of these; the last three follow from `endpoint.json`."""
 
     model: str | None = None
-    """Key of the model, as in `handlers.MODELS`."""
+    """Key of the model, as in `handlers.MODELS`; several are separated by commas."""
     weights: str | None = None
-    """A folder with the weights, or "random" for the published architecture with seeded random ones."""
+    """A folder with the weights, or "random" for the published architecture with seeded random ones.
+
+    Of several models the folder holds one for each, under its key.
+    """
     device: str | None = None
     """A torch device; None takes CUDA, then MPS, then the CPU."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
@@ -53,6 +56,8 @@ class Settings(Limits):
     """Whether the repository is that of another model, so that the weights in it are not this one's."""
     revision: str | None = None
     """Commit of the checkpoint on the Hub, where the weights come from there."""
+    revisions: dict[str, str] = {}
+    """The same of each of several models, by its key."""
 
     @classmethod
     def load(cls, repository: Path = REPOSITORY) -> Settings:
@@ -78,6 +83,11 @@ class Settings(Limits):
         if settings.fast and settings.exact:
             raise ValueError("VAE_FAST and VAE_EXACT: only one can be on")
         return settings
+
+    def of(self, key: str) -> Settings:
+        """Those of one of several models."""
+        weights = self.weights if self.weights in (None, "random") else str(Path(self.weights, key))
+        return self.model_copy(update={"model": key, "weights": weights, "revision": self.revisions.get(key)})
 
 
 def _variable(name: str) -> str:

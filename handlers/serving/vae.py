@@ -40,17 +40,12 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-BATCH_PIXELS = 1024 * 1024
-"""Pixels of pictures that go through a GPU as one batch: four of 512x512, which alone leave a large GPU idle in part.
-
-A CPU is busy with one, so it takes them one by one.
-"""
-
 
 class VAE:
     """A diffusers autoencoder on its device. It takes tensors from any device; what it gives is on its own."""
 
-    def __init__(self, model: Any, declared: type[Model], fast: bool = False) -> None:
+    def __init__(self, model: Any, declared: type[Model], fast: bool = False, name: str = "") -> None:
+        """`name` is the model's in metrics; `fast`, whether the fast pass is wanted."""
         self.model = model.eval().requires_grad_(False)
         self.dtype: torch.dtype = model.dtype
         self.config = model.config
@@ -59,10 +54,9 @@ class VAE:
         self.layout = self.probe.layout(declared)
         self.normalization = Normalization.of(model, declared)
         self.memory = MemoryUse(declared, is_known(model), _tile_pixels(model))
-        self.fast = FastPasses(self.model, declared, wanted=fast)
+        self.fast = FastPasses(self.model, declared, wanted=fast, name=name)
         self.mode = Mode.FULL
         """Of the pass that runs now, or ran last."""
-        self.batch_limit = BATCH_PIXELS if declared.runs_batches and self.device.type != "cpu" else 0
 
     @classmethod
     def load(cls, declared: type[Model], path: str, settings: Settings, device: str) -> VAE:
@@ -84,7 +78,7 @@ class VAE:
             source, options = _find_weights(declared, path, settings)
             logger.info("loading %s from %s", declared.vae_class, source)
             model = vae_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
-        vae = cls(model.to(device), declared, settings.fast)
+        vae = cls(model.to(device), declared, settings.fast, settings.model or "")
         if difference := differs(vae.layout, declared):
             if settings.weights in (None, "random"):
                 raise ValueError(difference)

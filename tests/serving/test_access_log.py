@@ -94,7 +94,7 @@ def test_metrics_count_what_happened(endpoint: Endpoint) -> None:
         "received": "vae_received_bytes_total",
         "sent": "vae_sent_bytes_total",
         "batches": "vae_batch_size_count",
-        "passes": 'vae_passes_total{mode="full",task="decode"}',
+        "passes": 'vae_passes_total{mode="full",model="sd-v1",task="decode"}',
         **{stage: f'vae_stage_seconds_count{{stage="{stage}"}}' for stage in ("payload", "queue", "vae", "output")},
     }
     endpoint.post(endpoint.latents(), "/decode")
