@@ -32,7 +32,8 @@ def RemoteVAE(url: str, token: str | None = None, **options: Any) -> Any:
     It is an object of the very class of diffusers, with the checkpoint's config and statistics and without its weights,
     so that it takes no memory. `encode` and `decode` send their tensors to the endpoint, and give what the local ones
     give: pixels in the latents' dtype; for a pipeline that makes PIL pictures in float32, of pixels in uint8.
-    `decode_async` decodes while the next picture is generated. Tiling and slicing are the endpoint's matter.
+    `decode_async` decodes while the next picture is generated, and `decode_stream` gives a video's file as it is
+    decoded. Tiling and slicing are the endpoint's matter.
 
     Args:
         url: of the endpoint.
@@ -57,6 +58,7 @@ class Connection:
         self.vae.encode = self.encode
         self.vae.decode = self.decode
         self.vae.decode_async = self.decode_async
+        self.vae.decode_stream = self.decode_stream
         self.vae.save_pretrained = self.save_config
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:

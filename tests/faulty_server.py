@@ -26,6 +26,8 @@ SLOW, BUG, OUT_OF_MEMORY, NEVER_ENOUGH, THREAD_ENDS, DEVICE_LOST, NOT_FINITE = r
 PAYLOAD_HANGS, PAYLOAD_BUG, OUTPUT_HANGS, DISK_FULL = range(911, 915)
 SPAN_BUG, SPAN_OUT_OF_MEMORY, SPAN_NOT_FINITE, SPAN_SLOW, SPAN_LOSES_DEVICE = range(921, 926)
 """When a video's first span is decoded, and its first bytes are sent."""
+THIRD_SPAN_SLOW = 926
+"""When a second of a video is sent."""
 NOISE = 931
 """Frames of noise, of which no encoder makes little."""
 DEVICE_SECONDS = float(os.environ.get("DEVICE_SECONDS", "1"))
@@ -91,6 +93,8 @@ def faulty_forward(self: Pipeline, vae: VAE, batch: list[Any]) -> Any:
             SPAN_FAULTS[fault]()
         if fault == NEVER_ENOUGH or (fault == OUT_OF_MEMORY and not vae.model.use_tiling):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if fault == THIRD_SPAN_SLOW and number == 2:
+            time.sleep(DEVICE_SECONDS)
         decoded = model_decode(z, **options)
         if fault == NOISE:
             return (torch.rand(1, 3, decoded[0].shape[2], 512, 512) * 2 - 1,)

@@ -121,7 +121,10 @@ def check(
         if answer.body:
             raise Wrong("an answer to HEAD has a body")
     elif answer.status == 200:
-        if answer.media_type not in ("text/plain", "text/html"):
+        if method == "GET" and answer.media_type == "application/json":
+            if "version" not in json.loads(answer.body):  # what `/config` says
+                raise Wrong(f"no config: {answer.body[:200]!r}")
+        elif answer.media_type not in ("text/plain", "text/html"):
             check_success(answer, message, expected)
         elif message is not None and method != "GET":  # which health and metrics are for
             raise Wrong(f"plain text for {method}: {answer.body[:200]!r}")
