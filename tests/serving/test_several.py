@@ -1,0 +1,124 @@
+"""Several VAEs in one service: each under its name, the first at the root, one thread for all of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo
+from diffusers.utils.remote_utils import remote_decode, remote_encode
+from PIL import Image
+
+from handlers import MODELS, get_handler
+from handlers.serving.machine import Machine
+from handlers.serving.pipeline import Pipeline
+from handlers.serving.settings import Settings
+from handlers.serving.vae import VAE
+from scripts.local_server import ROOT, serve
+from tests.checkpoints import build
+from tests.conftest import Endpoint, uint8_pixels
+from tests.test_handler import STAND_IN
+
+KEYS = ("sd-v1", "flux", "hunyuan-video")
+
+
+@pytest.fixture(scope="module")
+def endpoints(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Iterator[dict]:
+    """The service by model, as the toolkit serves a deployed repository; the first one's at the root."""
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copy(ROOT / "handler.py", folder)
+    shutil.copytree(ROOT / "handlers", folder / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
+    for key in KEYS:
+        shutil.copytree(checkpoint(key), folder / "vae" / key)
+    (folder / "endpoint.json").write_text(json.dumps({"model": ",".join(KEYS), "revisions": {"flux": "abc"}}))
+    log = tmp_path_factory.mktemp("log") / "log"
+    with serve(log=log, command=STAND_IN, HF_MODEL_DIR=str(folder), PYTHONSAFEPATH="1") as url:
+        found = {}
+        for key in KEYS:
+            vae_class = AutoencoderKLHunyuanVideo if key == "hunyuan-video" else AutoencoderKL
+            vae = vae_class.from_pretrained(folder / "vae" / key).eval()
+            found[key] = Endpoint(key, f"{url}/{key}", vae, log)
+        yield {**found, "": Endpoint("sd-v1", url, found["sd-v1"].vae, log)}
+
+
+@pytest.mark.parametrize("name", ["", "sd-v1", "flux"])
+def test_the_released_client_takes_each_for_an_endpoint(
+    name: str, endpoints: dict[str, Endpoint], photograph: Image.Image
+) -> None:
+    endpoint = endpoints[name]
+    latents = endpoint.latents()
+    image = remote_decode(endpoint.url, latents, image_format="png", **endpoint.scaling)
+    assert np.array_equal(np.asarray(image), uint8_pixels(endpoint.decoded(latents))[0])
+    assert remote_encode(endpoint.url, photograph, **endpoint.scaling).shape[1] == latents.shape[1]
+
+
+def test_a_video_model_beside_them(endpoints: dict[str, Endpoint]) -> None:
+    endpoint = endpoints["hunyuan-video"]
+    latents = endpoint.latents()
+    for path in ("", "/", "/predict", "/decode/"):
+        answer = endpoint.post(latents, path, output_type="pt", **endpoint.scaling)
+        decoded = torch.frombuffer(bytearray(answer.content), dtype=torch.float32)
+        torch.testing.assert_close(decoded, endpoint.decoded(latents).flatten(), atol=1e-5, rtol=0)
+
+
+def test_config_and_metrics_tell_them_apart(endpoints: dict[str, Endpoint]) -> None:
+    root = requests.get(f"{endpoints[''].url}/config", timeout=5).json()
+    assert [model["name"] for model in root["models"]] == list(KEYS)
+    assert [model["kind"] for model in root["models"]] == ["image", "image", "video"]
+    for key in KEYS:
+        about = requests.get(f"{endpoints[key].url}/config", timeout=5).json()
+        assert (about["model"], about["checkpoint"]) == (key, MODELS[key].checkpoint)
+        assert about["revision"] == {"flux": "abc"}.get(key)
+        assert "models" not in about
+        assert requests.get(endpoints[key].url, timeout=5).text == "Ok"
+        assert endpoints[key].post(endpoints[key].latents(), "/decode").ok
+    text = requests.get(f"{endpoints[''].url}/metrics", timeout=5).text
+    for key in KEYS:
+        assert f'vae_requests_total{{model="{key}",route="/decode",status="200"}}' in text
+        assert f'vae_passes_total{{mode="full",model="{key}",task="decode"}}' in text
+
+
+def test_one_that_is_not_there_is_404_and_lists_those_that_are(endpoints: dict[str, Endpoint]) -> None:
+    url = endpoints[""].url
+    for path in ("/sdxl/decode", "/flux/decode/flux", "/flux/flux"):
+        answer = requests.post(url + path, b"", timeout=5)
+        assert answer.status_code == 404
+        assert answer.json()["error"].startswith(f"there is no {path}; POST to /, ")
+        assert answer.json()["error"].endswith("/sd-v1/decode, /flux/decode, /hunyuan-video/decode")
+
+
+def test_one_that_runs_out_of_memory_leaves_the_others_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings()
+    machine = Machine([torch.device("cpu")], settings)
+    broken, whole = (Pipeline([VAE(build(key), MODELS[key])], settings, machine) for key in ("sd-v1", "flux"))
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    latents = torch.randn(1, 16, 4, 4)
+    (expected,) = whole.vae.model.decode(latents, return_dict=False)
+    monkeypatch.setattr(broken.vae.model, "decode", fail)
+    for _ in range(2):
+        with pytest.raises(Exception, match="which this device does not have free now"):
+            broken.run_object({"inputs": torch.randn(1, 4, 4, 4)})
+        result = whole.run_object({"inputs": latents, "parameters": {"output_type": "pt"}})
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [("sd-v1,sd-v1", "sd-v1 is named twice"), ("sd-v1,fluks", "there is no model 'fluks'"), ("sd-v1,", "no model was")],
+)
+def test_what_cannot_be_served_together(keys: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_handler(keys)
+
+
+def test_one_alone_is_its_own_class() -> None:
+    assert get_handler("flux") is MODELS["flux"]
