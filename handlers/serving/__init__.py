@@ -5,17 +5,18 @@ page      what a browser gets at the root
 access_log  a request's id, its line in the log, its counters
 description  what is served, for clients that ask
 pipeline  one request, from its payload to its answer
+machine   what several models share: devices, places
 worker    the devices' threads and the queue in front of them
 output    tensors to the bytes of pictures, videos and tensors
 stream    a file's bytes, read while they are written
 vae       the model: weights, device, forward passes
 probe     what a loaded model's tensors look like, without running it
+fast_check  whether the fast pass may be used: tried on the device
+fused     the forward pass of a VAE with less arithmetic, on a GPU
 spans     a video's frames, as soon as they are decoded
 autoencoder  diffusers' autoencoders, all called alike
-fast_check  whether the fast pass may be used: tried on the device
-fast      the forward pass of a VAE with less arithmetic
-fused     the same on a GPU
-kernels   what it runs there, in Triton
+fast      the same on any device
+kernels   what it runs on a GPU, in Triton
 low_memory  the forward pass of a VAE in half the memory
 coders    what encoders and decoders are made of, for passes of our own
 heap      what of the freed memory is kept for the next pass

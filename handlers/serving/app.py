@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 from handlers.model import Task
 from handlers.serving import metrics
 from handlers.serving.access_log import NO_ANSWER, AccessLog
-from handlers.serving.description import describe
+from handlers.serving.description import describe, public_name
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.output import to_json
@@ -176,7 +176,7 @@ async def config(request: Request) -> Response:
     pipelines = getattr(request.app.state.handler, "pipelines", {})
     if len(pipelines) > 1 and not request.state.model:
         described["models"] = [
-            {"name": name, "checkpoint": other.vae.declared.checkpoint, "kind": other.layout.kind}
+            {"name": name, "checkpoint": public_name(other.vae.declared.checkpoint), "kind": other.layout.kind}
             for name, other in pipelines.items()
         ]
     return JSONResponse(described)

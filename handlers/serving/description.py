@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -25,7 +26,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
     return {
         "version": VERSION,
         "model": settings.model,
-        "checkpoint": declared.checkpoint,
+        "checkpoint": public_name(declared.checkpoint),
         "subfolder": declared.subfolder,
         "revision": settings.revision,
         "weights": settings.weights if settings.weights in (None, "random") else "local",
@@ -62,6 +63,11 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         },
         "limits": {name: getattr(settings, name) for name in Limits.model_fields},
     }
+
+
+def public_name(checkpoint: str) -> str:
+    """A repository's name; of a folder on this machine, only the last part."""
+    return Path(checkpoint).name if Path(checkpoint).is_absolute() else checkpoint
 
 
 def _normalization(pipeline: Pipeline) -> dict[str, Any]:

@@ -13,7 +13,6 @@ It is exact algebra, and rounds otherwise than diffusers' own pass, which `exact
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,17 +28,6 @@ from handlers.serving.coders import Way, attend
 
 Phases = list[tuple[tuple[int, ...], Tensor]]
 """A folded convolution: for each position in the square, or cube, where it is, and the kernel of its pixels."""
-
-
-def fast_pass(model: Any) -> FastPass | None:
-    """The best that there is for the model on its device; None for one whose parts are not known."""
-    if not coders.is_known(model):
-        return None
-    if model.device.type == "cuda" and importlib.util.find_spec("triton"):
-        from handlers.serving.fused import FusedPass
-
-        return FusedPass(model)
-    return FastPass(model)
 
 
 class FastPass:

@@ -6,6 +6,7 @@ wider dtype. Until that is known, and where it is not so, the service runs diffu
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from torch import Tensor
 from handlers.model import Model, Task
 from handlers.serving import metrics
 from handlers.serving.autoencoder import encode_at_once, forget, has_frames
-from handlers.serving.fast import FastPass, fast_pass
+from handlers.serving.coders import is_known
+from handlers.serving.fast import FastPass
 from handlers.serving.low_memory import reduced_peak
 from handlers.serving.spans import decode_spans, join
 
@@ -90,6 +92,17 @@ class FastPasses:
         device, level = str(self.fast.model.device), logging.INFO if on else logging.WARNING
         metrics.FAST.labels(task, device, self.name).set(on)
         logger.log(level, "fast pass, %s %s on %s, %s", self.name, task, device, self.verdicts[task])
+
+
+def fast_pass(model: Any) -> FastPass | None:
+    """The best that there is for the model on its device; None for one whose parts are not known."""
+    if not is_known(model):
+        return None
+    if model.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from handlers.serving.fused import FusedPass
+
+        return FusedPass(model)
+    return FastPass(model)
 
 
 def _reason(error: Exception) -> str:

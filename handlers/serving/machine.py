@@ -7,21 +7,29 @@ import os
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from handlers.serving.limits import Limits
+from handlers.serving.vae import VAE
 from handlers.serving.worker import Device, DeviceWorkers
-
-if TYPE_CHECKING:
-    from handlers.serving.pipeline import Pipeline
 
 BATCH_PIXELS = 1024 * 1024
 """Pixels of pictures that go through a GPU as one batch: four of 512x512, which alone leave a large GPU idle in part.
 
 A CPU is busy with one, so it takes them one by one.
 """
+
+
+class Runner(Protocol):
+    """A pipeline, as far as devices are concerned."""
+
+    vaes: list[VAE]
+    """One for each device."""
+
+    def forward(self, vae: VAE, batch: list[Any]) -> list[Any]:
+        """Runs the work of a batch and gives its results in order."""
 
 
 class Machine:
@@ -36,13 +44,13 @@ class Machine:
         """Held while a payload is parsed: a picture takes several times its pixels then."""
         self.places = asyncio.Semaphore(limits.max_queue + len(devices))
         """Held by a request from its payload to its answer; `app` takes them, first come, first served."""
-        self._running: dict[int, Pipeline] = {}
+        self._running: dict[int, Runner] = {}
 
-    def submit(self, pipeline: Pipeline, work: Any, key: Hashable, size: int, future: Future) -> Future:
+    def submit(self, pipeline: Runner, work: Any, key: Hashable, size: int, future: Future) -> Future:
         """Queues work for `pipeline.forward`; jobs of one pipeline and key may be one batch."""
         return self.workers.submit((pipeline, work), (id(pipeline), key), size, future)
 
-    def _run(self, number: int, batch: list[tuple[Pipeline, Any]]) -> list[Any]:
+    def _run(self, number: int, batch: list[tuple[Runner, Any]]) -> list[Any]:
         pipeline = self._running[number] = batch[0][0]
         return pipeline.forward(pipeline.vaes[number], [work for _, work in batch])
 

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from handlers import MODELS
 from handlers.serving.autoencoder import has_frames
-from handlers.serving.fast import FastPass, fast_pass
+from handlers.serving.fast import FastPass
+from handlers.serving.fast_check import fast_pass
 from handlers.serving.low_memory import reduce_peak, reduced_peak
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE

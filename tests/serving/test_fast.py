@@ -15,8 +15,8 @@ from handlers import MODELS
 from handlers.serving import coders, fast_check, kernels
 from handlers.serving.autoencoder import DecodeOptions, EncodeOptions, has_frames
 from handlers.serving.errors import RequestError
-from handlers.serving.fast import FastPass, fast_pass
-from handlers.serving.fast_check import FastPasses
+from handlers.serving.fast import FastPass
+from handlers.serving.fast_check import FastPasses, fast_pass
 from handlers.serving.fused import FusedPass
 from handlers.serving.memory import Mode
 from handlers.serving.pipeline import Pipeline
