@@ -1,4 +1,8 @@
-"""Runs `scripts/deploy.py` as its users do, as a process, against the tests' own Hugging Face."""
+"""Runs `scripts/deploy.py` against the tests' own Hugging Face: within the tests, for speed, or as a process.
+
+These tests are of the deploying side, which has an environment of its own (requirements/deploy.txt) with another
+huggingface_hub than the endpoint's container: they are not collected where that is older (`tests/conftest.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from typer.testing import CliRunner
 
 from handlers import MODELS
 from tests.hub_server import Hub, Repo, identity, running_hub
@@ -27,6 +34,13 @@ LISTEN_TO_CTRL_C = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
+# Of the storage's client: one request for each block, uncompressed, and nothing else.
+XET = {
+    "HF_XET_CLIENT_LEGACY_DIRECT_XORB_UPLOAD": "true",
+    "HF_XET_CLIENT_SHARD_API_VERSION": "1",
+    "HF_XET_DATA_XORB_COMPRESSION_POLICY": "none",
+    "HF_XET_TELEMETRY_ENABLED": "0",
+}
 WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
@@ -45,14 +59,31 @@ class Result:
 
 
 @dataclass
+class Clock:
+    """In place of `time`: a wait takes no time, and is remembered."""
+
+    now: float = 0
+    waits: list[float] = field(default_factory=list)
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@dataclass
 class Runner:
-    """`run("deploy", "--model", "flux")` against `hub`, in a home folder of its own; `python` may be a bare one."""
+    """`run("deploy", "--model", "flux")` against `hub`, in a home folder of its own."""
 
     hub: Hub
     home: Path
     project: Path = PROJECT
     outputs: str = ""
     """Everything that was printed so far."""
+    waits: list[float] = field(default_factory=list)
+    """Seconds of each wait of the latest run within the tests."""
 
     def environment(self, token: str | None = TOKEN) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VAE_", "PYTHON"))}
@@ -63,12 +94,34 @@ class Runner:
             "HF_HOME": str(self.home / "huggingface"),
             "HF_ENDPOINT": self.hub.url,
             "HF_INFERENCE_ENDPOINTS_ENDPOINT": f"{self.hub.url}/v2",
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+            **XET,
             **({"HF_TOKEN": token} if token else {}),
         }
 
     def __call__(self, *arguments: str, token: str | None = TOKEN, answer: str = "", **variables: str) -> Result:
-        """`variables` are set in the environment; `answer` is typed."""
+        """`variables` are set in the environment; `answer` is typed. Another project than this one is a process."""
+        if self.project != PROJECT:
+            return self.process(*arguments, token=token, answer=answer, **variables)
+        from scripts import deploy
+
+        clock = Clock()
+        constants = "huggingface_hub.constants"
+        with ExitStack() as patches:
+            patches.enter_context(patch.dict(os.environ, {**self.environment(token), **variables}, clear=True))
+            patches.enter_context(patch(f"{constants}.HF_HUB_CACHE", str(self.home / "cache")))
+            patches.enter_context(patch(f"{constants}.HF_TOKEN_PATH", str(self.home / "token")))
+            for module in ("scripts.deployment.endpoint", "tenacity.nap", "huggingface_hub.utils._http"):
+                patches.enter_context(patch(f"{module}.time", clock))
+            done = CliRunner().invoke(deploy.app, arguments, input=answer or None)
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        self.waits = clock.waits
+        self.outputs += done.stdout + done.stderr
+        return Result(done.exit_code, done.stdout, done.stderr)
+
+    def process(self, *arguments: str, token: str | None = TOKEN, answer: str = "", **variables: str) -> Result:
+        """As its users run it."""
         done = subprocess.run(
             [sys.executable, "-m", "scripts.deploy", *arguments],
             cwd=self.project,
@@ -99,6 +152,13 @@ class Runner:
         out, err = process.communicate(timeout=60)
         self.outputs += out + err
         return Result(process.returncode, out, err)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def storage_client() -> Iterator[None]:
+    """It reads the environment once in a process."""
+    with patch.dict(os.environ, {**XET, "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}):
+        yield
 
 
 @pytest.fixture

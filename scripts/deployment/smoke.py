@@ -7,9 +7,8 @@ import json
 import math
 from dataclasses import dataclass
 from time import perf_counter
-from urllib.parse import urlsplit
 
-import requests
+import httpx2
 from PIL import Image, ImageChops, ImageStat
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
@@ -45,23 +44,16 @@ class SmokeResult:
         )
 
 
-class _Bearer(requests.auth.AuthBase):
-    """The token. As a mere header it would give way to whatever ~/.netrc has for the host."""
-
-    def __init__(self, token: str) -> None:
-        self.token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
-
-
 class _Starting(Exception):
     """No replica is up yet."""
 
 
 def is_hugging_face(url: str) -> bool:
-    return urlsplit(url).scheme == "https" and (urlsplit(url).hostname or "").endswith(HOSTS)
+    try:
+        address = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        return False
+    return address.scheme == "https" and address.host.endswith(HOSTS)
 
 
 def smoke_test(url: str, token: str | None) -> SmokeResult:
@@ -70,22 +62,24 @@ def smoke_test(url: str, token: str | None) -> SmokeResult:
     Raises:
         DeployError: an answer is not what the protocol promises, or the picture is lost.
     """
-    session = requests.Session()
-    session.headers["X-Scale-Up-Timeout"] = str(WAKE_UP)
-    if token:
-        session.auth = _Bearer(token)
+    headers = {"X-Scale-Up-Timeout": str(WAKE_UP), **({"Authorization": f"Bearer {token}"} if token else {})}
+    session = httpx2.Client(headers=headers, timeout=httpx2.Timeout(WAKE_UP + 60, connect=30))
     picture = _picture()
     body = io.BytesIO()
     picture.save(body, "PNG")
 
-    with out.status("encoding and decoding a picture"):
-        encoded, encode_seconds = _post(session, f"{url.rstrip('/')}/encode", data=body.getvalue())
+    with session, out.status("encoding and decoding a picture"):
+        encoded, encode_seconds = _post(session, f"{url.rstrip('/')}/encode", content=body.getvalue())
         shape, dtype = _tensor_header(encoded)
         decoded, decode_seconds = _post(
             session,
             f"{url.rstrip('/')}/decode",
-            data=encoded.content,
-            params={"shape": shape, "dtype": dtype, "image_format": "png"},  # a video model answers with an MP4
+            content=encoded.content,
+            params={
+                "shape": json.dumps(shape),
+                "dtype": dtype,
+                "image_format": "png",
+            },  # a video model answers with an MP4
             headers={"Content-Type": "tensor/binary"},
         )
     video = decoded.content[4:8] == b"ftyp"
@@ -103,12 +97,12 @@ def _picture() -> Image.Image:
     return Image.merge("RGB", (across, across.rotate(90), Image.radial_gradient("L").resize((SIZE, SIZE))))
 
 
-def _post(session: requests.Session, url: str, **request: object) -> tuple[requests.Response, float]:
+def _post(session: httpx2.Client, url: str, **request: object) -> tuple[httpx2.Response, float]:
     """The answer, and the seconds of the request that got it; while a replica starts it is asked again."""
 
-    def send() -> tuple[requests.Response, float]:
+    def send() -> tuple[httpx2.Response, float]:
         start = perf_counter()
-        response = session.post(url, timeout=WAKE_UP + 60, **request)
+        response = session.post(url, **request)
         if response.status_code in STARTING:
             raise _Starting(f"{url} answers {response.status_code}: no replica is up yet")
         return response, perf_counter() - start
@@ -128,16 +122,26 @@ def _post(session: requests.Session, url: str, **request: object) -> tuple[reque
         response, seconds = retrying(send)
     except _Starting as error:
         raise DeployError(f"{error}, after {WAKE_UP // 60} minutes; look again with `make endpoints`") from None
-    except requests.RequestException as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise DeployError(f"{url} cannot be reached: {type(error).__name__}; is the address right?") from None
+    if response.is_success:
+        return response, seconds
+    said = _words(response)
     if response.status_code in (401, 403):
-        raise DeployError(f"{url} answers {response.status_code}: this endpoint is not for this token (or for none)")
-    if not response.ok:
-        raise DeployError(f"{url} answers {response.status_code}: {' '.join(response.text.split())[:300]}")
-    return response, seconds
+        sent = "does not take this token" if "Authorization" in response.request.headers else "takes no one without one"
+        raise DeployError(f"{url} answers {response.status_code} and {sent}: {said}")
+    raise DeployError(f"{url} answers {response.status_code}: {said}")
 
 
-def _tensor_header(response: requests.Response) -> tuple[list[int], str]:
+def _words(response: httpx2.Response) -> str:
+    """The platform's or the service's own."""
+    try:
+        return str(response.json()["error"])[:300]
+    except (ValueError, KeyError, TypeError):
+        return " ".join(response.text.split())[:300] or response.reason_phrase
+
+
+def _tensor_header(response: httpx2.Response) -> tuple[list[int], str]:
     try:
         shape, dtype = json.loads(response.headers["shape"]), response.headers["dtype"]
         width = {"float16": 2, "bfloat16": 2, "float32": 4}[dtype]
