@@ -24,8 +24,7 @@ from rich.markup import escape
 from handlers import MODELS
 from scripts.deployment import hardware
 from scripts.deployment.account import PERMISSIONS, Account, open_account
-from scripts.deployment.calls import DeployError
-from scripts.deployment.console import make_table, megabytes, note, out, print_wide, say
+from scripts.deployment.console import DeployError, make_table, megabytes, note, out, print_wide, say
 from scripts.deployment.endpoint import AGAIN, PENDING_PER_REPLICA, READY, Endpoint, Interrupted
 from scripts.deployment.hardware import describe_price, dollars
 from scripts.deployment.plan import CALLERS, FRAMEWORK, TASK, Plan, cannot_run, default_name, find_models, is_shipped

@@ -7,7 +7,7 @@ huggingface_hub than the endpoint's container: they are not collected where that
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from handlers import MODELS
 from tests.hub_server import Hub, Repo, identity, running_hub
+from tests.project_copy import PROJECT
 
-PROJECT = Path(__file__).parents[1]
 CLOCK = Path(__file__).parent / "fast_clock"
 TOKEN = "hf_writeTokenOfTheTests"
 NAMESPACE = "ana"
@@ -41,6 +41,8 @@ XET = {
     "HF_XET_DATA_XORB_COMPRESSION_POLICY": "none",
     "HF_XET_TELEMETRY_ENABLED": "0",
 }
+BAR = re.compile(r"Processing Files|New Data Upload|Validating|\d%\||\x1b")
+"""A progress bar of the storage's client."""
 WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
@@ -53,9 +55,7 @@ class Result:
     @property
     def lines(self) -> list[str]:
         """Standard error without progress bars."""
-        return [
-            line for line in self.err.splitlines() if line.strip() and not line.rstrip().endswith(("B/s]", "it/s]"))
-        ]
+        return [line for line in self.err.splitlines() if line.strip() and not BAR.search(line)]
 
 
 @dataclass
@@ -186,28 +186,3 @@ def publish(hub: Hub, repository: str, folder: str = "", **options: bool) -> Rep
         {**wanted, "README.md": b"about", f"{folder}diffusion_pytorch_model.bin": b"old", "sdxl_vae.safetensors": b"x"}
     )
     return repo
-
-
-def copy_project(folder: Path) -> Path:
-    """A copy of the project to change, with all that lies about in a working tree and must not be uploaded."""
-    copy = folder / "project"
-    copy.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("handlers", "scripts", "models"):
-        shutil.copytree(PROJECT / name, copy / name, ignore=ignored)
-    for name in ("handler.py", "requirements.txt", "Makefile"):
-        shutil.copy(PROJECT / name, copy / name)
-    for name in (
-        ".env",
-        ".git/config",
-        "out/demo.png",
-        "tests/test_x.py",
-        "handlers/__pycache__/flux.pyc",
-        "handlers/.secret.py",
-        "handlers/notes.txt",
-        "handlers/serving/__pycache__/vae.py",
-        "endpoint.json",
-    ):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_text("not for upload")
-    return copy

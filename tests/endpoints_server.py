@@ -47,7 +47,7 @@ class Hardware:
     """GB, of all its accelerators together, or of the machine where it has none."""
     accelerators: int = 1
     status: str = "available"
-    quota: int = 8
+    quota: int = 40
     vendor: str = "aws"
 
     def described(self, used: int) -> dict[str, Any]:

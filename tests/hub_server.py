@@ -129,7 +129,7 @@ class Hub(Platform):
         who = self.who(request)
         if who is None:
             return False
-        roles = {who["name"]: "admin"} | {org["name"]: org["roleInOrg"] for org in who["orgs"]}
+        roles = {who["name"]: "admin"} | {org["name"]: org["roleInOrg"] for org in who["orgs"] or []}
         # With OAuth, which `hf auth login` is, `auth` has no access token, and the login's scopes are not told.
         token = (who.get("auth") or {}).get("accessToken") or {}
         return namespace in roles and not (write and "read" in (roles[namespace], token.get("role")))

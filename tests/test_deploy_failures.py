@@ -318,11 +318,12 @@ def test_no_connection_at_all(hub: Hub, deploy: Runner) -> None:
 @pytest.mark.parametrize("state", ["failed", "updateFailed"])
 def test_a_failed_endpoint(hub: Hub, deploy: Runner, state: str) -> None:
     hub.script = ["pending", "initializing", (state, "CUDA out of memory")]
-    result = deploy(*FLUX)
+    result = deploy(*FLUX, "--keep")
     check(
         result,
         f"error: the endpoint {NAME} failed: CUDA out of memory; "
-        f"its logs: https://endpoints.huggingface.co/{KEY.replace('/', '/endpoints/')}/logs{PAUSED}",
+        f"its logs: https://endpoints.huggingface.co/{KEY.replace('/', '/endpoints/')}/logs; the endpoint {NAME} is "
+        f"{state} and costs $0.80 an hour for each replica; `make pause MODEL=flux` stops it",
     )
     assert re.search(rf"^ +0:\d\d  {state} +CUDA out of memory", result.out, re.MULTILINE)
     assert deploy("smoke", "--model", "flux").status == 1

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, InferenceEndpointHardware, constants, get_token
 
-from scripts.deployment.calls import DeployError, HubError, call
-from scripts.deployment.console import note
+from scripts.deployment.calls import HubError, call
+from scripts.deployment.console import DeployError, note
 
 ENDPOINTS_API = constants.INFERENCE_ENDPOINTS_ENDPOINT
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import parse_ratelimit_headers
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-from scripts.deployment.console import note
+from scripts.deployment.console import DeployError, note
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,10 +22,6 @@ ATTEMPTS = 5
 BACKOFF = wait_exponential(multiplier=2, max=30)
 LONGEST_WAIT = 330
 """Seconds: rate limits are counted over windows of 300."""
-
-
-class DeployError(Exception):
-    """What went wrong and what to do about it, in one line."""
 
 
 class HubError(DeployError):
@@ -51,7 +47,10 @@ class _Waits(logging.Handler):
             note(f"  {record.getMessage()}")
 
 
-logging.getLogger("huggingface_hub.utils._http").addHandler(_Waits())
+_logger = logging.getLogger("huggingface_hub.utils._http")
+_logger.addHandler(_Waits())
+_logger.setLevel(logging.WARNING)
+_logger.propagate = False
 
 
 def call(task: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

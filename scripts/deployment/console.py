@@ -13,6 +13,10 @@ out = Console(highlight=False, width=None if Console().is_terminal else WIDTH)
 err = Console(highlight=False, stderr=True, soft_wrap=True)
 
 
+class DeployError(Exception):
+    """What went wrong and what to do about it, in one line."""
+
+
 def say(text: str) -> None:
     """One line of the user's own words (no markup), never broken."""
     out.print(text, markup=False, soft_wrap=True)

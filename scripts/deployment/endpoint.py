@@ -15,8 +15,8 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from handlers import MODELS
 from scripts.deployment.account import Account
-from scripts.deployment.calls import ATTEMPTS, DeployError, HubError, attempt
-from scripts.deployment.console import elapsed, note, out, say
+from scripts.deployment.calls import ATTEMPTS, HubError, attempt
+from scripts.deployment.console import DeployError, elapsed, note, out, say
 from scripts.deployment.hardware import QUOTA_PAGE, describe_price, dollars, table_price
 from scripts.deployment.plan import FRAMEWORK, TAG, TASK, Plan, tag_of
 
@@ -224,9 +224,8 @@ class Endpoint:
         restart = ["starting it again"] if self.state in BROKEN and not said else []
         if said or restart:
             say(f"  updating {self.name}: {', '.join(said + restart)}")
-            self._change(
-                "update the endpoint", self.account.api.update_inference_endpoint, **wanted, **fixed, **changes
-            )
+            settings = wanted | fixed | changes
+            self._change("update the endpoint", self.account.api.update_inference_endpoint, **settings)
         self._keep_token(token)
         if not self.touched:
             say(f"  {self.name} is as planned: nothing to update")
@@ -265,7 +264,7 @@ class Endpoint:
                     time.sleep(LOOK_EVERY)
 
     def _sleep_never(self, plan: Plan) -> None:
-        """Takes the scale to zero out, together with the replica that replaces it; the API refuses one without the other.
+        """Takes the scale to zero out and sets the replicas, which the API takes together alone.
 
         huggingface_hub's update sends no null, and no public source tells what the API takes for "never": a null, which
         it takes when one is created, or 0. Both are tried; where it takes neither, nothing has changed.
@@ -318,9 +317,7 @@ class Endpoint:
             self._change("update the endpoint", self.account.api.update_inference_endpoint, secrets=value, env=env)
             if bool(token) == ("HF_TOKEN" in (self.raw["model"].get("secrets") or {})):
                 return
-        note(
-            f"  the secret HF_TOKEN stays in the endpoint, where it is needed no more: remove it on {self.page}/settings"
-        )
+        note(f"  the secret HF_TOKEN is still there, though it is needed no more: remove it on {self.page}/settings")
 
     def wait(self, minutes: float, variables: str) -> None:
         """Waits until it serves, or sleeps until a request wakes it, and shows each change of state.
@@ -342,7 +339,6 @@ class Endpoint:
                     shown = (self.state, self.message)
                     say(f"  {elapsed(waited):>5}  {self.state:<13} {self.message}")
                 if self.state != self.left_state or look >= SETTLING:
-                    self.left_state = None
                     if self.state in READY and self.url:
                         return
                     self._check_alive(variables)
@@ -393,7 +389,7 @@ class Endpoint:
     def leave(self, variables: str, keep: bool) -> list[str]:
         """Pauses it unless it is to be kept, or is as it was before this command. Returns what is left, in a line."""
         stop = f"`make pause {variables}` stops it"
-        price = "what its instance costs"
+        price = describe_price(self.price) if self.exists else "what its instance costs"
         try:
             if self.touched:
                 self.look(attempts=2)

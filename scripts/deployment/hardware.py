@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from handlers.model import Model
-from scripts.deployment.calls import DeployError
-from scripts.deployment.console import note
+from scripts.deployment.console import DeployError, note
 
 if TYPE_CHECKING:
     from huggingface_hub import InferenceEndpointHardware
@@ -36,7 +35,7 @@ CPU_GB = 2
 """Of each CPU."""
 USABLE = ("available", "low_availability")
 OFFSETS = {"us-east": -5, "us-central": -6, "us-west": -8, "eastus": -5, "westus": -8, "eu": 1, "europe": 1, "ap": 8}
-"""Hours that a region's clocks are ahead of UTC, by the beginning of its name: what is near, as far as a clock knows."""
+"""Hours that clocks are ahead of UTC, by the beginning of a region's name: what is near, as far as a clock knows."""
 
 
 def is_cpu(instance: str) -> bool:
@@ -108,7 +107,7 @@ def choose(
         status = next((f"{one.status} there" for one in same if one.region == region), "not there")
         others = ", ".join(one.region for one in sorted(usable, key=_far)) or "none at the moment"
         raise DeployError(
-            f"REGION={region} has no {instance} {size} to give ({status}); regions of {vendor} that have one: {others}. "
+            f"REGION={region} has no {instance} {size} to give ({status}); regions of {vendor} that have: {others}. "
             "REGION=auto takes the nearest"
         )
     granted = [one for one in there if one.max_accelerators - one.used_accelerators >= one.num_accelerators]

@@ -12,7 +12,7 @@ from handlers import MODELS
 from handlers.base import EndpointHandler
 from handlers.model import Model
 from scripts.deployment import hardware
-from scripts.deployment.calls import DeployError
+from scripts.deployment.console import DeployError
 
 if TYPE_CHECKING:
     from huggingface_hub import InferenceEndpointHardware

@@ -14,9 +14,9 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from handlers import __version__
 from scripts.deployment.account import Account
-from scripts.deployment.calls import DeployError, HubError, call
+from scripts.deployment.calls import HubError, call
 from scripts.deployment.card import model_card
-from scripts.deployment.console import megabytes, note, say
+from scripts.deployment.console import DeployError, megabytes, note, say
 from scripts.deployment.plan import WEIGHT_FILES, Plan, Source
 
 PROJECT = Path(__file__).parents[2]

@@ -12,8 +12,7 @@ import httpx2
 from PIL import Image, ImageChops, ImageStat
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from scripts.deployment.calls import DeployError
-from scripts.deployment.console import note, out
+from scripts.deployment.console import DeployError, note, out
 
 SIZE = 256
 """Pixels, height and width."""
