@@ -110,7 +110,9 @@ def deploy(
     if dry_run:
         show_plan(plan)
         return
-    plan, endpoint = deploy_plan(open_account(namespace, needed_for(plan)), plan, timeout, keep)
+    with interruptible("nothing was changed"):
+        account = open_account(namespace, needed_for(plan))
+    plan, endpoint = deploy_plan(account, plan, timeout, keep)
     show_calling(plan, endpoint)
 
 

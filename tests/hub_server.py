@@ -72,6 +72,8 @@ class Fault:
     """None drops the connection."""
     after: bool = False
     """Whether the work of the request is done before."""
+    made: bool | None = None
+    """Whether there has to be an endpoint already, or must not be; None for either."""
     interrupts: bool = False
     """Whether the process gets a Ctrl-C, and the connection is dropped."""
 
@@ -100,17 +102,24 @@ class Hub(Platform):
         error: str = "",
         times: int = 1000,
         headers: dict[str, str] | None = None,
-        after: bool = False,
+        **when: bool,
     ) -> None:
-        """The next `times` requests that match get this answer."""
-        self.faults.append(Fault(method, path, times, JSONResponse({"error": error}, status, headers), after))
+        """The next `times` requests that match get this answer. `when` are fields of `Fault`."""
+        self.faults.append(Fault(method, path, times, JSONResponse({"error": error}, status, headers), **when))
 
-    def drop(self, method: str, path: str, times: int = 1000, after: bool = False) -> None:
-        self.faults.append(Fault(method, path, times, None, after))
+    def drop(self, method: str, path: str, times: int = 1000, **when: bool) -> None:
+        self.faults.append(Fault(method, path, times, None, **when))
 
-    def interrupt(self, method: str, path: str, after: bool = False) -> None:
+    def interrupt(self, method: str, path: str, **when: bool) -> None:
         """Ctrl-C in this process, once, when such a request comes."""
-        self.faults.append(Fault(method, path, 1, None, after, interrupts=True))
+        self.faults.append(Fault(method, path, 1, None, **when, interrupts=True))
+
+    def fault(self, method: str, path: str) -> Fault | None:
+        for one in self.faults:
+            there = one.made in (None, bool(self.endpoints))
+            if one.times and there and one.method == method and re.search(one.path, path):
+                return one
+        return None
 
     def sent(self, pattern: str) -> list[str]:
         """The requests so far, as "METHOD path", that match."""
@@ -331,9 +340,7 @@ class Hub(Platform):
                 return await app(scope, receive, send)
             method, path = scope["method"], scope["path"]
             self.requests.append((method, path))
-            fault = next(
-                (one for one in self.faults if one.times and one.method == method and re.search(one.path, path)), None
-            )
+            fault = self.fault(method, path)
             if fault is None:
                 return await app(scope, receive, send)
             fault.times -= 1
