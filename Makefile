@@ -17,6 +17,7 @@ TAKES_smoke := MODEL NAMESPACE NAME URL
 TAKES_pause := MODEL NAMESPACE NAME
 TAKES_resume := MODEL NAMESPACE NAME TIMEOUT KEEP
 TAKES_undeploy := MODEL NAMESPACE NAME DELETE_REPO YES
+TAKES_canary := NAMESPACE TIMEOUT
 TAKES_test := ARGS
 TAKES_test-endpoint := ARGS
 TAKES_bench := DEVICE MODELS
@@ -113,6 +114,10 @@ resume: $(DEPLOY_VENV)/bin/.installed  ## start the paused endpoint of MODEL aga
 .PHONY: undeploy
 undeploy: $(DEPLOY_VENV)/bin/.installed  ## delete the endpoint of MODEL [DELETE_REPO=1] [YES=1]
 	$(call DEPLOY,undeploy)
+
+.PHONY: canary
+canary: install  ## try the real platform for cents, with tiny [NAMESPACE=...] [TIMEOUT=30]
+	$(BIN)/python -m scripts.canary $(call options,namespace=NAMESPACE timeout=TIMEOUT)
 
 # a file of tests stays in one process, which starts the servers that they share; `make test ARGS="-k mp4"` for some
 ARGS ?= -n 2 --dist loadfile
