@@ -384,7 +384,7 @@ def test_smoke_of_any_url_sends_no_token_to_strangers(hub: Hub, deploy: Runner) 
     result = deploy("smoke", "--url", f"{hub.url}/live/{NAMESPACE}/remote-vae-flux")
 
     assert result.status == 1
-    assert "answers 401 and takes no one without one: UNAUTHORIZED" in result.lines[-1]
+    assert "answers 401 and takes no one without a token: UNAUTHORIZED" in result.lines[-1]
 
 
 def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from http import HTTPStatus
 from http.client import responses
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from httpx2 import HTTPError
 from huggingface_hub.errors import GatedRepoError
@@ -15,7 +15,6 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 
 from scripts.deployment.console import DeployError, note
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 ATTEMPTS = 5
@@ -33,11 +32,6 @@ class HubError(DeployError):
         self.reason = reason
         self.gated = gated
 
-    @property
-    def may_pass(self) -> bool:
-        """Whether the same request may succeed a little later."""
-        return passes(self.status)
-
 
 class _Waits(logging.Handler):
     """huggingface_hub tries some requests again by itself; how long it waits is to be seen, too."""
@@ -53,7 +47,7 @@ _logger.setLevel(logging.WARNING)
 _logger.propagate = False
 
 
-def call(task: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+def call(task: str, function: Callable[..., T], /, *args: Any, attempts: int = ATTEMPTS, **kwargs: Any) -> T:
     """Calls a function of huggingface_hub. 429, 5xx and lost connections are tried again, with longer and longer waits.
 
     Args:
@@ -62,15 +56,10 @@ def call(task: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     Raises:
         HubError: it was refused, or failed to the last attempt.
     """
-    return attempt(ATTEMPTS, task, function, *args, **kwargs)
-
-
-def attempt(times: int, task: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """`call`, at most so many times."""
     retrying = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, HTTPError) and passes(_status(error))),
         wait=_wait,
-        stop=stop_after_attempt(times),
+        stop=stop_after_attempt(attempts),
         before_sleep=lambda state: note(f"  {_reason(_failure(state))}; trying again in {_wait(state):.0f} s"),
         reraise=True,
     )
@@ -80,10 +69,10 @@ def attempt(times: int, task: str, function: Callable[P, T], /, *args: P.args, *
         cause = _http_error(error)
         if cause is None:
             raise DeployError(f"could not {task}: {' '.join(str(error).split())}") from error
-        message = f"could not {task}: {_reason(cause)}"
-        if passes(_status(cause)):
-            message += "; run the same command again later, it continues where it stopped"
-        raise HubError(message, _status(cause), _reason(cause), isinstance(cause, GatedRepoError)) from error
+        status, reason = _status(cause), _reason(cause)
+        again = "; run the same command again later, it continues where it stopped" if passes(status) else ""
+        gated = isinstance(cause, GatedRepoError)
+        raise HubError(f"could not {task}: {reason}{again}", status, reason, gated) from error
 
 
 def passes(status: int | None) -> bool:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from handlers import MODELS
 from scripts.deployment.account import Account
-from scripts.deployment.calls import ATTEMPTS, HubError, attempt
+from scripts.deployment.calls import ATTEMPTS, HubError, call, passes
 from scripts.deployment.console import DeployError, elapsed, note, out, say
 from scripts.deployment.hardware import QUOTA_PAGE, describe_price, dollars, table_price
 from scripts.deployment.plan import FRAMEWORK, TAG, TASK, Plan, tag_of
@@ -352,7 +352,7 @@ class Endpoint:
                     self.look(attempts=1)
                     lost = None
                 except HubError as error:
-                    if not error.may_pass:
+                    if not passes(error.status):
                         raise
                     if not lost:
                         note(f"  {error.reason}; it goes on without us, still waiting")
@@ -456,7 +456,7 @@ def _ask(
 ) -> Any:
     """A call of the Endpoints API, with what a refusal means to a user."""
     try:
-        return attempt(attempts, task, function, *args, **kwargs)
+        return call(task, function, *args, attempts=attempts, **kwargs)
     except HubError as error:
         said = error.reason.lower()
         if "quota" in said:

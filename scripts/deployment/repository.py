@@ -14,7 +14,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from handlers import __version__
 from scripts.deployment.account import Account
-from scripts.deployment.calls import HubError, call
+from scripts.deployment.calls import HubError, call, passes
 from scripts.deployment.card import model_card
 from scripts.deployment.console import DeployError, megabytes, note, say
 from scripts.deployment.plan import WEIGHT_FILES, Plan, Source
@@ -200,7 +200,7 @@ class Repository:
             newest = call(f"upload to {self.id}", commit)
         except DeployError as error:
             # A file without Xet hash, or of another storage region: huggingface_hub says so before it commits anything.
-            if not copies or (isinstance(error, HubError) and (error.may_pass or error.status == 401)):
+            if not copies or (isinstance(error, HubError) and (passes(error.status) or error.status == 401)):
                 raise
             note(f"  {error}; downloading and uploading the weights instead")
             download = self.account.api.hf_hub_download
