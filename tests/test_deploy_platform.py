@@ -78,6 +78,7 @@ def test_an_api_that_takes_no_never_is_said(hub: Hub, deploy: Runner) -> None:
     result = deploy(*FLUX, "--min-replica", "1")
     assert result.status == 1
     assert "choose Never under Settings, Autoscaling on https://endpoints.huggingface.co/" in result.lines[-1]
+    assert "is running and costs $0.80 an hour" in result.lines[-1]  # as before
     assert hub.endpoints[KEY]["compute"]["scaling"]["minReplica"] == 0
 
 

@@ -435,10 +435,15 @@ class Endpoint:
                 self.look()
 
     def _change(self, task: str, function: Callable[..., InferenceEndpoint], /, **settings: Any) -> None:
-        """A call after which it may run."""
-        self.touched = True
+        """A call after which it may run. One that exists and that refused the call is as it was."""
+        before, self.touched = self.touched, True
         self.left_state = self.left_state or (self.raw and self.state)
-        self._call(task, function, **settings)
+        try:
+            self._call(task, function, **settings)
+        except HubError as error:
+            if self.exists and error.status in (400, 422):
+                self.touched = before
+            raise
 
     def _call(
         self, task: str, function: Callable[..., InferenceEndpoint], /, attempts: int = ATTEMPTS, **settings: Any
