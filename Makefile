@@ -9,14 +9,15 @@ SOURCES := handler.py handlers remote_vae clients scripts tests
 
 # The variables that each target takes; any other, which may be a misspelt one, is an error before anything happens.
 TAKES_serve := MODEL PORT HOST WEIGHTS DEVICE DTYPE
-TAKES_settings := VENDOR REGION ACCESS MIN_REPLICA MAX_REPLICA SCALE_TO_ZERO TIMEOUT DRY_RUN NAMESPACE
-TAKES_deploy := MODEL NAME INSTANCE SIZE WEIGHTS $(TAKES_settings)
-TAKES_deploy-all := $(TAKES_settings)
+TAKES_deploy-all := NAMESPACE VENDOR REGION ACCESS MIN_REPLICA MAX_REPLICA SCALE_TO_ZERO TIMEOUT KEEP DRY_RUN
+TAKES_deploy := MODEL NAME INSTANCE SIZE WEIGHTS REVISION $(TAKES_deploy-all)
 TAKES_endpoints := NAMESPACE
+TAKES_pause-all := NAMESPACE
 TAKES_smoke := MODEL NAMESPACE NAME URL
 TAKES_pause := MODEL NAMESPACE NAME
-TAKES_resume := MODEL NAMESPACE NAME
+TAKES_resume := MODEL NAMESPACE NAME TIMEOUT KEEP
 TAKES_undeploy := MODEL NAMESPACE NAME DELETE_REPO YES
+TAKES_canary := NAMESPACE TIMEOUT
 TAKES_test := ARGS
 TAKES_test-endpoint := ARGS
 TAKES_test-page := PAGE_ARGS TOOLKIT
@@ -76,39 +77,48 @@ serve: install  ## serve MODEL [PORT=8000] [HOST=127.0.0.1] [WEIGHTS=dir|random]
 models: install  ## the table of models
 	@$(BIN)/python -m scripts.models
 
-# deploying needs neither torch nor the other environments
-DEPLOY := $(DEPLOY_VENV)/bin/python -m scripts.deploy
-deploy_target = $(call options,model=MODEL namespace=NAMESPACE name=NAME)
-deploy_settings = $(call options,vendor=VENDOR region=REGION access=ACCESS min-replica=MIN_REPLICA \
-	max-replica=MAX_REPLICA scale-to-zero=SCALE_TO_ZERO timeout=TIMEOUT) $(call switch,DRY_RUN,--dry-run)
+# deploying needs neither torch nor the other environments; of the variables that a target takes, those in SWITCHES are on or off
+SWITCHES := DRY_RUN KEEP YES DELETE_REPO
+name = --$(shell printf %s '$(1)' | tr A-Z_ a-z-)
+DEPLOY = @$(DEPLOY_VENV)/bin/python -m scripts.deploy $(1) $(strip \
+	$(foreach one,$(filter-out $(SWITCHES),$(TAKES_$@)),$(if $($(one)),$(call name,$(one)) "$($(one))")) \
+	$(foreach one,$(filter $(SWITCHES),$(TAKES_$@)),$(call switch,$(one),$(call name,$(one)))))
 
 .PHONY: deploy
 deploy: $(DEPLOY_VENV)/bin/.installed  ## an Inference Endpoint of MODEL [DRY_RUN=1] [ACCESS=public ...: docs/deploying.md]
-	@$(DEPLOY) deploy $(deploy_target) $(call options,instance=INSTANCE size=SIZE weights=WEIGHTS) $(deploy_settings)
+	$(call DEPLOY,deploy)
 
 .PHONY: deploy-all
 deploy-all: $(DEPLOY_VENV)/bin/.installed  ## one of each published model [DRY_RUN=1]
-	@$(DEPLOY) deploy-all $(call options,namespace=NAMESPACE) $(deploy_settings)
+	$(call DEPLOY,deploy --all)
 
 .PHONY: endpoints
-endpoints: $(DEPLOY_VENV)/bin/.installed  ## the table of your endpoints [NAMESPACE=...]
-	@$(DEPLOY) endpoints $(call options,namespace=NAMESPACE)
+endpoints: $(DEPLOY_VENV)/bin/.installed  ## the table of your endpoints, and what they cost [NAMESPACE=...]
+	$(call DEPLOY,endpoints)
 
 .PHONY: smoke
 smoke: $(DEPLOY_VENV)/bin/.installed  ## send a picture through the endpoint of MODEL, or through URL
-	@$(DEPLOY) smoke $(if $(URL),--url "$(URL)",$(deploy_target))
+	$(call DEPLOY,smoke)
 
 .PHONY: pause
 pause: $(DEPLOY_VENV)/bin/.installed  ## stop the endpoint of MODEL and its cost
-	@$(DEPLOY) pause $(deploy_target)
+	$(call DEPLOY,pause)
+
+.PHONY: pause-all
+pause-all: $(DEPLOY_VENV)/bin/.installed  ## stop every endpoint of this project [NAMESPACE=...]
+	$(call DEPLOY,pause-all)
 
 .PHONY: resume
 resume: $(DEPLOY_VENV)/bin/.installed  ## start the paused endpoint of MODEL again
-	@$(DEPLOY) resume $(deploy_target) $(call options,timeout=TIMEOUT)
+	$(call DEPLOY,resume)
 
 .PHONY: undeploy
 undeploy: $(DEPLOY_VENV)/bin/.installed  ## delete the endpoint of MODEL [DELETE_REPO=1] [YES=1]
-	@$(DEPLOY) undeploy $(deploy_target) $(call switch,DELETE_REPO,--delete-repo) $(call switch,YES,--yes)
+	$(call DEPLOY,undeploy)
+
+.PHONY: canary
+canary: install  ## try the real platform for cents, with tiny [NAMESPACE=...] [TIMEOUT=30]
+	$(BIN)/python -m scripts.canary $(call options,namespace=NAMESPACE timeout=TIMEOUT)
 
 # a file of tests stays in one process, which starts the servers that they share; `make test ARGS="-k mp4"` for some
 ARGS ?= -n 2 --dist loadfile

@@ -1,4 +1,4 @@
-"""Puts VAEs onto Hugging Face Inference Endpoints, one endpoint each: `make deploy MODEL=flux`.
+"""Puts VAEs onto Hugging Face Inference Endpoints: `make deploy MODEL=flux`.
 
 Needs no torch. `docs/deploying.md` tells what it does and what it costs; the parts are in `deployment/`.
 """
@@ -6,53 +6,42 @@ Needs no torch. `docs/deploying.md` tells what it does and what it costs; the pa
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, Any, NoReturn
 
+# The storage's client tries for minutes without a word by default: here it gives up within half a minute.
+os.environ.setdefault("HF_XET_CLIENT_RETRY_BASE_DELAY", "1s")
+os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")
+
 import typer
 from huggingface_hub import get_token
 from huggingface_hub.utils import logging as hub_logging
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from handlers import MODELS
-from scripts.deployment.account import Account, open_account
-from scripts.deployment.calls import DeployError
-from scripts.deployment.console import WIDTH, megabytes, note, out, say
-from scripts.deployment.endpoint import PENDING_PER_REPLICA, READY, Endpoint
-from scripts.deployment.files import describe_files, repository_files
-from scripts.deployment.plan import CALLERS, FRAMEWORK, TASK, Plan, cannot_run, default_name, find_model, is_shipped
-from scripts.deployment.prices import describe_price, dollars
-from scripts.deployment.repository import Repository, find_checkpoint
+from scripts.deployment import hardware
+from scripts.deployment.account import PERMISSIONS, Account, open_account
+from scripts.deployment.console import DeployError, make_table, megabytes, note, out, print_wide, say
+from scripts.deployment.endpoint import AGAIN, PENDING_PER_REPLICA, READY, Endpoint, Interrupted
+from scripts.deployment.hardware import describe_price, dollars
+from scripts.deployment.plan import CALLERS, FRAMEWORK, TASK, Plan, cannot_run, default_name, find_models, is_shipped
+from scripts.deployment.repository import Repository, describe_files
 from scripts.deployment.smoke import is_hugging_face, smoke_test
 from scripts.deployment.snippets import diffusers_snippet, token_snippet
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
-ModelOption = Annotated[str | None, typer.Option(help=f"Key of the model: {', '.join(MODELS)}.")]
+ModelOption = Annotated[str | None, typer.Option(help=f"Key of the model, or a,b,c: {', '.join(MODELS)}.")]
 NamespaceOption = Annotated[str | None, typer.Option(help="User or organization; default: the token's user.")]
 NameOption = Annotated[str | None, typer.Option(help="Name of endpoint and repository; default: remote-vae-MODEL.")]
-InstanceOption = Annotated[str | None, typer.Option(help="Instance type; default: the model's own.")]
-SizeOption = Annotated[str, typer.Option(help="Instance size.")]
-VendorOption = Annotated[str, typer.Option(help="Cloud.")]
-RegionOption = Annotated[str, typer.Option(help="The cloud's region.")]
-AccessOption = Annotated[str, typer.Option(help=f"Who may call it: {', '.join(CALLERS)}.")]
-MinReplicaOption = Annotated[int, typer.Option(help="Replicas that always run; 0 lets it scale to zero.")]
-MaxReplicaOption = Annotated[int, typer.Option(help="Replicas at most.")]
-ScaleToZeroOption = Annotated[int, typer.Option(help="Minutes without a request before it scales to zero.")]
-WeightsOption = Annotated[str | None, typer.Option(help='Folder of the weights, or "hub" to upload none.')]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan; no token, no network, no change.")]
 TimeoutOption = Annotated[float, typer.Option(help="Minutes to wait for the endpoint.")]
+KeepOption = Annotated[bool, typer.Option("--keep", help="Leave an endpoint running that failed; else it is paused.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-class Interrupted(Exception):
-    """Ctrl-C; the text says what stays and how to go on."""
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -60,6 +49,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        hub_logging.set_verbosity_error()
         try:
             return function(*args, **kwargs)
         except DeployError as error:
@@ -81,82 +71,62 @@ def fail(message: str, status: int) -> NoReturn:
 
 
 @contextmanager
-def interruptible(left: Callable[[], str]) -> Iterator[None]:
+def interruptible(left: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(left()) from None
+        raise Interrupted(f"{left}; {AGAIN}") from None
 
 
 @command
 def deploy(
+    context: typer.Context,
     model: ModelOption = None,
     namespace: NamespaceOption = None,
     name: NameOption = None,
-    instance: InstanceOption = None,
-    size: SizeOption = "x1",
-    vendor: VendorOption = "aws",
-    region: RegionOption = "us-east-1",
-    access: AccessOption = "authenticated",
-    min_replica: MinReplicaOption = 0,
-    max_replica: MaxReplicaOption = 1,
-    scale_to_zero: ScaleToZeroOption = 15,
-    weights: WeightsOption = None,
+    instance: Annotated[str | None, typer.Option(help="Instance type; default: the model's own.")] = None,
+    size: Annotated[str, typer.Option(help="Instance size.")] = "x1",
+    vendor: Annotated[str, typer.Option(help="Cloud.")] = "aws",
+    region: Annotated[
+        str, typer.Option(help='The cloud\'s region, or "auto": the nearest that has one.')
+    ] = "us-east-1",
+    access: Annotated[str, typer.Option(help=f"Who may call it: {', '.join(CALLERS)}.")] = "authenticated",
+    min_replica: Annotated[int, typer.Option(help="Replicas that always run; 0 lets it scale to zero.")] = 0,
+    max_replica: Annotated[int, typer.Option(help="Replicas at most.")] = 1,
+    scale_to_zero: Annotated[int, typer.Option(help="Minutes without a request before it scales to zero.")] = 15,
+    weights: Annotated[str | None, typer.Option(help='Folder of the weights, or "hub" to upload none.')] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the checkpoint; default: what is deployed.")] = None,
     timeout: TimeoutOption = 30,
-    dry_run: DryRunOption = False,
+    keep: KeepOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; no token, no network.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every published model, one endpoint each.")] = False,
 ) -> None:
-    """Create or update the endpoint of one model, wait for it, try it."""
-    plan = Plan.of(
-        model,
-        namespace=namespace,
-        name=name,
-        instance=instance,
-        size=size,
-        vendor=vendor,
-        region=region,
-        access=access,
-        min_replica=min_replica,
-        max_replica=max_replica,
-        scale_to_zero=scale_to_zero,
-        weights=weights,
-    )
+    """Create or update the endpoint of one model, or of several, wait for it, try it."""
+    asked = {key: value for key, value in context.params.items() if key in Plan.__dataclass_fields__}
+    if every:
+        deploy_all(asked, timeout, keep, dry_run)
+        return
+    plan = Plan.of(model, **asked)
     if dry_run:
         show_plan(plan)
         return
-    account = open_account(namespace)
-    endpoint = deploy_plan(account, plan, timeout)
+    with interruptible("nothing was changed"):
+        account = open_account(namespace, needed_for(plan))
+    plan, endpoint = deploy_plan(account, plan, timeout, keep)
     show_calling(plan, endpoint)
 
 
-@command
-def deploy_all(
-    namespace: NamespaceOption = None,
-    vendor: VendorOption = "aws",
-    region: RegionOption = "us-east-1",
-    access: AccessOption = "authenticated",
-    min_replica: MinReplicaOption = 0,
-    max_replica: MaxReplicaOption = 1,
-    scale_to_zero: ScaleToZeroOption = 15,
-    timeout: TimeoutOption = 30,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Deploy every published model that an endpoint can run, one by one."""
+def needed_for(plan: Plan) -> list[str]:
+    """The token's permissions: anyone may call a public endpoint."""
+    return [one for one in PERMISSIONS if plan.access != "public" or not one.endswith("infer.write")]
+
+
+def deploy_all(asked: dict[str, Any], timeout: float, keep: bool, dry_run: bool) -> None:
+    """One by one. Ends with a table, whatever happens."""
     for reason in filter(None, map(cannot_run, MODELS)):
         note(reason)
-    plans = [
-        Plan.of(
-            model,
-            namespace=namespace,
-            vendor=vendor,
-            region=region,
-            access=access,
-            min_replica=min_replica,
-            max_replica=max_replica,
-            scale_to_zero=scale_to_zero,
-        )
-        for model, handler in MODELS.items()
-        if not is_shipped(handler) and not cannot_run(model)
-    ]
+    published = [key for key, handler in MODELS.items() if not is_shipped(handler) and not cannot_run(key)]
+    plans = [Plan.of(key, **asked) for key in published]
     if dry_run:
         for plan in plans:
             show_plan(plan)
@@ -165,23 +135,21 @@ def deploy_all(
         say(f"{len(plans)} endpoints: {describe_price(sum(prices))} while a replica of each starts or runs")
     if dry_run:
         return
-    account = open_account(namespace)
+    account = open_account(asked["namespace"], needed_for(plans[0]))
     rows: dict[str, tuple[str, str, str]] = {plan.model: ("not reached", "", "") for plan in plans}
     failed = 0
     try:
         for plan in plans:
             try:
-                endpoint = deploy_plan(account, plan, timeout)
+                _, endpoint = deploy_plan(account, plan, timeout, keep)
                 rows[plan.model] = (endpoint.state, hourly(endpoint.price), endpoint.url or "")
             except DeployError as error:
-                rows[plan.model] = ("failed", "", str(error))
-            except Interrupted:
-                rows[plan.model] = ("stopped", "", "")
-                raise
-            state, _, what = rows[plan.model]
-            if state == "failed":
                 failed += 1
-                note(f"error: {what}")
+                note(f"error: {error}")
+                rows[plan.model] = ("failed", "", str(error))
+            except Interrupted as stop:
+                rows[plan.model] = ("stopped", "", str(stop))
+                raise
     finally:
         table = make_table("model", "state", "per replica", "URL, or what went wrong")
         for key, row in rows.items():
@@ -189,6 +157,42 @@ def deploy_all(
         print_wide(table)
     if failed:
         raise DeployError(f"{failed} of {len(plans)} models failed; `make deploy-all` again goes on with them")
+
+
+def deploy_plan(account: Account, plan: Plan, timeout: float, keep: bool) -> tuple[Plan, Endpoint]:
+    """The whole way. Everything that can refuse is asked before the first change; a second run changes nothing."""
+    say(f"Deploying {plan.model} as {account.namespace}/{plan.name}")
+    with interruptible("nothing was changed"):
+        endpoint = Endpoint.find(account, plan.name)
+        endpoint.check_ours(plan.models)
+        endpoint.check_fixed(plan)
+    left = ["nothing was changed"]
+    with endpoint.nothing_bills_unseen(plan.variables, keep, left):
+        repository = Repository(account, plan.name)
+        repository.check_ours(plan.models)
+        weights = repository.find_weights(plan)
+        kept = endpoint.region if endpoint.exists else None
+        plan = plan.with_hardware(account.hardware, kept, endpoint.holds(plan))
+        say(f"{plan.instance} {plan.size} in {plan.vendor} {plan.region}: {describe_price(plan.price)} at work")
+
+        say(f"Repository {repository.page}" + ("" if repository.exists else ", new and private"))
+        left[:] = [f"the repository {repository.id} stays, it may be incomplete and costs nothing"]
+        repository.create()
+        revision = repository.upload(plan, weights)
+
+        say(f"Endpoint {endpoint.page}")
+        left.clear()
+        # A container that has to fetch gated weights itself needs the token; the API keeps it as a secret.
+        gated = plan.weights == "hub" and any(info.gated for info in weights.values())
+        endpoint.deploy(plan, repository.id, revision, account.token if gated else None)
+        endpoint.wait(timeout, plan.variables)
+        endpoint.check_type(plan)
+
+        say("Smoke test")
+        for key in plan.models:
+            url = endpoint.url if len(plan.models) == 1 else f"{endpoint.url}/{key}"
+            say(f"  {smoke_test(url, account.token)}")
+    return plan, endpoint
 
 
 @command
@@ -199,12 +203,14 @@ def endpoints(namespace: NamespaceOption = None) -> None:
     if not found:
         say(f"{account.namespace} has no endpoint of this project; `make deploy MODEL=tiny` makes a first one")
         return
-    table = make_table("name", "model", "state", "instance", "replicas", "access", "per replica", "URL")
+    table = make_table("name", "model", "state", "instance", "replicas", "access", "an hour", "up at most", "URL")
     for one in found:
-        price = hourly(one.price)
-        table.add_row(one.name, one.model, one.state, one.instance, one.replicas, one.access, price, one.url or "")
+        row = (one.name, ",".join(one.models), one.state, " ".join(one.instance), one.replicas, one.access)
+        table.add_row(*row, hourly(one.price), one.spent, one.url or "")
     print_wide(table)
-    say("paused and scaledToZero cost nothing")
+    say(
+        "paused and scaledToZero cost nothing; `make pause-all` pauses all. Up: since the last change, as the API tells"
+    )
 
 
 @command
@@ -225,13 +231,34 @@ def smoke(
         )
     if endpoint.state not in READY or not endpoint.url:
         raise DeployError(f"the endpoint {endpoint.name} is {endpoint.state}: {endpoint.message} ({endpoint.page})")
-    say(f"{endpoint.url}: {smoke_test(endpoint.url, account.token)}")
+    for path in [f"/{key}" for key in endpoint.models] if len(endpoint.models) > 1 else [""]:
+        say(f"{endpoint.url}{path}: {smoke_test(endpoint.url + path, account.token)}")
 
 
 @command
 def pause(model: ModelOption = None, namespace: NamespaceOption = None, name: NameOption = None) -> None:
     """Stop an endpoint, and with it its cost, until `resume`."""
     _, endpoint = find_endpoint(model, namespace, name)
+    pause_one(endpoint)
+
+
+@command
+def pause_all(namespace: NamespaceOption = None) -> None:
+    """Stop every endpoint of this project, whatever becomes of one of them."""
+    account = open_account(namespace)
+    failed = []
+    for endpoint in Endpoint.find_all(account):
+        try:
+            pause_one(endpoint)
+        except DeployError as error:
+            note(f"error: {error}")
+            failed.append(f"{endpoint.name} ({endpoint.page})")
+    if failed:
+        raise DeployError(f"MAY BE RUNNING, and cost: {', '.join(failed)}")
+    say(f"nothing of this project costs anything in {account.namespace}")
+
+
+def pause_one(endpoint: Endpoint) -> None:
     if endpoint.state != "paused":
         endpoint.pause()
     say(f"{endpoint.name} is {endpoint.state}: it costs nothing and answers nothing until `make resume`")
@@ -243,12 +270,13 @@ def resume(
     namespace: NamespaceOption = None,
     name: NameOption = None,
     timeout: TimeoutOption = 30,
+    keep: KeepOption = False,
 ) -> None:
     """Start a paused endpoint again and wait for it."""
     _, endpoint = find_endpoint(model, namespace, name)
-    if endpoint.state == "paused":
-        endpoint.resume()
-    with interruptible(lambda: f"the endpoint {endpoint.name} goes on starting; `make pause` stops it"):
+    with endpoint.nothing_bills_unseen(f"MODEL={model}", keep, []):
+        if endpoint.state == "paused":
+            endpoint.resume()
         endpoint.wait(timeout, f"MODEL={model}")
     say(f"{endpoint.name} is {endpoint.state}: {endpoint.url}, {describe_price(endpoint.price)}")
 
@@ -261,15 +289,15 @@ def undeploy(
     delete_repo: Annotated[bool, typer.Option("--delete-repo", help="Delete the repository on the Hub too.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete an endpoint, and its repository where asked to."""
-    find_model(model)
+    """Delete an endpoint, wait until it is gone, and delete its repository where asked to."""
+    models = find_models(model)
     account = open_account(namespace)
-    name = name or default_name(model)
+    name = name or default_name(*models)
     endpoint = Endpoint.find(account, name)
-    endpoint.check_ours(model)
+    endpoint.check_ours(models)
     repository = Repository(account, name) if delete_repo else None
     if repository:
-        repository.check_ours(model)
+        repository.check_ours(models)
     doomed = [f"the endpoint {name}"] if endpoint.exists else []
     doomed += [f"the repository {repository.id}"] if repository and repository.exists else []
     if not doomed:
@@ -277,10 +305,11 @@ def undeploy(
         return
     if not yes and not confirm(f"Delete {' and '.join(doomed)}?"):
         raise DeployError("nothing was deleted; YES=1 deletes without asking")
-    if endpoint.exists:
-        endpoint.delete()
-    if repository and repository.exists:
-        repository.delete()
+    with interruptible(f"{' and '.join(doomed)} may be there yet, and cost; `make endpoints` shows it"):
+        if endpoint.exists:
+            endpoint.delete()
+        if repository and repository.exists:
+            repository.delete()
     say(f"deleted {' and '.join(doomed)}")
     if not delete_repo:
         say(f"the repository {account.namespace}/{name} stays, at no cost; DELETE_REPO=1 deletes it too")
@@ -296,50 +325,16 @@ def confirm(question: str) -> bool:
 
 
 def find_endpoint(model: str | None, namespace: str | None, name: str | None) -> tuple[Account, Endpoint]:
-    find_model(model)
+    models = find_models(model)
     account = open_account(namespace)
-    endpoint = Endpoint.find(account, name or default_name(model))
+    endpoint = Endpoint.find(account, name or default_name(*models))
     if not endpoint.exists:
         raise DeployError(
             f"there is no endpoint {endpoint.name} in {account.namespace}; `make endpoints` lists what there is, "
             f"`make deploy MODEL={model}` makes it"
         )
-    endpoint.check_ours(model)
+    endpoint.check_ours(models)
     return account, endpoint
-
-
-def deploy_plan(account: Account, plan: Plan, timeout: float) -> Endpoint:
-    """The whole way. Everything that can refuse is asked before the first change; a second run changes nothing."""
-    say(f"Deploying {plan.model} as {account.namespace}/{plan.name}: {describe_price(plan.price)} at work")
-    left = "nothing was changed"
-    with interruptible(lambda: f"{left}; the same command again goes on from there"):
-        checkpoint = find_checkpoint(account, plan)
-        repository = Repository(account, plan.name)
-        repository.check_ours(plan.model)
-        endpoint = Endpoint.find(account, plan.name)
-        endpoint.check_ours(plan.model)
-        endpoint.check_fixed(plan)
-        files = repository_files(plan, checkpoint)
-
-        say(f"Repository {repository.page}" + ("" if repository.exists else ", new and private"))
-        left = f"the repository {repository.id} stays, it may be incomplete and costs nothing"
-        repository.create()
-        revision = repository.upload(plan, files, checkpoint)
-
-        say(f"Endpoint {endpoint.page}")
-        left = f"the endpoint {plan.name} goes on starting, and costs; `make pause {plan.variables}` stops it"
-        # A container that has to fetch gated weights itself needs the token; the API keeps it as a secret.
-        needs_token = plan.weights == "hub" and checkpoint is not None and checkpoint.gated
-        endpoint.deploy(plan, repository.id, revision, {"HF_TOKEN": account.token} if needs_token else {})
-        if endpoint.state == "paused":
-            say("  it was paused: resuming it")
-            endpoint.resume()
-        endpoint.wait(timeout, plan.variables)
-
-        say("Smoke test")
-        left = f"the endpoint {plan.name} is up, and costs; `make pause {plan.variables}` stops it"
-        say(f"  {smoke_test(endpoint.url, account.token)}")
-    return endpoint
 
 
 def show_plan(plan: Plan) -> None:
@@ -353,12 +348,13 @@ def show_plan(plan: Plan) -> None:
         table.add_row(path, megabytes(size) if size is not None else "?")
     table.add_row(f"{len(listed)} files", megabytes(sum(size or 0 for _, size in listed)))
     out.print(table)
-    if plan.weights == "checkpoint":
-        say(f"   The weights are copied from {plan.checkpoint}; their sizes here are about right.")
-    if plan.weights == "hub":
-        say(f"   No weights: the endpoint fetches them from {plan.checkpoint} at every start.")
-    if plan.weights in ("checkpoint", "hub"):
-        say(f"   Their licence: {plan.handler.license}, {plan.license_link}")
+    for one in plan.sources:
+        if one.kind == "checkpoint":
+            say(f"   The weights are copied from {one.origin}, on the Hub; their sizes here are about right.")
+        if one.kind == "hub":
+            say(f"   No weights: the endpoint fetches them from {one.origin} at every start.")
+        if one.kind != "folder":
+            say(f"   Their licence: {one.handler.license}, {one.license_link}")
     say("\n2. The endpoint is created from that commit, or updated where it exists")
     table = make_table("setting", "value", show_header=False)
     replicas = f"{plan.min_replica} to {plan.max_replica}"
@@ -373,7 +369,7 @@ def show_plan(plan: Plan) -> None:
     table.add_row("container", f"the stock Inference Toolkit, task {TASK}, framework {FRAMEWORK}")
     table.add_row("tags", ", ".join(plan.tags))
     out.print(table)
-    say("\n3. What it costs")
+    say(f"\n3. What it costs, by the list of {hardware.AS_OF}; deploying asks for today's prices, quota and regions")
     for line in plan.cost:
         say(f"   {line}")
     say("\n4. It waits until the endpoint is up, sends a small picture through it and prints its URL")
@@ -381,37 +377,25 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_calling(plan: Plan, endpoint: Endpoint) -> None:
-    say(f"\n{endpoint.url}")
+    say(f"\n{endpoint.url}" + "".join(f"\n{endpoint.url}/{key}" for key in plan.models[1:]))
     for line in plan.cost:
         say(f"  {line}")
     say(f"  `make pause {plan.variables}` stops the cost; `make undeploy {plan.variables}` removes it")
+    first = plan.handlers[0]
     if plan.access == "public":
         say("\nCalling it with diffusers:\n")
-        say(diffusers_snippet(plan.handler, endpoint.url))
+        say(diffusers_snippet(first, endpoint.url))
         return
     say(f"\nACCESS={plan.access}: {CALLERS[plan.access]}.")
     say("`remote_decode` of diffusers sends no token; this does:\n")
-    say(token_snippet(plan.handler, endpoint.url))
+    say(token_snippet(first, endpoint.url))
     say("With ACCESS=public (a new NAME=..., or after `make undeploy`) this works, for anyone who knows the URL:\n")
-    say(diffusers_snippet(plan.handler, "URL"))
+    say(diffusers_snippet(first, "URL"))
 
 
 def hourly(price: float | None) -> str:
     return f"{dollars(price)}/h" if price is not None else "?"
 
 
-def print_wide(table: Table) -> None:
-    """Prints a table whose last column holds URLs: a narrow terminal wraps its rows, and a URL can be copied whole."""
-    Console(highlight=False, width=max(out.width, WIDTH)).print(table)
-
-
-def make_table(*columns: str, show_header: bool = True) -> Table:
-    table = Table(box=None, header_style="bold", show_header=show_header, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
 if __name__ == "__main__":
-    hub_logging.set_verbosity_error()
     app()

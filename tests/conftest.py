@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import diffusers
+import huggingface_hub
 import numpy as np
 import pytest
 import requests
@@ -25,6 +26,12 @@ from handlers import MODELS
 from handlers.serving.output import describe, tensor_bytes
 from scripts.local_server import serve
 from tests.small_service import Service, running_service
+
+# An endpoint never deploys: its container has a huggingface_hub that the deploying side (requirements/deploy.txt)
+# cannot use. So where that older one is installed, the tests of deploying are not collected.
+collect_ignore_glob = (
+    ["test_deploy*.py", "test_canary.py"] if int(huggingface_hub.__version__.split(".")[0]) < 2 else []
+)
 
 SERVERS = ("standalone", "toolkit")
 """In which the service runs."""

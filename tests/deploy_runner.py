@@ -1,23 +1,30 @@
-"""Runs `scripts/deploy.py` as its users do, as a process, against the tests' own Hugging Face."""
+"""Runs `scripts/deploy.py` against the tests' own Hugging Face: within the tests, for speed, or as a process.
+
+These tests are of the deploying side, which has an environment of its own (requirements/deploy.txt) with another
+huggingface_hub than the endpoint's container: they are not collected where that is older (`tests/conftest.py`).
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from typer.testing import CliRunner
 
 from handlers import MODELS
 from tests.hub_server import Hub, Repo, identity, running_hub
+from tests.project_copy import PROJECT
 
-PROJECT = Path(__file__).parents[1]
 CLOCK = Path(__file__).parent / "fast_clock"
 TOKEN = "hf_writeTokenOfTheTests"
 NAMESPACE = "ana"
@@ -27,6 +34,15 @@ LISTEN_TO_CTRL_C = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
+# Of the storage's client: one request for each block, uncompressed, and nothing else.
+XET = {
+    "HF_XET_CLIENT_LEGACY_DIRECT_XORB_UPLOAD": "true",
+    "HF_XET_CLIENT_SHARD_API_VERSION": "1",
+    "HF_XET_DATA_XORB_COMPRESSION_POLICY": "none",
+    "HF_XET_TELEMETRY_ENABLED": "0",
+}
+BAR = re.compile(r"Processing Files|New Data Upload|Validating|\d%\||\x1b")
+"""A progress bar of the storage's client."""
 WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
@@ -39,20 +55,37 @@ class Result:
     @property
     def lines(self) -> list[str]:
         """Standard error without progress bars."""
-        return [
-            line for line in self.err.splitlines() if line.strip() and not line.rstrip().endswith(("B/s]", "it/s]"))
-        ]
+        return [line for line in self.err.splitlines() if line.strip() and not BAR.search(line)]
+
+
+@dataclass
+class Clock:
+    """In place of `time`: a wait is remembered, and takes no time, or a little where it is for a real server."""
+
+    real: float = 0
+    now: float = 0
+    waits: list[float] = field(default_factory=list)
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+        time.sleep(self.real)
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 @dataclass
 class Runner:
-    """`run("deploy", "--model", "flux")` against `hub`, in a home folder of its own; `python` may be a bare one."""
+    """`run("deploy", "--model", "flux")` against `hub`, in a home folder of its own."""
 
     hub: Hub
     home: Path
     project: Path = PROJECT
     outputs: str = ""
     """Everything that was printed so far."""
+    waits: list[float] = field(default_factory=list)
+    """Seconds of each wait of the latest run within the tests."""
 
     def environment(self, token: str | None = TOKEN) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VAE_", "PYTHON"))}
@@ -63,12 +96,34 @@ class Runner:
             "HF_HOME": str(self.home / "huggingface"),
             "HF_ENDPOINT": self.hub.url,
             "HF_INFERENCE_ENDPOINTS_ENDPOINT": f"{self.hub.url}/v2",
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+            **XET,
             **({"HF_TOKEN": token} if token else {}),
         }
 
     def __call__(self, *arguments: str, token: str | None = TOKEN, answer: str = "", **variables: str) -> Result:
-        """`variables` are set in the environment; `answer` is typed."""
+        """`variables` are set in the environment; `answer` is typed. Another project than this one is a process."""
+        if self.project != PROJECT:
+            return self.process(*arguments, token=token, answer=answer, **variables)
+        from scripts import deploy
+
+        clock = Clock(0.2 if self.hub.serve == "process" else 0)
+        constants = "huggingface_hub.constants"
+        with ExitStack() as patches:
+            patches.enter_context(patch.dict(os.environ, {**self.environment(token), **variables}, clear=True))
+            patches.enter_context(patch(f"{constants}.HF_HUB_CACHE", str(self.home / "cache")))
+            patches.enter_context(patch(f"{constants}.HF_TOKEN_PATH", str(self.home / "token")))
+            for module in ("scripts.deployment.endpoint", "tenacity.nap", "huggingface_hub.utils._http"):
+                patches.enter_context(patch(f"{module}.time", clock))
+            done = CliRunner().invoke(deploy.app, arguments, input=answer or None)
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        self.waits = clock.waits
+        self.outputs += done.stdout + done.stderr
+        return Result(done.exit_code, done.stdout, done.stderr)
+
+    def process(self, *arguments: str, token: str | None = TOKEN, answer: str = "", **variables: str) -> Result:
+        """As its users run it."""
         done = subprocess.run(
             [sys.executable, "-m", "scripts.deploy", *arguments],
             cwd=self.project,
@@ -101,6 +156,13 @@ class Runner:
         return Result(process.returncode, out, err)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def storage_client() -> Iterator[None]:
+    """It reads the environment once in a process."""
+    with patch.dict(os.environ, {**XET, "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}):
+        yield
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     with running_hub(tmp_path) as hub:
@@ -126,28 +188,3 @@ def publish(hub: Hub, repository: str, folder: str = "", **options: bool) -> Rep
         {**wanted, "README.md": b"about", f"{folder}diffusion_pytorch_model.bin": b"old", "sdxl_vae.safetensors": b"x"}
     )
     return repo
-
-
-def copy_project(folder: Path) -> Path:
-    """A copy of the project to change, with all that lies about in a working tree and must not be uploaded."""
-    copy = folder / "project"
-    copy.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("handlers", "scripts", "models"):
-        shutil.copytree(PROJECT / name, copy / name, ignore=ignored)
-    for name in ("handler.py", "requirements.txt", "Makefile"):
-        shutil.copy(PROJECT / name, copy / name)
-    for name in (
-        ".env",
-        ".git/config",
-        "out/demo.png",
-        "tests/test_x.py",
-        "handlers/__pycache__/flux.pyc",
-        "handlers/.secret.py",
-        "handlers/notes.txt",
-        "handlers/serving/__pycache__/vae.py",
-        "endpoint.json",
-    ):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_text("not for upload")
-    return copy

@@ -1,8 +1,7 @@
-"""A Hugging Face of its own for the tests: the routes of the Hub and of Inference Endpoints that deploying needs.
+"""A Hugging Face of its own for the tests: what deploying needs of the Hub; `endpoints_server.py` has the rest.
 
-It keeps state: repositories with commits, endpoints whose state progresses at each look. Where `serve` is "process", an
-endpoint is the real thing: the stand-in toolkit runs the repository's `handler.py` from a clean folder. Else a stub
-gives back the picture that it was sent. Faults are injected with `fail` and `drop`.
+It keeps state: repositories with commits, and Inference Endpoints. Faults are injected with `fail`, `drop` and
+`interrupt`, before the work of a request is done or after it.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ import hashlib
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
+import signal
 import threading
 import time
 import uuid
@@ -22,24 +19,18 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import requests
 import uvicorn
 from huggingface_hub.utils.sha import git_hash
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from handlers import MODELS
-from scripts.deployment.plan import tag_of
+from tests.endpoints_server import Platform
 
-TOOLKIT = Path(__file__).parent / "toolkit"
-NOW = "2026-11-21T06:00:00.000Z"
 NO_REPOSITORY = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
-Script = list[str | tuple[str, str]]
 
 
 def identity(name: str, role: str = "write", orgs: dict[str, str] | None = None, **fine_grained: Any) -> dict[str, Any]:
@@ -78,69 +69,30 @@ class Fault:
     path: str
     times: int
     answer: Response | None
-    """None drops the connection in the middle of the request's body."""
-
-
-class Process:
-    """The stand-in toolkit over a repository's files in a clean folder, with nothing of the project around it."""
-
-    def __init__(self, files: dict[str, bytes], folder: Path) -> None:
-        self.files = files
-        for path, content in files.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = folder.with_suffix(".log")
-        environment = {
-            "HF_MODEL_DIR": str(folder),
-            "PATH": os.environ["PATH"],
-            "HOME": str(folder),
-            "HF_HUB_OFFLINE": "1",
-        }
-        app = ["webservice_starlette:app", "--app-dir", str(TOOLKIT), "--port", str(port)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "uvicorn", *app], cwd=folder, env=environment, stdout=log, stderr=log
-            )
-
-    @property
-    def state(self) -> tuple[str, str]:
-        if self.process.poll() is not None:
-            return "failed", self.log.read_text().strip().splitlines()[-1]
-        try:
-            requests.get(f"{self.url}/health", timeout=2).raise_for_status()
-        except requests.RequestException:
-            return "initializing", "the container starts"
-        return "running", ""
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
+    """None drops the connection."""
+    after: bool = False
+    """Whether the work of the request is done before."""
+    made: bool | None = None
+    """Whether there has to be an endpoint already, or must not be; None for either."""
+    interrupts: bool = False
+    """Whether the process gets a Ctrl-C, and the connection is dropped."""
 
 
 @dataclass
-class Hub:
+class Hub(Platform):
     """The server's state. Tests read and change it directly."""
 
-    folder: Path
     tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
     repos: dict[str, Repo] = field(default_factory=dict)
     lfs: dict[str, bytes] = field(default_factory=dict)
-    endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
-    serve: Literal["stub", "process"] = "stub"
-    script: Script = field(default_factory=lambda: ["pending", "initializing", "running"])
-    """The states that an endpoint goes through, a look each; the last one stays."""
+    full: str = ""
+    """What the Hub says of a namespace that has no storage left; nothing where it has."""
+    storage: str = ""
+    """Address of the Xet storage server; this one by default."""
+    elsewhere: set[str] = field(default_factory=set)
+    """Repositories in another storage region, from where files are not copied."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
-    url: str = ""
-    pending: dict[str, Script] = field(default_factory=dict)
-    processes: dict[str, Process] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict)
-    stub_answer: bytes | None = None
-    """What the stub decodes to instead of the picture it was sent."""
 
     def fail(
         self,
@@ -150,13 +102,24 @@ class Hub:
         error: str = "",
         times: int = 1000,
         headers: dict[str, str] | None = None,
+        **when: bool,
     ) -> None:
-        """The next `times` requests that match get this answer. A `Retry-After` keeps the tests fast."""
-        answer = JSONResponse({"error": error}, status, {"Retry-After": "0", **(headers or {})})
-        self.faults.append(Fault(method, path, times, answer))
+        """The next `times` requests that match get this answer. `when` are fields of `Fault`."""
+        self.faults.append(Fault(method, path, times, JSONResponse({"error": error}, status, headers), **when))
 
-    def drop(self, method: str, path: str, times: int = 1000) -> None:
-        self.faults.append(Fault(method, path, times, None))
+    def drop(self, method: str, path: str, times: int = 1000, **when: bool) -> None:
+        self.faults.append(Fault(method, path, times, None, **when))
+
+    def interrupt(self, method: str, path: str, **when: bool) -> None:
+        """Ctrl-C in this process, once, when such a request comes."""
+        self.faults.append(Fault(method, path, 1, None, **when, interrupts=True))
+
+    def fault(self, method: str, path: str) -> Fault | None:
+        for one in self.faults:
+            there = one.made in (None, bool(self.endpoints))
+            if one.times and there and one.method == method and re.search(one.path, path):
+                return one
+        return None
 
     def sent(self, pattern: str) -> list[str]:
         """The requests so far, as "METHOD path", that match."""
@@ -165,12 +128,8 @@ class Hub:
 
     def changes(self) -> list[str]:
         """The requests so far that could change something."""
-        reads = re.compile(r"^(GET|HEAD)|validate-yaml|/live/")
+        reads = re.compile(r"^(GET|HEAD)|validate-yaml|preupload|paths-info|/live/")
         return [f"{method} {path}" for method, path in self.requests if not reads.search(f"{method} {path}")]
-
-    def stop(self) -> None:
-        for process in self.processes.values():
-            process.stop()
 
     # The Hub
 
@@ -179,9 +138,10 @@ class Hub:
         who = self.who(request)
         if who is None:
             return False
-        roles = {who["name"]: "admin"} | {org["name"]: org["roleInOrg"] for org in who["orgs"]}
-        token = who["auth"]["accessToken"]
-        return namespace in roles and not (write and (roles[namespace] == "read" or token["role"] == "read"))
+        roles = {who["name"]: "admin"} | {org["name"]: org["roleInOrg"] for org in who["orgs"] or []}
+        # With OAuth, which `hf auth login` is, `auth` has no access token, and the login's scopes are not told.
+        token = (who.get("auth") or {}).get("accessToken") or {}
+        return namespace in roles and not (write and "read" in (roles[namespace], token.get("role")))
 
     def who(self, request: Request) -> dict[str, Any] | None:
         return self.tokens.get(request.headers.get("authorization", "").removeprefix("Bearer "))
@@ -260,19 +220,63 @@ class Hub:
 
         return JSONResponse({"files": [describe(file["path"]) for file in (await request.json())["files"]]})
 
-    async def lfs_batch(self, request: Request) -> Response:
-        def describe(oid: str, size: int) -> dict[str, Any]:
-            upload = {"upload": {"href": f"{self.url}/lfs/{oid}", "header": {}}}
-            return {"oid": oid, "size": size, **({} if oid in self.lfs else {"actions": upload})}
+    async def paths_info(self, request: Request) -> Response:
+        """Of each file its hash in Xet storage too, which every file in LFS has by now."""
+        repo = self.readable(request)
+        if repo is None:
+            return JSONResponse({"error": "Repository not found"}, 404, NO_REPOSITORY)
+        if not self.may_open(request, repo):
+            return gated()
+        _, files = repo.at(request.path_params["revision"])
+        answer = []
+        for path in (await request.form()).getlist("paths"):
+            if path in files:
+                file = describe_file(path, files[path])
+                answer.append({"type": "file", "path": path, "oid": file["blobId"], "size": file["size"]})
+                if lfs := file.get("lfs"):
+                    answer[-1] |= {"lfs": {**lfs, "oid": lfs["sha256"]}, "xetHash": lfs["sha256"]}
+        return JSONResponse(answer)
 
-        objects = (await request.json())["objects"]
-        return JSONResponse({"transfer": "basic", "objects": [describe(one["oid"], one["size"]) for one in objects]})
+    async def duplicate(self, request: Request) -> Response:
+        """Files in LFS from one repository into another, on the server; within one storage region (huggingface_hub)."""
+        name, body = request.path_params["repo"], await request.json()
+        if not self.member(request, body["target"]["name"].split("/")[0], write=True):
+            return JSONResponse({"error": "Forbidden"}, 403)
+        if name in self.elsewhere:
+            return JSONResponse({"error": "Cannot duplicate files across storage regions"}, 400)
+        for _, files in self.repos[name].commits:
+            self.lfs |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
+        return JSONResponse({"success": True, "processed": len(body["files"]), "failed": []})
 
-    async def lfs_upload(self, request: Request) -> Response:
-        body = await request.body()
-        assert hashlib.sha256(body).hexdigest() == request.path_params["oid"]
-        self.lfs[request.path_params["oid"]] = body
-        return PlainTextResponse("OK")
+    async def xet_token(self, request: Request) -> Response:
+        """Leave to write, and where to: a namespace that is full is told here, with 403."""
+        if not self.member(request, request.path_params["repo"].split("/")[0], write=True):
+            return JSONResponse({"error": "Forbidden"}, 403)
+        if self.full:
+            return JSONResponse({"error": self.full}, 403)
+        url, expires = self.storage or f"{self.url}/cas", int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(expires)}
+        return JSONResponse({"casUrl": url, "accessToken": "xet", "exp": expires}, headers=headers)
+
+    async def xorb(self, request: Request) -> Response:
+        """A block of chunks, each after eight bytes: a version, its length, the compression (0, none), its length."""
+        body, content, start = await request.body(), b"", 0
+        while start < len(body) and body[start] == 0:
+            size = int.from_bytes(body[start + 1 : start + 4], "little")
+            assert body[start + 4] == 0, "HF_XET_DATA_XORB_COMPRESSION_POLICY=none"
+            content += body[start + 8 : start + 8 + size]
+            start += 8 + size
+        self.lfs[hashlib.sha256(content).hexdigest()] = content
+        return JSONResponse({"was_inserted": True})
+
+    async def shard(self, request: Request) -> Response:
+        return JSONResponse({"result": 1})
+
+    async def unknown_chunk(self, request: Request) -> Response:
+        return PlainTextResponse("", 404)
+
+    def files(self, raw: dict[str, Any]) -> dict[str, bytes]:
+        return self.repos[raw["model"]["repository"]].at(raw["model"]["revision"])[1]
 
     async def commit(self, request: Request) -> Response:
         name = request.path_params["repo"]
@@ -304,129 +308,8 @@ class Hub:
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": sha}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
-    # Inference Endpoints
-
-    async def endpoints_of(self, request: Request) -> Response:
-        namespace = request.path_params["namespace"]
-        if not self.member(request, namespace, write=request.method == "POST"):
-            return JSONResponse({"error": "Forbidden"}, 403)
-        if request.method == "GET":
-            return JSONResponse(
-                {"items": [raw for key, raw in self.endpoints.items() if key.startswith(f"{namespace}/")]}
-            )
-        body = await request.json()
-        key = f"{namespace}/{body['name']}"
-        if key in self.endpoints:
-            return JSONResponse({"error": "Endpoint name already in use"}, 409)
-        self.endpoints[key] = {**body, "healthRoute": "/health", "status": {"createdAt": NOW, "updatedAt": NOW}}
-        self.start(key)
-        return JSONResponse(self.public(key))
-
-    async def endpoint(self, request: Request) -> Response:
-        namespace, key = (
-            request.path_params["namespace"],
-            f"{request.path_params['namespace']}/{request.path_params['name']}",
-        )
-        if not self.member(request, namespace, write=request.method != "GET"):
-            return JSONResponse({"error": "Forbidden"}, 403)
-        if key not in self.endpoints:
-            return JSONResponse({"error": "Endpoint not found"}, 404)
-        if request.method == "GET":
-            await run_in_threadpool(self.look, key)
-        elif request.method == "DELETE":
-            self.halt(key)
-            del self.endpoints[key]
-            return Response(status_code=202)
-        else:
-            merge(self.endpoints[key], await request.json())
-            if self.endpoints[key]["status"]["state"] != "paused":
-                self.start(key)
-        return JSONResponse(self.public(key))
-
-    async def action(self, request: Request) -> Response:
-        key = f"{request.path_params['namespace']}/{request.path_params['name']}"
-        if request.path_params["action"] == "pause":
-            self.pending.pop(key, None)
-            self.endpoints[key]["status"] |= {"state": "paused", "message": "", "readyReplica": 0}
-        else:
-            self.start(key)
-        return JSONResponse(self.public(key))
-
-    def public(self, key: str) -> dict[str, Any]:
-        """The API's description of an endpoint: secrets by name alone."""
-        raw = json.loads(json.dumps(self.endpoints[key]))
-        if "secrets" in raw["model"]:
-            raw["model"]["secrets"] = dict.fromkeys(raw["model"]["secrets"], "")
-        return raw
-
-    def start(self, key: str) -> None:
-        """Begins a deployment of the endpoint's pinned revision. A process that runs it already is kept, for speed."""
-        raw = self.endpoints[key]
-        self.pending[key] = list(self.script)
-        if self.serve == "process" and (key not in self.processes or self.processes[key].files != self.files(raw)):
-            self.halt(key)
-            self.processes[key] = Process(self.files(raw), Path(self.folder, uuid.uuid4().hex))
-        raw["status"] |= {"url": f"{self.url}/live/{key}", "updatedAt": f"2026-11-21T{time.strftime('%H:%M:%S')}.000Z"}
-        self.look(key)
-
-    def look(self, key: str) -> None:
-        """One step on in the endpoint's states."""
-        status, steps = self.endpoints[key]["status"], self.pending.get(key)
-        if steps:
-            step = steps.pop(0)
-            state, message = (step, "") if isinstance(step, str) else step
-            if state == "running" and key in self.processes:
-                state, message = self.processes[key].state
-                if state == "initializing":
-                    steps.insert(0, step)
-            status |= {"state": state, "message": message, "readyReplica": int(state == "running")}
-
-    def files(self, raw: dict[str, Any]) -> dict[str, bytes]:
-        return self.repos[raw["model"]["repository"]].at(raw["model"]["revision"])[1]
-
-    def halt(self, key: str) -> None:
-        if process := self.processes.pop(key, None):
-            process.stop()
-
-    async def live(self, request: Request) -> Response:
-        """The platform's proxy before an endpoint: access, replicas that sleep, and the container behind."""
-        key = f"{request.path_params['namespace']}/{request.path_params['name']}"
-        raw = self.endpoints.get(key)
-        if raw is None:
-            return PlainTextResponse("", 404)
-        if raw["type"] != "public" and self.who(request) is None:
-            return JSONResponse({"error": "Unauthorized"}, 401)
-        if raw["status"]["state"] == "scaledToZero" and "x-scale-up-timeout" in request.headers:
-            raw["status"] |= {"state": "running", "readyReplica": 1}
-        if raw["status"]["state"] != "running":
-            return JSONResponse({"error": "503 Service Unavailable"}, 503)
-        body = await request.body()
-        if key in self.processes:
-            return await run_in_threadpool(self.forward, key, request, body)
-        return self.stub(key, request, body)
-
-    def forward(self, key: str, request: Request, body: bytes) -> Response:
-        url = f"{self.processes[key].url}/{request.path_params.get('path', '')}?{request.url.query}"
-        headers = {name: request.headers[name] for name in ("content-type", "accept") if name in request.headers}
-        answer = requests.request(request.method, url, data=body, headers=headers, timeout=60)
-        skipped = ("content-length", "content-encoding", "transfer-encoding", "connection", "server", "date")
-        kept = {name: value for name, value in answer.headers.items() if name.lower() not in skipped}
-        return Response(answer.content, answer.status_code, kept)
-
-    def stub(self, key: str, request: Request, body: bytes) -> Response:
-        tag = self.endpoints[key]["tags"][1]
-        video = any(model.kind == "video" for name, model in MODELS.items() if tag_of(name) == tag)
-        if request.path_params.get("path") != "decode":
-            self.pictures[key] = body
-            shape = [1, 4, 1, 4, 4] if video else [1, 4, 4, 4]
-            headers = {"shape": json.dumps(shape), "dtype": "float16"}
-            return Response(bytes(128), media_type="tensor/binary", headers=headers)
-        if video:
-            return Response(b"\x00\x00\x00\x18ftypisom", media_type="video/mp4")
-        return Response(self.stub_answer or self.pictures[key], media_type="image/png")
-
     def app(self) -> Starlette:
-        repo, endpoint = "{repo:path}", "/v2/endpoint/{namespace}/{name}"
+        repo = "{repo:path}"
         return Starlette(
             routes=[
                 Route("/api/whoami-v2", self.whoami),
@@ -435,17 +318,17 @@ class Hub:
                 Route("/api/validate-yaml", self.validate_yaml, methods=["POST"]),
                 Route(f"/api/models/{repo}/auth-check", self.auth_check),
                 Route(f"/api/models/{repo}/preupload/{{revision}}", self.preupload, methods=["POST"]),
+                Route(f"/api/models/{repo}/paths-info/{{revision}}", self.paths_info, methods=["POST"]),
+                Route(f"/api/models/{repo}/lfs-files/duplicate", self.duplicate, methods=["POST"]),
+                Route(f"/api/models/{repo}/xet-write-token/{{revision}}", self.xet_token),
                 Route(f"/api/models/{repo}/commit/{{revision}}", self.commit, methods=["POST"]),
                 Route(f"/api/models/{repo}/revision/{{revision}}", self.repo_info),
                 Route(f"/api/models/{repo}", self.repo_info),
-                Route(f"/{repo}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
-                Route("/lfs/{oid}", self.lfs_upload, methods=["PUT"]),
+                Route("/cas/v1/chunks/{path:path}", self.unknown_chunk),
+                Route("/cas/v1/xorbs/{path:path}", self.xorb, methods=["POST"]),
+                Route("/cas/v1/shards", self.shard, methods=["POST"]),
+                *self.endpoint_routes(),
                 Route(f"/{repo}/resolve/{{revision}}/{{path:path}}", self.resolve),
-                Route("/v2/endpoint/{namespace}", self.endpoints_of, methods=["GET", "POST"]),
-                Route(endpoint, self.endpoint, methods=["GET", "PUT", "DELETE"]),
-                Route(f"{endpoint}/{{action}}", self.action, methods=["POST"]),
-                Route("/live/{namespace}/{name}/{path:path}", self.live, methods=["GET", "POST"]),
-                Route("/live/{namespace}/{name}", self.live, methods=["GET", "POST"]),
             ]
         )
 
@@ -457,17 +340,26 @@ class Hub:
                 return await app(scope, receive, send)
             method, path = scope["method"], scope["path"]
             self.requests.append((method, path))
-            for fault in self.faults:
-                if fault.times and fault.method == method and re.search(fault.path, path):
-                    fault.times -= 1
-                    if fault.answer is None:
-                        await receive()
-                        send.__self__.transport.abort()
-                        return None
-                    return await fault.answer(scope, receive, send)
-            return await app(scope, receive, send)
+            fault = self.fault(method, path)
+            if fault is None:
+                return await app(scope, receive, send)
+            fault.times -= 1
+            if fault.after:
+                await app(scope, receive, nowhere)
+            if fault.interrupts:
+                os.kill(os.getpid(), signal.SIGINT)
+            if fault.answer is None:
+                if not fault.after:
+                    await receive()
+                send.__self__.transport.abort()
+                return None
+            return await fault.answer(scope, receive, send)
 
         return run
+
+
+async def nowhere(message: dict[str, Any]) -> None:
+    """Where an answer goes that is lost."""
 
 
 def describe_file(path: str, content: bytes) -> dict[str, Any]:
@@ -486,18 +378,10 @@ def gated() -> Response:
     return JSONResponse({"error": "Access to this model is restricted"}, 403, {"X-Error-Code": "GatedRepo"})
 
 
-def merge(into: dict[str, Any], changes: dict[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = value
-
-
 @contextmanager
 def running_hub(folder: Path) -> Iterator[Hub]:
     """A hub that answers at `hub.url`."""
-    hub = Hub(folder)
+    hub = Hub(folder=folder)
     app = hub.with_faults(hub.app())
     config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", http="h11")
     server = uvicorn.Server(config)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from handlers import MODELS
-from scripts.deployment.prices import hourly_price
+from scripts.deployment.hardware import table_price
 from tests.deploy_runner import NAMESPACE, PROJECT, PUBLISHED, TOKEN, Runner, deploy, hub
 from tests.hub_server import Hub, identity
 
 __all__ = ["deploy", "hub"]  # fixtures
 
-TARGETS = ("deploy", "deploy-all", "endpoints", "smoke", "pause", "resume", "undeploy")
+TARGETS = ("deploy", "deploy-all", "endpoints", "smoke", "pause", "pause-all", "resume", "undeploy")
 
 
 def documented_commands(text: str) -> list[str]:
@@ -114,11 +114,11 @@ def test_the_documented_prices_are_the_tables_own() -> None:
     text = (PROJECT / "docs" / "deploying.md").read_text()
     rows = re.findall(r"^\| `([\w-]+)` x1 \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     for instance, price, month in rows:
-        assert hourly_price("aws", instance, "x1") == float(price)
+        assert table_price("aws", instance, "x1") == float(price)
         assert float(month) == pytest.approx(float(price) * 1.25 * 30, abs=0.005)
     instances = [instance for instance, *_ in rows]
     assert set(instances) == {model.instance for model in MODELS.values()}
     assert [MODELS[key].instance for key in ("tiny", "sdxl", "flux")] == instances[:3]
-    published = [hourly_price("aws", MODELS[key].instance, "x1") for key in PUBLISHED]
+    published = [table_price("aws", MODELS[key].instance, "x1") for key in PUBLISHED]
     cost = f"${min(published):.2f} to ${max(published):.2f} an hour for the published models"
     assert cost in (PROJECT / "README.md").read_text()

@@ -22,7 +22,9 @@ def make(*arguments: str) -> tuple[int, str]:
         (("deploy", "MODEL=flux", "DRY_RUN=1"), '--model "flux" --dry-run'),
         (("deploy", "MODEL=flux", "DRY_RUN=0"), '--model "flux"'),
         (("deploy", "MODEL=flux", "DRY_RUN="), '--model "flux"'),
-        (("deploy-all", "DRY_RUN=1"), "--dry-run"),
+        (("deploy-all", "DRY_RUN=1"), "--all --dry-run"),
+        (("pause-all", "NAMESPACE=lab"), '--namespace "lab"'),
+        (("deploy", "MODEL=a,b", "MIN_REPLICA=1", "KEEP=1"), '--model "a,b" --min-replica "1" --keep'),
         (("undeploy", "MODEL=x", "YES=0", "DELETE_REPO=0"), '--model "x"'),
         (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO="), '--model "x" --yes'),
         (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO=1"), '--model "x" --delete-repo --yes'),
@@ -33,7 +35,13 @@ def make(*arguments: str) -> tuple[int, str]:
 def test_a_switch_is_on_for_1_alone(arguments: tuple[str, ...], options: str) -> None:
     status, line = make(*arguments)
     assert status == 0
-    assert line.endswith(options if arguments[0].startswith("test") else f"{arguments[0]} {options}")
+    assert line.endswith(
+        options
+        if arguments[0].startswith("test")
+        else f"{arguments[0].removesuffix('-all')} {options}"
+        if "deploy" in arguments[0]
+        else f"{arguments[0]} {options}"
+    )
 
 
 @pytest.mark.parametrize(

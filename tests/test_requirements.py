@@ -1,5 +1,22 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def names(file: str) -> dict[str, str]:
+    """Package and version of each line of a file of requirements."""
+    lines = re.findall(r"^([\w-]+)(?:\[\w+\])?([<>=].*)?$", (ROOT / file).read_text(), re.MULTILINE)
+    return {name.lower(): bounds for name, bounds in lines}
+
+
+def test_what_the_image_does_not_hold_has_an_upper_bound() -> None:
+    """An endpoint installs it anew at each start."""
+    held = names("requirements/toolkit-image.txt").keys() | {"numpy", "anyio"}  # of pandas and of starlette
+    floating = [name for name, bounds in names("requirements.txt").items() if name not in held and "<" not in bounds]
+    assert floating == []
 
 
 def test_what_is_installed_is_consistent() -> None:

@@ -70,6 +70,9 @@ class Settings(Limits):
         """
         endpoint = repository / "endpoint.json"
         values = json.loads(endpoint.read_text()) if endpoint.is_file() else {}
+        if several := values.pop("models", None):
+            values["model"] = ",".join(one["model"] for one in several)
+            values["revisions"] = {one["model"]: one["revision"] for one in several if "revision" in one}
         if values and os.environ.get("VAE_MODEL", values.get("model")) != values.get("model"):
             values = {"foreign_repository": True}
         for name in cls.model_fields:

@@ -7,14 +7,13 @@ import json
 import math
 from dataclasses import dataclass
 from time import perf_counter
-from urllib.parse import urlsplit
+from typing import Any
 
-import requests
+import httpx2
 from PIL import Image, ImageChops, ImageStat
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
-from scripts.deployment.calls import DeployError
-from scripts.deployment.console import note, out
+from scripts.deployment.console import DeployError, note, out
 
 SIZE = 256
 """Pixels, height and width."""
@@ -45,23 +44,12 @@ class SmokeResult:
         )
 
 
-class _Bearer(requests.auth.AuthBase):
-    """The token. As a mere header it would give way to whatever ~/.netrc has for the host."""
-
-    def __init__(self, token: str) -> None:
-        self.token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
-
-
-class _Starting(Exception):
-    """No replica is up yet."""
-
-
 def is_hugging_face(url: str) -> bool:
-    return urlsplit(url).scheme == "https" and (urlsplit(url).hostname or "").endswith(HOSTS)
+    try:
+        address = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        return False
+    return address.scheme == "https" and address.host.endswith(HOSTS)
 
 
 def smoke_test(url: str, token: str | None) -> SmokeResult:
@@ -70,26 +58,29 @@ def smoke_test(url: str, token: str | None) -> SmokeResult:
     Raises:
         DeployError: an answer is not what the protocol promises, or the picture is lost.
     """
-    session = requests.Session()
-    session.headers["X-Scale-Up-Timeout"] = str(WAKE_UP)
-    if token:
-        session.auth = _Bearer(token)
-    picture = _picture()
+    headers = {"X-Scale-Up-Timeout": str(WAKE_UP), **({"Authorization": f"Bearer {token}"} if token else {})}
+    across = Image.linear_gradient("L").resize((SIZE, SIZE))  # smooth, so that any trained VAE keeps it
+    picture = Image.merge("RGB", (across, across.rotate(90), Image.radial_gradient("L").resize((SIZE, SIZE))))
     body = io.BytesIO()
     picture.save(body, "PNG")
-
-    with out.status("encoding and decoding a picture"):
-        encoded, encode_seconds = _post(session, f"{url.rstrip('/')}/encode", data=body.getvalue())
-        shape, dtype = _tensor_header(encoded)
-        decoded, decode_seconds = _post(
-            session,
-            f"{url.rstrip('/')}/decode",
-            data=encoded.content,
-            params={"shape": shape, "dtype": dtype, "image_format": "png"},  # a video model answers with an MP4
-            headers={"Content-Type": "tensor/binary"},
-        )
-    video = decoded.content[4:8] == b"ftyp"
-    psnr = None if video else _psnr(picture, _read_picture(decoded.content))
+    url = url.rstrip("/")
+    with (
+        httpx2.Client(headers=headers, timeout=httpx2.Timeout(WAKE_UP + 60, connect=30)) as session,
+        out.status("encoding and decoding a picture"),
+    ):
+        encoded, encode_seconds = _post(session, f"{url}/encode", content=body.getvalue())
+        try:
+            shape, dtype = json.loads(encoded.headers["shape"]), encoded.headers["dtype"]
+            size = math.prod(shape) * {"float16": 2, "bfloat16": 2, "float32": 4}[dtype]
+        except (KeyError, ValueError):
+            raise DeployError(f"{url} answered an encode with no latents: is it an endpoint of this project?") from None
+        if len(encoded.content) != size:
+            raise DeployError(f"{url} answered {len(encoded.content)} bytes for latents {shape} of {dtype}")
+        # a video model answers with an MP4
+        parameters = {"shape": json.dumps(shape), "dtype": dtype, "image_format": "png"}
+        request = {"content": encoded.content, "params": parameters, "headers": {"Content-Type": "tensor/binary"}}
+        decoded, decode_seconds = _post(session, f"{url}/decode", **request)
+    psnr = None if decoded.content[4:8] == b"ftyp" else _psnr(picture, decoded.content)
     if psnr is not None and psnr < LOWEST_PSNR:
         raise DeployError(
             f"{url} gave back another picture ({psnr:.1f} dB, under {LOWEST_PSNR:.0f}): are the weights its own?"
@@ -97,72 +88,51 @@ def smoke_test(url: str, token: str | None) -> SmokeResult:
     return SmokeResult(encode_seconds, decode_seconds, shape, psnr)
 
 
-def _picture() -> Image.Image:
-    """A smooth picture in three colours, so that any trained VAE keeps it."""
-    across = Image.linear_gradient("L").resize((SIZE, SIZE))
-    return Image.merge("RGB", (across, across.rotate(90), Image.radial_gradient("L").resize((SIZE, SIZE))))
-
-
-def _post(session: requests.Session, url: str, **request: object) -> tuple[requests.Response, float]:
+def _post(session: httpx2.Client, url: str, **request: Any) -> tuple[httpx2.Response, float]:
     """The answer, and the seconds of the request that got it; while a replica starts it is asked again."""
 
-    def send() -> tuple[requests.Response, float]:
+    def send() -> tuple[httpx2.Response, float]:
         start = perf_counter()
-        response = session.post(url, timeout=WAKE_UP + 60, **request)
-        if response.status_code in STARTING:
-            raise _Starting(f"{url} answers {response.status_code}: no replica is up yet")
-        return response, perf_counter() - start
+        return session.post(url, **request), perf_counter() - start
 
     def tell(state: RetryCallState) -> None:
         if state.attempt_number == 1:
-            note(f"  {state.outcome.exception()}; waiting for it")
+            note(f"  {url} answers {state.outcome.result()[0].status_code}: no replica is up yet; waiting for it")
 
-    retrying = Retrying(
-        retry=retry_if_exception_type(_Starting),
-        wait=wait_fixed(5),
-        stop=stop_after_delay(WAKE_UP),
-        before_sleep=tell,
-        reraise=True,
-    )
     try:
-        response, seconds = retrying(send)
-    except _Starting as error:
-        raise DeployError(f"{error}, after {WAKE_UP // 60} minutes; look again with `make endpoints`") from None
-    except requests.RequestException as error:
+        response, seconds = Retrying(
+            retry=retry_if_result(lambda answer: answer[0].status_code in STARTING),
+            wait=wait_fixed(5),
+            stop=stop_after_delay(WAKE_UP),
+            before_sleep=tell,
+            retry_error_callback=lambda state: state.outcome.result(),
+        )(send)
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise DeployError(f"{url} cannot be reached: {type(error).__name__}; is the address right?") from None
+    if response.is_success:
+        return response, seconds
+    try:
+        said = str(response.json()["error"])[:300]
+    except (ValueError, KeyError, TypeError):
+        said = " ".join(response.text.split())[:300] or response.reason_phrase
+    refused = ""
     if response.status_code in (401, 403):
-        raise DeployError(f"{url} answers {response.status_code}: this endpoint is not for this token (or for none)")
-    if not response.ok:
-        raise DeployError(f"{url} answers {response.status_code}: {' '.join(response.text.split())[:300]}")
-    return response, seconds
+        refused = (
+            " and does not take this token"
+            if "Authorization" in session.headers
+            else " and takes no one without a token"
+        )
+    raise DeployError(f"{url} answers {response.status_code}{refused}: {said}")
 
 
-def _tensor_header(response: requests.Response) -> tuple[list[int], str]:
+def _psnr(expected: Image.Image, content: bytes) -> float:
+    """Peak signal-to-noise ratio in dB."""
     try:
-        shape, dtype = json.loads(response.headers["shape"]), response.headers["dtype"]
-        width = {"float16": 2, "bfloat16": 2, "float32": 4}[dtype]
-    except (KeyError, ValueError):
-        raise DeployError(
-            f"{response.url} answered an encode with no latents: is it an endpoint of this project?"
-        ) from None
-    if len(response.content) != math.prod(shape) * width:
-        raise DeployError(f"{response.url} answered {len(response.content)} bytes for latents {shape} of {dtype}")
-    return shape, dtype
-
-
-def _read_picture(content: bytes) -> Image.Image:
-    try:
-        picture = Image.open(io.BytesIO(content))
-        picture.load()
+        actual = Image.open(io.BytesIO(content))
+        actual.load()
     except OSError:
         raise DeployError(f"a decode was answered with neither a picture nor an MP4: {content[:40]!r}") from None
-    if picture.format != "PNG" or picture.size != (SIZE, SIZE):
-        raise DeployError(f"a decode gave a {picture.format} of {picture.size}, not a PNG of {(SIZE, SIZE)}")
-    return picture.convert("RGB")
-
-
-def _psnr(expected: Image.Image, actual: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB."""
-    squares = ImageStat.Stat(ImageChops.difference(expected, actual)).sum2
-    error = sum(squares) / (3 * SIZE * SIZE)
+    if actual.format != "PNG" or actual.size != (SIZE, SIZE):
+        raise DeployError(f"a decode gave a {actual.format} of {actual.size}, not a PNG of {(SIZE, SIZE)}")
+    error = sum(ImageStat.Stat(ImageChops.difference(expected, actual.convert("RGB"))).sum2) / (3 * SIZE * SIZE)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)

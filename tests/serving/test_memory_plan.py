@@ -11,7 +11,7 @@ from handlers import MODELS
 from handlers.model import ALL, Model, Task
 from handlers.serving.memory import Mode
 from scripts.benchmark.memory import Case, estimated, measured, offered, tile_side, weight_bytes
-from scripts.deployment.prices import HOURLY
+from scripts.deployment.hardware import HOURLY
 
 AT_MOST = 2.5
 """Times what is taken: above it, a request would be put in tiles, or refused, that fits three times over."""

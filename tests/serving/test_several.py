@@ -36,7 +36,9 @@ def endpoints(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[st
     shutil.copytree(ROOT / "handlers", folder / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
     for key in KEYS:
         shutil.copytree(checkpoint(key), folder / "vae" / key)
-    (folder / "endpoint.json").write_text(json.dumps({"model": ",".join(KEYS), "revisions": {"flux": "abc"}}))
+    models = [{"model": key, "checkpoint": MODELS[key].checkpoint} for key in KEYS]
+    models[1]["revision"] = "abc"
+    (folder / "endpoint.json").write_text(json.dumps({"models": models, "version": "1"}))
     log = tmp_path_factory.mktemp("log") / "log"
     with serve(log=log, command=STAND_IN, HF_MODEL_DIR=str(folder), PYTHONSAFEPATH="1") as url:
         found = {}

@@ -1,0 +1,33 @@
+"""A copy of the project, to change."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy of the project to change, with all that lies about in a working tree and must not be uploaded."""
+    copy = folder / "project"
+    copy.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("handlers", "scripts", "models"):
+        shutil.copytree(PROJECT / name, copy / name, ignore=ignored)
+    for name in ("handler.py", "requirements.txt", "Makefile"):
+        shutil.copy(PROJECT / name, copy / name)
+    for name in (
+        ".env",
+        ".git/config",
+        "out/demo.png",
+        "tests/test_x.py",
+        "handlers/__pycache__/flux.pyc",
+        "handlers/.secret.py",
+        "handlers/notes.txt",
+        "handlers/serving/__pycache__/vae.py",
+        "endpoint.json",
+    ):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("not for upload")
+    return copy

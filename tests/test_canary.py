@@ -1,0 +1,90 @@
+"""The canary against the local platform; and the local platform against what a canary has recorded of the real one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scripts.canary  # noqa: F401  (which adds the command)
+from tests.deploy_runner import NAMESPACE, TOKEN, Runner, deploy, hub, storage_client
+from tests.hub_server import Hub
+
+__all__ = ["deploy", "hub", "storage_client"]  # fixtures
+
+RECORDED = Path(__file__).parent / "platform_answers.json"
+"""What `make canary` wrote to out/canary.json on the real platform; not there as long as nobody has run it."""
+
+
+def unlike(local: Any, real: Any, where: str = "") -> list[str]:
+    """Where the local platform gives a field that the real one does not, or one of another type."""
+    if isinstance(local, dict) and isinstance(real, dict):
+        missing = [f"{where}.{key}: not in the real one" for key in local.keys() - real.keys()]
+        both = local.keys() & real.keys()
+        return missing + [line for key in sorted(both) for line in unlike(local[key], real[key], f"{where}.{key}")]
+    if isinstance(local, list) and isinstance(real, list):
+        return unlike(local[0], real[0], f"{where}[0]") if local and real else []
+    if local is None or real is None or type(local) is type(real) or {type(local), type(real)} == {int, float}:
+        return []
+    return [f"{where}: {type(local).__name__}, and {type(real).__name__} in the real one"]
+
+
+def compare(local: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[str]:
+    """By method, path and status, with commits and addresses out of the paths."""
+
+    def by_request(answers: list[dict[str, Any]]) -> dict[tuple, Any]:
+        plain = re.compile(r"[0-9a-f]{40,64}")
+        return {(one["method"], plain.sub("X", one["path"]), one["status"]): one["body"] for one in answers}
+
+    known = by_request(real)
+    return [
+        f"{request[0]} {request[1]} {request[2]}{line}"
+        for request, body in by_request(local).items()
+        if request in known
+        for line in unlike(body, known[request])
+    ]
+
+
+def test_the_canary_leaves_nothing_and_records_without_names(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
+    hub.serve = "process"
+    file = tmp_path / "answers.json"
+
+    result = deploy("canary", "--record", str(file))
+
+    assert (result.status, result.lines[-1:]) == (0, [])
+    assert (hub.endpoints, f"{NAMESPACE}/remote-vae-canary" in hub.repos) == ({}, False)
+    for text in ("cold start: ", "the same pixels", "pause: ", "resume: ", "delete: ", "nothing is left", "it cost $"):
+        assert text in result.out
+    text = file.read_text()
+    assert TOKEN not in text
+    assert not re.search(rf"\b{NAMESPACE}\b", text)
+    local = json.loads(text)
+    assert {"POST", "GET", "PUT", "DELETE"} & {one["method"] for one in local} >= {"POST", "GET", "DELETE"}
+    assert any(one["path"].startswith("/v2/provider/") for one in local)
+    assert compare(local, json.loads(RECORDED.read_text()) if RECORDED.exists() else local) == []
+
+    other = json.loads(text)
+    for one in other:
+        if one["path"].startswith("/v2/endpoint/") and one["body"]:
+            one["body"]["type"] = 1
+    assert any("type: str, and int in the real one" in line for line in compare(local, other))
+
+
+@pytest.mark.parametrize("path", ["/live/", "/commit/"])
+def test_a_canary_that_fails_leaves_nothing_either(hub: Hub, deploy: Runner, tmp_path: Path, path: str) -> None:
+    hub.fail("POST", path, 500, "broken")
+    result = deploy("canary", "--record", str(tmp_path / "answers.json"))
+    assert result.status == 1
+    assert hub.endpoints == {}
+    assert "nothing is left" in result.out
+
+
+def test_a_canary_that_cannot_delete_says_so(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
+    hub.fail("POST", "/live/", 500, "broken")
+    hub.deletion = 10_000
+    result = deploy("canary", "--record", str(tmp_path / "answers.json"))
+    assert result.status == 1
+    assert "was to be deleted and is still" in result.lines[-1]

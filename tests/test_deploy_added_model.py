@@ -1,0 +1,23 @@
+"""Deploying the README's own new model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_adding_a_model import KEY, declare, project, weights
+
+__all__ = ["project", "weights"]  # fixtures
+
+
+def test_it_can_be_deployed_once_all_is_declared(project: Path) -> None:
+    command = [sys.executable, "-m", "scripts.deploy", "deploy", "--model", KEY, "--dry-run"]
+    planned = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
+    assert f"Plan for MODEL={KEY}" in planned.stdout
+
+    declare(project, '    dtype = "float32"\n    latent_channels = 4\n', "")
+    refused = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert refused.stderr.splitlines() == [
+        f"error: {KEY} does not declare dtype, latent_channels; handlers/model.py says what that is"
+    ]

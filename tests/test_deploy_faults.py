@@ -1,0 +1,78 @@
+"""A fault at each step of a deployment, before its work is done and after: what is left is said, and how to go on."""
+
+from __future__ import annotations
+
+import pytest
+
+from handlers import MODELS
+from tests.deploy_runner import NAMESPACE, Runner, deploy, hub, storage_client
+from tests.hub_server import Hub
+
+__all__ = ["deploy", "hub", "storage_client"]  # fixtures
+
+FLUX = ("deploy", "--model", "flux")
+NAME = "remote-vae-flux"
+KEY = f"{NAMESPACE}/{NAME}"
+LIVE = f"/live/{KEY}"
+
+STEPS = {
+    "token": ("GET", "whoami", None),
+    "endpoint": ("GET", f"^/v2/endpoint/{KEY}$", False),
+    "repository": ("GET", f"^/api/models/{KEY}$", None),
+    "checkpoint": ("GET", f"^/api/models/{MODELS['flux'].checkpoint}", None),
+    "hardware": ("GET", "/v2/provider/", None),
+    "new repository": ("POST", "/api/repos/create", None),
+    "copy": ("POST", "/lfs-files/duplicate", None),
+    "commit": ("POST", "/commit/", None),
+    "new endpoint": ("POST", f"^/v2/endpoint/{NAMESPACE}$", None),
+    "wait": ("GET", f"^/v2/endpoint/{KEY}$", True),
+    "encode": ("POST", f"{LIVE}/encode", None),
+    "decode": ("POST", f"{LIVE}/decode", None),
+}
+"""Method and path of a request, and whether there has to be an endpoint already."""
+CHANGING = ("new repository", "copy", "commit", "new endpoint")
+"""Steps for which it matters whether the work was done when the answer was lost."""
+FAULTS = ("cut", 401, 403, 429, 500, 504, "Ctrl-C")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("step", "after"), [(step, False) for step in STEPS] + [(step, True) for step in CHANGING])
+def test_what_is_left_is_said_and_the_same_command_goes_on(
+    hub: Hub, deploy: Runner, step: str, after: bool, fault: str | int
+) -> None:
+    method, path, made = STEPS[step]
+    hub.script = ["pending", "running"]
+    if fault == "cut":
+        hub.drop(method, path, after=after, made=made)
+    elif fault == "Ctrl-C":
+        hub.interrupt(method, path, after=after, made=made)
+    else:
+        hub.fail(method, path, fault, "a fault", after=after, made=made)
+
+    result = deploy(*FLUX, "--timeout", "3")
+
+    last = result.lines[-1] if result.lines else ""
+    if result.status == 0:
+        assert "$0.80 an hour" in result.out
+    elif fault == "Ctrl-C":
+        assert result.status == 130
+        assert last.startswith("stopped: ")
+        assert "the same command again goes on from there" in last
+    else:
+        assert result.status == 1
+        assert last.startswith("error: ")
+    if result.status and KEY in hub.endpoints:
+        if hub.endpoints[KEY]["status"]["state"] == "paused":
+            assert f"the endpoint {NAME} is paused and costs nothing; `make resume MODEL=flux` starts it" in last
+        else:
+            assert f"the endpoint {NAME} MAY BE RUNNING, at $0.80 an hour: `make pause MODEL=flux` stops it" in last
+    else:
+        assert "MAY BE RUNNING" not in last
+
+    hub.faults.clear()
+    again = deploy(*FLUX)
+    assert (again.status, again.lines) == (0, [])
+    assert list(hub.endpoints) == [KEY]
+    assert hub.endpoints[KEY]["status"]["state"] == "running"
+    assert hub.endpoints[KEY]["model"]["revision"] == hub.repos[KEY].commits[-1][0]
+    assert "vae/diffusion_pytorch_model.safetensors" in hub.repos[KEY].files

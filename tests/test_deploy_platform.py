@@ -1,0 +1,525 @@
+"""What the real platform does that surprises, each against a local one that does the same (`endpoints_server.py`)."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from handlers import MODELS
+from tests.deploy_runner import NAMESPACE, TOKEN, Runner, deploy, hub, storage_client
+from tests.endpoints_server import Hardware
+from tests.hub_server import Hub, identity
+
+__all__ = ["deploy", "hub", "storage_client"]  # fixtures
+
+FLUX = ("deploy", "--model", "flux")
+TINY = ("deploy", "--model", "tiny")
+NAME = "remote-vae-flux"
+KEY = f"{NAMESPACE}/{NAME}"
+
+
+# 1. Permissions
+
+
+def test_the_permission_to_call_is_asked_for_before_anything_is_made(hub: Hub, deploy: Runner) -> None:
+    granted = ["repo.write", "inference.endpoints.write"]
+    rule = {"entity": {"type": "user", "name": NAMESPACE}, "permissions": granted}
+    hub.tokens[TOKEN] = identity(NAMESPACE, role="fineGrained", scoped=[rule])
+
+    refused = deploy(*FLUX)
+    assert (refused.status, hub.changes()) == (1, [])
+    assert "make calls to your Inference Endpoints (inference.endpoints.infer.write)" in refused.lines[-1]
+
+    assert deploy(*FLUX, "--access", "public").status == 0  # which anyone may call
+    assert deploy("pause", "--model", "flux").status == 0  # to stop what costs, nothing is asked for
+
+
+def test_the_platforms_own_words_when_a_call_is_refused(hub: Hub, deploy: Runner) -> None:
+    """A login whose permissions whoami does not tell is refused by the proxy alone."""
+    hub.fail("POST", "/live/", 403, "missing permissions: inference.endpoints.infer.write")
+    result = deploy(*FLUX)
+    assert result.status == 1
+    assert (
+        "answers 403 and does not take this token: missing permissions: inference.endpoints.infer.write"
+        in (result.lines[-1])
+    )
+
+
+# 2. An update that takes the scale to zero out
+
+
+@pytest.mark.parametrize("taken", ["null", "zero"])
+def test_an_endpoint_that_sleeps_can_be_told_never_to(hub: Hub, deploy: Runner, taken: str) -> None:
+    assert deploy(*FLUX).status == 0
+    hub.never_sleeps_by = taken
+
+    result = deploy(*FLUX, "--min-replica", "1", "--max-replica", "2")
+
+    assert result.status == 0
+    scaling = hub.endpoints[KEY]["compute"]["scaling"]
+    assert (scaling["minReplica"], scaling["maxReplica"], "scaleToZeroTimeout" in scaling) == (1, 2, False)
+    hub.requests.clear()
+    assert deploy(*FLUX, "--min-replica", "1", "--max-replica", "2").status == 0
+    assert hub.changes() == []
+
+    assert deploy(*FLUX).status == 0
+    scaling = hub.endpoints[KEY]["compute"]["scaling"]
+    assert (scaling["minReplica"], scaling["scaleToZeroTimeout"]) == (0, 15)
+
+
+def test_an_api_that_takes_no_never_is_said(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX).status == 0
+    hub.never_sleeps_by = "nothing"
+    result = deploy(*FLUX, "--min-replica", "1")
+    assert result.status == 1
+    assert "choose Never under Settings, Autoscaling on https://endpoints.huggingface.co/" in result.lines[-1]
+    assert "is running and costs $0.80 an hour" in result.lines[-1]  # as before
+    assert hub.endpoints[KEY]["compute"]["scaling"]["minReplica"] == 0
+
+
+# 3. Creating is not idempotent
+
+
+@pytest.mark.parametrize("status", [500, 504, None])
+def test_an_endpoint_whose_first_answer_was_lost_is_taken(hub: Hub, deploy: Runner, status: int | None) -> None:
+    path = f"^/v2/endpoint/{NAMESPACE}$"
+    if status:
+        hub.fail("POST", path, status, "upstream", times=1, after=True)
+    else:
+        hub.drop("POST", path, times=1, after=True)
+
+    result = deploy(*FLUX)
+
+    assert result.status == 0
+    assert "it was made already: an answer was lost on the way" in result.out
+    assert list(hub.endpoints) == [KEY]
+    assert hub.endpoints[KEY]["status"]["state"] == "running"
+
+
+# 4. Deletion takes a moment
+
+
+def test_undeploy_waits_until_it_is_gone_and_deploy_works_right_after(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX).status == 0
+    hub.deletion = 5
+    assert deploy("undeploy", "--model", "flux", "--yes").status == 0
+    assert hub.endpoints == {}
+    assert deploy(*FLUX).status == 0
+
+
+def test_a_deletion_that_does_not_end_is_said(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX).status == 0
+    hub.deletion = 10_000
+    result = deploy("undeploy", "--model", "flux", "--yes")
+    assert result.status == 1
+    assert re.search(r"was to be deleted and is still running after 5:00: look at https", result.lines[-1])
+
+
+# 5. Rate limits
+
+
+def test_a_rate_limit_is_waited_for_as_long_as_it_says_and_shown(hub: Hub, deploy: Runner) -> None:
+    limit = {"RateLimit": '"api";r=0;t=240', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    hub.fail("GET", "^/v2/endpoint", 429, "too many", times=1, headers=limit)
+    result = deploy(*FLUX)
+    assert result.status == 0
+    assert result.lines == ["  Hugging Face answered 429: too many; trying again in 241 s"]
+    assert 241 in deploy.waits
+
+
+def test_a_rate_limit_inside_of_huggingface_hub_is_shown_too(hub: Hub, deploy: Runner) -> None:
+    hub.fail("POST", "/preupload/", 429, times=1, headers={"RateLimit": '"api";r=0;t=55'})
+    result = deploy(*FLUX)
+    assert result.status == 0
+    assert any("Waiting 56.0s before retry" in line for line in result.lines)
+    assert 56 in deploy.waits
+
+
+# 6. Xet
+
+
+def test_weights_go_up_by_xet_and_are_not_sent_twice(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*TINY).status == 0
+    assert len(hub.sent("POST /cas/v1/xorbs")) == 1
+    hub.requests.clear()
+    assert deploy(*TINY).status == 0
+    assert hub.sent("/cas/") == []
+
+
+def test_weights_on_the_hub_are_copied_there_or_go_through_here(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX).status == 0
+    assert (len(hub.sent("POST .*/duplicate")), hub.sent("/cas/")) == (1, [])
+    copied = hub.repos[KEY].files["vae/diffusion_pytorch_model.safetensors"]
+
+    del hub.repos[KEY], hub.endpoints[KEY]
+    hub.elsewhere.add(MODELS["flux"].checkpoint)
+    hub.lfs.clear()
+    result = deploy(*FLUX)
+    assert result.status == 0
+    assert "Cannot duplicate files across storage regions; downloading and uploading" in result.err
+    assert hub.repos[KEY].files["vae/diffusion_pytorch_model.safetensors"] == copied
+
+
+def test_a_namespace_without_storage(hub: Hub, deploy: Runner) -> None:
+    hub.full = "Private repository storage limit reached"
+    result = deploy(*TINY)
+    assert result.lines[-1] == (
+        "error: the Hub takes no files for ana/remote-vae-tiny: Hugging Face answered 403: Private repository storage "
+        "limit reached; see https://huggingface.co/settings/billing"
+    )
+    hub.full = ""
+    assert deploy(*TINY).status == 0
+
+
+def test_no_leave_to_upload(hub: Hub, deploy: Runner) -> None:
+    hub.fail("GET", "xet-write-token", 500, "storage is down")
+    result = deploy(*TINY)
+    assert result.lines[-1].startswith("error: could not upload: Hugging Face answered 500: storage is down; run")
+    assert sum(deploy.waits) <= 60
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("storage", ["silent", "closed"])
+def test_a_storage_that_does_not_answer(
+    hub: Hub, deploy: Runner, silent: str, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    from scripts.deployment import repository
+
+    assert repository.STORAGE_ANSWERS <= 30
+    monkeypatch.setattr(repository, "STORAGE_ANSWERS", 0.2)
+    hub.storage = silent if storage == "silent" else "http://127.0.0.1:9"
+    result = deploy(*TINY)
+    assert re.fullmatch(
+        r"error: the Hub's storage 127.0.0.1:\d+ does not answer \(\w+\): is it blocked by a proxy\? "
+        "The same command again goes on from here",
+        result.lines[-1],
+    )
+    hub.storage = ""
+    assert deploy(*TINY).status == 0
+
+
+def test_a_storage_that_fails_while_it_is_sent_to(hub: Hub, deploy: Runner) -> None:
+    hub.fail("POST", "/cas/v1/xorbs", 500)
+    result = deploy(*TINY)
+    assert result.status == 1
+    assert "the storage of Hugging Face did not take it" in result.lines[-1]
+    assert "500 Internal Server Error" in result.lines[-1]
+
+
+# 7. A login through the browser
+
+
+@pytest.mark.parametrize("auth", [None, {}, {"type": "oauth", "accessToken": None}, {"type": "oauth"}])
+def test_a_login_by_oauth_tells_no_permissions(hub: Hub, deploy: Runner, auth: dict | None) -> None:
+    hub.tokens[TOKEN]["auth"] = auth
+    if auth is None:
+        del hub.tokens[TOKEN]["auth"]
+    hub.tokens[TOKEN]["orgs"] = None
+    assert deploy(*FLUX).status == 0
+
+
+# 8. The type that comes back
+
+
+@pytest.mark.parametrize("given", ["public", "private"])
+def test_another_type_than_was_asked_for(hub: Hub, deploy: Runner, given: str) -> None:
+    hub.given_type = given
+    result = deploy(*FLUX)
+    assert result.status == 1
+    assert f"ATTENTION: authenticated was asked for and the endpoint {NAME} is {given}" in result.lines[-1]
+    assert hub.sent("/live/") == []
+    assert hub.sent("DELETE") == []
+    assert hub.endpoints[KEY]["status"]["state"] == "paused"
+
+
+def test_protected_is_the_older_name_of_authenticated(hub: Hub, deploy: Runner) -> None:
+    hub.given_type = "protected"
+    assert deploy(*FLUX).status == 0
+
+
+# 9. What there is, where, for how much
+
+
+def test_the_price_is_the_platforms_own(hub: Hub, deploy: Runner) -> None:
+    result = deploy(*FLUX, "--region", "eu-west-1")
+    assert result.status == 0
+    assert "nvidia-l4 x1 in aws eu-west-1: $0.95 an hour" in result.out
+
+
+def test_a_region_that_has_none_names_those_that_do(hub: Hub, deploy: Runner) -> None:
+    result = deploy(*FLUX, "--region", "us-west-2")
+    assert (result.status, hub.changes()) == (1, [])
+    assert re.search(
+        r"REGION=us-west-2 has no nvidia-l4 x1 to give \(not_available there\); regions of aws that have: "
+        r"(us-east-1, eu-west-1|eu-west-1, us-east-1)\. REGION=auto takes the nearest$",
+        result.lines[-1],
+    )
+
+
+@pytest.mark.parametrize(("zone", "region"), [("EST5", "us-east-1"), ("CET-1", "eu-west-1")])
+def test_the_nearest_region_that_has_one(
+    hub: Hub, deploy: Runner, zone: str, region: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    result = deploy(*FLUX, "--region", "auto")
+    monkeypatch.undo()
+    time.tzset()
+    assert result.status == 0
+    assert hub.endpoints[KEY]["provider"] == {"vendor": "aws", "region": region}
+    assert deploy(*FLUX, "--region", "auto").status == 0  # where it is
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--instance", "nvidia-a100"], "nvidia-a100 x1 to give (deprecated there)"),
+        (["--instance", "nvidia-b300"], "there is no INSTANCE=nvidia-b300: aws has intel-spr, nvidia-h200, nvidia-l4"),
+        (["--vendor", "gcp"], "there is no INSTANCE=nvidia-l4: gcp has "),
+        (["--instance", "nvidia-t4", "--size", "x4"], "there is no SIZE=x4: nvidia-t4 has x1"),
+    ],
+)
+def test_a_machine_that_is_not_there(hub: Hub, deploy: Runner, arguments: list[str], said: str) -> None:
+    result = deploy(*FLUX, *arguments)
+    assert (result.status, hub.changes()) == (1, [])
+    assert said in result.lines[-1]
+
+
+def test_a_platform_that_does_not_tell_its_prices(hub: Hub, deploy: Runner) -> None:
+    hub.fail("GET", "/v2/provider", 404)
+    result = deploy(*FLUX)
+    assert result.status == 0
+    assert "prices are those of the table in this project, and no quota is checked" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--size", "x9"], "SIZE=x9 cannot be: nvidia-l4 has x1, x4"),
+        (["--instance", "intel-spr"], "INSTANCE=intel-spr SIZE=x1 has 2 GB, and this needs 2.1: choose a larger SIZE"),
+    ],
+)
+def test_a_machine_too_small_is_refused_without_a_network(deploy: Runner, arguments: list[str], said: str) -> None:
+    result = deploy(*FLUX, *arguments, "--dry-run", token=None)
+    assert result.status == 1
+    assert said in result.lines[-1]
+
+
+def test_a_machine_that_the_table_does_not_know_and_that_is_too_small(hub: Hub, deploy: Runner) -> None:
+    hub.hardware.append(Hardware("us-east-1", "intel-tiny", "x1", 0.01, 1))
+    result = deploy(*TINY, "--instance", "intel-tiny")
+    assert (result.status, hub.changes()) == (1, [])
+    assert "has 1 GB, and this needs 1.1" in result.lines[-1] or "has 2 GB" in result.lines[-1]
+
+
+# 10. The quota, and scale to zero
+
+
+def test_what_sleeps_counts_against_the_quota_and_what_is_paused_does_not(hub: Hub, deploy: Runner) -> None:
+    for one in hub.hardware:
+        one.quota = 1
+    assert deploy("deploy", "--model", "flux").status == 0
+    hub.endpoints[KEY]["status"]["state"] = "scaledToZero"
+    hub.requests.clear()
+
+    refused = deploy("deploy", "--model", "flux2")
+    assert (refused.status, hub.changes()) == (1, [])
+    assert re.search(
+        r"quota for nvidia-l4 in us-east-1 is used up: 1 of 1, what has scaled to zero included; ", refused.err
+    )
+    assert deploy(*FLUX).status == 0  # its own part
+
+    assert deploy("pause", "--model", "flux").status == 0
+    assert deploy("deploy", "--model", "flux2").status == 0
+
+
+def test_a_quota_for_fewer_replicas_than_asked_for_is_told(hub: Hub, deploy: Runner) -> None:
+    for one in hub.hardware:
+        one.quota = 2
+    result = deploy(*FLUX, "--max-replica", "4")
+    assert result.status == 0
+    assert "the quota in us-east-1 has 2 left of nvidia-l4: MAX_REPLICA=4 may not be reached" in result.err
+
+
+def test_the_idle_time_is_a_floor_wherever_cost_is_printed(deploy: Runner) -> None:
+    for result in (deploy(*FLUX, "--dry-run", token=None), deploy(*FLUX)):
+        assert "15 minutes after the last request or later (44 were measured once where 15 were set)" in result.out
+        assert "counts against the quota meanwhile" in result.out
+        assert "costs that hour and 15 idle minutes after it: $1.00 a day" in result.out
+
+
+# Nothing bills unseen
+
+
+def test_what_was_started_and_failed_is_paused_or_kept(hub: Hub, deploy: Runner) -> None:
+    hub.fail("POST", "/live/", 500, "out of memory")
+    assert "is paused and costs nothing; `make resume MODEL=flux` starts it" in deploy(*FLUX).lines[-1]
+    assert hub.endpoints[KEY]["status"]["state"] == "paused"
+    kept = deploy(*FLUX, "--keep")
+    assert "is running and costs $0.80 an hour for each replica; `make pause MODEL=flux` stops it" in kept.lines[-1]
+    assert hub.endpoints[KEY]["status"]["state"] == "running"
+
+
+def test_what_ran_before_and_was_not_touched_goes_on_and_is_said(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX).status == 0
+    hub.fail("POST", "/commit/", 403, "no")
+    hub.repos[KEY].commits[-1][1]["handler.py"] = b"older"
+    result = deploy(*FLUX)
+    assert "is running and costs $0.80 an hour" in result.lines[-1]
+    assert hub.endpoints[KEY]["status"]["state"] == "running"
+
+
+def test_what_could_not_be_paused_is_said_loudly(hub: Hub, deploy: Runner) -> None:
+    hub.fail("POST", "/live/", 500, "out of memory")
+    hub.fail("POST", "/pause", 503)
+    result = deploy(*FLUX)
+    assert f"the endpoint {NAME} MAY BE RUNNING, at $0.80 an hour: `make pause MODEL=flux` stops it" in result.lines[-1]
+
+
+def test_a_wait_survives_a_lost_network_until_its_own_timeout(hub: Hub, deploy: Runner) -> None:
+    looks = f"^/v2/endpoint/{KEY}$"
+    hub.script = ["pending", "running"]
+
+    def lose(times: int) -> None:
+        hub.faults.clear()
+        hub.drop("GET", looks, times=times)
+
+    assert deploy(*FLUX).status == 0
+    hub.endpoints.clear()
+    hub.fail("GET", looks, 404, times=1)  # the first look, before it is made
+    hub.drop("GET", looks, times=50)
+    result = deploy(*FLUX)
+    assert result.status == 0
+    assert len([line for line in result.lines if "it goes on without us, still waiting" in line]) == 1
+
+    hub.endpoints.clear()
+    hub.faults.clear()
+    hub.fail("GET", looks, 404, times=1)
+    hub.drop("GET", looks)
+    result = deploy(*FLUX, "--timeout", "10")
+    assert result.status == 1
+    assert "is still pending after 10:0" in result.lines[-1]
+    assert "MAY BE RUNNING, at $0.80 an hour" in result.lines[-1]
+
+
+def test_endpoints_show_for_how_long_they_run_and_what_that_comes_to(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX).status == 0
+    since = datetime.now(UTC) - timedelta(hours=2.5)
+    hub.endpoints[KEY]["status"]["updatedAt"] = f"{since:%Y-%m-%dT%H:%M:%S}.000000078Z"
+    assert re.search(rf"^{NAME} .* 2\.5 h, \$2\.00 ", deploy("endpoints").out, re.MULTILINE)
+    hub.endpoints[KEY]["status"]["state"] = "scaledToZero"
+    assert re.search(rf"^{NAME} .* - +http", deploy("endpoints").out, re.MULTILINE)
+
+
+def test_pause_all_and_whatever_tags_a_user_has_added(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX).status == 0
+    assert deploy("deploy", "--model", "sd-v1").status == 0
+    hub.endpoints[f"{NAMESPACE}/other"] = json.loads(json.dumps(hub.endpoints[KEY])) | {"name": "other", "tags": []}
+    hub.endpoints[KEY]["tags"] = ["team-a", "remote-vae", "production", "flux"]
+    assert re.search(rf"^{NAME} +flux +running", deploy("endpoints").out, re.MULTILINE)
+
+    hub.fail("POST", "remote-vae-sd-v1/pause", 500)
+    failed = deploy("pause-all")
+    assert failed.status == 1
+    assert "MAY BE RUNNING, and cost: remote-vae-sd-v1 (https://" in failed.lines[-1]
+    assert hub.endpoints[KEY]["status"]["state"] == "paused"
+
+    hub.faults.clear()
+    assert deploy("pause-all").status == 0
+    assert {key: raw["status"]["state"] for key, raw in hub.endpoints.items()} == {
+        KEY: "paused",
+        f"{NAMESPACE}/remote-vae-sd-v1": "paused",
+        f"{NAMESPACE}/other": "running",
+    }
+    assert deploy("undeploy", "--model", "flux", "--yes").status == 0
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_the_token_in_the_secrets_is_renewed_and_goes(hub: Hub, deploy: Runner, merges: bool) -> None:
+    hub.merges_secrets = merges
+    hub.repos[MODELS["flux"].checkpoint].gated = True
+    hub.tokens["hf_other"] = hub.tokens[TOKEN] = {**hub.tokens[TOKEN], "accepted": True}
+    from_hub = (*FLUX, "--weights", "hub")
+    assert deploy(*from_hub).status == 0
+    assert hub.secrets[KEY] == {"HF_TOKEN": TOKEN}
+    hub.requests.clear()
+    assert (deploy(*from_hub).status, hub.changes()) == (0, [])
+
+    assert deploy(*from_hub, token="hf_other").status == 0
+    assert hub.secrets[KEY] == {"HF_TOKEN": "hf_other"}
+
+    assert deploy(*FLUX).status == 0
+    assert hub.secrets[KEY] == {}
+    assert "hf_other" not in json.dumps(hub.endpoints)
+
+
+def test_secrets_of_the_users_own_are_not_put_at_risk(hub: Hub, deploy: Runner) -> None:
+    hub.repos[MODELS["flux"].checkpoint].gated = True
+    hub.tokens[TOKEN]["accepted"] = True
+    assert deploy(*FLUX, "--weights", "hub").status == 0
+    hub.secrets[KEY]["API_TOKEN"] = "own"
+    result = deploy(*FLUX)
+    assert result.status == 0
+    assert "HF_TOKEN is needed no more; beside API_TOKEN only you can change it: https://" in result.err
+    assert hub.secrets[KEY]["API_TOKEN"] == "own"
+
+
+def test_a_change_upstream_is_no_reason_for_an_update(hub: Hub, deploy: Runner) -> None:
+    checkpoint = hub.repos[MODELS["flux"].checkpoint]
+    assert deploy(*FLUX).status == 0
+    first = checkpoint.commits[-1][0]
+    checkpoint.commit({**checkpoint.commits[-1][1], "README.md": b"edited"})
+    hub.requests.clear()
+
+    result = deploy(*FLUX)
+    assert (result.status, hub.changes()) == (0, [])
+    assert f"at commit {first[:8]}, pinned" in result.out
+
+    assert deploy(*FLUX, "--revision", "main").status == 0
+    record = json.loads(hub.repos[KEY].files["endpoint.json"])
+    assert record["revision"] == checkpoint.commits[-1][0]
+
+
+# One endpoint for several models
+
+
+def test_several_models_in_one_endpoint(hub: Hub, deploy: Runner) -> None:
+    several = ("deploy", "--model", "sd-v1,sdxl,flux", "--access", "public")
+    plan = deploy(*several, "--dry-run", token=None)
+    assert plan.status == 0
+    assert "vae/sdxl/diffusion_pytorch_model.safetensors" in plan.out
+    result = deploy(*several)
+    assert result.status == 0
+    (key,) = hub.endpoints
+    assert key == f"{NAMESPACE}/remote-vae-sd-v1-sdxl-flux"
+    raw = hub.endpoints[key]
+    assert raw["tags"] == ["remote-vae", "sd-v1", "sdxl", "flux"]
+    assert raw["compute"]["instanceType"] == "nvidia-l4"
+    record = json.loads(hub.repos[key].files["endpoint.json"])
+    assert [one["model"] for one in record["models"]] == ["sd-v1", "sdxl", "flux"]
+    assert len(hub.sent("POST /live/.*/(sd-v1|sdxl|flux)/encode")) == 3
+
+    hub.requests.clear()
+    assert (deploy(*several).status, hub.changes()) == (0, [])
+    assert re.search(r"^remote-vae-sd-v1-sdxl-flux +sd-v1,sdxl,flux +running", deploy("endpoints").out, re.MULTILINE)
+    assert deploy("smoke", "--model", "sd-v1,sdxl,flux").status == 0
+    assert deploy("undeploy", "--model", "sd-v1,sdxl,flux", "--yes").status == 0
+
+
+def test_a_model_named_twice(deploy: Runner) -> None:
+    assert deploy("deploy", "--model", "flux,flux").lines == ["error: MODEL=flux,flux names a model twice"]

@@ -1,0 +1,58 @@
+"""What sends to a live endpoint, against real servers: the smoke test, and the code that deploying prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import pytest
+from PIL import Image
+
+from handlers import MODELS
+from scripts.deployment import smoke, snippets
+from tests.checkpoints import SMALL
+from tests.small_service import Service
+
+SERVED = [key for key in MODELS if key in SMALL or key == "tiny"]
+"""Models that have a small checkpoint to be tried with."""
+
+
+@pytest.mark.parametrize("model", SERVED)
+def test_smoke_of_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """What random weights make of the picture is another one; that `tiny` keeps it is in the whole life above."""
+    monkeypatch.setattr(smoke, "LOWEST_PSNR", 0)
+    result = smoke.smoke_test(f"{service.url}/{model}", None)
+
+    assert result.shape[1] == MODELS[model].latent_channels
+    assert result.shape[-1] == smoke.SIZE // MODELS[model].vae_scale_factor
+    assert (result.psnr is None) == (MODELS[model].kind == "video")
+
+
+@pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning")
+@pytest.mark.parametrize("model", SERVED)
+def test_the_printed_code_runs_as_it_is(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_ofTheTests")
+    monkeypatch.setattr(snippets, "SIZE", 256)
+    url, kind = f"{service.url}/{model}", MODELS[model].kind
+    for snippet, name in ((snippets.diffusers_snippet, "decoded.jpg"), (snippets.token_snippet, "decoded.png")):
+        exec(snippet(MODELS[model], url), {})
+        if kind == "video":
+            name = "decoded.mp4"
+            assert shown_frames(Path(name)) == shown(MODELS[model])
+        else:
+            with Image.open(name) as picture:
+                assert picture.size == (256, 256)
+        Path(name).unlink()
+
+
+def shown(model: type) -> int:
+    """Frames that the printed code's latents are decoded to."""
+    return (snippets.LATENT_FRAMES - 1) * model.frame_factor + 1
+
+
+def shown_frames(video: Path) -> int:
+    with av.open(video) as container:
+        return sum(1 for _ in container.decode(video=0))
