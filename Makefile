@@ -54,7 +54,7 @@ $(ENDPOINT_VENV)/bin/.installed: requirements/toolkit-image.txt requirements.txt
 	$(PYTHON) -m venv --clear $(ENDPOINT_VENV)
 	$(ENDPOINT_VENV)/bin/python -m pip install -r requirements/toolkit-image.txt
 	$(ENDPOINT_VENV)/bin/python -m pip install -r requirements.txt
-	$(ENDPOINT_VENV)/bin/python -m pip install -r requirements/test.txt
+	$(ENDPOINT_VENV)/bin/python -m pip install -r requirements/test.txt $$(grep ^numpy== requirements/toolkit-image.txt)
 	@touch $@
 
 $(DEPLOY_VENV)/bin/.installed: requirements/deploy.txt

@@ -1,5 +1,7 @@
 """All small checkpoints behind one address, each app under `/<its key>`: `python -m tests.models_server --folder F`.
 
+`/tiny-float16` and `/tiny-bfloat16` are `tiny` in these.
+
 `POST /mode/<mode>` has every request run in that memory mode, or be refused where the model does not have it.
 """
 
@@ -45,8 +47,8 @@ async def health(request: Request) -> Response:
 
 
 class Handler:
-    def __init__(self, key: str, folder: Path) -> None:
-        settings = Settings(model=key, weights=str(folder))
+    def __init__(self, key: str, folder: Path, dtype: str | None = None) -> None:
+        settings = Settings(model=key, weights=str(folder), dtype=dtype)
         loaded = vae.VAE.load(model_of(key), "", settings, os.environ.get("VAE_DEVICE", "cpu"))
         for model in (loaded.model, loaded.probe.copy):
             small_tiles(model, loaded.layout.vae_scale_factor)
@@ -58,9 +60,10 @@ def main(folder: Annotated[Path, typer.Option()], port: int = 8000) -> None:
     vae.choose_modes = lambda *plan: choose(*plan[:-1], offered=plan[-1])
     routes = [Route("/health", health), Route("/mode/{mode}", force, methods=["POST"])]
     for checkpoint in sorted(folder.iterdir()):
-        app = build_app(checkpoint.name)
-        app.state.handler = Handler(checkpoint.name, checkpoint)
-        routes.append(Mount(f"/{checkpoint.name}", app=app))
+        for dtype in (None, "float16", "bfloat16") if checkpoint.name == "tiny" else (None,):
+            app = build_app(checkpoint.name)
+            app.state.handler = Handler(checkpoint.name, checkpoint, dtype)
+            routes.append(Mount(f"/{checkpoint.name}{f'-{dtype}' if dtype else ''}", app=app))
     uvicorn.run(Starlette(routes=routes), host="127.0.0.1", port=port, access_log=False)
 
 

@@ -135,15 +135,21 @@ class VAE:
     def _run_finite(
         self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T], exact: bool
     ) -> tuple[T, Mode]:
-        """Runs in the model's dtype; where that overflows, once more in float32.
+        """Runs in the model's dtype; where that overflows, or torch has no kernel for it, once more in float32.
 
         Raises:
             RequestError: not even float32 gives finite numbers (422), or the memory does not suffice.
         """
-        with suppress(FloatingPointError):
+        try:
             return self._fit(task, inputs, forward, exact)
+        except FloatingPointError:
+            reason = "is not finite"
+        except RuntimeError as error:
+            if "not implemented for" not in str(error) or self.dtype == torch.float32:
+                raise
+            reason = str(error).splitlines()[0]  # of older versions, on a CPU
         if self.dtype != torch.float32:
-            logger.warning("%s of %s is not finite in %s; once more in float32", task, list(inputs.shape), self.dtype)
+            logger.warning("%s of %s in %s: %s; in float32 then", task, list(inputs.shape), self.dtype, reason)
             metrics.UPCAST.inc()
             try:
                 self.model.to(torch.float32)

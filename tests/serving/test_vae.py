@@ -123,6 +123,18 @@ class TestOverflow:
         exact = exact if task == "decode" else exact.mode()
         torch.testing.assert_close(result.float(), exact, atol=1e-2, rtol=1e-3)
 
+    def test_so_does_what_torch_has_no_kernel_for(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+        decode = vae.model.decode
+
+        def without_half(latents: torch.Tensor, **options: object) -> object:
+            if latents.dtype == torch.float16:
+                raise RuntimeError("\"replication_pad3d\" not implemented for 'Half'")  # torch 2.5 on a CPU
+            return decode(latents, **options)
+
+        monkeypatch.setattr(vae.model, "decode", without_half)
+        result, mode = vae.decode(torch.rand(1, 4, 8, 8))
+        assert (result.dtype, mode) == (torch.float16, Mode.FULL)
+
     def test_what_is_infinite_in_float32_too_is_an_error(self, vae: VAE) -> None:
         vae.model.decoder.conv_out.bias.fill_(float("nan"))
         with pytest.raises(
