@@ -25,8 +25,9 @@ from torch import Tensor
 from handlers import MODELS, get_model
 from handlers.model import Model, Task
 from handlers.serving.autoencoder import encode_at_once, has_frames
+from handlers.serving.coders import is_known
 from handlers.serving.layout import Layout
-from handlers.serving.low_memory import has_reduced_peak, reduced_peak
+from handlers.serving.low_memory import reduced_peak
 from handlers.serving.memory import Estimate, MemoryUse, Mode
 from handlers.serving.spans import decode_spans, join
 from handlers.serving.vae import _tile_pixels
@@ -67,7 +68,7 @@ def offered(declared: type[Model], task: Task, batch: int = 1) -> list[Mode]:
     whole = batch == 1 or declared.runs_batches
     has = {
         Mode.FULL: whole,
-        Mode.REDUCED: whole and has_reduced_peak(_model(declared.vae_class, _layers(declared), torch.float32)),
+        Mode.REDUCED: whole and is_known(_model(declared.vae_class, _layers(declared), torch.float32)),
         Mode.SLICED: batch > 1,
         Mode.TILED: task in declared.tiles,
     }
@@ -84,7 +85,7 @@ def _estimate(declared: type[Model], case: Case) -> Estimate:
     factor = declared.frame_factor
     layout = Layout(declared.kind, declared.latent_channels, declared.vae_scale_factor, (1, 1 + factor, 1 + 2 * factor))
     shape = _latents_shape(declared, case) if case.task == "decode" else _pixels_shape(declared, case)
-    return MemoryUse(declared, has_reduced_peak(model), _tile_pixels(model)).estimate(
+    return MemoryUse(declared, is_known(model), _tile_pixels(model)).estimate(
         case.task, layout, shape, case.dtype.itemsize
     )
 

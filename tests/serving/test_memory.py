@@ -32,12 +32,13 @@ class Declared(Model):
     ],
 )
 def test_the_best_mode_that_fits_comes_first(batch: int, free: int, expected: list[Mode]) -> None:
-    offered = [mode for mode in Mode if batch > 1 or mode is not Mode.SLICED]
+    offered = [mode for mode in Mode if mode is not Mode.FAST and (batch > 1 or mode is not Mode.SLICED)]
     assert choose_modes(ESTIMATE, batch, free, 1000, offered) == expected
 
 
 def test_only_what_the_model_has_is_chosen() -> None:
     assert choose_modes(ESTIMATE, 2, 1000, 1000, [Mode.SLICED]) == [Mode.SLICED]
+    assert choose_modes(ESTIMATE, 1, 1000, 1000, [Mode.FAST, Mode.REDUCED]) == [Mode.FAST, Mode.REDUCED]
     assert choose_modes(ESTIMATE, 2, 1, 1000, [Mode.FULL, Mode.SLICED]) == [Mode.SLICED]
 
 

@@ -155,7 +155,7 @@ class TestMemory:
     def vae(self, checkpoint: Callable[[str], Path]) -> VAE:
         return VAE.load(MODELS["sd-v1"], "", Settings(weights=str(checkpoint("sd-v1"))), "cpu")
 
-    @pytest.mark.parametrize("expected", Mode)
+    @pytest.mark.parametrize("expected", [mode for mode in Mode if mode is not Mode.FAST])
     def test_the_mode_follows_from_what_is_free(
         self, vae: VAE, expected: Mode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
