@@ -121,7 +121,7 @@ canary: install  ## try the real platform for cents, with tiny [NAMESPACE=...] [
 	$(BIN)/python -m scripts.canary $(call options,namespace=NAMESPACE timeout=TIMEOUT)
 
 # a file of tests stays in one process, which starts the servers that they share; `make test ARGS="-k mp4"` for some
-ARGS ?= -n 2 --dist loadfile
+ARGS ?= -n 3 --dist loadfile
 
 .PHONY: test
 test: install  ## the tests, with the newest releases

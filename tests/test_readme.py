@@ -63,7 +63,6 @@ def test_snippets_run_as_they_stand(
     assert left["image"].size > (256, 256) if MODELS[key].kind == "image" else len(left["video"]) > 1000
 
 
-@pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_curl_takes_a_picture_there_and_back(dtype: str, service: Service, tmp_path: Path) -> None:
     photograph = Image.effect_noise((72, 64), 50).convert("RGB")
@@ -73,9 +72,11 @@ def test_curl_takes_a_picture_there_and_back(dtype: str, service: Service, tmp_p
     script = re.sub(r"^\$ ", "", commands, flags=re.MULTILINE).replace("http://127.0.0.1:8000", url)
     subprocess.run(["bash", "-euc", script.replace("curl ", "curl -sf ")], cwd=tmp_path, check=True)
     assert "dtype: float32" in (tmp_path / "headers.txt").read_text()
-    assert Image.open(tmp_path / "photo-again.png").size == photograph.size
+    with Image.open(tmp_path / "photo-again.png") as again:
+        assert again.size == photograph.size
 
 
+@pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(HTTP_API)))
 def test_snippets_of_the_interface_run_as_they_stand(
     key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

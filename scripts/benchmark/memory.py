@@ -64,7 +64,7 @@ def estimated(declared: type[Model], case: Case) -> int:
 
 
 def offered(declared: type[Model], task: Task, batch: int = 1) -> list[Mode]:
-    """The modes that a batch can be run in."""
+    """The modes that a batch can be run in, without the fast pass, which takes less than diffusers' own."""
     whole = batch == 1 or declared.runs_batches
     has = {
         Mode.FULL: whole,
@@ -72,7 +72,7 @@ def offered(declared: type[Model], task: Task, batch: int = 1) -> list[Mode]:
         Mode.SLICED: batch > 1,
         Mode.TILED: task in declared.tiles,
     }
-    return [mode for mode in Mode if has[mode]]
+    return [mode for mode in Mode if has.get(mode)]
 
 
 def tile_side(declared: type[Model]) -> int:
