@@ -186,10 +186,14 @@ def uint8_pixels(decoded: torch.Tensor) -> np.ndarray:
 
 
 def same_video(one: bytes, other: bytes) -> bool:
-    """Whether two MP4 files show the same frames. Their bytes rarely differ by a few, for the same frames."""
+    """Whether two MP4 files show the same frames.
+
+    Of the same frames x264's threads do not always make the same bytes, and noise differs by up to 3.5 levels then;
+    another frame differs by tens.
+    """
     videos = []
     for file in (one, other):
         with av.open(io.BytesIO(file)) as container:
             videos.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
     first, second = videos
-    return first.shape == second.shape and np.abs(first.astype(int) - second).mean() < 1
+    return first.shape == second.shape and np.abs(first.astype(int) - second).mean() < 5
