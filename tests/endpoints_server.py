@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import uuid
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,7 +126,7 @@ class Process:
 
 
 @dataclass
-class Platform:
+class Platform(ABC):
     """The state of Inference Endpoints. Tests read and change it directly."""
 
     folder: Path
@@ -154,14 +155,14 @@ class Platform:
 
     # Of the Hub, which is a subclass.
 
-    def who(self, request: Request) -> dict[str, Any] | None:
-        raise NotImplementedError
+    @abstractmethod
+    def who(self, request: Request) -> dict[str, Any] | None: ...
 
-    def member(self, request: Request, namespace: str, write: bool) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def member(self, request: Request, namespace: str, write: bool) -> bool: ...
 
-    def files(self, raw: dict[str, Any]) -> dict[str, bytes]:
-        raise NotImplementedError
+    @abstractmethod
+    def files(self, raw: dict[str, Any]) -> dict[str, bytes]: ...
 
     def stop(self) -> None:
         for process in self.processes.values():

@@ -138,6 +138,7 @@ def _compare(fast: FastPass, task: Task, inputs: Tensor) -> tuple[float, float]:
     def run(inputs: Tensor = inputs) -> Tensor:
         return join(decode_spans(fast.model, inputs)) if task == "decode" else encode_at_once(fast.model, inputs)
 
+    fast.model.use_tiling = False  # the last request may have left it on
     passes: dict[str, Callable[[], Any]] = {"own": nullcontext, "fast": fast.installed}
     results: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {name: [] for name in passes}

@@ -177,6 +177,13 @@ def test_it_is_used_once_it_was_found_right_and_quicker(vae: VAE, monkeypatch: p
     assert modes(vae, exact=True) == [Mode.FULL, Mode.FULL]
 
 
+def test_the_check_is_of_whole_pictures_after_a_request_in_tiles(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae.model.use_tiling = True
+    monkeypatch.setattr(vae.model, "tiled_decode", None)
+    monkeypatch.setattr(vae.model, "tile_latent_min_size", 2)
+    assert run_checks(vae, monkeypatch)["decode"].startswith("on: ")
+
+
 def test_where_it_is_slower_it_is_not_used(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = run_checks(vae, monkeypatch, ratio=1.5)
     assert all(verdict.startswith("off: 1.50 of diffusers' time at 256x256") for verdict in verdicts.values())
