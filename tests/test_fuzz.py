@@ -16,16 +16,16 @@ from PIL import Image
 
 from handlers import MODELS
 from handlers.serving.output import tensor_bytes
-from scripts.traffic import report, soak
-from scripts.traffic.clients import CLIENTS, Traffic
-from scripts.traffic.fuzz import Fuzz, Target, send_case
-from scripts.traffic.ledger import Ledger
-from scripts.traffic.memory import Memory
-from scripts.traffic.messages import Answer, Hang, Message, NoAnswer, exchange
-from scripts.traffic.mutations import MUTATIONS, WIRE_MUTATIONS, Case, case
-from scripts.traffic.samples import Sample, samples
-from scripts.traffic.servers import TRACEBACK, server
-from scripts.traffic.truth import Truth, Wrong, check, check_refusal
+from tests.traffic import report, soak
+from tests.traffic.clients import CLIENTS, Traffic
+from tests.traffic.fuzz import Fuzz, Target, send_case
+from tests.traffic.ledger import Ledger
+from tests.traffic.memory import Memory
+from tests.traffic.messages import Answer, Hang, Message, NoAnswer, exchange
+from tests.traffic.mutations import MUTATIONS, WIRE_MUTATIONS, Case, case
+from tests.traffic.samples import Sample, samples
+from tests.traffic.servers import TRACEBACK, server
+from tests.traffic.truth import Truth, Wrong, check, check_refusal
 
 COUNT = 1000
 """Requests of the quick fuzz; `make fuzz` sends ten times as many."""

@@ -18,7 +18,7 @@ import torch
 
 from handlers import MODELS
 from scripts.local_server import ROOT, serve
-from scripts.traffic.messages import Address, address_of
+from tests.traffic.messages import Address, address_of
 
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 LIMITS = {"VAE_MAX_BODY_MB": "4", "VAE_MAX_PIXELS": "1048576", "VAE_MAX_QUEUE": "16"}
@@ -89,6 +89,7 @@ def server(key: str, folder: Path, toolkit: Path | None = None, **environment: s
 
 
 def small_checkpoint(key: str, folder: Path) -> Path:
+    """With weights as chance has them: frames are pale, and H.264 loses little of them."""
     torch.manual_seed(0)
     model = MODELS[key]
     vae = getattr(diffusers, model.vae_class).from_config({**model.published_config, **SMALL})

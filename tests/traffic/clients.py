@@ -17,13 +17,13 @@ from random import Random
 
 from torch import Tensor
 
-from scripts.traffic.fuzz import send_case
-from scripts.traffic.ledger import Ledger
-from scripts.traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
-from scripts.traffic.mutations import case
-from scripts.traffic.samples import Sample, any_size, large, samples, stream
-from scripts.traffic.servers import Server
-from scripts.traffic.truth import Truth, Wrong, check, check_refusal
+from tests.traffic.fuzz import send_case
+from tests.traffic.ledger import Ledger
+from tests.traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
+from tests.traffic.mutations import case
+from tests.traffic.samples import Sample, any_size, large, samples, stream
+from tests.traffic.servers import Server
+from tests.traffic.truth import Truth, Wrong, check, check_refusal
 
 TIMEOUT = 60.0
 """Seconds in which every request of a soak is answered, bursts and all."""

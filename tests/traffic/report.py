@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from scripts.traffic.ledger import Ledger
-from scripts.traffic.soak import Result
+from tests.traffic.ledger import Ledger
+from tests.traffic.soak import Result
 
 SHOWN = 20
 """Findings that are listed on the console."""
