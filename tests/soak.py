@@ -35,11 +35,8 @@ def main(
     columns = TextColumn("soak"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     try:
         folder = Path(tempfile.mkdtemp(prefix="soak-"))
-        with (
-            server("tiny", folder / "tiny", toolkit) as running,
-            server("hunyuan-video", folder / "video", toolkit) as video,
-        ):
-            traffic = Traffic(running, video, seed)
+        with server("tiny,hunyuan-video", folder, toolkit) as running:
+            traffic = Traffic(running, seed)
             with Progress(*columns, console=console) as progress:
                 task = progress.add_task("", total=minutes * 60)
                 result = soak.run(traffic, minutes * 60, lambda seconds: progress.update(task, completed=seconds))

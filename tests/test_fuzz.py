@@ -57,18 +57,16 @@ def assert_nothing_broke(ledger: Ledger) -> None:
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    with (
-        server("tiny", tmp_path / "tiny", VAE_GRACE="3") as running,
-        server("hunyuan-video", tmp_path / "video") as video,
-    ):
-        traffic = Traffic(running, video, seed=1)
+    with server("tiny,hunyuan-video", tmp_path, VAE_GRACE="3") as running:
+        traffic = Traffic(running, seed=1)
         result = soak.run(traffic, seconds=10)
     assert_nothing_broke(traffic.ledger)
     assert result.exit_seconds < soak.EXIT_TIME
     clients = {client.__name__ for client in CLIENTS}
-    others = {"streams", "malformed", "crowd", "health"}
+    others = {"streams", "videos", "malformed", "crowd", "health"}
     assert clients == {"keep_alive", "fresh", "sizes", "pipelined", "slow", "leaver", *others}
     goods = {"good: keep-alive", "good: a connection each", "good: random sizes", "good: pipelined"}
+    goods.add("good: the video model")
     sent = set(traffic.ledger.sent)
     assert goods | {"burst", "health", "SIGTERM: in flight"} <= sent
     assert sent & {"stream: read", "stream: read slowly", "stream: left"}  # by lot: a slow machine takes one turn

@@ -34,7 +34,7 @@ class Target:
     memory: Memory = field(default_factory=Memory)
 
     def __post_init__(self) -> None:
-        self.truth = Truth(self.server.key, self.server.weights)
+        self.truth = Truth(self.server.key, self.server.weights[self.server.key])
         self.samples = samples(self.server.key)
 
 

@@ -77,9 +77,8 @@ def run(traffic: Traffic, seconds: float, advance: Callable[[float], None] = lam
     if not traffic.server.alive:
         raise RuntimeError(f"the server has died; its log is {traffic.server.log}")
     exit_seconds = end(traffic)
-    for server in (traffic.server, traffic.video):
-        for error in server.logged_errors():
-            traffic.ledger.find("log", f"{error} in {server.log}")
+    for error in traffic.server.logged_errors():
+        traffic.ledger.find("log", f"{error} in {traffic.server.log}")
     return Result(seconds, rates, memory.halves(), exit_seconds)
 
 
