@@ -25,9 +25,9 @@ from handlers import MODELS
 from scripts.deployment.account import PERMISSIONS, Account, open_account
 from scripts.deployment.card import calling, license_link
 from scripts.deployment.console import DeployError, describe, if_stopped, note, say, show_table
-from scripts.deployment.endpoint import READY, Endpoint, find_endpoints
+from scripts.deployment.endpoint import READY, Endpoint, find_endpoint, find_endpoints
 from scripts.deployment.hardware import AS_OF, describe_price, dollars, place
-from scripts.deployment.plan import CALLERS, Plan, addresses, default_name, find_models, published_models
+from scripts.deployment.plan import CALLERS, PENDING_PER_REPLICA, Plan, addresses, published_models, variables
 from scripts.deployment.repository import Repository, describe_files
 from scripts.deployment.smoke import smoke_test
 
@@ -150,27 +150,36 @@ def deploy_plan(account: Account, plan: Plan, timeout: float, keep: bool) -> tup
 
 def show_plan(plan: Plan) -> None:
     """All of it, without a token and a network."""
+    named = variables(plan.models, plan.namespace, plan.name)
     page = f"https://huggingface.co/{plan.namespace or '<your account>'}/{plan.name}"
     say(f"Plan for MODEL={plan.model}; nothing is changed, no token is needed\n")
     say(f"1. The private repository {page} gets these files")
     sizes = describe_files(plan)
     sizes[f"{len(sizes)} files"] = sum(filter(None, sizes.values()))
     show_table(("file", "size"), ((path, decimal(size) if size else "?") for path, size in sizes.items()))
-    for key in plan.models if plan.weights == "hub" else plan.models - plan.folders.keys():
-        way = "No weights: the endpoint fetches them" if plan.weights == "hub" else "The weights are copied on the Hub"
-        say(f"   {way} from {MODELS[key].checkpoint}; their licence: {MODELS[key].license}, {license_link(key)}")
+    for key in plan.models:
+        if key not in plan.folders:
+            way = (
+                "No weights: the endpoint fetches them"
+                if plan.weights == "hub"
+                else "The weights are copied on the Hub"
+            )
+            say(f"   {way} from {MODELS[key].checkpoint}; their licence: {MODELS[key].license}, {license_link(key)}")
     asleep = f"after {plan.scale_to_zero} idle minutes" if plan.scale_to_zero else "never"
     say(f"""
-2. The endpoint is created from that commit, or updated where it exists
+2. The endpoint {plan.name} is created from that commit, or updated where it exists
    instance       {plan.instance} {plan.size}, {plan.vendor} {plan.region}
    access         {plan.access}: {CALLERS[plan.access]}
-   replicas       {plan.min_replica} to {plan.max_replica}
+   replicas       {plan.min_replica} to {plan.max_replica}, one more at {PENDING_PER_REPLICA} pending requests a replica
    scale to zero  {asleep}
+   container      the stock Inference Toolkit, task custom, framework pytorch
+   tags           {", ".join(plan.tags)}
 
 3. What it costs, by the list of {AS_OF}; deploying asks for today's prices, quota and regions""")
-    say("\n".join(f"   {line}" for line in plan.cost))
+    for line in plan.cost:
+        say(f"   {line}")
     say("\n4. It waits until the endpoint is up, sends a small picture through it and prints its URL")
-    say(f"\n`make pause {plan.variables}` stops the cost; `make undeploy {plan.variables}` removes it.")
+    say(f"\n`make pause {named}` stops the cost; `make undeploy {named}` removes it.")
 
 
 @command
@@ -267,16 +276,6 @@ def undeploy(
         for one in doomed:
             one.delete()
     say(f"deleted {names}" + ("" if delete_repo else "; its repository stays, at no cost, without DELETE_REPO=1"))
-
-
-def find_endpoint(model: str | None, namespace: str | None, name: str | None, needed: bool = True) -> Endpoint:
-    """Raises `DeployError` where there is none and one is needed."""
-    models = find_models(model)
-    endpoint = Endpoint(open_account(namespace), name or default_name(*models), models)
-    if needed and not endpoint.there:
-        other = f"`make endpoints` lists what there is, `make deploy {endpoint.variables}` makes it"
-        raise DeployError(f"there is no endpoint {endpoint.name} in {endpoint.account.namespace}; {other}")
-    return endpoint
 
 
 if __name__ == "__main__":

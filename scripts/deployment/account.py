@@ -51,14 +51,9 @@ class Account:
 
 
 def open_account(namespace: str | None, needed: Iterable[str] = ()) -> Account:
-    """Finds the token and asks the Hub whose it is. Changes nothing.
+    """Finds the token and asks the Hub whose it is. Raises `DeployError` where there is none, or it may not.
 
-    Args:
-        namespace: None for the user's own.
-        needed: permissions, of `PERMISSIONS`, that are checked. To stop what costs, none is: the API will say.
-
-    Raises:
-        DeployError: there is no token, or it may not do what is needed.
+    `needed` are permissions, of `PERMISSIONS`, that are checked. To stop what costs, none is: the API will say.
     """
     token = get_token()
     if token is None:

@@ -46,22 +46,14 @@ def call(
 ) -> Any:
     """Calls a function of huggingface_hub. 429, 5xx and lost connections are tried again, with longer and longer waits.
 
-    Args:
-        task: what it does, to complete "could not ...".
-        missing: statuses that say that there is no such thing; then None is returned.
-
-    Raises:
-        HubError: it was refused, or failed to the last attempt.
+    Raises `HubError`, which says "could not `task`", where it was refused or failed to the last attempt; returns None
+    where the answer is one of the statuses `missing`.
     """
-
-    def tell(state: RetryCallState) -> None:
-        note(f"  {_reason(state.outcome.exception())}; trying again in {state.upcoming_sleep:.0f} s")
-
     retrying = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, HTTPError) and passes(_status(error))),
         wait=_wait,
         stop=stop_after_attempt(attempts),
-        before_sleep=tell,
+        before_sleep=_tell,
         reraise=True,
     )
     try:
@@ -71,6 +63,10 @@ def call(
             return None
         wrapped = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         raise HubError(task, wrapped or error) from error
+
+
+def _tell(state: RetryCallState) -> None:
+    note(f"  {_reason(state.outcome.exception())}; trying again in {state.upcoming_sleep:.0f} s")
 
 
 def passes(status: int | None) -> bool:

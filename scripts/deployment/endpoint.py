@@ -12,11 +12,11 @@ from typing import Any
 from huggingface_hub import InferenceEndpoint, constants
 
 from handlers import MODELS
-from scripts.deployment.account import Account
+from scripts.deployment.account import Account, open_account
 from scripts.deployment.calls import HubError, call, passes
 from scripts.deployment.console import DeployError, describe, if_stopped, note, out, say
 from scripts.deployment.hardware import describe_price, dollars, is_cpu, machine_of, table_price
-from scripts.deployment.plan import FRAMEWORK, PENDING_PER_REPLICA, TAG, TASK, Plan, tag_of
+from scripts.deployment.plan import PENDING_PER_REPLICA, TAG, Plan, default_name, find_models, tag_of, variables
 
 READY = ("running", "scaledToZero")
 BROKEN = ("failed", "updateFailed")
@@ -48,6 +48,16 @@ def find_endpoints(account: Account) -> list[Endpoint]:
     return [Endpoint(account, one.name, models_of(one), one) for one in found if TAG in (one.raw.get("tags") or ())]
 
 
+def find_endpoint(model: str | None, namespace: str | None, name: str | None, needed: bool = True) -> Endpoint:
+    """That of these models by its name or its default one. Raises `DeployError` where there is none but is needed."""
+    models = find_models(model)
+    endpoint = Endpoint(open_account(namespace), name or default_name(*models), models)
+    if needed and not endpoint.there:
+        other = f"`make endpoints` lists what there is, `make deploy {endpoint.variables}` makes it"
+        raise DeployError(f"there is no endpoint {endpoint.name} in {endpoint.account.namespace}; {other}")
+    return endpoint
+
+
 def models_of(there: InferenceEndpoint) -> tuple[str, ...]:
     """Keys of its models, from the tags; others, which a user has added, are no matter."""
     return tuple(key for tag in there.raw.get("tags") or () for key in MODELS if tag_of(key) == tag)
@@ -60,7 +70,7 @@ class Endpoint:
         """Raises `DeployError` where it is something else."""
         self.account, self.name, self.models, self.there = account, name, models, there
         self.page = f"https://endpoints.huggingface.co/{account.namespace}/endpoints/{name}"
-        self.variables = Plan(tuple(models), name, "", account.asked).variables
+        self.variables = variables(models, account.asked, name)
         self.touched = False
         """Whether this command asked for something that lets it run."""
         self.left_state: str | None = None
@@ -130,7 +140,7 @@ class Endpoint:
 
     def deploy(self, plan: Plan, repository: str, revision: str, token: str | None) -> None:
         """Creates it, or updates what differs. `token` is for a container that fetches gated weights itself."""
-        compared = {
+        settings = {
             "repository": repository,
             "revision": revision,
             "instance_type": plan.instance,
@@ -138,11 +148,9 @@ class Endpoint:
             "min_replica": plan.min_replica,
             "max_replica": plan.max_replica,
             "scale_to_zero_timeout": plan.scale_to_zero,
-        }
-        settings = compared | {
             "accelerator": "cpu" if is_cpu(plan.instance) else "gpu",
-            "framework": FRAMEWORK,
-            "task": TASK,
+            "framework": "pytorch",
+            "task": "custom",
             "scaling_metric": "pendingRequests",
             "scaling_threshold": PENDING_PER_REPLICA,
         }
@@ -156,8 +164,8 @@ class Endpoint:
         if plan.scale_to_zero is None and self._scaling[-1]:
             self._sleep_never(plan)
         has = (self.there.repository, self.there.revision, *self.machine[2:], *self._scaling)
-        pairs = zip(compared.items(), has, strict=True)
-        changes = [f"{name} {old} -> {new}" for (name, new), old in pairs if old != new]
+        compared = zip(settings.items(), has, strict=False)  # the first seven
+        changes = [f"{name} {old} -> {new}" for (name, new), old in compared if old != new]
         if changes or self.there.status in BROKEN:
             say(f"  updating {self.name}: {', '.join(changes) or 'starting it again'}")
             self._change("update", self.account.api.update_inference_endpoint, **settings)
@@ -306,8 +314,7 @@ class Endpoint:
 
     def delete(self) -> None:
         """Deletes it and waits until it is gone, which takes a moment after the API said yes."""
-        where = {"name": self.name, "namespace": self.account.namespace}
-        call(f"delete {self}", self.account.api.delete_inference_endpoint, missing=(404,), **where)
+        self._call("delete", self.account.api.delete_inference_endpoint, missing=(404,))
         with out.status("waiting until the endpoint is gone"):
             for _ in looks(GONE_WITHIN):
                 self.look()
@@ -326,6 +333,6 @@ class Endpoint:
                 self.touched = before
             raise
 
-    def _call(self, task: str, function: Callable[..., InferenceEndpoint], /, **settings: Any) -> None:
+    def _call(self, task: str, function: Callable[..., InferenceEndpoint | None], /, **settings: Any) -> None:
         where = {"name": self.name, "namespace": self.account.namespace}
         self.there = call(f"{task} {self}", function, **where, **settings)

@@ -86,8 +86,7 @@ def machine_of(one: InferenceEndpointHardware) -> tuple[str, str, str, str]:
 def place(plan: Plan, offered: Sequence[InferenceEndpointHardware]) -> Plan:
     """The plan with the region and the price of today: of "auto" the nearest that has the machine, and quota for it.
 
-    Raises:
-        DeployError: there is none; the message says what there is, or whose quota is short.
+    Raises `DeployError` where there is none; it says what there is, or whose quota is short.
     """
     if not offered:
         return replace(plan, region="us-east-1" if plan.region == "auto" else plan.region)

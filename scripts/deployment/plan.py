@@ -22,8 +22,6 @@ CALLERS = {
     "private": "only you, or the members of the organization, with a token",
     "public": "anyone, without a token",
 }
-FRAMEWORK = "pytorch"
-TASK = "custom"
 PENDING_PER_REPLICA = 1.5
 TAG = "remote-vae"
 """Marks an endpoint as this project's; beside it is the tag of each of its models."""
@@ -39,6 +37,12 @@ def tag_of(model: str) -> str:
 
 def default_name(*models: str) -> str:
     return "-".join([TAG, *map(tag_of, models)])
+
+
+def variables(models: Sequence[str], namespace: str | None, name: str) -> str:
+    """What names an endpoint to the Makefile's targets: `MODEL=flux NAME=mine`."""
+    given = {"NAMESPACE": namespace, "NAME": name if name != default_name(*models) else None}
+    return " ".join([f"MODEL={','.join(models)}", *(f"{key}={value}" for key, value in given.items() if value)])
 
 
 def addresses(url: str, models: Sequence[str]) -> dict[str, str]:
@@ -85,12 +89,12 @@ class Plan:
         )
 
     def _check(self) -> None:
+        """What has to be true, by what is said where it is not."""
         low, high, single = self.min_replica, self.max_replica, len(self.models) == 1
+        named = NAME.fullmatch(self.name)
         sizes = hardware.HOURLY.get(self.instance, [self.size]) if self.vendor == "aws" else [self.size]
         rules = {
-            f"NAME={self.name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end": NAME.fullmatch(
-                self.name
-            ),
+            f"NAME={self.name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end": named,
             f"ACCESS={self.access} cannot be: it is one of {', '.join(CALLERS)}": self.access in CALLERS,
             f"MIN_REPLICA={low} MAX_REPLICA={high} cannot be: 0 <= MIN <= MAX >= 1": 0 <= low <= high >= 1,
             "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 never sleeps": low or self.scale_to_zero >= 1,
@@ -101,13 +105,6 @@ class Plan:
         for message in (message for message, kept in rules.items() if not kept):
             raise DeployError(message)
         hardware.check_memory(self.handlers, self.instance, self.size, hardware.table_memory(self.instance, self.size))
-
-    @property
-    def variables(self) -> str:
-        """What names it to the Makefile's targets: `MODEL=flux NAME=mine`."""
-        namespace = f" NAMESPACE={self.namespace}" if self.namespace else ""
-        name = f" NAME={self.name}" if self.name != default_name(*self.models) else ""
-        return f"MODEL={self.model}{namespace}{name}"
 
     @property
     def model(self) -> str:
@@ -184,8 +181,7 @@ def published_models() -> list[str]:
 def find_folder(model: str, weights: str | None) -> Path | None:
     """The folder that the model's weights are uploaded from, checked; None where they are on the Hub.
 
-    Args:
-        weights: a folder; "hub" for weights that the endpoint fetches itself; None for the model's own.
+    `weights` is a folder, "hub" for those that the endpoint fetches itself, or None for the model's own.
     """
     handler = MODELS[model]
     if weights == "hub" and is_shipped(model):

@@ -11,6 +11,7 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.utils.sha import git_hash
 from rich.filesize import decimal
 
 from handlers import MODELS, __version__
@@ -31,11 +32,8 @@ STORAGE_ANSWERS = 20
 
 def small_files(plan: Plan, revisions: dict[str, str]) -> dict[str, bytes]:
     """The code; `endpoint.json`, which tells it what it serves; the model card. `revisions` are the checkpoints'."""
-    modules = sorted(
-        path
-        for path in (PROJECT / "handlers").rglob("[!.]*")
-        if path.suffix in (".py", ".html") and path.parent.name != "__pycache__"
-    )
+    found = (PROJECT / "handlers").rglob("[!.]*")
+    modules = sorted(one for one in found if one.suffix in (".py", ".html") and one.parent.name != "__pycache__")
     code = [PROJECT / "handler.py", *modules, PROJECT / "requirements.txt"]
     records = [
         {"model": key, "checkpoint": origin(plan, key), **({"revision": revisions[key]} if key in revisions else {})}
@@ -145,7 +143,7 @@ class Repository:
             for number, path in enumerate(weight_paths(plan, key)):
                 there = self.files.get(path)
                 if folder := plan.folders.get(key):
-                    if not (there and there.lfs and there.lfs.sha256 == sha256(folder / WEIGHT_FILES[number])):
+                    if not is_same(folder / WEIGHT_FILES[number], there):
                         local[path] = folder / WEIGHT_FILES[number]
                 elif not there or there.blob_id != weights[key].siblings[number].blob_id:
                     copied[path] = (weights[key], weights[key].siblings[number])
@@ -199,6 +197,9 @@ class Repository:
         call(f"delete {self.id}", self.api.delete_repo, self.id, missing_ok=True)
 
 
-def sha256(file: Path) -> str:
+def is_same(file: Path, there: RepoSibling | None) -> bool:
+    """Whether the repository has just this."""
+    if there is None or there.lfs is None:
+        return there is not None and there.blob_id == git_hash(file.read_bytes())
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return there.lfs.sha256 == hashlib.file_digest(opened, "sha256").hexdigest()

@@ -23,6 +23,15 @@ WAKE_UP = 600
 """Seconds that a request waits for an endpoint which has scaled to zero."""
 
 
+def tell(state: RetryCallState) -> None:
+    if state.attempt_number == 1:
+        note(f"  {state.outcome.exception()}; no replica is up yet, waiting for it")
+
+
+starts = retry_if_exception(lambda error: getattr(error, "status", None) in STARTING)
+waiting = Retrying(retry=starts, wait=wait_fixed(5), stop=stop_after_delay(WAKE_UP), before_sleep=tell, reraise=True)
+
+
 @dataclass(frozen=True)
 class SmokeResult:
     """Seconds of the two requests, the latents' shape and the picture's PSNR in dB (None for a video)."""
@@ -33,57 +42,38 @@ class SmokeResult:
     psnr: float | None
 
     def __str__(self) -> str:
-        quality = "an MP4 video" if self.psnr is None else f"the picture at {self.psnr:.1f} dB"
-        return (
-            f"encode {self.encode:.2f} s, decode {self.decode:.2f} s: {SIZE}x{SIZE} pixels became latents "
-            f"{self.shape}, and {quality} came back"
-        )
+        back = "an MP4 video" if self.psnr is None else f"the picture at {self.psnr:.1f} dB"
+        took = f"encode {self.encode:.2f} s, decode {self.decode:.2f} s"
+        return f"{took}: {SIZE}x{SIZE} pixels became latents {self.shape}, and {back} came back"
 
 
 def smoke_test(url: str, token: str | None = None) -> SmokeResult:
-    """Encodes a picture and decodes what comes back, waiting for a replica that starts.
+    """Encodes a picture and decodes what comes back; `DeployError` where that is not what the protocol promises.
 
-    Args:
-        token: sent to this address; None sends the user's own to the hosts of Inference Endpoints alone.
-
-    Raises:
-        DeployError: an answer is not what the protocol promises, or the picture is lost.
+    `token` is sent to this address; None sends the user's own, to the hosts of Inference Endpoints alone.
     """
     across = Image.linear_gradient("L").resize((SIZE, SIZE))  # smooth, so that any trained VAE keeps it
     picture = Image.merge("RGB", (across, across.rotate(90), Image.radial_gradient("L").resize((SIZE, SIZE))))
     body = io.BytesIO()
     picture.save(body, "PNG")
-
-    def tell(state: RetryCallState) -> None:
-        if state.attempt_number == 1:
-            note(f"  {state.outcome.exception()}; no replica is up yet, waiting for it")
-
-    send = Retrying(
-        retry=retry_if_exception(lambda error: getattr(error, "status", None) in STARTING),
-        wait=wait_fixed(5),
-        stop=stop_after_delay(WAKE_UP),
-        before_sleep=tell,
-        reraise=True,
-    )
     held = {"X-Scale-Up-Timeout": str(WAKE_UP)}
     try:
         client = Client(url, token, patience=0, timeout=WAKE_UP + 60)
         with out.status("encoding and decoding a picture"):
-            encoded = send(client.request, "POST", "/encode", content=body.getvalue(), headers=held)
+            encoded = waiting(client.request, "POST", "/encode", content=body.getvalue(), headers=held)
             if not encoded.headers.keys() >= {"shape", "dtype"}:
                 raise DeployError(f"{url} answered an encode with no latents: is it an endpoint of this project?")
             shape = json.loads(encoded.headers["shape"])
             # a video model answers with an MP4
             sent = {"shape": encoded.headers["shape"], "dtype": encoded.headers["dtype"], "image_format": "png"}
             held["Content-Type"] = "tensor/binary"
-            decoded = send(client.request, "POST", "/decode", content=encoded.content, params=sent, headers=held)
+            decoded = waiting(client.request, "POST", "/decode", content=encoded.content, params=sent, headers=held)
     except (RemoteVAEError, ValueError) as error:
         raise DeployError(str(error)) from None
     psnr = None if decoded.content[4:8] == b"ftyp" else _psnr(picture, decoded.content)
     if psnr is not None and psnr < LOWEST_PSNR:
-        raise DeployError(
-            f"{url} gave back another picture ({psnr:.1f} dB, under {LOWEST_PSNR:.0f}): are the weights its own?"
-        )
+        lost = f"{psnr:.1f} dB, under {LOWEST_PSNR:.0f}"
+        raise DeployError(f"{url} gave back another picture ({lost}): are the weights its own?")
     return SmokeResult(encoded.elapsed.total_seconds(), decoded.elapsed.total_seconds(), shape, psnr)
 
 
