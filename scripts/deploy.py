@@ -130,9 +130,8 @@ def deploy_plan(account: Account, plan: Plan, timeout: float, keep: bool) -> tup
         weights = repository.find_weights(plan)
         if endpoint.there:
             endpoint.check_fixed(plan)
-            plan = replace(plan, region=endpoint.machine[1], price=endpoint.price)
-        if not endpoint.holds(plan):
-            plan = place(plan, account.hardware)
+            plan = replace(plan, region=endpoint.machine[1])
+        plan = replace(plan, price=endpoint.price) if endpoint.holds(plan) else place(plan, account.hardware)
         say(f"{plan.instance} {plan.size} in {plan.vendor} {plan.region}: {describe_price(plan.price)} at work")
         say(f"Repository {repository.page}" + ("" if repository.commit else ", new and private"))
         revision = repository.upload(plan, weights)
@@ -159,11 +158,7 @@ def show_plan(plan: Plan) -> None:
     show_table(("file", "size"), ((path, decimal(size) if size else "?") for path, size in sizes.items()))
     for key in plan.models:
         if key not in plan.folders:
-            way = (
-                "No weights: the endpoint fetches them"
-                if plan.weights == "hub"
-                else "The weights are copied on the Hub"
-            )
+            way = "No weights: they are fetched at every start" if plan.weights == "hub" else "Weights are copied there"
             say(f"   {way} from {MODELS[key].checkpoint}; their licence: {MODELS[key].license}, {license_link(key)}")
     asleep = f"after {plan.scale_to_zero} idle minutes" if plan.scale_to_zero else "never"
     say(f"""

@@ -264,7 +264,8 @@ def test_a_region_that_has_none_names_those_that_do(hub: Hub, deploy: Runner) ->
     result = deploy(*FLUX, "--region", "us-west-2")
     assert (result.status, hub.changes()) == (1, [])
     assert re.search(
-        r"there is no REGION=us-west-2 to be had with x1: choose from (us-east-1, eu-west-1|eu-west-1, us-east-1)$",
+        r"there is no REGION=us-west-2 with aws nvidia-l4 x1 to be had: "
+        r"choose from (us-east-1, eu-west-1|eu-west-1, us-east-1)$",
         result.lines[-1],
     )
 
@@ -288,10 +289,13 @@ def test_the_nearest_region_that_has_one(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--instance", "nvidia-a100"], "there is no INSTANCE=nvidia-a100 to be had with aws: choose from "),
-        (["--instance", "nvidia-b300"], "there is no INSTANCE=nvidia-b300 to be had with aws: choose from "),
-        (["--vendor", "gcp"], "there is no VENDOR=gcp to be had on the platform: choose from aws"),
-        (["--instance", "nvidia-t4", "--size", "x4"], "there is no SIZE=x4 to be had with nvidia-t4: choose from x1"),
+        (["--instance", "nvidia-a100"], "there is no INSTANCE=nvidia-a100 with aws to be had: choose from "),
+        (["--instance", "nvidia-b300"], "there is no INSTANCE=nvidia-b300 with aws to be had: choose from "),
+        (["--vendor", "gcp"], "there is no VENDOR=gcp to be had: choose from aws"),
+        (
+            ["--instance", "nvidia-t4", "--size", "x4"],
+            "there is no SIZE=x4 with aws nvidia-t4 to be had: choose from x1",
+        ),
     ],
 )
 def test_a_machine_that_is_not_there(hub: Hub, deploy: Runner, arguments: list[str], said: str) -> None:
@@ -477,7 +481,7 @@ def test_secrets_of_the_users_own_are_not_put_at_risk(hub: Hub, deploy: Runner) 
     hub.secrets[KEY]["API_TOKEN"] = "own"
     result = deploy(*FLUX)
     assert result.status == 0
-    assert "HF_TOKEN is needed no more; beside the other secrets only you can change it: https://" in result.err
+    assert "HF_TOKEN is needed no more; only you can change that beside other secrets, on https://" in result.err
     assert hub.secrets[KEY]["API_TOKEN"] == "own"
 
 

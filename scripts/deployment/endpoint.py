@@ -15,7 +15,7 @@ from handlers import MODELS
 from scripts.deployment.account import Account, open_account
 from scripts.deployment.calls import HubError, call, passes
 from scripts.deployment.console import DeployError, describe, if_stopped, note, out, say
-from scripts.deployment.hardware import describe_price, dollars, is_cpu, machine_of, table_price
+from scripts.deployment.hardware import describe_price, dollars, is_cpu, table_price
 from scripts.deployment.plan import PENDING_PER_REPLICA, TAG, Plan, default_name, find_models, tag_of, variables
 
 READY = ("running", "scaledToZero")
@@ -108,18 +108,28 @@ class Endpoint:
     @property
     def price(self) -> float | None:
         """USD an hour for one replica: the platform's, or that of the table."""
-        offers = [one for one in self.account.hardware if self.there and machine_of(one) == self.machine]
-        return offers[0].price_per_hour if offers else self.there and table_price(*self.machine)
+        for one in self.account.hardware if self.there else ():
+            if (one.vendor, one.region, one.instance_type, one.instance_size) == self.machine:
+                return one.price_per_hour
+        return self.there and table_price(*self.machine)
+
+    @property
+    def scaling(self) -> tuple[int, int, int | None]:
+        """Replicas at least and at most, and minutes until it sleeps."""
+        scaling = self.there.raw["compute"]["scaling"]
+        return scaling["minReplica"], scaling["maxReplica"], scaling.get("scaleToZeroTimeout") or None
 
     def row(self) -> list[str]:
         """Of the table of endpoints: how long it is up and what that cost are known since its last change alone.
 
         It may have slept and woken since: then both are less.
         """
-        status, scaling = self.there.raw["status"], self.there.raw["compute"]["scaling"]
-        ready, up = status.get("readyReplica", 0), datetime.now(UTC) - self.there.updated_at
+        ready, up = (
+            self.there.raw["status"].get("readyReplica", 0),
+            max(datetime.now(UTC) - self.there.updated_at, timedelta()),
+        )
         spent = dollars(self.price and self.price * up.total_seconds() / 3600 * max(ready, 1))
-        replicas = f"{ready} of {scaling['minReplica']}-{scaling['maxReplica']}"
+        replicas = "{} of {}-{}".format(ready, *self.scaling)
         row = [self.name, ",".join(self.models), self.there.status, " ".join(self.machine[2:]), replicas, self.access]
         since = "-" if self.there.status in FREE else f"{timedelta(seconds=int(up.total_seconds()))}, {spent}"
         return [*row, f"{dollars(self.price)}/h", since, self.there.url or ""]
@@ -161,9 +171,9 @@ class Endpoint:
         if not self.there:
             self._create(plan, settings | secret)
         self.check_fixed(plan)
-        if plan.scale_to_zero is None and self._scaling[-1]:
+        if plan.scale_to_zero is None and self.scaling[-1]:
             self._sleep_never(plan)
-        has = (self.there.repository, self.there.revision, *self.machine[2:], *self._scaling)
+        has = (self.there.repository, self.there.revision, *self.machine[2:], *self.scaling)
         compared = zip(settings.items(), has, strict=False)  # the first seven
         changes = [f"{name} {old} -> {new}" for (name, new), old in compared if old != new]
         if changes or self.there.status in BROKEN:
@@ -175,12 +185,6 @@ class Endpoint:
         if self.there.status == "paused":
             say("  it was paused: resuming it")
             self.resume()
-
-    @property
-    def _scaling(self) -> tuple[int, int, int | None]:
-        """Replicas at least and at most, and minutes until it sleeps."""
-        scaling = self.there.raw["compute"]["scaling"]
-        return scaling["minReplica"], scaling["maxReplica"], scaling.get("scaleToZeroTimeout") or None
 
     def _create(self, plan: Plan, settings: dict[str, Any]) -> None:
         """Creating is not idempotent: where an answer was lost, the same request again is refused with 409, and what
@@ -233,7 +237,7 @@ class Endpoint:
             if ("HF_TOKEN" in secrets) == bool(wanted) and wanted.get("env", {}).items() <= env.items():
                 return
             if not change or secrets.keys() > {"HF_TOKEN"}:
-                return note(f"  {why}; beside the other secrets only you can change it: {self.page}/settings")
+                return note(f"  {why}; only you can change that beside other secrets, on {self.page}/settings")
             say(f"  updating {self.name}: {why}")
             env = {name: value for name, value in env.items() if name != TOKEN_OF} | wanted.get("env", {})
             self._change("update", self.account.api.update_inference_endpoint, **change | {"env": env})

@@ -52,22 +52,19 @@ def table_price(vendor: str, region: str, instance: str, size: str) -> float | N
     return HOURLY.get(instance, {}).get(size) if vendor == "aws" else None
 
 
-def table_memory(instance: str, size: str) -> float | None:
-    """GB that a VAE can take; None where the table does not know it."""
-    return CPU_GB * int(size[1:]) if is_cpu(instance) and size[1:].isdecimal() else MEMORY_GB.get(instance)
-
-
 def by_price(model: type[Model]) -> float:
     """To order models by what their own instance costs."""
     return HOURLY.get(model.instance, {}).get("x1", 0)
 
 
-def check_memory(models: Sequence[type[Model]], instance: str, size: str, memory: float | None) -> None:
-    """Raises `DeployError` where it is known to be less than decoding in tiles takes.
+def check_memory(models: Sequence[type[Model]], instance: str, size: str, memory: float | None = None) -> None:
+    """Raises `DeployError` where the machine is known to have less `memory`, in GB, than decoding in tiles takes.
 
     That is 1 GB for the machine and the process, measured at 0.6 to 0.8 GB; the weights; one tile of 512x512. On a CPU
-    all is in float32.
+    all is in float32. None is what the table says.
     """
+    if memory is None:
+        memory = CPU_GB * int(size[1:]) if is_cpu(instance) and size[1:].isdecimal() else MEMORY_GB.get(instance)
     width = {model: 4 if is_cpu(instance) or model.dtype == "float32" else 2 for model in models}
     stored = {model: 4 if model.dtype == "float32" else 2 for model in models}
     weights = sum((model.weights_mb or 0) * width[model] / stored[model] for model in models)
@@ -78,11 +75,6 @@ def check_memory(models: Sequence[type[Model]], instance: str, size: str, memory
         raise DeployError(f"{has}: choose a larger SIZE, or INSTANCE={max(models, key=by_price).instance}")
 
 
-def machine_of(one: InferenceEndpointHardware) -> tuple[str, str, str, str]:
-    """Vendor, region, instance type and size."""
-    return one.vendor, one.region, one.instance_type, one.instance_size
-
-
 def place(plan: Plan, offered: Sequence[InferenceEndpointHardware]) -> Plan:
     """The plan with the region and the price of today: of "auto" the nearest that has the machine, and quota for it.
 
@@ -90,16 +82,17 @@ def place(plan: Plan, offered: Sequence[InferenceEndpointHardware]) -> Plan:
     """
     if not offered:
         return replace(plan, region="us-east-1" if plan.region == "auto" else plan.region)
-    there, usable = "on the platform", [one for one in sorted(offered, key=_far) if one.status in USABLE]
+    fitting, so_far = [one for one in sorted(offered, key=_far) if one.status in USABLE], ""
     for variable, name in ASKED.items():
-        asked = getattr(plan, variable)
-        found = [one for one in usable if asked in ("auto", getattr(one, name))]
-        if not found:
-            others = ", ".join(dict.fromkeys(getattr(one, name) for one in usable))
-            raise DeployError(f"there is no {variable.upper()}={asked} to be had {there}: choose from {others}")
-        there, usable = f"with {asked}", found
-    free = [(one.max_accelerators - one.used_accelerators) // one.num_accelerators for one in usable]
-    left, one = next(((left, one) for left, one in zip(free, usable, strict=True) if left > 0), (0, usable[0]))
+        asked, others = getattr(plan, variable), dict.fromkeys(getattr(one, name) for one in fitting)
+        fitting = [one for one in fitting if asked in ("auto", getattr(one, name))]
+        if not fitting:
+            raise DeployError(
+                f"there is no {variable.upper()}={asked}{so_far} to be had: choose from {', '.join(others)}"
+            )
+        so_far = f"{so_far or ' with'} {asked}"
+    free = [(one.max_accelerators - one.used_accelerators) // one.num_accelerators for one in fitting]
+    left, one = next(((left, one) for left, one in zip(free, fitting, strict=True) if left > 0), (0, fitting[0]))
     if left == 0:
         used = f"{one.used_accelerators} of {one.max_accelerators}, what has scaled to zero included"
         more = f"`make pause` frees it, and more is asked for at {QUOTA_PAGE}"

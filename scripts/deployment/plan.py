@@ -104,7 +104,7 @@ class Plan:
         }
         for message in (message for message, kept in rules.items() if not kept):
             raise DeployError(message)
-        hardware.check_memory(self.handlers, self.instance, self.size, hardware.table_memory(self.instance, self.size))
+        hardware.check_memory(self.handlers, self.instance, self.size)
 
     @property
     def model(self) -> str:
