@@ -236,8 +236,10 @@ class Endpoint:
             env, secrets = (self.there.raw["model"].get(name) or {} for name in ("env", "secrets"))
             if ("HF_TOKEN" in secrets) == bool(wanted) and wanted.get("env", {}).items() <= env.items():
                 return
-            if not change or secrets.keys() > {"HF_TOKEN"}:
-                return note(f"  {why}; only you can change that beside other secrets, on {self.page}/settings")
+            others = sorted(secrets.keys() - {"HF_TOKEN"})
+            if others or not change:
+                beside = f"beside {', '.join(others)} " if others else ""
+                return note(f"  {why}; {beside}only you can change it: {self.page}/settings")
             say(f"  updating {self.name}: {why}")
             env = {name: value for name, value in env.items() if name != TOKEN_OF} | wanted.get("env", {})
             self._change("update", self.account.api.update_inference_endpoint, **change | {"env": env})

@@ -82,15 +82,16 @@ def place(plan: Plan, offered: Sequence[InferenceEndpointHardware]) -> Plan:
     """
     if not offered:
         return replace(plan, region="us-east-1" if plan.region == "auto" else plan.region)
-    fitting, so_far = [one for one in sorted(offered, key=_far) if one.status in USABLE], ""
+    fitting, so_far = sorted(offered, key=_far), ""
     for variable, name in ASKED.items():
-        asked, others = getattr(plan, variable), dict.fromkeys(getattr(one, name) for one in fitting)
+        asked, others = getattr(plan, variable), [getattr(one, name) for one in fitting if one.status in USABLE]
         fitting = [one for one in fitting if asked in ("auto", getattr(one, name))]
-        if not fitting:
-            raise DeployError(
-                f"there is no {variable.upper()}={asked}{so_far} to be had: choose from {', '.join(others)}"
-            )
-        so_far = f"{so_far or ' with'} {asked}"
+        if not any(one.status in USABLE for one in fitting):
+            status = fitting[0].status if fitting else "not there"
+            known = ", ".join(dict.fromkeys(others)) + ", or auto" * (variable == "region")
+            raise DeployError(f"{variable.upper()}={asked}{so_far} cannot be had ({status}): choose from {known}")
+        so_far = f"{so_far or ' of'} {asked}"
+    fitting = [one for one in fitting if one.status in USABLE]
     free = [(one.max_accelerators - one.used_accelerators) // one.num_accelerators for one in fitting]
     left, one = next(((left, one) for left, one in zip(free, fitting, strict=True) if left > 0), (0, fitting[0]))
     if left == 0:
