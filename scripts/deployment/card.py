@@ -89,7 +89,7 @@ def diffusers_snippet(model: type[Model], url: str) -> str:
     if model.kind == "video":
         sent |= {"output_type": "mp4", "return_type": "mp4"}
         save = 'with open("decoded.mp4", "wb") as file:\n    file.write(decoded)'
-    arguments = "".join(f", {name}={value!r}" for name, value in sent.items())
+    arguments = "".join(f", {name}={literal(value)}" for name, value in sent.items())
     return f"""\
 import torch
 from diffusers.utils.remote_utils import remote_decode
@@ -102,17 +102,18 @@ decoded = remote_decode("{url}", latents{arguments})
 
 def token_snippet(model: type[Model], url: str) -> str:
     """For an endpoint of any access."""
-    sent = {**sent_parameters(model), "output_type": "pil", "image_format": "png"}
-    accept, file = "image/png", "decoded.png"
+    sent, accept, file = {"output_type": "pil", "image_format": "png"}, "image/png", "decoded.png"
     if model.kind == "video":
-        sent, accept, file = {**sent, "output_type": "mp4"}, "text/plain", "decoded.mp4"
+        sent, accept, file = {"output_type": "mp4"}, "text/plain", "decoded.mp4"
+    sent = {"dtype": "float16", **sent_parameters(model), **sent}
+    also = ", ".join(f'"{name}": {literal(value)}' for name, value in sent.items())
     return f"""\
 import requests
 import torch
 from huggingface_hub import get_token
 
 latents = torch.randn({latents_shape(model)}, dtype=torch.float16)  # yours come from a pipeline
-parameters = {{"shape": list(latents.shape), "dtype": "float16"}} | {sent}
+parameters = {{"shape": list(latents.shape), {also}}}
 headers = {{
     "Authorization": f"Bearer {{get_token()}}",
     "Content-Type": "tensor/binary",
@@ -126,6 +127,10 @@ if not response.ok:
 with open("{file}", "wb") as file:
     file.write(response.content)
 """
+
+
+def literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def latents_shape(model: type[Model]) -> list[int]:
