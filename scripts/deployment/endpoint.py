@@ -111,7 +111,7 @@ class Endpoint:
         for one in self.account.hardware if self.there else ():
             if (one.vendor, one.region, one.instance_type, one.instance_size) == self.machine:
                 return one.price_per_hour
-        return self.there and table_price(*self.machine)
+        return table_price(self.machine[0], *self.machine[2:]) if self.there else None
 
     @property
     def scaling(self) -> tuple[int, int, int | None]:

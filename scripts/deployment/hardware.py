@@ -47,7 +47,7 @@ def is_cpu(instance: str) -> bool:
     return instance.startswith(("intel", "amd"))
 
 
-def table_price(vendor: str, region: str, instance: str, size: str) -> float | None:
+def table_price(vendor: str, instance: str, size: str) -> float | None:
     """USD an hour for one replica; None where the table does not know it."""
     return HOURLY.get(instance, {}).get(size) if vendor == "aws" else None
 

@@ -84,7 +84,7 @@ class Plan:
         return replace(
             plan,
             scale_to_zero=None if plan.min_replica else plan.scale_to_zero,
-            price=hardware.table_price(plan.vendor, plan.region, plan.instance, plan.size),
+            price=hardware.table_price(plan.vendor, plan.instance, plan.size),
             folders={key: folder for key in models if (folder := find_folder(key, plan.weights))},
         )
 
