@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from remote_vae import Client, RemoteVAE, RemoteVAEError
 from remote_vae.proxy import LOOPBACK, build_proxy
 from scripts.deploy import command, deploy_plan
 from scripts.deployment.account import PERMISSIONS, open_account
-from scripts.deployment.console import DeployError, elapsed, say
+from scripts.deployment.console import DeployError, if_stopped, say
 from scripts.deployment.endpoint import Endpoint
 from scripts.deployment.hardware import dollars
 from scripts.deployment.plan import Plan
@@ -36,18 +37,6 @@ from scripts.deployment.repository import Repository
 from scripts.deployment.smoke import smoke_test
 
 NAME = "remote-vae-canary"
-OPTIONS: dict[str, Any] = {
-    "instance": None,
-    "size": "x1",
-    "vendor": "aws",
-    "region": "auto",
-    "access": "authenticated",
-    "min_replica": 0,
-    "max_replica": 1,
-    "scale_to_zero": 15,
-    "weights": None,
-    "revision": None,
-}
 PERSONAL = re.compile(r"email|fullname|avatar|displayName|orgs|^_?id$|periodEnd", re.IGNORECASE)
 """Keys of an answer whose values are of the user, and not of the platform."""
 APIS = re.compile(r"^/(api|v2)/")
@@ -135,7 +124,7 @@ def try_clients(url: str, token: str) -> None:
 def timed(what: str, function: Callable[[], Any]) -> Any:
     start = time.monotonic()
     result = function()
-    say(f"{what}: {elapsed(time.monotonic() - start)}")
+    say(f"{what}: {timedelta(seconds=int(time.monotonic() - start))}")
     return result
 
 
@@ -143,21 +132,21 @@ def timed(what: str, function: Callable[[], Any]) -> Any:
 def canary(namespace: str | None = None, timeout: float = 30, record: Path = Path("out/canary.json")) -> None:
     """Deploy `tiny`, try it, pause, resume, delete it, and say what it cost."""
     recorder = Recorder()
-    with recorder.recording():
+    with recorder.recording(), if_stopped("what the canary had made is deleted"):
         account = open_account(namespace, PERMISSIONS)
         recorder.names = [account.token, account.namespace, account.api.whoami()["name"]]
-        plan = Plan.of("tiny", namespace=namespace, name=NAME, **OPTIONS)
+        plan = Plan.of("tiny", namespace=namespace, name=NAME, region="auto")
         start = time.monotonic()
         try:
             _, endpoint = timed("cold start", lambda: deploy_plan(account, plan, timeout, keep=False))
             try:
-                try_clients(endpoint.url, account.token)
+                try_clients(endpoint.there.url, account.token)
             except RemoteVAEError as error:
                 raise DeployError(str(error)) from None
             timed("pause", endpoint.pause)
             endpoint.resume()
-            timed("resume", lambda: endpoint.wait(timeout, plan.variables))
-            say(f"  {smoke_test(endpoint.url, account.token)}")
+            timed("resume", lambda: endpoint.wait(timeout))
+            say(f"  {smoke_test(endpoint.there.url, account.token)}")
             price = endpoint.price or plan.price
             say(f"it cost {dollars(price * (time.monotonic() - start) / 3600)} at most")
         finally:
@@ -168,13 +157,11 @@ def canary(namespace: str | None = None, timeout: float = 30, record: Path = Pat
 
 def clear(account: Any, plan: Plan) -> None:
     """Deletes what the canary made. Raises `DeployError` where something is left."""
-    endpoint, repository = Endpoint.find(account, plan.name), Repository(account, plan.name)
-    endpoint.check_ours(plan.models)
-    repository.check_ours(plan.models)
-    if endpoint.exists:
+    endpoint, repository = (kind(account, plan.name, plan.models) for kind in (Endpoint, Repository))
+    if endpoint.there:
         timed("delete", endpoint.delete)
     repository.delete()
-    if Endpoint.find(account, plan.name).exists or Repository(account, plan.name).exists:
+    if Endpoint(account, plan.name, plan.models).there or Repository(account, plan.name, plan.models).commit:
         raise DeployError(f"{plan.name} is still there and MAY COST: look at {endpoint.page}")
     say("nothing is left")
 

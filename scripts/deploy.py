@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 # The storage's client tries for minutes without a word by default: here it gives up within half a minute.
 os.environ.setdefault("HF_XET_CLIENT_RETRY_BASE_DELAY", "1s")
@@ -19,33 +19,29 @@ os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")
 import typer
 from huggingface_hub import get_token
 from huggingface_hub.utils import logging as hub_logging
-from rich.markup import escape
+from rich.filesize import decimal
 
 from handlers import MODELS
-from scripts.deployment import hardware
 from scripts.deployment.account import PERMISSIONS, Account, open_account
-from scripts.deployment.console import DeployError, make_table, megabytes, note, out, print_wide, say
-from scripts.deployment.endpoint import AGAIN, PENDING_PER_REPLICA, READY, Endpoint, Interrupted
-from scripts.deployment.hardware import describe_price, dollars
-from scripts.deployment.plan import CALLERS, FRAMEWORK, TASK, Plan, cannot_run, default_name, find_models, is_shipped
+from scripts.deployment.card import calling, license_link
+from scripts.deployment.console import DeployError, describe, if_stopped, note, say, show_table
+from scripts.deployment.endpoint import READY, Endpoint, find_endpoint, find_endpoints
+from scripts.deployment.hardware import AS_OF, describe_price, dollars, place
+from scripts.deployment.plan import CALLERS, PENDING_PER_REPLICA, Plan, addresses, published_models, variables
 from scripts.deployment.repository import Repository, describe_files
-from scripts.deployment.smoke import is_hugging_face, smoke_test
-from scripts.deployment.snippets import diffusers_snippet, token_snippet
+from scripts.deployment.smoke import smoke_test
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
-
-ModelOption = Annotated[str | None, typer.Option(help=f"Key of the model, or a,b,c: {', '.join(MODELS)}.")]
-NamespaceOption = Annotated[str | None, typer.Option(help="User or organization; default: the token's user.")]
-NameOption = Annotated[str | None, typer.Option(help="Name of endpoint and repository; default: remote-vae-MODEL.")]
-TimeoutOption = Annotated[float, typer.Option(help="Minutes to wait for the endpoint.")]
-KeepOption = Annotated[bool, typer.Option("--keep", help="Leave an endpoint running that failed; else it is paused.")]
+Model = Annotated[str | None, typer.Option(help=f"Key of the model, or a,b,c: {', '.join(MODELS)}.")]
+Namespace = Annotated[str | None, typer.Option(help="User or organization; default: the token's user.")]
+Name = Annotated[str | None, typer.Option(help="Name of endpoint and repository; default: remote-vae-MODEL.")]
+Timeout = Annotated[float, typer.Option(help="Minutes to wait for the endpoint.")]
+Keep = Annotated[bool, typer.Option("--keep", help="Leave an endpoint running that failed; else it is paused.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Registers a subcommand. Its failures end it with one line on standard error."""
+    """Registers a subcommand. Its failures end it with one line on standard error, and Ctrl-C with status 130."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -53,348 +49,228 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             return function(*args, **kwargs)
         except DeployError as error:
-            message, status = f"error: {error}", 1
-        except Interrupted as stop:
-            message, status = f"stopped: {stop}", INTERRUPTED
-        except KeyboardInterrupt:
-            message, status = "stopped", INTERRUPTED
+            status, message = 1, f"error: {describe(error)}"
+        except KeyboardInterrupt as stop:
+            left = describe(stop) or "nothing was changed"
+            status, message = 130, f"stopped: {left}; the same command again goes on from there"
         gc.collect()  # a progress bar that the failure left open ends its line here
-        fail(message, status)
+        note(message.replace(token, "***") if (token := get_token()) else message)
+        raise typer.Exit(status)
 
     return app.command()(run)
-
-
-def fail(message: str, status: int) -> NoReturn:
-    token = get_token()
-    note(message.replace(token, "***") if token else message)
-    raise typer.Exit(status)
-
-
-@contextmanager
-def interruptible(left: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"{left}; {AGAIN}") from None
 
 
 @command
 def deploy(
     context: typer.Context,
-    model: ModelOption = None,
-    namespace: NamespaceOption = None,
-    name: NameOption = None,
+    model: Model = None,
+    namespace: Namespace = None,
+    name: Name = None,
     instance: Annotated[str | None, typer.Option(help="Instance type; default: the model's own.")] = None,
-    size: Annotated[str, typer.Option(help="Instance size.")] = "x1",
-    vendor: Annotated[str, typer.Option(help="Cloud.")] = "aws",
-    region: Annotated[
-        str, typer.Option(help='The cloud\'s region, or "auto": the nearest that has one.')
-    ] = "us-east-1",
-    access: Annotated[str, typer.Option(help=f"Who may call it: {', '.join(CALLERS)}.")] = "authenticated",
-    min_replica: Annotated[int, typer.Option(help="Replicas that always run; 0 lets it scale to zero.")] = 0,
-    max_replica: Annotated[int, typer.Option(help="Replicas at most.")] = 1,
-    scale_to_zero: Annotated[int, typer.Option(help="Minutes without a request before it scales to zero.")] = 15,
+    size: Annotated[str, typer.Option(help="Instance size.")] = Plan.size,
+    vendor: Annotated[str, typer.Option(help="Cloud.")] = Plan.vendor,
+    region: Annotated[str, typer.Option(help='Region; "auto": the nearest that has one.')] = Plan.region,
+    access: Annotated[str, typer.Option(help=f"Who may call it: {', '.join(CALLERS)}.")] = Plan.access,
+    min_replica: Annotated[int, typer.Option(help="Replicas that always run; 0: scale to zero.")] = Plan.min_replica,
+    max_replica: Annotated[int, typer.Option(help="Replicas at most.")] = Plan.max_replica,
+    scale_to_zero: Annotated[int, typer.Option(help="Idle minutes before it scales to zero.")] = Plan.scale_to_zero,
     weights: Annotated[str | None, typer.Option(help='Folder of the weights, or "hub" to upload none.')] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of the checkpoint; default: what is deployed.")] = None,
-    timeout: TimeoutOption = 30,
-    keep: KeepOption = False,
+    timeout: Timeout = 30,
+    keep: Keep = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; no token, no network.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Every published model, one endpoint each.")] = False,
 ) -> None:
     """Create or update the endpoint of one model, or of several, wait for it, try it."""
     asked = {key: value for key, value in context.params.items() if key in Plan.__dataclass_fields__}
+    plans = [Plan.of(one, **asked) for one in (published_models() if every else [model])]
     if every:
-        deploy_all(asked, timeout, keep, dry_run)
-        return
-    plan = Plan.of(model, **asked)
-    if dry_run:
-        show_plan(plan)
-        return
-    with interruptible("nothing was changed"):
-        account = open_account(namespace, needed_for(plan))
-    plan, endpoint = deploy_plan(account, plan, timeout, keep)
-    show_calling(plan, endpoint)
-
-
-def needed_for(plan: Plan) -> list[str]:
-    """The token's permissions: anyone may call a public endpoint."""
-    return [one for one in PERMISSIONS if plan.access != "public" or not one.endswith("infer.write")]
-
-
-def deploy_all(asked: dict[str, Any], timeout: float, keep: bool, dry_run: bool) -> None:
-    """One by one. Ends with a table, whatever happens."""
-    for reason in filter(None, map(cannot_run, MODELS)):
-        note(reason)
-    published = [key for key, handler in MODELS.items() if not is_shipped(handler) and not cannot_run(key)]
-    plans = [Plan.of(key, **asked) for key in published]
+        total = None if None in (prices := [plan.price for plan in plans]) else sum(prices)
+        say(f"{len(plans)} endpoints: {describe_price(total)} while a replica of each starts or runs")
     if dry_run:
         for plan in plans:
             show_plan(plan)
-    prices = [plan.price for plan in plans]
-    if None not in prices:
-        say(f"{len(plans)} endpoints: {describe_price(sum(prices))} while a replica of each starts or runs")
-    if dry_run:
         return
-    account = open_account(asked["namespace"], needed_for(plans[0]))
-    rows: dict[str, tuple[str, str, str]] = {plan.model: ("not reached", "", "") for plan in plans}
-    failed = 0
+    needed = [one for one in PERMISSIONS if access != "public" or not one.endswith("infer.write")]  # anyone may call it
+    account = open_account(namespace, needed)
+    if every:
+        return deploy_all(account, plans, timeout, keep)
+    plan, endpoint = deploy_plan(account, plans[0], timeout, keep)
+    say("\n".join(["", *addresses(endpoint.there.url, plan.models).values(), *plan.cost]))
+    say(f"`make pause {endpoint.variables}` stops the cost; `make undeploy {endpoint.variables}` removes it\n")
+    say(f"ACCESS={plan.access}: {CALLERS[plan.access]}.\n\n{calling(plan.models, endpoint.there.url)}")
+
+
+def deploy_all(account: Account, plans: list[Plan], timeout: float, keep: bool) -> None:
+    """One by one. Ends with a table, whatever happens."""
+    rows = {plan.model: [plan.model, "not reached", "", ""] for plan in plans}
     try:
         for plan in plans:
             try:
                 _, endpoint = deploy_plan(account, plan, timeout, keep)
-                rows[plan.model] = (endpoint.state, hourly(endpoint.price), endpoint.url or "")
-            except DeployError as error:
-                failed += 1
-                note(f"error: {error}")
-                rows[plan.model] = ("failed", "", str(error))
-            except Interrupted as stop:
-                rows[plan.model] = ("stopped", "", str(stop))
-                raise
+                rows[plan.model][1:] = endpoint.there.status, f"{dollars(endpoint.price)}/h", endpoint.there.url
+            except (DeployError, KeyboardInterrupt) as error:
+                stopped = isinstance(error, KeyboardInterrupt)
+                rows[plan.model][1:] = "stopped" if stopped else "failed", "", describe(error)
+                if stopped:
+                    raise
+                note(f"error: {describe(error)}")
     finally:
-        table = make_table("model", "state", "per replica", "URL, or what went wrong")
-        for key, row in rows.items():
-            table.add_row(key, *map(escape, row))
-        print_wide(table)
-    if failed:
+        show_table(("model", "state", "per replica", "URL, or what went wrong"), rows.values())
+    if failed := sum(row[1] == "failed" for row in rows.values()):
         raise DeployError(f"{failed} of {len(plans)} models failed; `make deploy-all` again goes on with them")
 
 
 def deploy_plan(account: Account, plan: Plan, timeout: float, keep: bool) -> tuple[Plan, Endpoint]:
     """The whole way. Everything that can refuse is asked before the first change; a second run changes nothing."""
     say(f"Deploying {plan.model} as {account.namespace}/{plan.name}")
-    with interruptible("nothing was changed"):
-        endpoint = Endpoint.find(account, plan.name)
-        endpoint.check_ours(plan.models)
-        endpoint.check_fixed(plan)
-    left = ["nothing was changed"]
-    with endpoint.nothing_bills_unseen(plan.variables, keep, left):
-        repository = Repository(account, plan.name)
-        repository.check_ours(plan.models)
+    endpoint = Endpoint(account, plan.name, plan.models)
+    with endpoint.nothing_bills_unseen(keep):
+        repository = Repository(account, plan.name, plan.models)
         weights = repository.find_weights(plan)
-        kept = endpoint.region if endpoint.exists else None
-        plan = plan.with_hardware(account.hardware, kept, endpoint.holds(plan))
+        if endpoint.there:
+            endpoint.check_fixed(plan)
+            plan = replace(plan, region=endpoint.machine[1])
+        plan = replace(plan, price=endpoint.price) if endpoint.holds(plan) else place(plan, account.hardware)
         say(f"{plan.instance} {plan.size} in {plan.vendor} {plan.region}: {describe_price(plan.price)} at work")
-
-        say(f"Repository {repository.page}" + ("" if repository.exists else ", new and private"))
-        left[:] = [f"the repository {repository.id} stays, it may be incomplete and costs nothing"]
-        repository.create()
+        say(f"Repository {repository.page}" + ("" if repository.commit else ", new and private"))
         revision = repository.upload(plan, weights)
-
         say(f"Endpoint {endpoint.page}")
-        left.clear()
         # A container that has to fetch gated weights itself needs the token; the API keeps it as a secret.
         gated = plan.weights == "hub" and any(info.gated for info in weights.values())
         endpoint.deploy(plan, repository.id, revision, account.token if gated else None)
-        endpoint.wait(timeout, plan.variables)
-        endpoint.check_type(plan)
-
+        endpoint.wait(timeout)
+        endpoint.check_fixed(plan)
         say("Smoke test")
-        for key in plan.models:
-            url = endpoint.url if len(plan.models) == 1 else f"{endpoint.url}/{key}"
+        for url in addresses(endpoint.there.url, plan.models).values():
             say(f"  {smoke_test(url, account.token)}")
     return plan, endpoint
 
 
+def show_plan(plan: Plan) -> None:
+    """All of it, without a token and a network."""
+    named = variables(plan.models, plan.namespace, plan.name)
+    page = f"https://huggingface.co/{plan.namespace or '<your account>'}/{plan.name}"
+    say(f"Plan for MODEL={plan.model}; nothing is changed, no token is needed\n")
+    say(f"1. The private repository {page} gets these files")
+    sizes = describe_files(plan)
+    sizes[f"{len(sizes)} files"] = sum(filter(None, sizes.values()))
+    show_table(("file", "size"), ((path, decimal(size) if size else "?") for path, size in sizes.items()))
+    for key in plan.models:
+        if key not in plan.folders:
+            way = "No weights: they are fetched at every start" if plan.weights == "hub" else "Weights are copied there"
+            say(f"   {way} from {MODELS[key].checkpoint}; their licence: {MODELS[key].license}, {license_link(key)}")
+    asleep = f"after {plan.scale_to_zero} idle minutes" if plan.scale_to_zero else "never"
+    say(f"""
+2. The endpoint {plan.name} is created from that commit, or updated where it exists
+   instance       {plan.instance} {plan.size}, {plan.vendor} {plan.region}
+   access         {plan.access}: {CALLERS[plan.access]}
+   replicas       {plan.min_replica} to {plan.max_replica}, one more at {PENDING_PER_REPLICA} pending requests a replica
+   scale to zero  {asleep}
+   container      the stock Inference Toolkit, task custom, framework pytorch
+   tags           {", ".join(plan.tags)}
+
+3. What it costs, by the list of {AS_OF}; deploying asks for today's prices, quota and regions""")
+    for line in plan.cost:
+        say(f"   {line}")
+    say("\n4. It waits until the endpoint is up, sends a small picture through it and prints its URL")
+    say(f"\n`make pause {named}` stops the cost; `make undeploy {named}` removes it.")
+
+
 @command
-def endpoints(namespace: NamespaceOption = None) -> None:
+def endpoints(namespace: Namespace = None) -> None:
     """List this project's endpoints."""
     account = open_account(namespace)
-    found = Endpoint.find_all(account)
-    if not found:
-        say(f"{account.namespace} has no endpoint of this project; `make deploy MODEL=tiny` makes a first one")
-        return
-    table = make_table("name", "model", "state", "instance", "replicas", "access", "an hour", "up at most", "URL")
-    for one in found:
-        row = (one.name, ",".join(one.models), one.state, " ".join(one.instance), one.replicas, one.access)
-        table.add_row(*row, hourly(one.price), one.spent, one.url or "")
-    print_wide(table)
-    say(
-        "paused and scaledToZero cost nothing; `make pause-all` pauses all. Up: since the last change, as the API tells"
-    )
+    if found := find_endpoints(account):
+        columns = ("name", "model", "state", "instance", "replicas", "access", "an hour", "up at most", "URL")
+        show_table(columns, (one.row() for one in found))
+        return say("paused and scaledToZero cost nothing; `make pause-all` pauses all. Up: since the last change")
+    say(f"{account.namespace} has no endpoint of this project; `make deploy MODEL=tiny` makes a first one")
 
 
 @command
 def smoke(
-    model: ModelOption = None,
-    namespace: NamespaceOption = None,
-    name: NameOption = None,
+    model: Model = None,
+    namespace: Namespace = None,
+    name: Name = None,
     url: Annotated[str | None, typer.Option(help="Address of any endpoint or server, instead of a model.")] = None,
 ) -> None:
     """Encode and decode a small picture on a live endpoint."""
     if url:
-        say(str(smoke_test(url, get_token() if is_hugging_face(url) else None)))
-        return
-    account, endpoint = find_endpoint(model, namespace, name)
-    if endpoint.state == "paused":
-        raise DeployError(
-            f"the endpoint {endpoint.name} is paused: it answers nothing until `make resume MODEL={model}`"
-        )
-    if endpoint.state not in READY or not endpoint.url:
-        raise DeployError(f"the endpoint {endpoint.name} is {endpoint.state}: {endpoint.message} ({endpoint.page})")
-    for path in [f"/{key}" for key in endpoint.models] if len(endpoint.models) > 1 else [""]:
-        say(f"{endpoint.url}{path}: {smoke_test(endpoint.url + path, account.token)}")
+        return say(str(smoke_test(url)))
+    endpoint = find_endpoint(model, namespace, name)
+    if endpoint.there.status not in READY or not endpoint.there.url:
+        why = endpoint.message or f"`make deploy {endpoint.variables}` starts it"
+        raise DeployError(f"{endpoint} is {endpoint.there.status} and answers nothing: {why} ({endpoint.page})")
+    for address in addresses(endpoint.there.url, endpoint.models).values():
+        say(f"{address}: {smoke_test(address, endpoint.account.token)}")
 
 
 @command
-def pause(model: ModelOption = None, namespace: NamespaceOption = None, name: NameOption = None) -> None:
+def pause(model: Model = None, namespace: Namespace = None, name: Name = None) -> None:
     """Stop an endpoint, and with it its cost, until `resume`."""
-    _, endpoint = find_endpoint(model, namespace, name)
-    pause_one(endpoint)
+    pause_each([find_endpoint(model, namespace, name)])
 
 
 @command
-def pause_all(namespace: NamespaceOption = None) -> None:
+def pause_all(namespace: Namespace = None) -> None:
     """Stop every endpoint of this project, whatever becomes of one of them."""
-    account = open_account(namespace)
+    pause_each(find_endpoints(open_account(namespace)))
+    say("nothing of this project costs anything now")
+
+
+def pause_each(found: list[Endpoint]) -> None:
     failed = []
-    for endpoint in Endpoint.find_all(account):
+    for endpoint in found:
         try:
-            pause_one(endpoint)
+            endpoint.pause()
+            say(f"{endpoint} is paused: it costs nothing and answers nothing until `make resume`")
         except DeployError as error:
             note(f"error: {error}")
             failed.append(f"{endpoint.name} ({endpoint.page})")
     if failed:
         raise DeployError(f"MAY BE RUNNING, and cost: {', '.join(failed)}")
-    say(f"nothing of this project costs anything in {account.namespace}")
-
-
-def pause_one(endpoint: Endpoint) -> None:
-    if endpoint.state != "paused":
-        endpoint.pause()
-    say(f"{endpoint.name} is {endpoint.state}: it costs nothing and answers nothing until `make resume`")
 
 
 @command
 def resume(
-    model: ModelOption = None,
-    namespace: NamespaceOption = None,
-    name: NameOption = None,
-    timeout: TimeoutOption = 30,
-    keep: KeepOption = False,
+    model: Model = None, namespace: Namespace = None, name: Name = None, timeout: Timeout = 30, keep: Keep = False
 ) -> None:
     """Start a paused endpoint again and wait for it."""
-    _, endpoint = find_endpoint(model, namespace, name)
-    with endpoint.nothing_bills_unseen(f"MODEL={model}", keep, []):
-        if endpoint.state == "paused":
-            endpoint.resume()
-        endpoint.wait(timeout, f"MODEL={model}")
-    say(f"{endpoint.name} is {endpoint.state}: {endpoint.url}, {describe_price(endpoint.price)}")
+    endpoint = find_endpoint(model, namespace, name)
+    with endpoint.nothing_bills_unseen(keep):
+        endpoint.resume()
+        endpoint.wait(timeout)
+    say(f"{endpoint} is {endpoint.there.status}: {endpoint.there.url}, {describe_price(endpoint.price)}")
 
 
 @command
 def undeploy(
-    model: ModelOption = None,
-    namespace: NamespaceOption = None,
-    name: NameOption = None,
+    model: Model = None,
+    namespace: Namespace = None,
+    name: Name = None,
     delete_repo: Annotated[bool, typer.Option("--delete-repo", help="Delete the repository on the Hub too.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete an endpoint, wait until it is gone, and delete its repository where asked to."""
-    models = find_models(model)
-    account = open_account(namespace)
-    name = name or default_name(*models)
-    endpoint = Endpoint.find(account, name)
-    endpoint.check_ours(models)
-    repository = Repository(account, name) if delete_repo else None
-    if repository:
-        repository.check_ours(models)
-    doomed = [f"the endpoint {name}"] if endpoint.exists else []
-    doomed += [f"the repository {repository.id}"] if repository and repository.exists else []
+    endpoint = find_endpoint(model, namespace, name, needed=False)
+    doomed: list[Endpoint | Repository] = [endpoint] if endpoint.there else []
+    if delete_repo:
+        repository = Repository(endpoint.account, endpoint.name, endpoint.models)
+        doomed += [repository] if repository.commit else []
+    names = " and ".join(map(str, doomed))
     if not doomed:
-        say(f"there is no {name} in {account.namespace}: nothing to delete")
-        return
-    if not yes and not confirm(f"Delete {' and '.join(doomed)}?"):
-        raise DeployError("nothing was deleted; YES=1 deletes without asking")
-    with interruptible(f"{' and '.join(doomed)} may be there yet, and cost; `make endpoints` shows it"):
-        if endpoint.exists:
-            endpoint.delete()
-        if repository and repository.exists:
-            repository.delete()
-    say(f"deleted {' and '.join(doomed)}")
-    if not delete_repo:
-        say(f"the repository {account.namespace}/{name} stays, at no cost; DELETE_REPO=1 deletes it too")
-
-
-def confirm(question: str) -> bool:
-    """Whether the user says yes; no where there is nobody to ask."""
+        return say(f"there is no {endpoint.name} in {endpoint.account.namespace}: nothing to delete")
     try:
-        return typer.confirm(question, err=True)
-    except typer.Abort:
-        note("")
-        return False
-
-
-def find_endpoint(model: str | None, namespace: str | None, name: str | None) -> tuple[Account, Endpoint]:
-    models = find_models(model)
-    account = open_account(namespace)
-    endpoint = Endpoint.find(account, name or default_name(*models))
-    if not endpoint.exists:
-        raise DeployError(
-            f"there is no endpoint {endpoint.name} in {account.namespace}; `make endpoints` lists what there is, "
-            f"`make deploy MODEL={model}` makes it"
-        )
-    endpoint.check_ours(models)
-    return account, endpoint
-
-
-def show_plan(plan: Plan) -> None:
-    owner = plan.namespace or "<your account>"
-    say(f"Plan for MODEL={plan.model}; nothing is changed, no token is needed\n")
-    say(f"1. The private repository https://huggingface.co/{owner}/{plan.name} gets these files")
-    table = make_table("file", "size")
-    table.columns[1].justify = "right"
-    listed = describe_files(plan)
-    for path, size in listed:
-        table.add_row(path, megabytes(size) if size is not None else "?")
-    table.add_row(f"{len(listed)} files", megabytes(sum(size or 0 for _, size in listed)))
-    out.print(table)
-    for one in plan.sources:
-        if one.kind == "checkpoint":
-            say(f"   The weights are copied from {one.origin}, on the Hub; their sizes here are about right.")
-        if one.kind == "hub":
-            say(f"   No weights: the endpoint fetches them from {one.origin} at every start.")
-        if one.kind != "folder":
-            say(f"   Their licence: {one.handler.license}, {one.license_link}")
-    say("\n2. The endpoint is created from that commit, or updated where it exists")
-    table = make_table("setting", "value", show_header=False)
-    replicas = f"{plan.min_replica} to {plan.max_replica}"
-    if plan.max_replica > 1:
-        replicas += f", one more at {PENDING_PER_REPLICA} pending requests a replica"
-    asleep = f"after {plan.scale_to_zero} minutes without a request" if plan.scale_to_zero else "never"
-    table.add_row("name", plan.name)
-    table.add_row("instance", f"{plan.instance} {plan.size}, {plan.vendor} {plan.region}")
-    table.add_row("access", f"{plan.access}: {CALLERS[plan.access]}")
-    table.add_row("replicas", replicas)
-    table.add_row("scale to zero", asleep)
-    table.add_row("container", f"the stock Inference Toolkit, task {TASK}, framework {FRAMEWORK}")
-    table.add_row("tags", ", ".join(plan.tags))
-    out.print(table)
-    say(f"\n3. What it costs, by the list of {hardware.AS_OF}; deploying asks for today's prices, quota and regions")
-    for line in plan.cost:
-        say(f"   {line}")
-    say("\n4. It waits until the endpoint is up, sends a small picture through it and prints its URL")
-    say(f"\n`make pause {plan.variables}` stops the cost; `make undeploy {plan.variables}` removes it.")
-
-
-def show_calling(plan: Plan, endpoint: Endpoint) -> None:
-    say(f"\n{endpoint.url}" + "".join(f"\n{endpoint.url}/{key}" for key in plan.models[1:]))
-    for line in plan.cost:
-        say(f"  {line}")
-    say(f"  `make pause {plan.variables}` stops the cost; `make undeploy {plan.variables}` removes it")
-    first = plan.handlers[0]
-    if plan.access == "public":
-        say("\nCalling it with diffusers:\n")
-        say(diffusers_snippet(first, endpoint.url))
-        return
-    say(f"\nACCESS={plan.access}: {CALLERS[plan.access]}.")
-    say("`remote_decode` of diffusers sends no token; this does:\n")
-    say(token_snippet(first, endpoint.url))
-    say("With ACCESS=public (a new NAME=..., or after `make undeploy`) this works, for anyone who knows the URL:\n")
-    say(diffusers_snippet(first, "URL"))
-
-
-def hourly(price: float | None) -> str:
-    return f"{dollars(price)}/h" if price is not None else "?"
+        sure = yes or typer.confirm(f"Delete {names}?", err=True)
+    except typer.Abort:  # there is nobody to ask
+        sure = note("")
+    if not sure:
+        raise DeployError("nothing was deleted; YES=1 deletes without asking")
+    with if_stopped(f"{names} may be there yet, and cost; `make endpoints` shows it"):
+        for one in doomed:
+            one.delete()
+    say(f"deleted {names}" + ("" if delete_repo else "; its repository stays, at no cost, without DELETE_REPO=1"))
 
 
 if __name__ == "__main__":

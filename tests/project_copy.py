@@ -13,7 +13,7 @@ def copy_project(folder: Path) -> Path:
     copy = folder / "project"
     copy.mkdir()
     ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("handlers", "scripts", "models"):
+    for name in ("handlers", "remote_vae", "scripts", "models"):
         shutil.copytree(PROJECT / name, copy / name, ignore=ignored)
     for name in ("handler.py", "requirements.txt", "Makefile"):
         shutil.copy(PROJECT / name, copy / name)

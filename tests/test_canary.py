@@ -87,4 +87,4 @@ def test_a_canary_that_cannot_delete_says_so(hub: Hub, deploy: Runner, tmp_path:
     hub.deletion = 10_000
     result = deploy("canary", "--record", str(tmp_path / "answers.json"))
     assert result.status == 1
-    assert "was to be deleted and is still" in result.lines[-1]
+    assert "was to be deleted 300 s ago and is still" in result.lines[-1]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.filesize import decimal
 
 from handlers import MODELS
-from scripts.deployment.console import megabytes
-from scripts.deployment.plan import Source, default_name
+from scripts.deployment.card import license_link
+from scripts.deployment.plan import default_name
 from tests.deploy_runner import (
     NAMESPACE,
     PUBLISHED,
@@ -43,7 +44,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
 
 def listed_files(plan: str) -> dict[str, str]:
     """Path and size of each file in a printed plan."""
-    return dict(re.findall(r"^(\S+) +([\d.]+ [kM]B|\?) *$", plan, re.MULTILINE))
+    return dict(re.findall(r"^(\S+) +([\d.]+ (?:bytes|[kMG]B)|\?) *$", plan, re.MULTILINE))
 
 
 def repository(hub: Hub, name: str) -> dict[str, bytes]:
@@ -51,9 +52,8 @@ def repository(hub: Hub, name: str) -> dict[str, bytes]:
 
 
 def printed_code(result: Result) -> list[str]:
-    """The Python code that was printed: each begins after a line that ends in a colon and an empty one."""
-    parts = re.split(r"^.*:\n\n", result.out, flags=re.MULTILINE)[1:]
-    return [part for part in parts if "import torch" in part]
+    """The Python code that was printed."""
+    return re.findall(r"^```python\n(.*?)^```", result.out, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -153,7 +153,8 @@ def test_the_whole_life_of_an_endpoint(
     assert (first.status, first.lines) == (0, [])
 
     uploaded = repository(hub, name)
-    assert listed_files(plan.out) == {path: megabytes(len(content)) for path, content in uploaded.items()}
+    assert listed_files(plan.out) == {path: decimal(len(content)) for path, content in uploaded.items()}
+    assert b"not for upload" not in uploaded.values()
     assert hub.repos[key].private
     record = json.loads(uploaded["endpoint.json"])
     assert record.keys() == {"model", "checkpoint", "version"}
@@ -175,14 +176,14 @@ def test_the_whole_life_of_an_endpoint(
     assert "secrets" not in raw["model"]
     assert "env" not in raw["model"]
 
-    states = re.findall(r"^ +\d+:\d\d  (\w+)", first.out, re.MULTILINE)
+    states = re.findall(r"^ +\d:\d\d:\d\d  (\w+)", first.out, re.MULTILINE)
     assert (states[0], states[-1]) == ("pending", "running")
     assert re.search(r"encode \d+\.\d\d s, decode \d+\.\d\d s: .* and the picture at \d\d\.\d dB came back", first.out)
     assert f"{hub.url}/live/{key}" in first.out
     assert "$0.033 an hour" in first.out
     monkeypatch.chdir(tmp_path)
-    (snippet,) = printed_code(first)
-    exec(snippet, {})
+    _, with_diffusers = printed_code(first)
+    exec(with_diffusers, {})
     with Image.open("decoded.jpg") as picture:
         assert picture.size == (512, 512)
 
@@ -222,7 +223,8 @@ def test_the_whole_life_of_an_endpoint(
     assert paused.status == 0
     assert hub.endpoints[key]["status"]["state"] == "paused"
     assert deploy("smoke", "--model", "tiny").lines == [
-        f"error: the endpoint {name} is paused: it answers nothing until `make resume MODEL=tiny`"
+        f"error: the endpoint {name} is paused and answers nothing: `make deploy MODEL=tiny` starts it "
+        f"(https://endpoints.huggingface.co/{NAMESPACE}/endpoints/{name})"
     ]
 
     resumed = deploy("resume", "--model", "tiny")
@@ -255,7 +257,7 @@ def test_an_endpoint_with_a_token_prints_code_that_sends_it(
     result = deploy("deploy", "--model", "sd-v1")
 
     assert result.status == 0
-    assert "`remote_decode` of diffusers sends no token" in result.out
+    assert "whose `remote_decode` sends no token, and so needs an endpoint with ACCESS=public" in result.out
     with_token, with_diffusers = printed_code(result)
     assert "remote_decode(" in with_diffusers
     monkeypatch.chdir(tmp_path)
@@ -283,10 +285,10 @@ def test_a_checkpoint_goes_up_with_nothing_but_the_vae(hub: Hub, deploy: Runner,
     assert record["checkpoint"] == MODELS[model].checkpoint
     card = uploaded["README.md"].decode()
     assert MODELS[model].license in card
-    assert Source(model, "checkpoint").license_link in card
+    assert license_link(model) in card
     assert hub.endpoints[f"{NAMESPACE}/{default_name(model)}"]["compute"]["accelerator"] == "gpu"
     assert ("an MP4 video came back" in result.out) == (MODELS[model].kind == "video")
-    assert f"{MODELS[model].license}, {Source(model, 'checkpoint').license_link}" in plan.out
+    assert f"{MODELS[model].license}, {license_link(model)}" in plan.out
 
 
 def test_weights_can_come_from_a_folder_or_stay_on_the_hub(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
@@ -391,7 +393,7 @@ def test_smoke_of_any_url_sends_no_token_to_strangers(hub: Hub, deploy: Runner) 
     result = deploy("smoke", "--url", f"{hub.url}/live/{NAMESPACE}/remote-vae-flux")
 
     assert result.status == 1
-    assert "answers 401 and takes no one without a token: UNAUTHORIZED" in result.lines[-1]
+    assert "/encode: 401 UNAUTHORIZED; it needs a token" in result.lines[-1]
 
 
 def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:

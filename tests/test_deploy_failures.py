@@ -21,7 +21,9 @@ KEY = f"{NAMESPACE}/{NAME}"
 CHECKPOINT = MODELS["flux"].checkpoint
 TOKENS = "https://huggingface.co/settings/tokens"
 HF = os.path.relpath(Path(sys.executable).with_name("hf"))
+MAY_IT = f"; is the token expired, or may it not? See {TOKENS}"
 PAUSED = f"; the endpoint {NAME} is paused and costs nothing; `make resume MODEL=flux` starts it"
+RUNS = f"the endpoint {NAME} is running and costs $0.80 an hour for each replica; `make pause MODEL=flux` stops it"
 NOTHING = f"; there is no endpoint {NAME}, and nothing that costs"
 
 
@@ -67,7 +69,10 @@ def test_no_token_for_the_other_commands(deploy: Runner) -> None:
 
 
 def test_an_unknown_token(hub: Hub, deploy: Runner) -> None:
-    check(deploy(*FLUX, token="hf_old"), f"error: Hugging Face does not know this token: is it expired? See {TOKENS}")
+    unknown = "Invalid credentials in Authorization header"
+    check(
+        deploy(*FLUX, token="hf_old"), f"error: could not check the token: Hugging Face answered 401: {unknown}{MAY_IT}"
+    )
     check_untouched(hub)
     check_rerun(hub, deploy)
 
@@ -126,7 +131,7 @@ def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: st
         (["--name", "a" * 33], f"NAME={'a' * 33} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end"),
         (["--access", "open"], "ACCESS=open cannot be: it is one of authenticated, private, public"),
         (["--min-replica", "3"], "MIN_REPLICA=3 MAX_REPLICA=1 cannot be: 0 <= MIN <= MAX >= 1"),
-        (["--scale-to-zero", "0"], "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 keeps a replica always on"),
+        (["--scale-to-zero", "0"], "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 never sleeps"),
         (["--weights", "/nowhere"], "WEIGHTS=/nowhere has no config.json and no diffusion_pytorch_model.safetensors"),
     ],
 )
@@ -175,7 +180,8 @@ def test_a_namespace_without_rights(hub: Hub, deploy: Runner, namespace: str, me
 )
 def test_no_payment_method_or_quota(hub: Hub, deploy: Runner, status: int, error: str, advice: str) -> None:
     hub.fail("POST", "^/v2/endpoint/ana$", status, error)
-    check(deploy(*FLUX), f"error: Hugging Face answered {status}: {error}; {advice}{NOTHING}")
+    said = f"Hugging Face answered {status}: {error}; {advice}"
+    check(deploy(*FLUX), f"error: could not create the endpoint {NAME}: {said}{NOTHING}")
     assert hub.endpoints == {}
     copies = len(hub.sent("duplicate"))
 
@@ -187,7 +193,7 @@ def test_endpoints_may_not_be_managed(hub: Hub, deploy: Runner) -> None:
     hub.fail("GET", "^/v2/endpoint", 403, "Forbidden")
     check(
         deploy(*FLUX),
-        "error: this token may not look up the endpoint in ana: Hugging Face answered 403: Forbidden",
+        f"error: could not look up the endpoint {NAME}: Hugging Face answered 403: Forbidden{MAY_IT}",
     )
     check_untouched(hub)
     check_rerun(hub, deploy)
@@ -253,8 +259,8 @@ def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
     ):
         check(
             deploy(*FLUX, f"--{option}", new),
-            f"error: the endpoint {NAME} has {option.upper()}={old}, which never changes: choose another NAME=..., "
-            "or `make undeploy` it first",
+            f"error: {option.upper()}={new} was asked for and the endpoint {NAME} has {old}, which never changes: "
+            f"choose another NAME=..., or `make undeploy` it first. Nothing was sent to it; {RUNS}",
         )
     check_untouched(hub)
 
@@ -265,11 +271,11 @@ def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
         ("GET", "whoami", "check the token", 429),
         ("GET", f"/api/models/{CHECKPOINT}", "look up the checkpoint", 500),
         ("GET", f"/api/models/{KEY}", "look up the repository", 503),
-        ("GET", f"/v2/endpoint/{KEY}", "look up the endpoint", 429),
+        ("GET", f"/v2/endpoint/{KEY}", f"look up the endpoint {NAME}", 429),
         ("POST", "/api/repos/create", f"create {KEY}", 503),
         ("GET", "/resolve/", f"upload to {KEY}", 429),
         ("POST", "/commit/", f"upload to {KEY}", 429),
-        ("POST", "^/v2/endpoint/ana$", "create the endpoint", 500),
+        ("POST", "^/v2/endpoint/ana$", f"create the endpoint {NAME}", 500),
     ],
 )
 def test_refusals_that_pass(hub: Hub, deploy: Runner, method: str, path: str, task: str, status: int) -> None:
@@ -325,7 +331,7 @@ def test_a_failed_endpoint(hub: Hub, deploy: Runner, state: str) -> None:
         f"its logs: https://endpoints.huggingface.co/{KEY.replace('/', '/endpoints/')}/logs; the endpoint {NAME} is "
         f"{state} and costs $0.80 an hour for each replica; `make pause MODEL=flux` stops it",
     )
-    assert re.search(rf"^ +0:\d\d  {state} +CUDA out of memory", result.out, re.MULTILINE)
+    assert re.search(rf"^  0:00:\d\d  {state} +CUDA out of memory", result.out, re.MULTILINE)
     assert deploy("smoke", "--model", "flux").status == 1
 
     hub.script = [(state, "CUDA out of memory"), (state, "CUDA out of memory"), "pending", "running"]
@@ -337,7 +343,7 @@ def test_the_wait_times_out(hub: Hub, deploy: Runner) -> None:
     result = deploy(*FLUX, "--timeout", "0.01")
     check(
         result,
-        f"error: the endpoint {NAME} is still initializing after 0:05 (TIMEOUT=0.01){PAUSED}",
+        f"error: the endpoint {NAME} is still initializing after 0:00:05 (TIMEOUT=0.01){PAUSED}",
     )
 
     hub.script = ["running"]
@@ -390,7 +396,7 @@ def test_a_live_endpoint_that_does_not_answer_right(hub: Hub, deploy: Runner) ->
     hub.fail("POST", "/live/.*/encode", 500, "out of memory")
     check(
         deploy(*FLUX),
-        f"error: {hub.url}/live/{KEY}/encode answers 500: out of memory{PAUSED}",
+        f"error: {hub.url}/live/{KEY}/encode: 500 out of memory{PAUSED}",
     )
     check_rerun(hub, deploy)
 
@@ -399,7 +405,7 @@ def test_a_proxy_that_is_not_ready_is_waited_for(hub: Hub, deploy: Runner) -> No
     hub.fail("POST", "/live/.*/encode", 503, "no replica", times=2)
     result = deploy(*FLUX)
     assert result.status == 0
-    assert result.lines == [f"  {hub.url}/live/{KEY}/encode answers 503: no replica is up yet; waiting for it"]
+    assert result.lines == [f"  {hub.url}/live/{KEY}/encode: 503 no replica; no replica is up yet, waiting for it"]
 
 
 def test_an_endpoint_that_is_not_there(deploy: Runner) -> None:

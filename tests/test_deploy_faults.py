@@ -40,6 +40,7 @@ FAULTS = ("cut", 401, 403, 429, 500, 504, "Ctrl-C")
 def test_what_is_left_is_said_and_the_same_command_goes_on(
     hub: Hub, deploy: Runner, step: str, after: bool, fault: str | int
 ) -> None:
+    """A read changes nothing, so a lost answer to it is the same as a lost request: `after` is for the others alone."""
     method, path, made = STEPS[step]
     hub.script = ["pending", "running"]
     if fault == "cut":

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from handlers import MODELS
-from scripts.deployment import smoke, snippets
+from scripts.deployment import card, smoke
 from tests.checkpoints import SMALL
 from tests.small_service import Service
 
@@ -35,9 +35,9 @@ def test_the_printed_code_runs_as_it_is(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_ofTheTests")
-    monkeypatch.setattr(snippets, "SIZE", 256)
+    monkeypatch.setattr(card, "SIZE", 256)
     url, kind = f"{service.url}/{model}", MODELS[model].kind
-    for snippet, name in ((snippets.diffusers_snippet, "decoded.jpg"), (snippets.token_snippet, "decoded.png")):
+    for snippet, name in ((card.diffusers_snippet, "decoded.jpg"), (card.token_snippet, "decoded.png")):
         exec(snippet(MODELS[model], url), {})
         if kind == "video":
             name = "decoded.mp4"
@@ -50,7 +50,7 @@ def test_the_printed_code_runs_as_it_is(
 
 def shown(model: type) -> int:
     """Frames that the printed code's latents are decoded to."""
-    return (snippets.LATENT_FRAMES - 1) * model.frame_factor + 1
+    return (card.LATENT_FRAMES - 1) * model.frame_factor + 1
 
 
 def shown_frames(video: Path) -> int:

@@ -2,8 +2,7 @@
 
 plan        what was asked for: checked, with every default filled in
 hardware    the machines: what they cost, what they hold, where there is one
-card        the model card of the endpoint's repository
-snippets    the code that calls an endpoint
+card        the model card of the endpoint's repository, and the code that calls an endpoint
 account     the token and what it may do
 repository  the repository on the Hub, and what goes into it
 endpoint    the endpoint: create, update, wait, pause, delete

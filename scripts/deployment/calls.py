@@ -3,131 +3,117 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from http import HTTPStatus
+from collections.abc import Callable, Container
+from contextlib import suppress
 from http.client import responses
-from typing import Any, TypeVar
+from typing import Any
 
 from httpx2 import HTTPError
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import parse_ratelimit_headers
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from scripts.deployment.console import DeployError, note
+from scripts.deployment.hardware import QUOTA_PAGE
 
-T = TypeVar("T")
-
-ATTEMPTS = 5
+TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+BILLING_PAGE = "https://huggingface.co/settings/billing"
+MONEY = ("payment", "billing", "credit", "subscription", "storage limit")
+"""Words of a refusal that is about them."""
 BACKOFF = wait_exponential(multiplier=2, max=30)
 LONGEST_WAIT = 330
 """Seconds: rate limits are counted over windows of 300."""
 
+# huggingface_hub tries some requests again by itself; how long it waits is to be seen, too.
+waits = logging.getLogger("huggingface_hub.utils._http")
+waits.addFilter(lambda record: "etry" in record.getMessage())
+waits.addHandler(logging.lastResort)
+waits.setLevel(logging.WARNING)
+waits.propagate = False
+
 
 class HubError(DeployError):
-    """Hugging Face refused, or could not be reached. `status` is the HTTP status; None where no answer came."""
+    """Hugging Face refused, or could not be reached."""
 
-    def __init__(self, message: str, status: int | None, reason: str, gated: bool = False) -> None:
-        super().__init__(message)
-        self.status = status
-        self.reason = reason
-        self.gated = gated
-
-
-class _Waits(logging.Handler):
-    """huggingface_hub tries some requests again by itself; how long it waits is to be seen, too."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "etry" in record.getMessage():
-            note(f"  {record.getMessage()}")
+    def __init__(self, task: str, error: BaseException) -> None:
+        self.status = _status(error)
+        self.reason = _reason(error)
+        super().__init__(f"could not {task}: {self.reason}{_advice(self.status, self.reason.lower())}")
 
 
-_logger = logging.getLogger("huggingface_hub.utils._http")
-_logger.addHandler(_Waits())
-_logger.setLevel(logging.WARNING)
-_logger.propagate = False
-
-
-def call(task: str, function: Callable[..., T], /, *args: Any, attempts: int = ATTEMPTS, **kwargs: Any) -> T:
+def call(
+    task: str, function: Callable, /, *args: Any, attempts: int = 5, missing: Container[int] = (), **kwargs: Any
+) -> Any:
     """Calls a function of huggingface_hub. 429, 5xx and lost connections are tried again, with longer and longer waits.
 
-    Args:
-        task: what it does, to complete "could not ...".
-
-    Raises:
-        HubError: it was refused, or failed to the last attempt.
+    Raises `HubError`, which says "could not `task`", where it was refused or failed to the last attempt; returns None
+    where the answer is one of the statuses `missing`.
     """
     retrying = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, HTTPError) and passes(_status(error))),
         wait=_wait,
         stop=stop_after_attempt(attempts),
-        before_sleep=lambda state: note(f"  {_reason(_failure(state))}; trying again in {_wait(state):.0f} s"),
+        before_sleep=_tell,
         reraise=True,
     )
     try:
         return retrying(function, *args, **kwargs)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # all that huggingface_hub raises
-        cause = _http_error(error)
-        if cause is None:
-            raise DeployError(f"could not {task}: {' '.join(str(error).split())}") from error
-        status, reason = _status(cause), _reason(cause)
-        again = "; run the same command again later, it continues where it stopped" if passes(status) else ""
-        gated = isinstance(cause, GatedRepoError)
-        raise HubError(f"could not {task}: {reason}{again}", status, reason, gated) from error
+        if _status(error) in missing:
+            return None
+        wrapped = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+        raise HubError(task, wrapped or error) from error
+
+
+def _tell(state: RetryCallState) -> None:
+    note(f"  {_reason(state.outcome.exception())}; trying again in {state.upcoming_sleep:.0f} s")
 
 
 def passes(status: int | None) -> bool:
     """Whether what was answered with this status, or not at all, may be answered otherwise a little later."""
-    return status is None or status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
-
-
-def _http_error(error: BaseException) -> BaseException | None:
-    """The error of HTTP behind `error`, one with an answer if there is any; None where it is none of HTTP.
-
-    huggingface_hub wraps those of downloads in one that tells of its cache; those of Xet are a ConnectionError.
-    """
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    of_http = [one for one in chain if isinstance(one, (HTTPError, ConnectionError))]
-    return next((one for one in of_http if _status(one)), of_http[-1] if of_http else None)
-
-
-def _failure(state: RetryCallState) -> BaseException:
-    return _http_error(state.outcome.exception())
+    return status is None or status == 429 or status >= 500
 
 
 def _status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else response.status_code
+    """Of the answer; None where none came; 0 where huggingface_hub itself refused."""
+    if (response := getattr(error, "response", None)) is not None:
+        return response.status_code
+    return None if isinstance(error, (HTTPError, ConnectionError)) else 0
 
 
 def _wait(state: RetryCallState) -> float:
     """Seconds: what the answer's `RateLimit` or `Retry-After` asks for, else twice as long every time."""
-    response = getattr(_failure(state), "response", None)
-    headers = {} if response is None else response.headers
+    headers = getattr(getattr(state.outcome.exception(), "response", None), "headers", {})
     limit = parse_ratelimit_headers(headers)
-    if limit and limit.remaining == 0 and response.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+    if limit and not limit.remaining:
         return min(limit.reset_in_seconds + 1, LONGEST_WAIT)
     asked = headers.get("Retry-After", "")
     return min(float(asked), LONGEST_WAIT) if asked.isdecimal() else BACKOFF(state)
 
 
 def _reason(error: BaseException) -> str:
-    """What Hugging Face answered, or why it did not, in one line."""
-    status = _status(error)
-    if status is None:
-        if type(error) is ConnectionError:  # of Xet, which has the status in its text
-            return f"the storage of Hugging Face did not take it ({' '.join(str(error).split())})"
-        return f"the connection to Hugging Face was lost ({type(error).__name__})"
-    said = _body_message(error) or getattr(error, "server_message", None) or responses.get(status, "no reason")
-    return f"Hugging Face answered {status}: {' '.join(said.split())}"
+    """What Hugging Face answered, or why it did not, in one line. The Endpoints API has its words as `message`, too."""
+    status, said = _status(error), getattr(error, "server_message", None)
+    if status:
+        with suppress(ValueError, AttributeError):
+            body = error.response.json()
+            said = body.get("error") or body.get("message") or said
+        reason = f"Hugging Face answered {status}: {said or responses.get(status, 'no reason')}"
+    elif status == 0:
+        reason = str(error)
+    elif type(error) is ConnectionError:  # of Xet, which has the status in its text
+        reason = f"the storage of Hugging Face did not take it ({error})"
+    else:
+        reason = f"the connection to Hugging Face was lost ({type(error).__name__})"
+    return " ".join(reason.split())
 
 
-def _body_message(error: BaseException) -> str | None:
-    """The message in a JSON body. The Endpoints API has it as `error` or `message`; the Hub as `error`."""
-    try:
-        body = error.response.json()
-    except ValueError:
-        return None
-    said = (body.get("error") or body.get("message")) if isinstance(body, dict) else None
-    return said if isinstance(said, str) else None
+def _advice(status: int | None, reason: str) -> str:
+    """What a user can do about it."""
+    if passes(status):
+        return "; run the same command again later, it continues where it stopped"
+    if "quota" in reason:
+        return f"; ask for more at {QUOTA_PAGE}, or choose another INSTANCE=..."
+    if status == 402 or any(word in reason for word in MONEY):
+        return f"; credits and payment methods are at {BILLING_PAGE}"
+    return f"; is the token expired, or may it not? See {TOKENS_PAGE}" if status in (401, 403) else ""

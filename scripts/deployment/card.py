@@ -1,66 +1,154 @@
-"""The model card of an endpoint's repository."""
+"""The model card of an endpoint's repository, and the code in it, which deploying prints too: how it is called."""
 
 from __future__ import annotations
 
-from handlers import __version__
-from scripts.deployment.plan import CALLERS, Plan, Source
-from scripts.deployment.snippets import diffusers_snippet, token_snippet
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from huggingface_hub import ModelCardData
+
+from handlers import MODELS, __version__
+from handlers.model import Model
+from scripts.deployment.plan import CALLERS, TAG, Plan, addresses
+from scripts.models import gives_raw_latents, scaling_factors
+
+SIZE = 512
+"""Pixels, height and width, of the picture that the code decodes."""
+LATENT_FRAMES = 3
+"""Of a video."""
 HUB_LICENSES = ("apache-2.0", "mit")
 """Licences that the Hub knows by name; every other is `other` with a name of its own."""
 URL = "https://YOUR-ENDPOINT.endpoints.huggingface.cloud"
 
 
+def license_link(model: str) -> str:
+    return MODELS[model].license_link or f"https://huggingface.co/{MODELS[model].checkpoint}"
+
+
+def origin(plan: Plan, model: str) -> str:
+    """Where the model's weights come from: a repository on the Hub, or a folder."""
+    checkpoint, folder = MODELS[model].checkpoint, plan.folders.get(model)
+    if folder is None:
+        return checkpoint
+    return f"models/{model}" if folder == Path(checkpoint) else "a local folder"
+
+
 def model_card(plan: Plan, revisions: dict[str, str]) -> str:
     """Markdown with the Hub's metadata. `revisions` are the commits of checkpoints on the Hub, by model."""
-    first = plan.sources[0].handler
-    known = [one.handler.license for one in plan.sources if one.handler.license in HUB_LICENSES]
-    same = len(known) == len(plan.sources) and len(set(known)) == 1
-    license_id = first.license if same else "other"
-    license_name = "" if same else f"license_name: {first.license if len(plan.sources) == 1 else 'see-below'}\n"
-    link = f"license_link: {plan.sources[0].license_link}\n" if len(plan.sources) == 1 else ""
-    on_hub = "".join(f"- {one.origin}\n" for one in plan.sources if one.model in revisions)
+    first, *others = (handler.license for handler in plan.handlers)
+    known = first in HUB_LICENSES and set(others) <= {first}
+    data = ModelCardData(
+        license=first if known else "other",
+        license_name=None if known else "see-below" if others else first,
+        license_link=None if others else license_link(plan.models[0]),
+        library_name="diffusers",
+        base_model=[MODELS[key].checkpoint for key in revisions] or None,
+        tags=[TAG, *plan.models],
+    )
+    weights = ""
+    for key in plan.models:
+        at = f" at commit `{revisions[key]}`" if key in revisions else ""
+        fetched = ", from where the endpoint fetches them at every start" if plan.weights == "hub" else ""
+        weights += f"- The `{MODELS[key].vae_class}` of {key}, its weights from `{origin(plan, key)}`{at}{fetched};\n"
+        weights += f"  the licence of these weights: [{MODELS[key].license}]({license_link(key)})\n"
     return f"""\
 ---
-license: {license_id}
-{license_name}{link}library_name: diffusers
-{f"base_model:{chr(10)}{on_hub}" if on_hub else ""}tags:
-{"".join(f"- {tag}{chr(10)}" for tag in ("remote-vae", *plan.models))}---
+{data.to_yaml().strip()}
+---
 
 # {plan.name}
 
-{describe(plan)} as an Inference Endpoint: it decodes latents to pixels and encodes pixels to
-latents, over the protocol of `remote_decode` and `remote_encode` in diffusers.
-Made by `make deploy MODEL={plan.model}` of remote-vae {__version__}, which overwrites what is edited here.
+VAEs as an Inference Endpoint, which decodes latents to pixels and encodes pixels to latents over the protocol of
+`remote_decode` and `remote_encode` in diffusers:
 
-{"".join(weights(one, revisions) for one in plan.sources)}- Who may call it: {CALLERS[plan.access]}
+{weights}
+Who may call it: {CALLERS[plan.access]}. Made by `make deploy MODEL={plan.model}` of remote-vae {__version__}, which
+overwrites what is edited here.
 
-## Calling it
+{calling(plan.models, URL)}"""
 
-With diffusers. `remote_decode` sends no token, so this needs an endpoint with `ACCESS=public`:
 
-```python
-{diffusers_snippet(first, URL)}```
+def calling(models: Sequence[str], url: str) -> str:
+    """In Markdown, the code that calls each model."""
+    return "\n".join(
+        f"{key}, with a token:\n\n```python\n{token_snippet(MODELS[key], address)}```\n\n"
+        "With diffusers, whose `remote_decode` sends no token, and so needs an endpoint with ACCESS=public:\n\n"
+        f"```python\n{diffusers_snippet(MODELS[key], address)}```\n"
+        for key, address in addresses(url, models).items()
+    )
 
-With a token, for an endpoint of any access:
 
-```python
-{token_snippet(first, URL)}```
+def diffusers_snippet(model: type[Model], url: str) -> str:
+    """With the released client. What it has no argument for goes into the address."""
+    sent, save = sent_parameters(model), 'decoded.save("decoded.jpg")'
+    if "num_frames" in sent:
+        url += f"?num_frames={sent.pop('num_frames')}"
+    if sent.get("do_scaling"):  # as it sends by itself
+        del sent["do_scaling"]
+    if model.kind == "video":
+        sent |= {"output_type": "mp4", "return_type": "mp4"}
+        save = 'with open("decoded.mp4", "wb") as file:\n    file.write(decoded)'
+    arguments = "".join(f", {name}={literal(value)}" for name, value in sent.items())
+    return f"""\
+import torch
+from diffusers.utils.remote_utils import remote_decode
+
+latents = torch.randn({latents_shape(model)}, dtype=torch.float16)  # yours come from a pipeline
+decoded = remote_decode("{url}", latents{arguments})
+{save}
 """
 
 
-def describe(plan: Plan) -> str:
-    if len(plan.models) == 1:
-        return f"The `{plan.sources[0].handler.vae_class}` of {plan.model}"
-    return f"The VAEs of {' and '.join(plan.models)}, each at its own path (`/{plan.models[0]}`),"
+def token_snippet(model: type[Model], url: str) -> str:
+    """For an endpoint of any access."""
+    sent, accept, file = {"output_type": "pil", "image_format": "png"}, "image/png", "decoded.png"
+    if model.kind == "video":
+        sent, accept, file = {"output_type": "mp4"}, "text/plain", "decoded.mp4"
+    sent = {"dtype": "float16", **sent_parameters(model), **sent}
+    also = ", ".join(f'"{name}": {literal(value)}' for name, value in sent.items())
+    return f"""\
+import requests
+import torch
+from huggingface_hub import get_token
+
+latents = torch.randn({latents_shape(model)}, dtype=torch.float16)  # yours come from a pipeline
+parameters = {{"shape": list(latents.shape), {also}}}
+headers = {{
+    "Authorization": f"Bearer {{get_token()}}",
+    "Content-Type": "tensor/binary",
+    "Accept": "{accept}",
+    "X-Scale-Up-Timeout": "600",  # waits for an endpoint that has scaled to zero
+}}
+body = latents.numpy().tobytes()
+response = requests.post("{url}", body, params=parameters, headers=headers, timeout=660)
+if not response.ok:
+    raise RuntimeError(response.text)
+with open("{file}", "wb") as file:
+    file.write(response.content)
+"""
 
 
-def weights(source: Source, revisions: dict[str, str]) -> str:
-    """Where one model's weights are from, and their licence."""
-    if revision := revisions.get(source.model):
-        origin = f"[{source.origin}](https://huggingface.co/{source.origin}) at commit `{revision}`"
-    else:
-        origin = f"`{source.origin}`" if source.origin.startswith("models/") else source.origin
-    fetched = ", from where the endpoint fetches them at every start" if source.kind == "hub" else ""
-    licence = f"[{source.handler.license}]({source.license_link})"
-    return f"- Weights of {source.model}: {origin}{fetched}\n- Licence of these weights: {licence}\n"
+def literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def latents_shape(model: type[Model]) -> list[int]:
+    """As the model's pipelines lay them out: of one picture, or of a few frames."""
+    side, channels, patch = SIZE // model.vae_scale_factor, model.latent_channels, model.patch
+    frames = [LATENT_FRAMES] if model.kind == "video" else []
+    if model.pipeline_layout == "packed":
+        return [1, sum(frames or [1]) * (side // patch) ** 2, channels * patch**2]
+    if model.pipeline_layout == "BFCHW":
+        return [1, *frames, channels, side, side]
+    return [1, channels, *frames, side, side]
+
+
+def sent_parameters(model: type[Model]) -> dict[str, Any]:
+    """What goes along with the pipeline's latents."""
+    sent: dict[str, Any] = {"height": SIZE, "width": SIZE} if model.pipeline_layout == "packed" else {}
+    if sent and model.kind == "video":
+        sent["num_frames"] = (LATENT_FRAMES - 1) * model.frame_factor + 1
+    if gives_raw_latents(model):
+        return sent | {"do_scaling": False}
+    return sent | (scaling_factors(model) or {"do_scaling": True})

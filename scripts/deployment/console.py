@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
-# A pipe or a log has no width: long lines, such as URLs, stay whole there.
 WIDTH = 160
+"""Columns of a pipe or a log, which have no width: long lines, such as URLs, stay whole there."""
 out = Console(highlight=False, width=None if Console().is_terminal else WIDTH)
-err = Console(highlight=False, stderr=True, soft_wrap=True)
+say = partial(out.print, markup=False, soft_wrap=True)
+"""Prints a line, never broken."""
+note = partial(Console(highlight=False, stderr=True).print, markup=False, soft_wrap=True)
+"""The same on standard error: what is being waited for, or went wrong."""
 
 
 class DeployError(Exception):
     """What went wrong and what to do about it, in one line."""
 
 
-def say(text: str) -> None:
-    """One line of the user's own words (no markup), never broken."""
-    out.print(text, markup=False, soft_wrap=True)
+def describe(error: BaseException) -> str:
+    """What it says, and what was noted on it on its way, in one line."""
+    return "; ".join(filter(None, [str(error), *getattr(error, "__notes__", [])]))
 
 
-def note(text: str) -> None:
-    """The same on standard error: what is being waited for, or went wrong."""
-    err.print(text, markup=False)
+@contextmanager
+def if_stopped(left: str) -> Iterator[None]:
+    """Notes on a Ctrl-C inside what it leaves."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(left)
+        raise
 
 
-def make_table(*columns: str, show_header: bool = True) -> Table:
-    table = Table(box=None, header_style="bold", show_header=show_header, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def print_wide(table: Table) -> None:
-    """Prints a table whose last column holds URLs: a narrow terminal wraps its rows, and a URL can be copied whole."""
+def show_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A narrow terminal wraps its lines, so that a URL in the last column can be copied whole."""
+    headers = (Column(name, overflow="fold") for name in columns)
+    table = Table(*headers, box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console(highlight=False, width=max(out.width, WIDTH)).print(table)
-
-
-def elapsed(seconds: float) -> str:
-    """`4:05` for 245 seconds, `1.2 h`, `3 days`."""
-    if seconds < 3600:
-        return str(timedelta(seconds=int(seconds)))[2:].removeprefix("0")
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
-
-
-def megabytes(size: int) -> str:
-    """A size in bytes for people: `5.3 kB`, `167.7 MB`."""
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from handlers.model import Model
@@ -14,6 +15,8 @@ from scripts.deployment.console import DeployError, note
 
 if TYPE_CHECKING:
     from huggingface_hub import InferenceEndpointHardware
+
+    from scripts.deployment.plan import Plan
 
 PAGE = "https://huggingface.co/pricing#endpoints"
 QUOTA_PAGE = "https://endpoints.huggingface.co/contact"
@@ -34,6 +37,8 @@ MEMORY_GB = {"nvidia-t4": 14, "nvidia-l4": 24, "nvidia-a10g": 24, "nvidia-l40s":
 CPU_GB = 2
 """Of each CPU."""
 USABLE = ("available", "low_availability")
+ASKED = {"vendor": "vendor", "instance": "instance_type", "size": "instance_size", "region": "region"}
+"""What a plan says of its machine, and how the platform calls it."""
 OFFSETS = {"us-east": -5, "us-central": -6, "us-west": -8, "eastus": -5, "westus": -8, "eu": 1, "europe": 1, "ap": 8}
 """Hours that clocks are ahead of UTC, by the beginning of a region's name: what is near, as far as a clock knows."""
 
@@ -47,83 +52,59 @@ def table_price(vendor: str, instance: str, size: str) -> float | None:
     return HOURLY.get(instance, {}).get(size) if vendor == "aws" else None
 
 
-def table_memory(instance: str, size: str) -> float | None:
-    """GB that a VAE can take; None where the table does not know it."""
-    if is_cpu(instance):
-        return CPU_GB * int(size[1:]) if size[1:].isdecimal() else None
-    return MEMORY_GB.get(instance)
-
-
-def check_size(instance: str, size: str) -> None:
-    """Raises `DeployError` for a size that an instance of the table does not have."""
-    if instance in HOURLY and size not in HOURLY[instance]:
-        raise DeployError(f"SIZE={size} cannot be: {instance} has {', '.join(HOURLY[instance])}")
-
-
-def needed_gb(models: Sequence[type[Model]], instance: str) -> float:
-    """The least memory that decodes in tiles: 1 GB for the process and the machine, the weights, one tile of 512x512.
-
-    On a CPU everything is in float32. The process alone was measured at 0.6 to 0.8 GB.
-    """
-    full = is_cpu(instance)
-    width = {model: 4 if full or model.dtype == "float32" else 2 for model in models}
-    weights = sum((model.weights_mb or 0) * (2 if full and model.dtype != "float32" else 1) for model in models)
-    tile = max(model.peak["decode"].first * width[model] for model in models) * 512 * 512
-    return 1 + weights / 1e3 + tile / 1e9
-
-
-def check_memory(models: Sequence[type[Model]], instance: str, size: str, memory: float | None) -> None:
-    """Raises `DeployError` where it is known to be too little."""
-    needed = needed_gb(models, instance)
-    if memory is not None and memory < needed:
-        raise DeployError(
-            f"INSTANCE={instance} SIZE={size} has {memory:g} GB, and this needs {needed:.1f}: "
-            f"choose a larger SIZE, or INSTANCE={max(models, key=by_price).instance}"
-        )
-
-
 def by_price(model: type[Model]) -> float:
     """To order models by what their own instance costs."""
-    return table_price("aws", model.instance, "x1") or 0
+    return HOURLY.get(model.instance, {}).get("x1", 0)
 
 
-def choose(
-    offered: list[InferenceEndpointHardware], vendor: str, region: str, instance: str, size: str, replicas: int
-) -> InferenceEndpointHardware:
-    """The one that was asked for, in the nearest region that has it and quota for it where `region` is "auto".
+def check_memory(models: Sequence[type[Model]], instance: str, size: str, memory: float | None = None) -> None:
+    """Raises `DeployError` where the machine is known to have less `memory`, in GB, than decoding in tiles takes.
 
-    Raises:
-        DeployError: there is none; the message says where there is one, or whose quota is short.
+    That is 1 GB for the machine and the process, measured at 0.6 to 0.8 GB; the weights; one tile of 512x512. On a CPU
+    all is in float32. None is what the table says.
     """
-    same = [one for one in offered if (one.vendor, one.instance_type, one.instance_size) == (vendor, instance, size)]
-    if not same:
-        sizes = sorted({one.instance_size for one in offered if (one.vendor, one.instance_type) == (vendor, instance)})
-        types = sorted({one.instance_type for one in offered if one.vendor == vendor and one.status in USABLE})
-        what = f"SIZE={size}: {instance} has {', '.join(sizes)}" if sizes else f"INSTANCE={instance}: {vendor} has "
-        raise DeployError(f"there is no {what}{'' if sizes else ', '.join(types)}")
-    usable = [one for one in same if one.status in USABLE]
-    there = [one for one in usable if region in ("auto", one.region)]
-    if not there:
-        status = next((f"{one.status} there" for one in same if one.region == region), "not there")
-        others = ", ".join(one.region for one in sorted(usable, key=_far)) or "none at the moment"
-        raise DeployError(
-            f"REGION={region} has no {instance} {size} to give ({status}); regions of {vendor} that have: {others}. "
-            "REGION=auto takes the nearest"
-        )
-    granted = [one for one in there if one.max_accelerators - one.used_accelerators >= one.num_accelerators]
-    if not granted:
-        one = min(there, key=_far)
-        raise DeployError(
-            f"the quota for {instance} in {one.region} is used up: {one.used_accelerators} of {one.max_accelerators}, "
-            f"what has scaled to zero included; `make pause` frees it, and more is asked for at {QUOTA_PAGE}"
-        )
-    chosen = min(granted, key=_far)
-    free = chosen.max_accelerators - chosen.used_accelerators
-    if free < chosen.num_accelerators * replicas:
-        note(f"  the quota in {chosen.region} has {free} left of {instance}: MAX_REPLICA={replicas} may not be reached")
-    if chosen.status == "low_availability":
-        note(f"  {instance} is scarce in {chosen.region} at the moment: the endpoint may stay pending")
-    return chosen
+    if memory is None:
+        memory = CPU_GB * int(size[1:]) if is_cpu(instance) and size[1:].isdecimal() else MEMORY_GB.get(instance)
+    width = {model: 4 if is_cpu(instance) or model.dtype == "float32" else 2 for model in models}
+    stored = {model: 4 if model.dtype == "float32" else 2 for model in models}
+    weights = sum((model.weights_mb or 0) * width[model] / stored[model] for model in models)
+    tile = max(model.peak["decode"].first * width[model] for model in models) * 512 * 512
+    needed = 1 + weights / 1e3 + tile / 1e9
+    if memory and memory < needed:
+        has = f"INSTANCE={instance} SIZE={size} has {memory:g} GB, and this needs {needed:.1f}"
+        raise DeployError(f"{has}: choose a larger SIZE, or INSTANCE={max(models, key=by_price).instance}")
+
+
+def place(plan: Plan, offered: Sequence[InferenceEndpointHardware]) -> Plan:
+    """The plan with the region and the price of today: of "auto" the nearest that has the machine, and quota for it.
+
+    Raises `DeployError` where there is none; it says what there is, or whose quota is short.
+    """
+    if not offered:
+        return replace(plan, region="us-east-1" if plan.region == "auto" else plan.region)
+    fitting, so_far = sorted(offered, key=_far), ""
+    for variable, name in ASKED.items():
+        asked, others = getattr(plan, variable), [getattr(one, name) for one in fitting if one.status in USABLE]
+        fitting = [one for one in fitting if asked in ("auto", getattr(one, name))]
+        if not any(one.status in USABLE for one in fitting):
+            status = fitting[0].status if fitting else "not there"
+            known = ", ".join(dict.fromkeys(others)) + ", or auto" * (variable == "region")
+            raise DeployError(f"{variable.upper()}={asked}{so_far} cannot be had ({status}): choose from {known}")
+        so_far = f"{so_far or ' of'} {asked}"
+    fitting = [one for one in fitting if one.status in USABLE]
+    free = [(one.max_accelerators - one.used_accelerators) // one.num_accelerators for one in fitting]
+    left, one = next(((left, one) for left, one in zip(free, fitting, strict=True) if left > 0), (0, fitting[0]))
+    if left == 0:
+        used = f"{one.used_accelerators} of {one.max_accelerators}, what has scaled to zero included"
+        more = f"`make pause` frees it, and more is asked for at {QUOTA_PAGE}"
+        raise DeployError(f"the quota for {plan.instance} in {one.region} is used up: {used}; {more}")
+    if left < plan.max_replica:
+        note(f"  the quota in {one.region} has {left} left: MAX_REPLICA={plan.max_replica} may not be reached")
+    if one.status == "low_availability":
+        note(f"  {plan.instance} is scarce in {one.region} at the moment: the endpoint may stay pending")
+    memory = one.memory_gb if one.accelerator == "cpu" else (one.gpu_memory_gb or 0) / one.num_accelerators
+    check_memory(plan.handlers, plan.instance, plan.size, memory)
+    return replace(plan, region=one.region, price=one.price_per_hour)
 
 
 def _far(one: InferenceEndpointHardware) -> float:
@@ -133,30 +114,10 @@ def _far(one: InferenceEndpointHardware) -> float:
     return min(apart, 24 - apart)
 
 
-def dollars(amount: float) -> str:
+def dollars(amount: float | None) -> str:
     """`$0.80`, and `$0.033` where cents are too coarse."""
-    return f"${amount:.3f}" if 0 < amount < 0.1 else f"${amount:.2f}"
+    return "?" if amount is None else f"${amount:.3f}" if 0 < amount < 0.1 else f"${amount:.2f}"
 
 
 def describe_price(price: float | None) -> str:
-    return f"{dollars(price)} an hour" if price is not None else f"a price that is unknown here, see {PAGE}"
-
-
-def describe_cost(price: float | None, min_replica: int, max_replica: int, scale_to_zero: int | None) -> list[str]:
-    """What the endpoint costs at work, idle and in a month, a line each. `scale_to_zero` is in minutes."""
-    if price is None:
-        return [f"price unknown here, see {PAGE}"]
-    lines = [f"{dollars(price)} an hour while a replica starts or runs, billed by the minute"]
-    if max_replica > 1:
-        lines.append(f"at most {dollars(price * max_replica)} an hour, with {max_replica} replicas")
-    if scale_to_zero is None:
-        always = price * min_replica
-        return [*lines, f"it never scales to zero: {dollars(always * 24)} a day, {dollars(always * 24 * 30)} a month"]
-    day = price * (1 + scale_to_zero / 60)
-    return [
-        *lines,
-        f"$0.00 once it has scaled to zero, {scale_to_zero} minutes after the last request or later (44 were measured "
-        "once where 15 were set); the next request starts it again, and it counts against the quota meanwhile",
-        f"so an hour of work a day costs that hour and {scale_to_zero} idle minutes after it: {dollars(day)} a day, "
-        f"{dollars(day * 30)} a month",
-    ]
+    return f"{dollars(price)} an hour" if price is not None else f"a price unknown here, see {PAGE}"

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from handlers import MODELS
 from handlers.base import EndpointHandler
 from handlers.model import Model
 from scripts.deployment import hardware
-from scripts.deployment.console import DeployError
+from scripts.deployment.console import DeployError, note
+from scripts.deployment.hardware import describe_price, dollars
 
-if TYPE_CHECKING:
-    from huggingface_hub import InferenceEndpointHardware
-
-CALLERS: dict[str, str] = {
+CALLERS = {
     "authenticated": "anyone with a token of any Hugging Face account",
     "private": "only you, or the members of the organization, with a token",
     "public": "anyone, without a token",
 }
-FRAMEWORK = "pytorch"
-TASK = "custom"
+PENDING_PER_REPLICA = 1.5
 TAG = "remote-vae"
 """Marks an endpoint as this project's; beside it is the tag of each of its models."""
 WEIGHT_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -40,105 +39,72 @@ def default_name(*models: str) -> str:
     return "-".join([TAG, *map(tag_of, models)])
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where one model's weights come from."""
+def variables(models: Sequence[str], namespace: str | None, name: str) -> str:
+    """What names an endpoint to the Makefile's targets: `MODEL=flux NAME=mine`."""
+    given = {"NAMESPACE": namespace, "NAME": name if name != default_name(*models) else None}
+    return " ".join([f"MODEL={','.join(models)}", *(f"{key}={value}" for key, value in given.items() if value)])
 
-    model: str
-    kind: Literal["checkpoint", "hub", "folder"]
-    """Copied from the checkpoint into the endpoint's repository; fetched from it at every start; or uploaded."""
-    folder: Path | None = None
 
-    @property
-    def handler(self) -> type[EndpointHandler]:
-        return MODELS[self.model]
-
-    @property
-    def origin(self) -> str:
-        """A repository on the Hub, or a folder."""
-        if self.kind != "folder":
-            return self.handler.checkpoint
-        return f"models/{self.model}" if str(self.folder) == self.handler.checkpoint else "a local folder"
-
-    @property
-    def license_link(self) -> str:
-        return self.handler.license_link or f"https://huggingface.co/{self.handler.checkpoint}"
+def addresses(url: str, models: Sequence[str]) -> dict[str, str]:
+    """Where each model answers. Of several each has its own path; the first one answers at the root too."""
+    return {model: url if len(models) == 1 else f"{url}/{model}" for model in models}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One endpoint to be: what `scripts/deploy.py` declares as options, by the same names."""
+    """One endpoint to be: what `scripts/deploy.py` takes as options, by the same names."""
 
     models: tuple[str, ...]
-    """The first one answers at the endpoint's root."""
-    namespace: str | None
     name: str
     instance: str
-    size: str
-    vendor: str
-    region: str
-    access: str
-    min_replica: int
-    max_replica: int
-    scale_to_zero: int | None
-    weights: str | None
-    revision: str | None
+    namespace: str | None = None
+    size: str = "x1"
+    vendor: str = "aws"
+    region: str = "us-east-1"
+    access: str = "authenticated"
+    min_replica: int = 0
+    max_replica: int = 1
+    scale_to_zero: int | None = 15
+    weights: str | None = None
+    revision: str | None = None
     price: float | None = None
     """USD an hour for one replica: of the table, until the platform was asked."""
-    sources: tuple[Source, ...] = field(default=())
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Of the models whose weights are uploaded from one."""
 
     @classmethod
-    def of(cls, model: str | None, **asked: Any) -> Plan:
+    def of(cls, model: str | None, name: str | None = None, instance: str | None = None, **asked: Any) -> Plan:
         """Raises `DeployError` for a value that cannot be, naming the Makefile's variable."""
         models = find_models(model)
         for reason in filter(None, map(cannot_run, models)):
             raise DeployError(reason)
         dearest = max((MODELS[key] for key in models), key=hardware.by_price)
-        asked["name"] = asked["name"] or default_name(*models)
-        asked["instance"] = asked["instance"] or dearest.instance
-        if asked["min_replica"] == 0 and asked["scale_to_zero"] < 1:
-            raise DeployError("SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 keeps a replica always on")
-        asked["scale_to_zero"] = asked["scale_to_zero"] if asked["min_replica"] == 0 else None
-        plan = cls(models, **asked)
+        plan = cls(models, name or default_name(*models), instance or dearest.instance, **asked)
         plan._check()
-        price = hardware.table_price(plan.vendor, plan.instance, plan.size)
-        return replace(plan, price=price, sources=tuple(find_source(key, plan) for key in models))
+        return replace(
+            plan,
+            scale_to_zero=None if plan.min_replica else plan.scale_to_zero,
+            price=hardware.table_price(plan.vendor, plan.instance, plan.size),
+            folders={key: folder for key in models if (folder := find_folder(key, plan.weights))},
+        )
 
     def _check(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise DeployError(f"NAME={self.name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end")
-        if self.access not in CALLERS:
-            raise DeployError(f"ACCESS={self.access} cannot be: it is one of {', '.join(CALLERS)}")
-        if not 0 <= self.min_replica <= self.max_replica or self.max_replica < 1:
-            raise DeployError(
-                f"MIN_REPLICA={self.min_replica} MAX_REPLICA={self.max_replica} cannot be: 0 <= MIN <= MAX >= 1"
-            )
-        if len(self.models) > 1 and self.weights not in (None, "hub"):
-            raise DeployError("WEIGHTS is a folder of one model's weights: name one MODEL, or WEIGHTS=hub")
-        if len(self.models) > 1 and self.revision not in (None, "main"):
-            raise DeployError("REVISION is a commit of one model's checkpoint: name one MODEL, or REVISION=main")
-        if self.vendor == "aws":
-            hardware.check_size(self.instance, self.size)
-        memory = hardware.table_memory(self.instance, self.size)
-        hardware.check_memory(self.handlers, self.instance, self.size, memory)
-
-    def with_hardware(self, offered: list[InferenceEndpointHardware], kept: str | None, held: bool) -> Plan:
-        """The plan with the region and the price that the platform has today.
-
-        Args:
-            offered: what the platform has; nothing where it did not tell.
-            kept: the region of the endpoint that exists, which never changes.
-            held: whether that endpoint has its instance, and its part of the quota, already.
-        """
-        region = kept if kept and self.region == "auto" else self.region
-        wanted = (self.vendor, region, self.instance, self.size)
-        same = [one for one in offered if wanted == (one.vendor, one.region, one.instance_type, one.instance_size)]
-        if not offered or (held and not same):
-            return replace(self, region="us-east-1" if region == "auto" else region)
-        one = same[0] if held else hardware.choose(offered, *wanted, self.max_replica)
-        memory = one.memory_gb if one.accelerator == "cpu" else (one.gpu_memory_gb or 0) / one.num_accelerators
-        hardware.check_memory(self.handlers, self.instance, self.size, memory or None)
-        return replace(self, region=one.region, price=one.price_per_hour)
+        """What has to be true, by what is said where it is not."""
+        low, high, single = self.min_replica, self.max_replica, len(self.models) == 1
+        named = NAME.fullmatch(self.name)
+        sizes = hardware.HOURLY.get(self.instance, [self.size]) if self.vendor == "aws" else [self.size]
+        rules = {
+            f"NAME={self.name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end": named,
+            f"ACCESS={self.access} cannot be: it is one of {', '.join(CALLERS)}": self.access in CALLERS,
+            f"MIN_REPLICA={low} MAX_REPLICA={high} cannot be: 0 <= MIN <= MAX >= 1": 0 <= low <= high >= 1,
+            "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 never sleeps": low or self.scale_to_zero >= 1,
+            "WEIGHTS is a folder of one model's weights: name one MODEL": single or self.weights in (None, "hub"),
+            "REVISION is a commit of one checkpoint: name one MODEL": single or self.revision in (None, "main"),
+            f"SIZE={self.size} cannot be: {self.instance} has {', '.join(sizes)}": self.size in sizes,
+        }
+        for message in (message for message, kept in rules.items() if not kept):
+            raise DeployError(message)
+        hardware.check_memory(self.handlers, self.instance, self.size)
 
     @property
     def model(self) -> str:
@@ -146,27 +112,31 @@ class Plan:
         return ",".join(self.models)
 
     @property
-    def handlers(self) -> list[type[EndpointHandler]]:
-        return [MODELS[key] for key in self.models]
-
-    @property
-    def accelerator(self) -> str:
-        return "cpu" if hardware.is_cpu(self.instance) else "gpu"
-
-    @property
-    def variables(self) -> str:
-        """What names this endpoint to the Makefile's other targets: `MODEL=flux NAME=mine`."""
-        namespace = f" NAMESPACE={self.namespace}" if self.namespace else ""
-        name = f" NAME={self.name}" if self.name != default_name(*self.models) else ""
-        return f"MODEL={self.model}{namespace}{name}"
-
-    @property
     def tags(self) -> list[str]:
         return [TAG, *map(tag_of, self.models)]
 
     @property
+    def handlers(self) -> list[type[EndpointHandler]]:
+        return [MODELS[key] for key in self.models]
+
+    @property
     def cost(self) -> list[str]:
-        return hardware.describe_cost(self.price, self.min_replica, self.max_replica, self.scale_to_zero)
+        """What the endpoint costs at work, idle and in a month, a line each."""
+        lines = [f"{describe_price(self.price)} while a replica starts or runs, billed by the minute"]
+        if self.price and self.max_replica > 1:
+            lines += [f"at most {describe_price(self.price * self.max_replica)}, with {self.max_replica} replicas"]
+        if self.price and self.min_replica:
+            day = self.price * self.min_replica * 24
+            lines += [f"it never scales to zero: {dollars(day)} a day, {dollars(day * 30)} a month"]
+        elif self.price:
+            idle, day = self.scale_to_zero, self.price * (1 + self.scale_to_zero / 60)
+            lines += [
+                f"$0.00 once it has scaled to zero, {idle} minutes after the last request or later (44 were measured "
+                "once where 15 were set); the next request starts it, and it counts against the quota meanwhile",
+                f"so an hour of work a day costs that hour and {idle} idle minutes after it: {dollars(day)} a day, "
+                f"{dollars(day * 30)} a month",
+            ]
+        return lines
 
 
 def find_models(model: str | None) -> tuple[str, ...]:
@@ -185,9 +155,9 @@ def find_models(model: str | None) -> tuple[str, ...]:
 
 def cannot_run(model: str) -> str | None:
     """Why an endpoint cannot run it; None where it can. requirements.txt bounds diffusers there, and not elsewhere."""
-    handler = MODELS[model]
-    bound = re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
-    if bound is None or _version(handler.diffusers) < _version(bound[1]):
+    handler, bound = MODELS[model], re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
+    needed, below = ([int(part) for part in version.split(".")] for version in (handler.diffusers, bound[1]))
+    if needed < below:
         return None
     return (
         f"{model} cannot run on an endpoint: its {handler.vae_class} needs diffusers {handler.diffusers} or later, and "
@@ -195,31 +165,34 @@ def cannot_run(model: str) -> str | None:
     )
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("."))
-
-
-def is_shipped(handler: type[EndpointHandler]) -> bool:
+def is_shipped(model: str) -> bool:
     """Whether the model's weights are part of this project."""
-    return Path(handler.checkpoint).is_absolute()
+    return Path(MODELS[model].checkpoint).is_absolute()
 
 
-def find_source(model: str, plan: Plan) -> Source:
+def published_models() -> list[str]:
+    """Those that an endpoint can run, and whose weights are on the Hub; says which of them it cannot run, and why."""
+    reasons = {key: cannot_run(key) for key in MODELS if not is_shipped(key)}
+    for reason in filter(None, reasons.values()):
+        note(reason)
+    return [key for key, reason in reasons.items() if not reason]
+
+
+def find_folder(model: str, weights: str | None) -> Path | None:
+    """The folder that the model's weights are uploaded from, checked; None where they are on the Hub.
+
+    `weights` is a folder, "hub" for those that the endpoint fetches itself, or None for the model's own.
+    """
     handler = MODELS[model]
-    if plan.weights == "hub":
-        if is_shipped(handler):
-            raise DeployError(f"WEIGHTS=hub cannot be for {model}: its weights are in this project, not on the Hub")
-        return Source(model, "hub")
-    if plan.weights is None and not is_shipped(handler):
-        return Source(model, "checkpoint")
-    folder = Path(plan.weights or handler.checkpoint).expanduser()
-    missing = [name for name in WEIGHT_FILES if not (folder / name).is_file()]
-    if missing:
+    if weights == "hub" and is_shipped(model):
+        raise DeployError(f"WEIGHTS=hub cannot be for {model}: its weights are in this project, not on the Hub")
+    if weights == "hub" or (weights is None and not is_shipped(model)):
+        return None
+    folder, found = Path(weights or handler.checkpoint).expanduser(), "unknown class"
+    if missing := [name for name in WEIGHT_FILES if not (folder / name).is_file()]:
         raise DeployError(f"WEIGHTS={folder} has no {' and no '.join(missing)}")
-    try:
-        found = json.loads((folder / "config.json").read_text()).get("_class_name")
-    except (ValueError, AttributeError):
-        raise DeployError(f"WEIGHTS={folder} has a config.json that is no JSON object") from None
+    with suppress(ValueError, AttributeError):  # a config.json that is no JSON object
+        found = json.loads((folder / "config.json").read_text()).get("_class_name", found)
     if found != handler.vae_class.rpartition(":")[2]:
         raise DeployError(f"WEIGHTS={folder} is an {found}, and this model an {handler.vae_class}")
-    return Source(model, "folder", folder)
+    return folder

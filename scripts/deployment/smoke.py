@@ -6,13 +6,11 @@ import io
 import json
 import math
 from dataclasses import dataclass
-from time import perf_counter
-from typing import Any
 
-import httpx2
 from PIL import Image, ImageChops, ImageStat
-from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from remote_vae import Client, RemoteVAEError
 from scripts.deployment.console import DeployError, note, out
 
 SIZE = 256
@@ -23,8 +21,15 @@ STARTING = (502, 503, 504)
 """What the proxy answers while a replica starts."""
 WAKE_UP = 600
 """Seconds that a request waits for an endpoint which has scaled to zero."""
-HOSTS = ".endpoints.huggingface.cloud"
-"""An address under any other host gets no token, unless the Endpoints API itself named it."""
+
+
+def tell(state: RetryCallState) -> None:
+    if state.attempt_number == 1:
+        note(f"  {state.outcome.exception()}; no replica is up yet, waiting for it")
+
+
+starts = retry_if_exception(lambda error: getattr(error, "status", None) in STARTING)
+waiting = Retrying(retry=starts, wait=wait_fixed(5), stop=stop_after_delay(WAKE_UP), before_sleep=tell, reraise=True)
 
 
 @dataclass(frozen=True)
@@ -37,92 +42,39 @@ class SmokeResult:
     psnr: float | None
 
     def __str__(self) -> str:
-        quality = "an MP4 video" if self.psnr is None else f"the picture at {self.psnr:.1f} dB"
-        return (
-            f"encode {self.encode:.2f} s, decode {self.decode:.2f} s: {SIZE}x{SIZE} pixels became latents "
-            f"{self.shape}, and {quality} came back"
-        )
+        back = "an MP4 video" if self.psnr is None else f"the picture at {self.psnr:.1f} dB"
+        took = f"encode {self.encode:.2f} s, decode {self.decode:.2f} s"
+        return f"{took}: {SIZE}x{SIZE} pixels became latents {self.shape}, and {back} came back"
 
 
-def is_hugging_face(url: str) -> bool:
-    try:
-        address = httpx2.URL(url)
-    except httpx2.InvalidURL:
-        return False
-    return address.scheme == "https" and address.host.endswith(HOSTS)
+def smoke_test(url: str, token: str | None = None) -> SmokeResult:
+    """Encodes a picture and decodes what comes back; `DeployError` where that is not what the protocol promises.
 
-
-def smoke_test(url: str, token: str | None) -> SmokeResult:
-    """Encodes a picture and decodes what comes back.
-
-    Raises:
-        DeployError: an answer is not what the protocol promises, or the picture is lost.
+    `token` is sent to this address; None sends the user's own, to the hosts of Inference Endpoints alone.
     """
-    headers = {"X-Scale-Up-Timeout": str(WAKE_UP), **({"Authorization": f"Bearer {token}"} if token else {})}
     across = Image.linear_gradient("L").resize((SIZE, SIZE))  # smooth, so that any trained VAE keeps it
     picture = Image.merge("RGB", (across, across.rotate(90), Image.radial_gradient("L").resize((SIZE, SIZE))))
     body = io.BytesIO()
     picture.save(body, "PNG")
-    url = url.rstrip("/")
-    with (
-        httpx2.Client(headers=headers, timeout=httpx2.Timeout(WAKE_UP + 60, connect=30)) as session,
-        out.status("encoding and decoding a picture"),
-    ):
-        encoded, encode_seconds = _post(session, f"{url}/encode", content=body.getvalue())
-        try:
-            shape, dtype = json.loads(encoded.headers["shape"]), encoded.headers["dtype"]
-            size = math.prod(shape) * {"float16": 2, "bfloat16": 2, "float32": 4}[dtype]
-        except (KeyError, ValueError):
-            raise DeployError(f"{url} answered an encode with no latents: is it an endpoint of this project?") from None
-        if len(encoded.content) != size:
-            raise DeployError(f"{url} answered {len(encoded.content)} bytes for latents {shape} of {dtype}")
-        # a video model answers with an MP4
-        parameters = {"shape": json.dumps(shape), "dtype": dtype, "image_format": "png"}
-        request = {"content": encoded.content, "params": parameters, "headers": {"Content-Type": "tensor/binary"}}
-        decoded, decode_seconds = _post(session, f"{url}/decode", **request)
+    held = {"X-Scale-Up-Timeout": str(WAKE_UP)}
+    try:
+        client = Client(url, token, patience=0, timeout=WAKE_UP + 60)
+        with out.status("encoding and decoding a picture"):
+            encoded = waiting(client.request, "POST", "/encode", content=body.getvalue(), headers=held)
+            if not encoded.headers.keys() >= {"shape", "dtype"}:
+                raise DeployError(f"{url} answered an encode with no latents: is it an endpoint of this project?")
+            shape = json.loads(encoded.headers["shape"])
+            # a video model answers with an MP4
+            sent = {"shape": encoded.headers["shape"], "dtype": encoded.headers["dtype"], "image_format": "png"}
+            held["Content-Type"] = "tensor/binary"
+            decoded = waiting(client.request, "POST", "/decode", content=encoded.content, params=sent, headers=held)
+    except (RemoteVAEError, ValueError) as error:
+        raise DeployError(str(error)) from None
     psnr = None if decoded.content[4:8] == b"ftyp" else _psnr(picture, decoded.content)
     if psnr is not None and psnr < LOWEST_PSNR:
-        raise DeployError(
-            f"{url} gave back another picture ({psnr:.1f} dB, under {LOWEST_PSNR:.0f}): are the weights its own?"
-        )
-    return SmokeResult(encode_seconds, decode_seconds, shape, psnr)
-
-
-def _post(session: httpx2.Client, url: str, **request: Any) -> tuple[httpx2.Response, float]:
-    """The answer, and the seconds of the request that got it; while a replica starts it is asked again."""
-
-    def send() -> tuple[httpx2.Response, float]:
-        start = perf_counter()
-        return session.post(url, **request), perf_counter() - start
-
-    def tell(state: RetryCallState) -> None:
-        if state.attempt_number == 1:
-            note(f"  {url} answers {state.outcome.result()[0].status_code}: no replica is up yet; waiting for it")
-
-    try:
-        response, seconds = Retrying(
-            retry=retry_if_result(lambda answer: answer[0].status_code in STARTING),
-            wait=wait_fixed(5),
-            stop=stop_after_delay(WAKE_UP),
-            before_sleep=tell,
-            retry_error_callback=lambda state: state.outcome.result(),
-        )(send)
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise DeployError(f"{url} cannot be reached: {type(error).__name__}; is the address right?") from None
-    if response.is_success:
-        return response, seconds
-    try:
-        said = str(response.json()["error"])[:300]
-    except (ValueError, KeyError, TypeError):
-        said = " ".join(response.text.split())[:300] or response.reason_phrase
-    refused = ""
-    if response.status_code in (401, 403):
-        refused = (
-            " and does not take this token"
-            if "Authorization" in session.headers
-            else " and takes no one without a token"
-        )
-    raise DeployError(f"{url} answers {response.status_code}{refused}: {said}")
+        lost = f"{psnr:.1f} dB, under {LOWEST_PSNR:.0f}"
+        raise DeployError(f"{url} gave back another picture ({lost}): are the weights its own?")
+    return SmokeResult(encoded.elapsed.total_seconds(), decoded.elapsed.total_seconds(), shape, psnr)
 
 
 def _psnr(expected: Image.Image, content: bytes) -> float:
