@@ -1,6 +1,7 @@
 """The README and the guides are true: their Python runs, and their commands are there."""
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,10 +22,18 @@ from tests.small_pipelines import CASES, make
 from tests.small_service import Service
 
 README = (ROOT / "README.md").read_text()
+DIFFUSERS = (ROOT / "docs" / "diffusers.md").read_text()
+MODEL_TABLES = (ROOT / "docs" / "models.md").read_text()
 OPERATING = (ROOT / "docs" / "operating.md").read_text()
 HTTP_API = (ROOT / "docs" / "http-api.md").read_text()
 REMOTE_VAE = (ROOT / "remote_vae" / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"^\$ make ([a-z-]+)", README, re.MULTILINE)))
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "remote_vae/*.md", "clients/*/*.md", "benchmarks/*.md", "models/*/*.md")
+    for path in ROOT.glob(pattern)
+)
+COMMAND = re.compile(r"^(?:\$ |    )(make .*?)\s*(?:#.*)?$", re.MULTILINE)
+COMMANDS = sorted({command for document in DOCUMENTS for command in COMMAND.findall(document.read_text())})
 QUICK = {"num_inference_steps": 1, "height": 64, "width": 64}
 DEPRECATED = "ignore:`do_scaling` is deprecated:FutureWarning"
 
@@ -54,12 +63,12 @@ def run_snippets(text: str, key: str, url: str) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings(DEPRECATED)
-@pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(README)))
+@pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(DIFFUSERS)))
 def test_snippets_run_as_they_stand(
     key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    left = run_snippets(README, key, service.url)
+    left = run_snippets(DIFFUSERS, key, service.url)
     assert left["image"].size > (256, 256) if MODELS[key].kind == "image" else len(left["video"]) > 1000
 
 
@@ -124,16 +133,36 @@ def test_variables_of_make_serve_reach_the_server() -> None:
     assert command.endswith(f"-m scripts.serve {options}")
 
 
-@pytest.mark.parametrize("target", COMMANDS)
-def test_commands_are_targets(target: str) -> None:
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_make_are_taken(command: str) -> None:
+    """Their targets, and the variables that they are given; what they do is in the tests of each."""
+    subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_the_readme_is_two_screens() -> None:
+    assert len(README.splitlines()) <= 110
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    """To a file of this project, and where it is a document, to a heading of it."""
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", document.read_text()):
+        target = (document.parent / file).resolve() if file else document
+        assert target.exists(), file
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+def test_the_readme_names_every_model() -> None:
+    listed = README[README.index("## Models") : README.index("[docs/models.md]")]
+    assert set(re.findall(r"`([^`]+)`", listed)) - {"MODEL"} == set(MODELS)
 
 
 def test_models_table_is_the_one_of_the_code() -> None:
-    table = README[README.index("|---", README.index("## Models")) : README.index("**Adding one.**")]
+    table = MODEL_TABLES[MODEL_TABLES.index("|---") : MODEL_TABLES.index("## Adding one")]
     rows = re.findall(r"^\| (`.*?`) \| .* \| `?(.*?)`? \| (.*?) ?\|$", table, re.MULTILINE)
     listed = {key: (latents, sent) for keys, latents, sent in rows for key in re.findall(r"`(\S+)`", keys)}
-    assert "flux" in listed
+    assert listed.keys() == MODELS.keys()
     for key, (latents, sent) in listed.items():
         model = MODELS[key]
         if latents == "packed":
