@@ -24,8 +24,12 @@ from PIL import Image
 
 from handlers import MODELS
 from handlers.serving.output import describe, tensor_bytes
+from scripts import local_server
 from scripts.local_server import serve
+from tests import forked
 from tests.small_service import Service, running_service
+
+local_server.start_process = forked.start
 
 # An endpoint never deploys: its container has a huggingface_hub that the deploying side (requirements/deploy.txt)
 # cannot use. So where that older one is installed, the tests of deploying are not collected.

@@ -14,6 +14,7 @@ from diffusers.utils.remote_utils import remote_decode
 
 from scripts import local_server
 from scripts.local_server import ROOT, serve
+from tests import forked
 from tests.project_copy import copy_project
 
 ADDING = (ROOT / "docs" / "models.md").read_text().partition("## Adding one")[2]
@@ -66,8 +67,8 @@ def declare(project: Path, old: str, new: str) -> None:
 
 def served(project: Path, *arguments: str) -> str:
     """What `make serve` says before it ends."""
-    command = [sys.executable, "-m", "scripts.serve", "--model", KEY, *arguments]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120).stderr
+    _, _, said = forked.run("-m", "scripts.serve", "--model", KEY, *arguments, folder=project)
+    return said
 
 
 def assert_decodes(weights: Path, tmp_path: Path) -> None:

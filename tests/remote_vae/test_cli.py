@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scripts.local_server import ROOT
+from tests import forked
 from tests.conftest import same_video
 from tests.difficult_way import difficult_way
 from tests.small_service import Service
@@ -24,18 +25,10 @@ LATENTS = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(0))
 
 def remote_vae(*arguments: object, status: int = 0, **environment: str) -> tuple[str, str]:
     """What the command prints, on both streams."""
-    command = [sys.executable, "-m", "remote_vae", *map(str, arguments)]
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=60,
-        env={**os.environ, "COLUMNS": "300", **environment},
-    )
-    assert run.returncode == status, run.stderr
-    assert "Traceback" not in run.stderr
-    return run.stdout, run.stderr
+    ended, out, error = forked.run("-m", "remote_vae", *arguments, timeout=60, **{"COLUMNS": "300", **environment})
+    assert ended == status, error
+    assert "Traceback" not in error
+    return out, error
 
 
 def test_info(service: Service) -> None:

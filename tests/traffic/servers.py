@@ -83,9 +83,15 @@ def server(key: str, folder: Path, toolkit: Path | None = None, **environment: s
             **options,
         )
     with running as url:
-        port = str(address_of(url)[1])
-        process = next(child for child in psutil.Process().children() if port in child.cmdline())
-        yield Server(key, url, weights, options["log"], process)
+        yield Server(key, url, weights, options["log"], listening(address_of(url)[1]))
+
+
+def listening(port: int) -> psutil.Process:
+    """The process that does so, of those that this one started."""
+    for process in psutil.Process().children(recursive=True):
+        if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections()):
+            return process
+    raise RuntimeError(f"nothing listens on port {port}")
 
 
 def small_checkpoint(key: str, folder: Path) -> Path:
