@@ -17,6 +17,8 @@ from scripts.local_server import ROOT, serve
 from tests import forked
 from tests.project_copy import copy_project
 
+pytestmark = pytest.mark.slow
+
 ADDING = (ROOT / "docs" / "models.md").read_text().partition("## Adding one")[2]
 FILE = re.search(r"`(handlers/\w+\.py)`", ADDING)[1]
 (CLASS,) = re.findall(r"```python\n(.*?)```", ADDING, re.DOTALL)

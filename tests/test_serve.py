@@ -14,6 +14,8 @@ from handlers import MODELS
 from scripts.local_server import ROOT, clean_environment, free_port, wait_until_healthy
 from tests import forked
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
