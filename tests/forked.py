@@ -58,7 +58,7 @@ def run(*arguments: object, folder: Path = ROOT, timeout: float = 120, **environ
         output, errors = Path(temporary, "output"), Path(temporary, "errors")
         process = Process(list(map(str, arguments)), {**os.environ, **environment}, output, errors, folder)
         status = process.wait(timeout)
-        return status, output.read_text(), errors.read_text()
+        return status, output.read_text(errors="replace"), errors.read_text()
 
 
 def _run(arguments: list[str], environment: dict[str, str], output: str, errors: str, folder: str) -> None:
@@ -67,7 +67,7 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, errors:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.path[0] = folder
+    sys.path.insert(0, folder)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("scripts", "tests")]:
         del sys.modules[name]  # of this project, which may be another folder's there
     _, module, *sys.argv[1:] = arguments

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import av
 import diffusers
 import pytest
+import torch
 from PIL import Image
 
 from handlers import MODELS
@@ -83,6 +85,18 @@ def test_curl_takes_a_picture_there_and_back(dtype: str, service: Service, tmp_p
     assert "dtype: float32" in (tmp_path / "headers.txt").read_text()
     with Image.open(tmp_path / "photo-again.png") as again:
         assert again.size == photograph.size
+
+
+def test_curl_hands_a_stream_on(service: Service, tmp_path: Path) -> None:
+    """To a player, which keeps what it gets."""
+    (command,) = re.findall(r"^\$ (curl -N .*)$", HTTP_API, re.MULTILINE)
+    shape = [int(size) for size in re.search(r"shape=([\d,]+)", command)[1].split(",")]
+    (tmp_path / "latents.bin").write_bytes(torch.randn(shape).numpy().tobytes())
+    script = command.replace("http://127.0.0.1:8000", f"{service.url}/hunyuan-video").replace("curl ", "curl -sf ")
+    player = "set -o pipefail; ffplay() { cat > video.mp4; }; "
+    subprocess.run(["bash", "-euc", player + script], cwd=tmp_path, check=True)
+    with av.open(str(tmp_path / "video.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 4 * (shape[2] - 1) + 1
 
 
 @pytest.mark.filterwarnings(DEPRECATED)

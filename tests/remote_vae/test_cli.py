@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,27 @@ def remote_vae(*arguments: object, status: int = 0, **environment: str) -> tuple
     assert ended == status, error
     assert "Traceback" not in error
     return out, error
+
+
+def test_the_documented_commands_run_as_they_stand(service: Service, tmp_path: Path) -> None:
+    """But for the player, and for the proxy, which has tests of its own."""
+    readme = (ROOT / "remote_vae" / "README.md").read_text()
+    commands = re.findall(r"^\$ remote-vae (.*?)(?: \| ffplay -)?\s*(?:#.*)?$", readme, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["info", *3 * ["decode"], "encode", "latents", "proxy"]
+    (tmp_path / "pictures").mkdir()
+    for picture in ("photo.jpg", "pictures/a.png"):
+        Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / picture)
+    for command in commands[:-1]:
+        video = ".mp4" in command or "--stream" in command
+        latents = torch.randn(1, 16, 3, 8, 8) if video else LATENTS[:1]
+        if "decode" in command:
+            save_file({"latents": latents}, tmp_path / "latents.safetensors")
+        url = f"{service.url}/{'wan-2.1' if video else 'sdxl'}"
+        arguments = shlex.split(command.replace("URL", url))
+        status, _, error = forked.run("-m", "remote_vae", *arguments, folder=tmp_path)
+        assert status == 0, error
+    assert {"image.png", "video.mp4", "latents.safetensors"} < {path.name for path in tmp_path.iterdir()}
+    assert len(list((tmp_path / "pictures").glob("*.npz"))) == 1
 
 
 def test_info(service: Service) -> None:
