@@ -32,6 +32,8 @@ class Process(context.Process):
     def __init__(
         self, arguments: Sequence[str], environment: dict[str, str], output: Path, errors: Path, folder: Path = ROOT
     ) -> None:
+        for path in (output, errors):
+            path.write_text("")
         super().__init__(target=_run, args=(list(arguments), environment, str(output), str(errors), str(folder)))
         self.start()
 
@@ -63,7 +65,7 @@ def run(*arguments: object, folder: Path = ROOT, timeout: float = 120, **environ
 
 def _run(arguments: list[str], environment: dict[str, str], output: str, errors: str, folder: str) -> None:
     for stream, path in ((1, output), (2, errors)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
