@@ -127,6 +127,10 @@ ARGS ?= -n 3 --dist loadfile
 test: install  ## the tests, with the newest releases
 	$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: test-quick
+test-quick: install  ## those that start no server and take no seconds, in under a minute
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
 .PHONY: test-endpoint
 test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## the same tests with what the Inference Toolkit's image holds
 	$(ENDPOINT_VENV)/bin/python -m pytest $(ARGS)

@@ -28,10 +28,11 @@ from handlers.taesd import Taesd
 from handlers.taesd3 import Taesd3
 from handlers.taesdxl import TaesdXL
 from handlers.tiny import Tiny
+from handlers.version import VERSION
 from handlers.wan_2_1 import Wan21
 from handlers.wan_2_2 import Wan22
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 MODELS: dict[str, type[EndpointHandler]] = {
     "sd-v1": StableDiffusionV1,

@@ -69,7 +69,7 @@ def show_video(url: str, photograph: np.ndarray) -> None:
 
 @contextmanager
 def recorded() -> Iterator[list[requests.Response]]:
-    """Every response that `requests` gets meanwhile; the client keeps them to itself."""
+    """Every answer that `requests` gets meanwhile; the client keeps them to itself."""
     calls: list[requests.Response] = []
     send = requests.Session.send
 

@@ -29,20 +29,20 @@ def serve(
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command, "--port", str(port), *arguments],
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**clean_environment(), **environment},
-        )
+    process = start_process((*command, "--port", str(port), *arguments), log, {**clean_environment(), **environment})
     try:
         wait_until_healthy(url, process, log)
         yield url
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def start_process(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
+    """`python <arguments>` in the project's folder."""
+    with log.open("w") as output:
+        command = [sys.executable, *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
 def free_port() -> int:

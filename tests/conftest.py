@@ -20,18 +20,40 @@ import numpy as np
 import pytest
 import requests
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from handlers import MODELS
 from handlers.serving.output import describe, tensor_bytes
+from scripts import local_server
 from scripts.local_server import serve
-from tests.small_service import Service, running_service
+from tests import forked
+from tests.small_service import Service, running_service, save_checkpoints
+
+local_server.start_process = forked.start
 
 # An endpoint never deploys: its container has a huggingface_hub that the deploying side (requirements/deploy.txt)
 # cannot use. So where that older one is installed, the tests of deploying are not collected.
 collect_ignore_glob = (
     ["test_deploy*.py", "test_canary.py"] if int(huggingface_hub.__version__.split(".")[0]) < 2 else []
 )
+
+SLOW = {"service", "running", "checkpoint", "hub"}
+"""Fixtures of servers: what asks for one is marked `slow`, as the few are that take seconds for something else."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True)
+def quick_ones_start_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `make test-quick` stays quick."""
+    if not request.node.get_closest_marker("slow"):
+        monkeypatch.delattr(local_server, "start_process")
+
 
 SERVERS = ("standalone", "toolkit")
 """In which the service runs."""
@@ -146,7 +168,11 @@ def faulty_endpoint(kind: str, key: str, weights: Path, log: Path, **environment
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The server of every model's small checkpoint."""
-    with running_service(tmp_path_factory.mktemp("service") / "checkpoints") as running:
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "checkpoints.lock"):  # the first of the tests' processes makes them
+        save_checkpoints(shared / "checkpoints")
+    with running_service(shared / "checkpoints", base / "service.log") as running:
         yield running
 
 

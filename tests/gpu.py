@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,7 +78,8 @@ def test_out_of_memory_is_a_step_down_and_the_next_request_works(monkeypatch: py
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running_service(Path(tmp_path_factory.mktemp("service")) / "checkpoints", VAE_DEVICE=DEVICE) as running:
+    folder = tmp_path_factory.mktemp("service")
+    with running_service(folder / "checkpoints", folder / "log", VAE_DEVICE=DEVICE) as running:
         yield running
 
 

@@ -56,14 +56,18 @@ def as_tensor(response: requests.Response) -> Tensor:
     return torch.frombuffer(bytearray(response.content), dtype=dtype).reshape(json.loads(response.headers["shape"]))
 
 
-@contextmanager
-def running_service(folder: Path, **environment: str) -> Iterator[Service]:
-    """Its checkpoints in a folder that it makes, beside `tiny`, and its log beside that."""
-    folder.mkdir()
+def save_checkpoints(folder: Path) -> None:
+    """All small ones, beside `tiny`, unless they are there."""
     for key in SERVED:
-        save(key, folder / key)
+        if not (folder / key).exists():
+            save(key, folder / key)
     if not (folder / "tiny").exists():
         (folder / "tiny").symlink_to(ROOT / "models" / "tiny")
-    log = folder.with_suffix(".log")
+
+
+@contextmanager
+def running_service(folder: Path, log: Path, **environment: str) -> Iterator[Service]:
+    """Of the checkpoints in a folder, which are made where they are not there."""
+    save_checkpoints(folder)
     with serve("--folder", str(folder), log=log, command=("-m", "tests.models_server"), **environment) as url:
         yield Service(url, folder)

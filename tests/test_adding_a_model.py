@@ -1,4 +1,4 @@
-"""What the README says of adding a model, done as it says: from its blocks of code to a served picture."""
+"""What docs/models.md says of adding a model, done as it says: from its blocks of code to a served picture."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from diffusers.utils.remote_utils import remote_decode
 
 from scripts import local_server
 from scripts.local_server import ROOT, serve
+from tests import forked
 from tests.project_copy import copy_project
 
-README = (ROOT / "README.md").read_text()
-ADDING = README[README.index("**Adding one.**") : README.index("## Deploying")]
+pytestmark = pytest.mark.slow
+
+ADDING = (ROOT / "docs" / "models.md").read_text().partition("## Adding one")[2]
 FILE = re.search(r"`(handlers/\w+\.py)`", ADDING)[1]
 (CLASS,) = re.findall(r"```python\n(.*?)```", ADDING, re.DOTALL)
 (LINES,) = re.findall(r"```diff\n(.*?)```", ADDING, re.DOTALL)
@@ -67,8 +69,8 @@ def declare(project: Path, old: str, new: str) -> None:
 
 def served(project: Path, *arguments: str) -> str:
     """What `make serve` says before it ends."""
-    command = [sys.executable, "-m", "scripts.serve", "--model", KEY, *arguments]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120).stderr
+    _, _, said = forked.run("-m", "scripts.serve", "--model", KEY, *arguments, folder=project)
+    return said
 
 
 def assert_decodes(weights: Path, tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def assert_decodes(weights: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_the_readmes_model_decodes_a_picture(weights: Path, tmp_path: Path) -> None:
+def test_the_documented_model_decodes_a_picture(weights: Path, tmp_path: Path) -> None:
     assert_decodes(weights, tmp_path)
 
 

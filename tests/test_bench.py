@@ -180,6 +180,7 @@ def without_a_compiler(model: Any, latents: torch.Tensor) -> Any:
     raise RuntimeError("no C compiler\nand much more")
 
 
+@pytest.mark.slow
 def test_ways_are_compared_with_eager() -> None:
     plain, _ = forward.load("tiny", "cpu")
     before = {name: weight.clone() for name, weight in plain.state_dict().items()}
@@ -194,6 +195,7 @@ def test_ways_are_compared_with_eager() -> None:
     assert all(weight.is_contiguous() for weight in plain.state_dict().values())
 
 
+@pytest.mark.slow
 def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = 64
     plan = bench.Plan(

@@ -18,6 +18,8 @@ from handlers import MODELS
 from scripts.local_server import ROOT, clean_environment, serve
 from tests.conftest import Endpoint, uint8_pixels
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = ("-m", "uvicorn", "webservice_starlette:app", "--app-dir", str(ROOT / "tests" / "toolkit"))
 
 

@@ -1,6 +1,7 @@
-"""The way of a request runs in one direction, and the models can be read without torch."""
+"""The way of a request runs in one direction, and so do the parts of the project; models are read without torch."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,16 @@ import pytest
 from handlers import MODELS, serving
 from scripts.local_server import ROOT
 
+MAY_IMPORT = {
+    "handlers": set(),
+    "handler": {"handlers"},
+    "remote_vae": set(),
+    "clients": {"remote_vae"},
+    "scripts": {"handler", "handlers", "remote_vae"},
+    "benchmarks": {"handlers", "remote_vae", "scripts"},
+    "tests": {"handlers", "remote_vae", "clients", "scripts", "benchmarks"},
+}
+"""What each part of the project knows of the others: what is deployed or installed by itself, nothing around it."""
 STAGES = [line.split()[0] for line in serving.__doc__.splitlines()[2:] if line.strip()]
 
 
@@ -56,3 +67,18 @@ def test_models_are_read_without_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import handlers; print(*handlers.MODELS)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == list(MODELS)
+
+
+def test_every_part_is_linted() -> None:
+    (sources,) = re.findall(r"^SOURCES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {source.removesuffix(".py") for source in sources.split()} == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_a_part_imports_only_those_below_it(part: str) -> None:
+    files = [ROOT / "handler.py"] if part == "handler" else (ROOT / part).rglob("*.py")
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    others = {module.split(".")[0] for module in modules} & MAY_IMPORT.keys() - {part}
+    assert others <= MAY_IMPORT[part]

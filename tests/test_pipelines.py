@@ -310,6 +310,7 @@ def as_mp4(frames: list[Any]) -> bytes:
     return write_mp4([np.asarray(frame) for frame in frames], fps=8)
 
 
+@pytest.mark.slow
 class TestNothingStaysBroken:
     """A pass that fails midway leaves nothing in the model for the next one."""
 

@@ -1,6 +1,7 @@
 """The README and the guides are true: their Python runs, and their commands are there."""
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import av
 import diffusers
 import pytest
+import torch
 from PIL import Image
 
 from handlers import MODELS
@@ -21,10 +24,18 @@ from tests.small_pipelines import CASES, make
 from tests.small_service import Service
 
 README = (ROOT / "README.md").read_text()
+DIFFUSERS = (ROOT / "docs" / "diffusers.md").read_text()
+MODEL_TABLES = (ROOT / "docs" / "models.md").read_text()
 OPERATING = (ROOT / "docs" / "operating.md").read_text()
 HTTP_API = (ROOT / "docs" / "http-api.md").read_text()
 REMOTE_VAE = (ROOT / "remote_vae" / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"^\$ make ([a-z-]+)", README, re.MULTILINE)))
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "remote_vae/*.md", "clients/*/*.md", "benchmarks/*.md", "models/*/*.md")
+    for path in ROOT.glob(pattern)
+)
+COMMAND = re.compile(r"^(?:\$ |    )(make .*?)\s*(?:#.*)?$", re.MULTILINE)
+COMMANDS = sorted({command for document in DOCUMENTS for command in COMMAND.findall(document.read_text())})
 QUICK = {"num_inference_steps": 1, "height": 64, "width": 64}
 DEPRECATED = "ignore:`do_scaling` is deprecated:FutureWarning"
 
@@ -63,12 +74,12 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.filterwarnings(DEPRECATED)
-@pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(README)))
+@pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(DIFFUSERS)))
 def test_snippets_run_as_they_stand(
     key: str, dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    left = run_snippets(README, key, f"{service.url}/{key}{dtype}")
+    left = run_snippets(DIFFUSERS, key, f"{service.url}/{key}{dtype}")
     assert left["image"].size > (256, 256) if MODELS[key].kind == "image" else len(left["video"]) > 1000
 
 
@@ -83,6 +94,18 @@ def test_curl_takes_a_picture_there_and_back(dtype: str, service: Service, tmp_p
     assert "dtype: float32" in (tmp_path / "headers.txt").read_text()
     with Image.open(tmp_path / "photo-again.png") as again:
         assert again.size == photograph.size
+
+
+def test_curl_hands_a_stream_on(service: Service, tmp_path: Path) -> None:
+    """To a player, which keeps what it gets."""
+    (command,) = re.findall(r"^\$ (curl -N .*)$", HTTP_API, re.MULTILINE)
+    shape = [int(size) for size in re.search(r"shape=([\d,]+)", command)[1].split(",")]
+    (tmp_path / "latents.bin").write_bytes(torch.randn(shape).numpy().tobytes())
+    script = command.replace("http://127.0.0.1:8000", f"{service.url}/hunyuan-video").replace("curl ", "curl -sf ")
+    player = "set -o pipefail; ffplay() { cat > video.mp4; }; "
+    subprocess.run(["bash", "-euc", player + script], cwd=tmp_path, check=True)
+    with av.open(str(tmp_path / "video.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 4 * (shape[2] - 1) + 1
 
 
 @pytest.mark.filterwarnings(DEPRECATED)
@@ -133,16 +156,36 @@ def test_variables_of_make_serve_reach_the_server() -> None:
     assert command.endswith(f"-m scripts.serve {options}")
 
 
-@pytest.mark.parametrize("target", COMMANDS)
-def test_commands_are_targets(target: str) -> None:
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_make_are_taken(command: str) -> None:
+    """Their targets, and the variables that they are given; what they do is in the tests of each."""
+    subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_the_readme_is_two_screens() -> None:
+    assert len(README.splitlines()) <= 110
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    """To a file of this project, and where it is a document, to a heading of it."""
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", document.read_text()):
+        target = (document.parent / file).resolve() if file else document
+        assert target.exists(), file
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+def test_the_readme_names_every_model() -> None:
+    listed = README[README.index("## Models") : README.index("[docs/models.md]")]
+    assert set(re.findall(r"`([^`]+)`", listed)) - {"MODEL"} == set(MODELS)
 
 
 def test_models_table_is_the_one_of_the_code() -> None:
-    table = README[README.index("|---", README.index("## Models")) : README.index("**Adding one.**")]
+    table = MODEL_TABLES[MODEL_TABLES.index("|---") : MODEL_TABLES.index("## Adding one")]
     rows = re.findall(r"^\| (`.*?`) \| .* \| `?(.*?)`? \| (.*?) ?\|$", table, re.MULTILINE)
     listed = {key: (latents, sent) for keys, latents, sent in rows for key in re.findall(r"`(\S+)`", keys)}
-    assert "flux" in listed
+    assert listed.keys() == MODELS.keys()
     for key, (latents, sent) in listed.items():
         model = MODELS[key]
         if latents == "packed":

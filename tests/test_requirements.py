@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -19,6 +21,7 @@ def test_what_the_image_does_not_hold_has_an_upper_bound() -> None:
     assert floating == []
 
 
+@pytest.mark.slow
 def test_what_is_installed_is_consistent() -> None:
     """In the endpoint's environment: requirements.txt over the image's pins leaves no package that another breaks."""
     result = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)

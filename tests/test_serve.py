@@ -12,6 +12,9 @@ import requests
 
 from handlers import MODELS
 from scripts.local_server import ROOT, clean_environment, free_port, wait_until_healthy
+from tests import forked
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -29,17 +32,10 @@ from scripts.local_server import ROOT, clean_environment, free_port, wait_until_
 )
 def test_what_cannot_start_says_so_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     arguments = [argument.replace("{empty}", str(tmp_path)) for argument in arguments]
-    result = subprocess.run(
-        [sys.executable, "-m", "scripts.serve", *arguments],
-        cwd=ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: " + message.replace("{empty}", str(tmp_path)))
+    status, _, said = forked.run("-m", "scripts.serve", *arguments)
+    assert status == 1
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: " + message.replace("{empty}", str(tmp_path)))
 
 
 def test_sigterm_to_make_ends_the_server(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def main(
             save_published(key, base / "large" / key, file, checkout, python)
         command = ("-m", "tests.models_server")
         with (
-            running_service(base / "checkpoints") as service,
+            running_service(base / "checkpoints", base / "checkpoints.log") as service,
             serve("--folder", str(base / "large"), log=base / "large.log", command=command) as large,
             comfyui(checkout, python, base) as comfy,
         ):

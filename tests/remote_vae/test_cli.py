@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scripts.local_server import ROOT
+from tests import forked
 from tests.conftest import same_video
 from tests.difficult_way import difficult_way
 from tests.small_service import Service
@@ -24,18 +27,31 @@ LATENTS = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(0))
 
 def remote_vae(*arguments: object, status: int = 0, **environment: str) -> tuple[str, str]:
     """What the command prints, on both streams."""
-    command = [sys.executable, "-m", "remote_vae", *map(str, arguments)]
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=60,
-        env={**os.environ, "COLUMNS": "300", **environment},
-    )
-    assert run.returncode == status, run.stderr
-    assert "Traceback" not in run.stderr
-    return run.stdout, run.stderr
+    ended, out, error = forked.run("-m", "remote_vae", *arguments, timeout=60, **{"COLUMNS": "300", **environment})
+    assert ended == status, error
+    assert "Traceback" not in error
+    return out, error
+
+
+def test_the_documented_commands_run_as_they_stand(service: Service, tmp_path: Path) -> None:
+    """But for the player, and for the proxy, which has tests of its own."""
+    readme = (ROOT / "remote_vae" / "README.md").read_text()
+    commands = re.findall(r"^\$ remote-vae (.*?)(?: \| ffplay -)?\s*(?:#.*)?$", readme, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["info", *3 * ["decode"], "encode", "latents", "proxy"]
+    (tmp_path / "pictures").mkdir()
+    for picture in ("photo.jpg", "pictures/a.png"):
+        Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / picture)
+    for command in commands[:-1]:
+        video = ".mp4" in command or "--stream" in command
+        latents = torch.randn(1, 16, 3, 8, 8) if video else LATENTS[:1]
+        if "decode" in command:
+            save_file({"latents": latents}, tmp_path / "latents.safetensors")
+        url = f"{service.url}/{'wan-2.1' if video else 'sdxl'}"
+        arguments = shlex.split(command.replace("URL", url))
+        status, _, error = forked.run("-m", "remote_vae", *arguments, folder=tmp_path)
+        assert status == 0, error
+    assert {"image.png", "video.mp4", "latents.safetensors"} < {path.name for path in tmp_path.iterdir()}
+    assert len(list((tmp_path / "pictures").glob("*.npz"))) == 1
 
 
 def test_info(service: Service) -> None:

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from remote_vae.latents.buckets import AIToolkitBuckets, KohyaBuckets, MusubiBuckets
 from remote_vae.latents.formats import FORMATS, Format
 from scripts.local_server import ROOT
+from tests import forked
 from tests.difficult_way import Way, difficult_way
 from tests.small_service import Service
 
@@ -37,11 +38,11 @@ def command(folder: Path, out: Path, url: str, made: str, *more: str) -> list[st
 
 
 def run(*arguments: Any, status: int = 0) -> str:
-    environment = {**os.environ, "COLUMNS": "200"}
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
+    _, *module = command(*arguments)
+    ended, _, said = forked.run(*module, COLUMNS="200")
+    assert ended == status, said
+    assert "Traceback" not in said
+    return said
 
 
 @pytest.fixture
@@ -246,14 +247,13 @@ def test_it_goes_on_after_kill_9_at_any_moment(way: Way, tmp_path: Path) -> None
 
     for _ in range(20):
         posts = sum(method == "POST" for method, _, _ in way.seen)
-        process = subprocess.Popen(
-            command(folder, out, way.url, "kohya", "--workers", "2"), cwd=ROOT, stderr=subprocess.DEVNULL
-        )
+        _, *module = command(folder, out, way.url, "kohya", "--workers", "2")
+        process = forked.Process(module, dict(os.environ), tmp_path / "output", tmp_path / "output")
         while sum(method == "POST" for method, _, _ in way.seen) == posts and process.poll() is None:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
-        process.wait()
+        process.wait(10)
         check()
     assert 0 < len(written) < 150
     run(folder, out, way.url, "kohya")

@@ -12,6 +12,8 @@ import pytest
 from handlers.version import VERSION
 from scripts.local_server import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run(*command: object, folder: Path) -> str:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, cwd=folder)
@@ -30,9 +32,9 @@ def test_the_wheel_in_a_clean_environment(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"remote_vae", f"remote_vae-{VERSION}.dist-info"}
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", wheel, folder=tmp_path)
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-compile", wheel, folder=tmp_path)
     assert "--patience" in run(python.parent / "remote-vae", "proxy", "--help", folder=tmp_path)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     lent = next(path for path in sys.path if path.endswith("site-packages"))

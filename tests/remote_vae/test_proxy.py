@@ -105,6 +105,7 @@ def test_what_passes_is_what_came(service: Service, tmp_path: Path) -> None:
         assert torch.equal(RemoteVAE(url).decode(LATENTS).sample, service.model("sd-v1").decode(LATENTS).sample)
 
 
+@pytest.mark.slow
 def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
     import http.server
     import threading

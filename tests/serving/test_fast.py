@@ -26,6 +26,8 @@ from handlers.serving.spans import decode_spans, join
 from handlers.serving.vae import VAE
 from tests.checkpoints import build
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     ("sd-v1", None),
     ("flux2", None),

@@ -35,6 +35,7 @@ from tests.faulty_server import (
     THREAD_ENDS,
 )
 from tests.serving.test_limits import metric, open_connection, wait_for_metric
+from tests.traffic.servers import listening
 
 TIMEOUT = 2
 
@@ -197,13 +198,7 @@ class TestTheDevice:
 class TestSigterm:
     def terminate(self, endpoint: Endpoint) -> psutil.Process:
         """Sends it to the server's process."""
-        port = urlsplit(endpoint.url).port
-        processes = psutil.Process().children(recursive=True)
-        server = next(
-            process
-            for process in processes
-            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections())
-        )
+        server = listening(urlsplit(endpoint.url).port)
         os.kill(server.pid, signal.SIGTERM)
         return server
 
@@ -221,7 +216,7 @@ class TestSigterm:
         kept.close()
         with pytest.raises(requests.ConnectionError):
             ask(endpoint)
-        assert server.wait(timeout=10) is not None
+        server.wait(timeout=10)  # which raises where it does not end
 
     def test_what_is_not_finished_in_time_is_told_to_go_elsewhere(self, start: Start) -> None:
         endpoint = start(DEVICE_SECONDS="4", VAE_GRACE="1")
@@ -234,7 +229,7 @@ class TestSigterm:
                 message = {"error": "the service is shutting down; try again soon"}
                 assert (response.status_code, response.json()) == (503, message)
                 assert response.headers["Retry-After"] == "1"
-        assert server.wait(timeout=10) is not None
+        server.wait(timeout=10)  # which raises where it does not end
 
     def test_a_body_that_is_still_on_its_way_is_not_waited_for(self, start: Start) -> None:
         endpoint = start(VAE_GRACE="1")
@@ -248,7 +243,7 @@ class TestSigterm:
         message = {"error": "the service is shutting down; try again soon"}
         assert (response.status, json.loads(response.read())) == (503, message)
         connection.close()
-        assert server.wait(timeout=5) is not None
+        server.wait(timeout=5)  # which raises where it does not end
 
 
 def test_nothing_is_written(start: Start, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from handlers.serving import heap
 from handlers.serving.heap import HOLES, LARGE_BLOCK, SMALL_BLOCK, Heap, map_gpu_memory
 from scripts.local_server import ROOT
 
+pytestmark = pytest.mark.slow
+
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
 
 

@@ -20,6 +20,8 @@ from handlers.serving import low_memory
 from handlers.serving.low_memory import reduce_peak
 from tests.conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
 FRAMES = {"image": (None,), "video": (1, 5, 9, 21)}  # more than 16 frames go through diffusers' framewise path
 MODEL_FRAMES = [
     (key, frames) for key in ("sd-v1", "sdxl", "flux", "hunyuan-video") for frames in FRAMES[MODELS[key].kind]

@@ -13,6 +13,8 @@ from handlers.model import ALL, Model, Task
 from handlers.serving.memory import Mode
 from scripts.deployment.hardware import HOURLY
 
+pytestmark = pytest.mark.slow
+
 AT_MOST = 2.5
 """Times what is taken: above it, a request would be put in tiles, or refused, that fits three times over."""
 MEMORY_GB = {"nvidia-t4": 14, "nvidia-l4": 24, "nvidia-a10g": 24, "nvidia-l40s": 48}

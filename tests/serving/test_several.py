@@ -20,6 +20,7 @@ from handlers.serving.machine import Machine
 from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE
+from handlers.version import VERSION
 from scripts.local_server import ROOT, serve
 from tests.checkpoints import build
 from tests.conftest import Endpoint, uint8_pixels
@@ -76,6 +77,7 @@ def test_config_and_metrics_tell_them_apart(endpoints: dict[str, Endpoint]) -> N
     for key in KEYS:
         about = requests.get(f"{endpoints[key].url}/config", timeout=5).json()
         assert (about["model"], about["checkpoint"]) == (key, MODELS[key].checkpoint)
+        assert about["version"] == VERSION
         assert about["revision"] == {"flux": "abc"}.get(key)
         assert "models" not in about
         assert requests.get(endpoints[key].url, timeout=5).text == "Ok"

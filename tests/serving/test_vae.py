@@ -77,6 +77,7 @@ def test_device_and_dtype(checkpoint: Callable[[str], Path]) -> None:
     assert decoded.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["sd-v1", "sdxl", "flux"])
 def test_published_image_architecture_with_random_weights(key: str, caplog: pytest.LogCaptureFixture) -> None:
     vae = VAE.load(MODELS[key], "", Settings(weights="random"), "cpu")
@@ -88,6 +89,7 @@ def test_published_image_architecture_with_random_weights(key: str, caplog: pyte
     assert decoded.isfinite().all()
 
 
+@pytest.mark.slow
 def test_published_video_architecture_with_random_weights() -> None:
     vae = VAE.load(MODELS["hunyuan-video"], "", Settings(weights="random"), "cpu")
     decoded, _ = vae.decode(torch.zeros(1, 16, 3, 8, 8))

@@ -87,12 +87,19 @@ def server(models: str, folder: Path, toolkit: Path | None = None, **environment
             **options,
         )
     with running as url:
-        port = str(address_of(url)[1])
-        process = next(child for child in psutil.Process().children() if port in child.cmdline())
-        yield Server(keys[0], url, weights, options["log"], process)
+        yield Server(keys[0], url, weights, options["log"], listening(address_of(url)[1]))
+
+
+def listening(port: int) -> psutil.Process:
+    """The process that does so, of those that this one started."""
+    for process in psutil.Process().children(recursive=True):
+        if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections()):
+            return process
+    raise RuntimeError(f"nothing listens on port {port}")
 
 
 def make_checkpoint(key: str, folder: Path) -> None:
+    """With weights as chance has them: frames are pale, and H.264 loses little of them."""
     model = MODELS[key]
     if key == "tiny":
         shutil.copytree(model.checkpoint, folder)

@@ -1,0 +1,76 @@
+"""Processes that are forked from one which has imported torch and diffusers, as that takes 5 s of CPU.
+
+They are processes of their own all the same, with arguments, environment, folder and output of their own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from scripts import local_server
+from scripts.local_server import ROOT, start_process
+
+FROM_THE_START = ("HOME", "PYTHONPATH", "PYTHONSAFEPATH")
+"""What a process must have when it begins to import."""
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    ["torch", "diffusers.models.autoencoders", "av", "cv2", "httpx2", "rich.progress", "safetensors.torch", "uvicorn"]
+)
+
+
+class Process(context.Process):
+    """`python <arguments>`, which begin with `-m`; with the words of `subprocess.Popen` that the tests need."""
+
+    def __init__(
+        self, arguments: Sequence[str], environment: dict[str, str], output: Path, errors: Path, folder: Path = ROOT
+    ) -> None:
+        for path in (output, errors):
+            path.write_text("")
+        super().__init__(target=_run, args=(list(arguments), environment, str(output), str(errors), str(folder)))
+        self.start()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.name, timeout)
+        return self.exitcode
+
+
+def start(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> Process | subprocess.Popen:
+    """In place of `local_server.start_process`."""
+    if any(environment.get(name) != os.environ.get(name) for name in FROM_THE_START):
+        return start_process(arguments, log, environment)
+    return Process(arguments, environment, log, log, local_server.ROOT)
+
+
+def run(*arguments: object, folder: Path = ROOT, timeout: float = 120, **environment: str) -> tuple[int, str, str]:
+    """The status, and what it said on both streams."""
+    with TemporaryDirectory() as temporary:
+        output, errors = Path(temporary, "output"), Path(temporary, "errors")
+        process = Process(list(map(str, arguments)), {**os.environ, **environment}, output, errors, folder)
+        status = process.wait(timeout)
+        return status, output.read_text(errors="replace"), errors.read_text()
+
+
+def _run(arguments: list[str], environment: dict[str, str], output: str, errors: str, folder: str) -> None:
+    for stream, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("scripts", "tests")]:
+        del sys.modules[name]  # of this project, which may be another folder's there
+    _, module, *sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
