@@ -1,7 +1,8 @@
 """The way of a request. Each stage is a module, and imports only from those below it:
 
-app       HTTP: routes, headers, status codes
+app       HTTP: routes, errors, the way down
 page      what a browser gets at the root
+exchange  an HTTP request and its answer: the way of it, stage by stage
 access_log  a request's id, its line in the log, its counters
 description  what is served, for clients that ask
 pipeline  one request, from its payload to its answer
