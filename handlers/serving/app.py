@@ -54,14 +54,15 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     ]
     models = [name.strip() for name in (model or "").split(",")]
     access_log = Middleware(AccessLog, models, {route.path for route in routes}, on_crash)
+    answers: dict[Any, Any] = {
+        RequestError: on_request_error,
+        HTTPException: on_http_error,
+        ClientDisconnect: on_disconnect,
+    }
     app = Starlette(
         routes=routes,
         middleware=[*cross_origin(cors_origins), access_log],
-        exception_handlers={
-            RequestError: on_request_error,
-            HTTPException: on_http_error,
-            ClientDisconnect: on_disconnect,
-        },
+        exception_handlers=answers,
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
@@ -75,8 +76,12 @@ def cross_origin(origins: Sequence[str]) -> list[Middleware]:
     """What lets pages of these origins call the service, or of all for "*"; a preflight is answered and not logged."""
     if not origins:
         return []
-    options = {"allow_methods": ["GET", "POST", "PUT"], "allow_headers": ["*"], "expose_headers": EXPOSED}
-    return [Middleware(CORSMiddleware, allow_origins=origins, **options)]
+    methods = ["GET", "POST", "PUT"]
+    return [
+        Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"], expose_headers=EXPOSED
+        )
+    ]
 
 
 @asynccontextmanager
@@ -100,8 +105,8 @@ def drain_on_sigterm(app: Starlette) -> None:
             pipeline = app.state.handler.pipeline
             pipeline.workers.close()
             server = getattr(stop, "__self__", None)
-            if hasattr(server, "config"):  # uvicorn, which else waits for ever
-                server.config.timeout_graceful_shutdown = int(pipeline.settings.grace) + 5
+            if config := getattr(server, "config", None):  # uvicorn's, which else waits for ever
+                config.timeout_graceful_shutdown = int(pipeline.settings.grace) + 5
             loop = asyncio.get_running_loop()  # which this signal has interrupted
             loop.call_soon_threadsafe(loop.call_later, pipeline.settings.grace, end_requests, app)
         stop(*arguments)

@@ -212,7 +212,7 @@ class Exchange:
 
     async def unless_gone(self, work: asyncio.Future[T]) -> T:
         """Its result. Work whose client is gone, or whose time is over, is dropped unless a device has begun it."""
-        watch = asyncio.ensure_future(self.gone())
+        watch: asyncio.Future[Any] = asyncio.ensure_future(self.gone())
         try:
             await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
             if not work.done():

@@ -8,7 +8,7 @@ import io
 import json
 import tarfile
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +55,8 @@ class Format(ABC):
     flip: bool = False
     sample_mode: str | None = None
     """What of the encoder's distribution; None for what the trainer itself takes."""
+    buckets: KohyaBuckets | MusubiBuckets | AIToolkitBuckets = field(init=False)
+    """The sizes that its pictures are brought to."""
 
     models: ClassVar[dict[str, Any]]
     """What is known of each model, by the key of its endpoint."""
@@ -124,7 +126,7 @@ class Kohya(Format):
         (one,) = encoded
         height, width = one.latents.shape[-2:]
         end = f"_{height}x{width}" if self.sized else ""
-        arrays = {
+        arrays: dict[str, Any] = {
             f"latents{end}": one.latents.float().numpy(),
             f"original_size{end}": np.array(one.picture.placement.original),
             f"crop_ltrb{end}": np.array(_crop(one.picture.placement)),
