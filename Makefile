@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENDPOINT_VENV := .venv-endpoint
 DEPLOY_VENV := .venv-deploy
-SOURCES := handler.py handlers remote_vae clients scripts tests
+SOURCES := handler.py handlers remote_vae clients scripts benchmarks tests
 
 # The variables that each target takes; any other, which may be a misspelt one, is an error before anything happens.
 TAKES_serve := MODEL PORT HOST WEIGHTS DEVICE DTYPE
@@ -155,18 +155,18 @@ screenshots: install $(PAGE_PACKAGES)/.installed chromium  ## the pictures of th
 
 .PHONY: bench
 bench: install  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [MODELS=...]
-	$(BIN)/python -m scripts.bench $(call options,device=DEVICE models=MODELS)
+	$(BIN)/python -m benchmarks.bench $(call options,device=DEVICE models=MODELS)
 
 # the toolkit runs with what its container holds
 TRAFFIC_VENV := $(if $(TOOLKIT),$(ENDPOINT_VENV),$(VENV))
 
 .PHONY: fuzz
 fuzz: $(TRAFFIC_VENV)/bin/.installed  ## malformed requests against servers here [COUNT=10000] [SEED=0] [ONLY=n] [TOOLKIT=checkout]
-	$(TRAFFIC_VENV)/bin/python -m scripts.fuzz $(call options,count=COUNT seed=SEED only=ONLY toolkit=TOOLKIT)
+	$(TRAFFIC_VENV)/bin/python -m tests.fuzz $(call options,count=COUNT seed=SEED only=ONLY toolkit=TOOLKIT)
 
 .PHONY: soak
 soak: $(TRAFFIC_VENV)/bin/.installed  ## mixed traffic against tiny, into benchmarks/soak.md [MINUTES=10] [SEED=0] [TOOLKIT=checkout]
-	$(TRAFFIC_VENV)/bin/python -m scripts.soak $(call options,minutes=MINUTES seed=SEED toolkit=TOOLKIT)
+	$(TRAFFIC_VENV)/bin/python -m tests.soak $(call options,minutes=MINUTES seed=SEED toolkit=TOOLKIT)
 
 .PHONY: lint
 lint: install  ## check style and types

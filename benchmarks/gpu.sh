@@ -25,7 +25,7 @@ if [ "${1:-tests}" = tests ]; then
     status=$?
 fi
 if [ "${1:-bench}" = bench ]; then
-    $python -m scripts.bench --device cuda || status=1
+    $python -m benchmarks.bench --device cuda || status=1
     [ -n "${OUT:-}" ] && cp -r benchmarks "$OUT"
 fi
 exit "$status"

@@ -1,6 +1,6 @@
 """All small checkpoints behind one address, each app under `/<its key>`: `python -m tests.models_server --folder F`.
 
-`/tiny-float16` and `/tiny-bfloat16` are `tiny` in these.
+`/<its key>-float16` and `-bfloat16` are the same in these, loaded by the first request for them.
 
 `POST /mode/<mode>` has every request run in that memory mode, or be refused where the model does not have it.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
+from starlette.types import Receive, Scope, Send
 
 from handlers.serving import vae
 from handlers.serving.app import build_app
@@ -55,15 +57,31 @@ class Handler:
         self.pipeline = Pipeline([loaded], settings)
 
 
+def load(checkpoint: Path, dtype: str | None = None) -> Starlette:
+    app = build_app(checkpoint.name)
+    app.state.handler = Handler(checkpoint.name, checkpoint, dtype)
+    return app
+
+
+class Later:
+    """An app that its first request loads: the model in another dtype, which few tests need."""
+
+    def __init__(self, checkpoint: Path, dtype: str) -> None:
+        self.app = cache(partial(load, checkpoint, dtype))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app()(scope, receive, send)
+
+
 def main(folder: Annotated[Path, typer.Option()], port: int = 8000) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     vae.choose_modes = lambda *plan: choose(*plan[:-1], offered=plan[-1])
     routes = [Route("/health", health), Route("/mode/{mode}", force, methods=["POST"])]
     for checkpoint in sorted(folder.iterdir()):
-        for dtype in (None, "float16", "bfloat16") if checkpoint.name == "tiny" else (None,):
-            app = build_app(checkpoint.name)
-            app.state.handler = Handler(checkpoint.name, checkpoint, dtype)
-            routes.append(Mount(f"/{checkpoint.name}{f'-{dtype}' if dtype else ''}", app=app))
+        routes.append(Mount(f"/{checkpoint.name}", app=load(checkpoint)))
+        routes += [
+            Mount(f"/{checkpoint.name}-{dtype}", app=Later(checkpoint, dtype)) for dtype in ("float16", "bfloat16")
+        ]
     uvicorn.run(Starlette(routes=routes), host="127.0.0.1", port=port, access_log=False)
 
 

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import bench, forward, report, streams, ways
+from benchmarks.peak import allocated_peak, peak_bytes
+from benchmarks.seeds import SEEDS
+from benchmarks.service import Client, Load, percentiles
 from handlers import MODELS
-from scripts import bench
-from scripts.benchmark import forward, report, streams, ways
-from scripts.benchmark.peak import allocated_peak, peak_bytes
-from scripts.benchmark.seeds import SEEDS
-from scripts.benchmark.service import Client, Load, percentiles
 
 KIBIBYTE = torch.empty(256)  # of float32
 

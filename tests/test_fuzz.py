@@ -16,16 +16,16 @@ from PIL import Image
 
 from handlers import MODELS
 from handlers.serving.output import tensor_bytes
-from scripts.traffic import report, soak
-from scripts.traffic.clients import CLIENTS, Traffic
-from scripts.traffic.fuzz import Fuzz, Target, send_case
-from scripts.traffic.ledger import Ledger
-from scripts.traffic.memory import Memory
-from scripts.traffic.messages import Answer, Hang, Message, NoAnswer, exchange
-from scripts.traffic.mutations import MUTATIONS, WIRE_MUTATIONS, Case, case
-from scripts.traffic.samples import Sample, samples
-from scripts.traffic.servers import TRACEBACK, server
-from scripts.traffic.truth import Truth, Wrong, check, check_refusal
+from tests.traffic import report, soak
+from tests.traffic.clients import CLIENTS, Traffic
+from tests.traffic.fuzz import Fuzz, Target, send_case
+from tests.traffic.ledger import Ledger
+from tests.traffic.memory import Memory
+from tests.traffic.messages import Answer, Hang, Message, NoAnswer, exchange
+from tests.traffic.mutations import MUTATIONS, WIRE_MUTATIONS, Case, case
+from tests.traffic.samples import Sample, samples
+from tests.traffic.servers import TRACEBACK, server
+from tests.traffic.truth import Truth, Wrong, check, check_refusal
 
 COUNT = 1000
 """Requests of the quick fuzz; `make fuzz` sends ten times as many."""
@@ -57,18 +57,16 @@ def assert_nothing_broke(ledger: Ledger) -> None:
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    with (
-        server("tiny", tmp_path / "tiny", VAE_GRACE="3") as running,
-        server("hunyuan-video", tmp_path / "video") as video,
-    ):
-        traffic = Traffic(running, video, seed=1)
+    with server("tiny,hunyuan-video", tmp_path, VAE_GRACE="3") as running:
+        traffic = Traffic(running, seed=1)
         result = soak.run(traffic, seconds=10)
     assert_nothing_broke(traffic.ledger)
     assert result.exit_seconds < soak.EXIT_TIME
     clients = {client.__name__ for client in CLIENTS}
-    others = {"streams", "malformed", "crowd", "health"}
+    others = {"streams", "videos", "malformed", "crowd", "health"}
     assert clients == {"keep_alive", "fresh", "sizes", "pipelined", "slow", "leaver", *others}
     goods = {"good: keep-alive", "good: a connection each", "good: random sizes", "good: pipelined"}
+    goods.add("good: the video model")
     sent = set(traffic.ledger.sent)
     assert goods | {"burst", "health", "SIGTERM: in flight"} <= sent
     assert sent & {"stream: read", "stream: read slowly", "stream: left"}  # by lot: a slow machine takes one turn

@@ -43,33 +43,42 @@ def snippets(text: str) -> Iterator[tuple[str, str]]:
 
 
 def run_snippets(text: str, key: str, url: str) -> dict[str, Any]:
-    """Runs those of one model in their order, after the document's first block. Gives what they leave."""
+    """Runs those of one model in their order, after the document's first block. Gives what they leave.
+
+    `url` is that of the model, which may run in any dtype.
+    """
     namespace: dict[str, Any] = {"photograph": Image.effect_noise((64, 64), 50).convert("RGB")}
     exec(next(block for block in code(text) if "ENDPOINT = " in block), namespace)
-    namespace["ENDPOINT"] = f"{url}/{key}"
+    namespace["ENDPOINT"] = url
     for model, snippet in snippets(text):
         if model == key:
             exec(snippet, namespace)
     return namespace
 
 
+@pytest.fixture(params=["", "-float16", "-bfloat16"], ids=["float32", "float16", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    """What the address of a model in this dtype ends with: a GPU runs most in half precision, a CPU in float32."""
+    return request.param
+
+
 @pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(README)))
 def test_snippets_run_as_they_stand(
-    key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    left = run_snippets(README, key, service.url)
+    left = run_snippets(README, key, f"{service.url}/{key}{dtype}")
     assert left["image"].size > (256, 256) if MODELS[key].kind == "image" else len(left["video"]) > 1000
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_curl_takes_a_picture_there_and_back(dtype: str, service: Service, tmp_path: Path) -> None:
     photograph = Image.effect_noise((72, 64), 50).convert("RGB")
     photograph.save(tmp_path / "photo.jpg")
     (commands,) = re.findall(r"```console\n(\$ curl --data-binary @photo.*?)```", HTTP_API, re.DOTALL)
-    url = f"{service.url}/tiny{'' if dtype == 'float32' else f'-{dtype}'}"
-    script = re.sub(r"^\$ ", "", commands, flags=re.MULTILINE).replace("http://127.0.0.1:8000", url)
+    script = re.sub(r"^\$ ", "", commands, flags=re.MULTILINE).replace(
+        "http://127.0.0.1:8000", f"{service.url}/tiny{dtype}"
+    )
     subprocess.run(["bash", "-euc", script.replace("curl ", "curl -sf ")], cwd=tmp_path, check=True)
     assert "dtype: float32" in (tmp_path / "headers.txt").read_text()
     with Image.open(tmp_path / "photo-again.png") as again:
@@ -79,28 +88,28 @@ def test_curl_takes_a_picture_there_and_back(dtype: str, service: Service, tmp_p
 @pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(HTTP_API)))
 def test_snippets_of_the_interface_run_as_they_stand(
-    key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_snippets(HTTP_API, key, service.url)
+    assert run_snippets(HTTP_API, key, f"{service.url}/{key}{dtype}")
 
 
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(REMOTE_VAE)))
 def test_snippets_of_the_package_run_as_they_stand(
-    key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    left = run_snippets(REMOTE_VAE, key, service.url)
+    left = run_snippets(REMOTE_VAE, key, f"{service.url}/{key}{dtype}")
     assert len(left["images"]) == 2 if key == "flux" else Path("video.mp4").read_bytes()[4:8] == b"ftyp"
 
 
-def test_the_first_example_runs(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_example_runs(dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a small pipeline in place of FLUX.1, whose text encoders are numbers."""
     case = next(case for case in CASES if case.pipeline == "FluxPipeline")
     make(case, None).save_pretrained(tmp_path)
     text = next(block for block in code(README) if "FluxPipeline" in block)
     text = text.replace("black-forest-labs/FLUX.1-dev", str(tmp_path)).replace(
-        "https://....endpoints.huggingface.cloud", f"{service.url}/flux"
+        "https://....endpoints.huggingface.cloud", f"{service.url}/flux{dtype}"
     )
     call, load = diffusers.FluxPipeline.__call__, diffusers.FluxPipeline.from_pretrained
     without = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))

@@ -10,6 +10,7 @@ grows with each new shape. So:
 - `make_room`, before a pass: where it may not find enough beside the pages that are kept, they go back first. Where
   even then there is less than `HOLES` times what its tensors take, each block of a MB and more is mapped by itself for
   this pass: slower, but without holes.
+- `trim`, when nothing has come for some seconds (`worker.REST`): all free pages go back.
 
 All figures are resident bytes, as the system counts them: the heap's own do not say which of its free pages are still
 in memory. So the plan (`memory.free_memory`) counts nothing that the heap keeps. What was weighed: benchmarks/NOTES.md.

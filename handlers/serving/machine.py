@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from handlers.serving.heap import HEAP
 from handlers.serving.limits import Limits
 from handlers.serving.vae import VAE
 from handlers.serving.worker import Device, DeviceWorkers
@@ -37,7 +38,8 @@ class Machine:
 
     def __init__(self, devices: Sequence[torch.device], limits: Limits) -> None:
         runners = [
-            Device(partial(self._run, number), partial(self._is_alive, number)) for number in range(len(devices))
+            Device(partial(self._run, number), partial(self._is_alive, number), HEAP.trim)
+            for number in range(len(devices))
         ]
         self.workers = DeviceWorkers(runners, 0 if devices[0].type == "cpu" else BATCH_PIXELS, limits.timeout)
         self.readers = asyncio.Semaphore(os.cpu_count() or 1)

@@ -17,11 +17,17 @@ from handlers.serving.errors import RequestError
 logger = logging.getLogger(__name__)
 
 
+REST = 10.0
+"""Seconds without work after which a device gives back what it keeps for the next."""
+
+
 class Device(NamedTuple):
     run: Callable[[list[Any]], list[Any]]
     """Runs a batch of work and gives its results in order."""
     is_alive: Callable[[], bool]
     """Whether it can still compute anything; asked when a batch failed."""
+    rest: Callable[[], None]
+    """Gives back what it keeps for the next batch."""
 
 
 @dataclass(eq=False)
@@ -125,15 +131,18 @@ class DeviceWorkers:
 
     def _serve(self, number: int, device: Device) -> None:
         """A device's thread: a batch at a time, for as long as the device lives."""
+        rested = True
         try:
             while True:
-                batch = self._next(number)
-                if not isinstance(batch, list):
+                batch = self._next(number, None if rested else REST)
+                if rested := batch is None:
+                    device.rest()
+                elif isinstance(batch, list):
+                    _run(device, batch)
+                    start, _ = self._batches.pop(number)
+                    self._learn_speed(monotonic() - start, sum(job.size for job in batch))
+                else:
                     batch()
-                    continue
-                _run(device, batch)
-                start, _ = self._batches.pop(number)
-                self._learn_speed(monotonic() - start, sum(job.size for job in batch))
         except BaseException:  # the device or this code: whatever it is, no client waits for it, and /health says so
             logger.exception("device %d is lost", number)
             self._problem = f"device {number} is lost"
@@ -145,10 +154,14 @@ class DeviceWorkers:
             for job in jobs:
                 _fail(job, RequestError(f"{self._problem}; try again soon", 503))
 
-    def _next(self, number: int) -> list[Job] | Callable[[], None]:
-        """The job that is due first, and those that go with it, marked as running; a chore where none waits."""
+    def _next(self, number: int, patience: float | None) -> list[Job] | Callable[[], None] | None:
+        """The job that is due first, and those that go with it, marked as running; a chore where none waits.
+
+        None where neither came within so many seconds.
+        """
         with self._arrival:
-            self._arrival.wait_for(lambda: self._waiting or self._chores[number])
+            if not self._arrival.wait_for(lambda: self._waiting or self._chores[number], patience):
+                return None
             if not self._waiting:
                 return self._chores[number].popleft()
             self._waiting.sort(key=lambda job: job.due)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peak import peak_bytes
 from handlers import MODELS
 from handlers.serving import coders, fast_check, kernels
 from handlers.serving.autoencoder import DecodeOptions, EncodeOptions, has_frames
@@ -23,7 +24,6 @@ from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
 from handlers.serving.spans import decode_spans, join
 from handlers.serving.vae import VAE
-from scripts.benchmark.peak import peak_bytes
 from tests.checkpoints import build
 
 CASES = [

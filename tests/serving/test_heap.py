@@ -73,6 +73,39 @@ def test_many_shapes_leave_no_more_than_the_largest_of_them_alone() -> None:
     assert run(PASSES, "all") < 1.2 * run(PASSES, "largest")
 
 
+IDLE = """
+import sys, time
+from concurrent.futures import Future
+import psutil, torch
+from handlers.serving import worker
+from handlers.serving.heap import HEAP
+from handlers.serving.machine import Machine
+from handlers.serving.settings import Settings
+
+class Passes:
+    vaes = [None]
+    def forward(self, vae, batch):
+        with HEAP.settle():
+            HEAP.make_room(64 * 2**20)
+            return [torch.ones(16 * 2**20).sum() for _ in batch]
+
+HEAP.keep(pages=True)
+worker.REST = float(sys.argv[1])
+machine = Machine([torch.device("cpu")], Settings())
+before = psutil.Process().memory_info().rss
+for _ in range(3):
+    machine.submit(Passes(), None, 0, 1, Future()).result()
+time.sleep(1)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@glibc
+def test_an_idle_server_gives_its_free_pages_back() -> None:
+    assert run(IDLE, "60") > 64 * 2**20
+    assert run(IDLE, "0.1") < 16 * 2**20
+
+
 class FakeHeap(Heap):
     """On a machine with so many bytes resident and available, of which the former are in use."""
 

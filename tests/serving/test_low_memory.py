@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from benchmarks.peak import peak_bytes
 from handlers import MODELS
 from handlers.serving import low_memory
 from handlers.serving.low_memory import reduce_peak
-from scripts.benchmark.peak import peak_bytes
 from tests.conftest import SMALL
 
 FRAMES = {"image": (None,), "video": (1, 5, 9, 21)}  # more than 16 frames go through diffusers' framewise path

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.memory import Case, estimated, measured, offered, tile_side, weight_bytes
 from handlers import MODELS
 from handlers.model import ALL, Model, Task
 from handlers.serving.memory import Mode
-from scripts.benchmark.memory import Case, estimated, measured, offered, tile_side, weight_bytes
 from scripts.deployment.hardware import HOURLY
 
 AT_MOST = 2.5

@@ -11,10 +11,10 @@ import diffusers
 import pytest
 import torch
 
+from benchmarks.peak import peak_bytes
 from handlers import MODELS
 from handlers.serving.low_memory import reduced_peak
 from handlers.serving.spans import decode_spans
-from scripts.benchmark.peak import peak_bytes
 
 
 @pytest.fixture(scope="module", autouse=True)

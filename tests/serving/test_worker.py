@@ -15,6 +15,7 @@ class Device:
         self.batches: list[list[int]] = []
         self.go = threading.Semaphore(0)
         self.alive = True
+        self.rests = 0
 
     def run(self, work: list[int]) -> list[int]:
         self.batches.append(work)
@@ -28,6 +29,9 @@ class Device:
 
     def is_alive(self) -> bool:
         return self.alive
+
+    def rest(self) -> None:
+        self.rests += 1
 
 
 def wait_until(condition) -> None:
@@ -52,6 +56,17 @@ def test_what_waits_together_goes_as_one_batch_in_order_and_within_the_limit(dev
     assert [future.result(10) for future in (first, *futures)] == [0, 2, 4, 6, 8, 10]
     assert device.batches == [[0], [1, 3, 4], [2], [5]]
     wait_until(lambda: workers.running == 0)
+
+
+def test_a_device_rests_once_when_nothing_has_come_for_a_while(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "REST", 0.05)
+    workers = DeviceWorkers([device], batch_limit=0, timeout=60)
+    device.go.release(2)
+    for times in (1, 2):
+        assert workers.submit(times, "a", 1).result(10) == 2 * times
+        wait_until(lambda times=times: device.rests == times)
+        time.sleep(0.2)
+        assert device.rests == times
 
 
 def test_a_job_over_the_limit_goes_alone(device: Device) -> None:
@@ -91,7 +106,7 @@ def test_work_is_never_compared() -> None:
         def __eq__(self, other: object) -> bool:
             raise RuntimeError("ambiguous")
 
-    workers = DeviceWorkers([worker.Device(lambda work: work, lambda: True)], batch_limit=9, timeout=60)
+    workers = DeviceWorkers([worker.Device(lambda work: work, lambda: True, lambda: None)], batch_limit=9, timeout=60)
     futures = [workers.submit(Incomparable(number), number % 2, 1) for number in range(20)]
     assert [int(future.result(10)) for future in futures] == list(range(20))
 
@@ -116,7 +131,7 @@ def test_small_work_passes_large_work_that_came_just_before_and_large_work_gets_
         time.sleep(work[0] * 1e-3)
         return work
 
-    workers = DeviceWorkers([worker.Device(run, lambda: True)], batch_limit=0, timeout=60)
+    workers = DeviceWorkers([worker.Device(run, lambda: True, lambda: None)], batch_limit=0, timeout=60)
     go.set()
     workers.submit(100, object(), 100).result(10)  # from here on a size of 1 is known to take a millisecond
     go.clear()
@@ -158,7 +173,7 @@ def test_a_thread_that_ends_is_a_lost_device() -> None:
     def leave(work: list[int]) -> list[int]:
         raise SystemExit
 
-    workers = DeviceWorkers([worker.Device(leave, lambda: True)], batch_limit=0, timeout=60)
+    workers = DeviceWorkers([worker.Device(leave, lambda: True, lambda: None)], batch_limit=0, timeout=60)
     with pytest.raises(RequestError, match="device 0 is lost"):
         workers.submit(1, "a", 1).result(10)
     assert workers.problem == "device 0 is lost"
@@ -197,7 +212,7 @@ def test_small_work_does_not_starve_large_work() -> None:
         time.sleep(0.002)
         return work
 
-    workers = DeviceWorkers([worker.Device(run, lambda: True)], batch_limit=0, timeout=2)
+    workers = DeviceWorkers([worker.Device(run, lambda: True, lambda: None)], batch_limit=0, timeout=2)
     go.set()
     workers.submit(1, object(), 1).result(10)
     large = workers.submit(0, "large", 10**6)

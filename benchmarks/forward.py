@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.peak import allocated_peak, peak_bytes
 from handlers import MODELS
 from handlers.serving.autoencoder import has_frames
 from handlers.serving.fast import FastPass
@@ -23,7 +24,6 @@ from handlers.serving.fast_check import fast_pass
 from handlers.serving.low_memory import reduce_peak, reduced_peak
 from handlers.serving.settings import Settings
 from handlers.serving.vae import VAE
-from scripts.benchmark.peak import allocated_peak, peak_bytes
 
 Size = tuple[int, int, int | None]
 """Height, width, and a video's frames."""

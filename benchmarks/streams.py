@@ -12,21 +12,27 @@ from time import perf_counter
 from typing import Any
 
 import av
+import diffusers
 import requests
+import torch
 
-from scripts.benchmark.forward import Size, inputs
+from benchmarks.forward import Size, inputs
+from handlers import MODELS
 from scripts.local_server import serve
-from scripts.traffic.servers import small_checkpoint
 
 REPEATS = 3
+FEW_CHANNELS = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 
 
 @contextmanager
 def small_server(key: str, device: str) -> Iterator[str]:
     """The model's published architecture with few channels: what streaming takes is a larger part of it."""
     folder = Path(tempfile.mkdtemp())
-    weights = small_checkpoint(key, folder / "weights")
-    arguments = ("--model", key, "--device", device, "--weights", str(weights))
+    torch.manual_seed(0)
+    model = MODELS[key]
+    vae = getattr(diffusers, model.vae_class).from_config({**model.published_config, **FEW_CHANNELS})
+    vae.save_pretrained(folder / "weights")
+    arguments = ("--model", key, "--device", device, "--weights", str(folder / "weights"))
     with serve(*arguments, log=folder / "server.log", VAE_TIMEOUT="3600") as url:
         yield url
 

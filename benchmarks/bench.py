@@ -26,10 +26,10 @@ from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import clients, forward, report, service, streams, ways
+from benchmarks.forward import Size
+from benchmarks.service import Load
 from handlers import MODELS, get_model
-from scripts.benchmark import clients, forward, report, service, streams, ways
-from scripts.benchmark.forward import Size
-from scripts.benchmark.service import Load
 from scripts.local_server import ROOT, serve
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -282,7 +282,7 @@ def server(key: str, device: str, pilot: bool, fast: bool) -> Iterator[str]:
     """The service's URL; or that of the pilot's way to run one."""
     log = Path(tempfile.mkdtemp()) / "server.log"
     if pilot:
-        with serve("--model", key, "--device", device, log=log, command=("-m", "scripts.benchmark.pilot")) as url:
+        with serve("--model", key, "--device", device, log=log, command=("-m", "benchmarks.pilot")) as url:
             yield url
         return
     weights = () if key == "tiny" else ("--weights", "random")

@@ -18,7 +18,7 @@ import torch
 
 from handlers import MODELS
 from scripts.local_server import ROOT, serve
-from scripts.traffic.messages import Address, address_of
+from tests.traffic.messages import Address, address_of
 
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 LIMITS = {"VAE_MAX_BODY_MB": "4", "VAE_MAX_PIXELS": "1048576", "VAE_MAX_QUEUE": "16"}
@@ -33,8 +33,10 @@ KNOWN = "h11._util."
 @dataclass(frozen=True)
 class Server:
     key: str
+    """Of the model that the root serves."""
     url: str
-    weights: Path
+    weights: dict[str, Path]
+    """Of each model that it serves, by its key."""
     log: Path
     process: psutil.Process
 
@@ -58,8 +60,8 @@ class Server:
 
 
 @contextmanager
-def server(key: str, folder: Path, toolkit: Path | None = None, **environment: str) -> Iterator[Server]:
-    """A server of the model with this key; its files go into `folder`.
+def server(models: str, folder: Path, toolkit: Path | None = None, **environment: str) -> Iterator[Server]:
+    """A server of the model with this key, or of several, as in "tiny,flux"; its files go into `folder`.
 
     `tiny` has its own weights; another model has its published architecture with few channels and random weights.
 
@@ -67,16 +69,18 @@ def server(key: str, folder: Path, toolkit: Path | None = None, **environment: s
         toolkit: a checkout of the Inference Toolkit, which then serves a repository as it is deployed.
         environment: of the server, over `LIMITS`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = Path(MODELS[key].checkpoint) if key == "tiny" else small_checkpoint(key, folder / "weights")
-    options: dict[str, Any] = {"log": folder / f"{key}.log", **LIMITS, "VAE_CORS_ORIGINS": ORIGIN, **environment}
+    keys, all_weights = models.split(","), folder / "weights"
+    weights = {key: all_weights / key if len(keys) > 1 else all_weights for key in keys}
+    for key, place in weights.items():
+        make_checkpoint(key, place)
+    options: dict[str, Any] = {"log": folder / "server.log", **LIMITS, "VAE_CORS_ORIGINS": ORIGIN, **environment}
     if toolkit is None:
-        running = serve("--model", key, "--weights", str(weights), "--device", "cpu", **options)
+        running = serve("--model", models, "--weights", str(all_weights), "--device", "cpu", **options)
     else:
         path = os.pathsep.join([str(toolkit / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
         running = serve(
             command=("-m", "uvicorn", "huggingface_inference_toolkit.webservice_starlette:app"),
-            HF_MODEL_DIR=str(_repository(key, weights, folder / "repository")),
+            HF_MODEL_DIR=str(_repository(keys, all_weights, folder / "repository")),
             PYTHONPATH=path,
             PYTHONSAFEPATH="1",  # the handlers of the repository, not those here
             VAE_DEVICE="cpu",
@@ -85,22 +89,25 @@ def server(key: str, folder: Path, toolkit: Path | None = None, **environment: s
     with running as url:
         port = str(address_of(url)[1])
         process = next(child for child in psutil.Process().children() if port in child.cmdline())
-        yield Server(key, url, weights, options["log"], process)
+        yield Server(keys[0], url, weights, options["log"], process)
 
 
-def small_checkpoint(key: str, folder: Path) -> Path:
-    torch.manual_seed(0)
+def make_checkpoint(key: str, folder: Path) -> None:
     model = MODELS[key]
+    if key == "tiny":
+        shutil.copytree(model.checkpoint, folder)
+        return
+    torch.manual_seed(0)
     vae = getattr(diffusers, model.vae_class).from_config({**model.published_config, **SMALL})
     vae.save_pretrained(folder)
-    return folder
 
 
-def _repository(key: str, weights: Path, folder: Path) -> Path:
+def _repository(keys: list[str], weights: Path, folder: Path) -> Path:
     """What `make deploy` uploads, as far as a server reads it."""
     folder.mkdir()
     shutil.copy(ROOT / "handler.py", folder)
     shutil.copytree(ROOT / "handlers", folder / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(weights, folder / "vae")
-    (folder / "endpoint.json").write_text(json.dumps({"model": key}))
+    models = {"models": keys} if len(keys) > 1 else {"model": keys[0]}
+    (folder / "endpoint.json").write_text(json.dumps(models))
     return folder

@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handlers.serving.fast import FastPass
-from handlers.serving.low_memory import reduce_peak
-from scripts.benchmark.forward import (
+from benchmarks.forward import (
     Size,
     by_turns,
     exact_result,
@@ -29,7 +27,9 @@ from scripts.benchmark.forward import (
     synchronize,
     time_ratio,
 )
-from scripts.benchmark.peak import allocated_peak
+from benchmarks.peak import allocated_peak
+from handlers.serving.fast import FastPass
+from handlers.serving.low_memory import reduce_peak
 
 Way = Callable[[Any, Tensor], Callable[[], Tensor]]
 """Changes a model that is its own and gives the call that decodes these latents; the first call may set things up."""

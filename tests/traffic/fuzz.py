@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from scripts.traffic.ledger import Ledger
-from scripts.traffic.memory import Memory
-from scripts.traffic.messages import Address, Answer, Hang, NoAnswer, exchange
-from scripts.traffic.mutations import Case, case
-from scripts.traffic.samples import Sample, samples
-from scripts.traffic.servers import Server
-from scripts.traffic.truth import Truth, Wrong, check, check_refusal
+from tests.traffic.ledger import Ledger
+from tests.traffic.memory import Memory
+from tests.traffic.messages import Address, Answer, Hang, NoAnswer, exchange
+from tests.traffic.mutations import Case, case
+from tests.traffic.samples import Sample, samples
+from tests.traffic.servers import Server
+from tests.traffic.truth import Truth, Wrong, check, check_refusal
 
 TIMEOUT = 5.0
 """Seconds in which every request is answered."""
@@ -34,7 +34,7 @@ class Target:
     memory: Memory = field(default_factory=Memory)
 
     def __post_init__(self) -> None:
-        self.truth = Truth(self.server.key, self.server.weights)
+        self.truth = Truth(self.server.key, self.server.weights[self.server.key])
         self.samples = samples(self.server.key)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from scripts.traffic.ledger import Ledger
-from scripts.traffic.soak import Result
+from tests.traffic.ledger import Ledger
+from tests.traffic.soak import Result
 
 SHOWN = 20
 """Findings that are listed on the console."""
@@ -84,7 +84,7 @@ def soak_page(ledger: Ledger, result: Result, about: dict[str, Any], toolkit: bo
     return f"""# Soak: {about["device"]}
 
 Written by `{command}` on {about["date"]}, at commit {about["commit"]}: {result.seconds:.0f} s of mixed traffic against
-`tiny`, and streams of `hunyuan-video`, under {served}, with a queue of 16. {versions}.
+a service of `tiny` and a small `hunyuan-video` under {served}, with a queue of 16. {versions}.
 
 **{verdict}.** {ledger.sent.total():,} requests were sent, and {ended:,} ended in an answer or as the table says. Each
 answer to a good request was compared with plain diffusers.

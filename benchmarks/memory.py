@@ -1,6 +1,6 @@
 """What each way to run each published architecture takes, beside what the service plans for it.
 
-    python -m scripts.benchmark.memory [MODEL ...]
+    python -m benchmarks.memory [MODEL ...]
 
 Computed on torch's meta device: the passes run operator by operator, on tensors that have a shape and no numbers. It
 takes neither memory nor weights nor a GPU.
@@ -22,6 +22,7 @@ import typer
 from diffusers.models.autoencoders import autoencoder_kl_hunyuanvideo15
 from torch import Tensor
 
+from benchmarks.peak import peak_bytes
 from handlers import MODELS, get_model
 from handlers.model import Model, Task
 from handlers.serving.autoencoder import encode_at_once, has_frames
@@ -31,7 +32,6 @@ from handlers.serving.low_memory import reduced_peak
 from handlers.serving.memory import Estimate, MemoryUse, Mode
 from handlers.serving.spans import decode_spans, join
 from handlers.serving.vae import _tile_pixels
-from scripts.benchmark.peak import peak_bytes
 
 META = torch.device("meta")
 """A pass in reduced memory cuts its convolutions there as on a GPU."""

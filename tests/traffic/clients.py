@@ -12,18 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from torch import Tensor
 
-from scripts.traffic.fuzz import send_case
-from scripts.traffic.ledger import Ledger
-from scripts.traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
-from scripts.traffic.mutations import case
-from scripts.traffic.samples import Sample, any_size, large, samples, stream
-from scripts.traffic.servers import Server
-from scripts.traffic.truth import Truth, Wrong, check, check_refusal
+from tests.traffic.fuzz import send_case
+from tests.traffic.ledger import Ledger
+from tests.traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
+from tests.traffic.mutations import case
+from tests.traffic.samples import Sample, any_size, large, samples, stream
+from tests.traffic.servers import Server
+from tests.traffic.truth import Truth, Wrong, check, check_refusal
 
 TIMEOUT = 60.0
 """Seconds in which every request of a soak is answered, bursts and all."""
@@ -47,9 +47,10 @@ class Traffic:
     """What the clients share."""
 
     server: Server
-    video: Server
-    """Of a video model: it streams."""
+    """Of a model of pictures, and of the video model as well."""
     seed: int
+    video: str = "hunyuan-video"
+    """The key of a video model: it streams."""
     ledger: Ledger = field(default_factory=Ledger)
     over: threading.Event = field(default_factory=threading.Event)
     """Set when the clients have to end."""
@@ -57,13 +58,17 @@ class Traffic:
     """Of the malformed requests."""
 
     def __post_init__(self) -> None:
-        self.truth = Truth(self.server.key, self.server.weights)
+        weights = self.server.weights
+        self.truth = Truth(self.server.key, weights[self.server.key])
         self.samples: list[Sample] = samples(self.server.key, sides=(32, 64, 128, 192))
         self.goods = [Good(sample.message, self.truth.of_sample(sample)) for sample in self.samples]
         sample = large(self.server.key)
         self.large = Good(sample.message, self.truth.of_sample(sample))
-        sample = stream(self.video.key)
-        self.stream = Good(sample.message, Truth(self.video.key, self.video.weights).of_sample(sample))
+        truth = Truth(self.video, weights[self.video])
+        self.stream, *self.videos = [
+            Good(replace(sample.message, path=f"/{self.video}{sample.message.path}"), truth.of_sample(sample))
+            for sample in (stream(self.video), *samples(self.video))
+        ]
 
     @property
     def address(self) -> Address:
@@ -183,7 +188,7 @@ def streams(traffic: Traffic, rng: Random) -> None:
     kind = rng.choice(("read", "read slowly", "left"))
     name = f"stream: {kind}"
     traffic.ledger.send(name)
-    with Connection(traffic.video.address, TIMEOUT) as connection:
+    with Connection(traffic.address, TIMEOUT) as connection:
         connection.send(traffic.stream.message.wire())
         if kind == "left":
             connection.socket.recv(rng.choice((20, 1000, 5000)))
@@ -191,6 +196,16 @@ def streams(traffic: Traffic, rng: Random) -> None:
         else:
             traffic.over.wait(2 if kind == "read slowly" else 0)
             traffic.settle(name, connection, traffic.stream)
+    traffic.over.wait(rng.random() * 0.3)
+
+
+def videos(traffic: Traffic, rng: Random) -> None:
+    """A good request to the other model of the service."""
+    good = rng.choice(traffic.videos)
+    traffic.ledger.send("good: the video model")
+    with Connection(traffic.address, TIMEOUT) as connection:
+        connection.send(good.message.wire())
+        traffic.settle("good: the video model", connection, good)
     traffic.over.wait(rng.random() * 0.3)
 
 
@@ -230,7 +245,21 @@ def health(traffic: Traffic, rng: Random) -> None:
 
 
 HEALTH = Message("GET", "/health")
-CLIENTS = (keep_alive, keep_alive, fresh, sizes, pipelined, slow, slow, leaver, streams, malformed, crowd, health)
+CLIENTS = (
+    keep_alive,
+    keep_alive,
+    fresh,
+    sizes,
+    pipelined,
+    slow,
+    slow,
+    leaver,
+    streams,
+    videos,
+    malformed,
+    crowd,
+    health,
+)
 """One thread each."""
 
 

@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from scripts.bench import BENCHMARKS, about
+from benchmarks.bench import BENCHMARKS, about
 from scripts.local_server import ROOT
-from scripts.traffic import report, soak
-from scripts.traffic.clients import Traffic
-from scripts.traffic.servers import server
+from tests.traffic import report, soak
+from tests.traffic.clients import Traffic
+from tests.traffic.servers import server
 
 console = Console(highlight=False, markup=False, soft_wrap=True, width=None if Console().is_terminal else 160)
 
@@ -35,11 +35,8 @@ def main(
     columns = TextColumn("soak"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     try:
         folder = Path(tempfile.mkdtemp(prefix="soak-"))
-        with (
-            server("tiny", folder / "tiny", toolkit) as running,
-            server("hunyuan-video", folder / "video", toolkit) as video,
-        ):
-            traffic = Traffic(running, video, seed)
+        with server("tiny,hunyuan-video", folder, toolkit) as running:
+            traffic = Traffic(running, seed)
             with Progress(*columns, console=console) as progress:
                 task = progress.add_task("", total=minutes * 60)
                 result = soak.run(traffic, minutes * 60, lambda seconds: progress.update(task, completed=seconds))

@@ -16,11 +16,11 @@ from diffusers.utils.remote_utils import remote_encode
 from PIL import Image
 from rich.console import Console
 
+from benchmarks.forward import Size, inputs
 from handlers.serving.vae import VAE
 from remote_vae import Client, RemoteVAE, tensors
 from remote_vae.latents.formats import FORMATS
 from remote_vae.latents.run import Run
-from scripts.benchmark.forward import Size, inputs
 
 WORKERS = 8
 

@@ -15,8 +15,8 @@ from time import perf_counter, process_time, sleep
 from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
+from benchmarks.forward import Size, inputs, timed
 from handlers.serving.vae import VAE
-from scripts.benchmark.forward import Size, inputs, timed
 
 FORMATS = {
     "jpg": {"image_format": "jpg"},

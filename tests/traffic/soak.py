@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from scripts.traffic.clients import CLIENTS, CROWD, HEALTH, HEALTH_TIMEOUT, TIMEOUT, Good, Traffic
-from scripts.traffic.memory import Memory
-from scripts.traffic.messages import Connection, Hang, Message, NoAnswer, exchange
-from scripts.traffic.truth import Wrong, check_error
+from tests.traffic.clients import CLIENTS, CROWD, HEALTH, HEALTH_TIMEOUT, TIMEOUT, Good, Traffic
+from tests.traffic.memory import Memory
+from tests.traffic.messages import Connection, Hang, Message, NoAnswer, exchange
+from tests.traffic.truth import Wrong, check_error
 
 EXIT_TIME = 30.0
 """Seconds from SIGTERM to the end of the process; Kubernetes kills it then."""
@@ -77,9 +77,8 @@ def run(traffic: Traffic, seconds: float, advance: Callable[[float], None] = lam
     if not traffic.server.alive:
         raise RuntimeError(f"the server has died; its log is {traffic.server.log}")
     exit_seconds = end(traffic)
-    for server in (traffic.server, traffic.video):
-        for error in server.logged_errors():
-            traffic.ledger.find("log", f"{error} in {server.log}")
+    for error in traffic.server.logged_errors():
+        traffic.ledger.find("log", f"{error} in {traffic.server.log}")
     return Result(seconds, rates, memory.halves(), exit_seconds)
 
 

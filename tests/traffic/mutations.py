@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from scripts.traffic.messages import Message
-from scripts.traffic.samples import Sample
+from tests.traffic.messages import Message
+from tests.traffic.samples import Sample
 
 TEXTS = (
     "", "0", "1", "-1", "-0", "+8", " 8", "8 ", "08", "0x10", "1_000", "1.0", "1.5", "1e3", "1e-400", "1e309",

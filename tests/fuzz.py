@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from scripts.traffic import report
-from scripts.traffic.fuzz import Fuzz, Target
-from scripts.traffic.servers import server
+from tests.traffic import report
+from tests.traffic.fuzz import Fuzz, Target
+from tests.traffic.servers import server
 
 console = Console(highlight=False, markup=False, soft_wrap=True, width=None if Console().is_terminal else 160)
 

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 
-from scripts.benchmark.seeds import SEEDS, Seed
+from benchmarks.seeds import SEEDS, Seed
 
 SIDES = {
     "plain": ("plain diffusers", "--s"),
