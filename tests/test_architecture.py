@@ -13,23 +13,25 @@ from scripts.local_server import ROOT
 
 DOCUMENT = ROOT / "docs" / "architecture.md"
 TEXT = DOCUMENT.read_text()
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 PICTURE = re.search(r"```mermaid\n(.*?)```", TEXT, re.DOTALL)[1]
 
 
 def defined(node: ast.AST, owner: str = "") -> Iterator[str]:
     """What a module or a class defines, by the name of its class and its own."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(child, FUNCTIONS | ast.ClassDef):
             yield owner + child.name
-            yield from defined(child, owner if isinstance(child, ast.FunctionDef) else f"{owner}{child.name}.")
-        targets = child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]
-        for target in targets:
-            if isinstance(target, ast.Name | ast.Attribute):
-                yield owner + getattr(target, "id", getattr(target, "attr", ""))
+            yield from defined(child, owner if isinstance(child, FUNCTIONS) else f"{owner}{child.name}.")
+        for target in child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]:
+            if isinstance(target, ast.Attribute):
+                yield owner + target.attr
+            elif isinstance(target, ast.Name) and not isinstance(node, FUNCTIONS):
+                yield owner + target.id
 
 
 def known() -> set[str]:
-    names = {"handlers/", "endpoint.json", "RequestError", "Result", *(mode.value for mode in Mode)}
+    names = {"handlers/", "endpoint.json", *(mode.value for mode in Mode)}
     for path in (ROOT / "handlers").rglob("*.py"):
         names |= {path.name, *defined(ast.parse(path.read_text()))}
     names |= {f"VAE_{name.upper()}" for name in Settings.model_fields}

@@ -54,7 +54,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     ]
     models = [name.strip() for name in (model or "").split(",")]
     access_log = Middleware(AccessLog, models, {route.path for route in routes}, on_crash)
-    answers: dict[Any, Any] = {
+    error_answers: dict[Any, Any] = {
         RequestError: on_request_error,
         HTTPException: on_http_error,
         ClientDisconnect: on_disconnect,
@@ -62,7 +62,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     app = Starlette(
         routes=routes,
         middleware=[*cross_origin(cors_origins), access_log],
-        exception_handlers=answers,
+        exception_handlers=error_answers,
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

@@ -62,7 +62,7 @@ class Parameters(BaseModel):
     partial_postprocess: bool = False
     answer_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Of an answer in floats; None for the VAE's own. JavaScript and numpy have no bfloat16."""
-    image_format: Annotated[Literal["jpg", "jpeg", "png", "webp"], AfterValidator(_image_format)] | None = None
+    image_format: Annotated[Literal[ImageFormat, "jpeg"], AfterValidator(_image_format)] | None = None
     stream: bool = False
     """Whether an MP4 is sent while it is made."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
