@@ -8,7 +8,7 @@ import io
 import json
 import tarfile
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,8 +55,6 @@ class Format(ABC):
     flip: bool = False
     sample_mode: str | None = None
     """What of the encoder's distribution; None for what the trainer itself takes."""
-    buckets: KohyaBuckets | MusubiBuckets | AIToolkitBuckets = field(init=False)
-    """The sizes that its pictures are brought to."""
 
     models: ClassVar[dict[str, Any]]
     """What is known of each model, by the key of its endpoint."""
@@ -74,6 +72,7 @@ class Format(ABC):
         self.sample_mode = self.sample_mode or self.sampled
         self.scaled = True
         """Whether latents are stored normalised, as the diffusion model takes them."""
+        self.buckets: KohyaBuckets | MusubiBuckets | AIToolkitBuckets
 
     def place(self, size: Size) -> Placement:
         return self.buckets.place(size)
