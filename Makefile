@@ -173,9 +173,10 @@ soak: $(TRAFFIC_VENV)/bin/.installed  ## mixed traffic against tiny, into benchm
 	$(TRAFFIC_VENV)/bin/python -m tests.soak $(call options,minutes=MINUTES seed=SEED toolkit=TOOLKIT)
 
 .PHONY: lint
-lint: install  ## check style
+lint: install  ## check style and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
 
 .PHONY: format
 format: install  ## mend style

@@ -16,7 +16,7 @@ settings = Settings.load()
 app = build_app(settings.model, settings.cors_origins)
 
 
-class EndpointHandler(get_handler(settings.model)):
+class EndpointHandler(get_handler(settings.model)):  # type: ignore[misc]  # which class is known when it runs
     """The model or models that `endpoint.json` or `VAE_MODEL` names; once loaded, `app` serves them."""
 
     def __init__(self, path: str = "") -> None:

@@ -202,7 +202,7 @@ class _Report:
         self.said: tuple[int | None, float] | None = None
 
     def __call__(self, state: RetryCallState) -> None:
-        error = state.outcome.exception()
+        error = _error(state)
         now, status = monotonic(), getattr(error, "status", None)
         if self.said and self.said[0] == status and now - self.said[1] < REPORTED_EVERY:
             return
@@ -217,13 +217,18 @@ def _login(scheme: str, host: str, trusted_hosts: Collection[str]) -> str | None
     return get_token() if trusted else None
 
 
+def _error(state: RetryCallState) -> BaseException | None:
+    """What the last try failed with."""
+    return state.outcome.exception() if state.outcome else None
+
+
 def _broke_too_often(state: RetryCallState) -> bool:
-    return isinstance(state.outcome.exception(), ConnectionBroken) and state.attempt_number >= RESENT
+    return isinstance(_error(state), ConnectionBroken) and state.attempt_number >= RESENT
 
 
 def _wait(state: RetryCallState) -> float:
     """As long as the service says, at most a minute; else 1, 2, 4, ... 10 s."""
-    asked = getattr(state.outcome.exception(), "retry_after", None)
+    asked = getattr(_error(state), "retry_after", None)
     return min(asked, 60) if asked is not None else min(2 ** (state.attempt_number - 1), 10)
 
 

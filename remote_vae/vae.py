@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from os import PathLike
 from threading import Thread
+from types import FrameType
 from typing import Any
 
 import diffusers
@@ -201,7 +202,7 @@ def hollow(config: dict[str, Any]) -> Any:
 
 def ends_as_picture() -> bool:
     """Whether a pipeline is running that makes PIL pictures of the very pixels that are decoded now."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame:
         pipeline = frame.f_locals.get("self")
         if frame.f_code.co_name == "__call__" and isinstance(pipeline, DiffusionPipeline):

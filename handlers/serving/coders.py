@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+Part = Any
+"""A module of diffusers', or a part of one: which attributes it has no type tells, but the sets of names below do."""
 Step = Callable[[Tensor], Tensor]
 
 CAUSAL_CODERS = {"WanEncoder3d", "WanDecoder3d", "QwenImageEncoder3d", "QwenImageDecoder3d"}
@@ -34,15 +36,15 @@ BLOCKS = {
 class Way(NamedTuple):
     """How each step is run; what it is given, a tensor [B, C, H, W] or [B, C, F, H, W], nobody else holds."""
 
-    residual: Callable[[nn.Module, Tensor], Tensor]
-    upsample: Callable[[nn.Module, Tensor], Tensor]
-    downsample: Callable[[nn.Module, Tensor], Tensor]
-    attend: Callable[[nn.Module, Tensor], Tensor]
-    finish: Callable[[nn.Module, Tensor], Tensor]
+    residual: Callable[[Part, Tensor], Tensor]
+    upsample: Callable[[Part, Tensor], Tensor]
+    downsample: Callable[[Part, Tensor], Tensor]
+    attend: Callable[[Part, Tensor], Tensor]
+    finish: Callable[[Part, Tensor], Tensor]
     """The coder's last normalisation, activation and convolution."""
 
 
-def coders_of(model: Any) -> list[nn.Module]:
+def coders_of(model: Any) -> list[Part]:
     return [model.encoder, model.decoder]
 
 
@@ -61,27 +63,27 @@ def is_causal(coders: list[Any]) -> bool:
 
 
 @torch.no_grad()
-def run(coder: nn.Module, way: Way, sample: Tensor, latent_embeds: None = None) -> Tensor:
+def run(coder: Part, way: Way, sample: Tensor, latent_embeds: None = None) -> Tensor:
     """What `forward` of the coder gives. No step's input outlives it: nothing else refers to it."""
     for step in _steps(coder, way):
         sample = step(sample)
     return sample
 
 
-def _blocks(coder: nn.Module) -> list[nn.Module]:
+def _blocks(coder: Part) -> list[Part]:
     if hasattr(coder, "down_blocks"):
         return [*coder.down_blocks, getattr(coder, "mid_block", None)]  # DC-AE's has none
     return [getattr(coder, "mid_block", None), *getattr(coder, "up_blocks", ())]
 
 
-def _steps(coder: nn.Module, way: Way) -> Iterator[Step]:
+def _steps(coder: Part, way: Way) -> Iterator[Step]:
     yield coder.conv_in
     for block in _blocks(coder):
         yield from _block_steps(block, way)
     yield partial(way.finish, coder)
 
 
-def _block_steps(block: nn.Module, way: Way) -> Iterator[Step]:
+def _block_steps(block: Part, way: Way) -> Iterator[Step]:
     """A residual block, then what comes between two of them or after the last."""
     between = getattr(block, "attentions", ())
     for index, resnet in enumerate(block.resnets):
@@ -94,7 +96,7 @@ def _block_steps(block: nn.Module, way: Way) -> Iterator[Step]:
         yield partial(way.downsample, layer)
 
 
-def attend(attention: nn.Module, x: Tensor) -> Tensor:
+def attend(attention: Part, x: Tensor) -> Tensor:
     """Attention between the pixels of a picture; a video's see those of their own frame and the frames before it.
 
     diffusers says the latter with a mask, (F * H * W) squared; here each frame is given the frames that it sees.

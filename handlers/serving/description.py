@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -12,6 +12,7 @@ import torch
 from handlers.model import Task
 from handlers.serving.limits import Limits
 from handlers.serving.pipeline import Pipeline
+from handlers.serving.request import ImageFormat
 from handlers.version import VERSION
 
 BUFFER_NUMBERS = 4096
@@ -59,7 +60,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "normalization": _normalization(pipeline),
         "answers": {
             "output_type": ["pil", "pt", "mp4"] if layout.kind == "video" else ["pil", "pt"],
-            "image_format": ["jpg", "png", "webp"] if layout.kind == "image" else [],
+            "image_format": list(get_args(ImageFormat)) if layout.kind == "image" else [],
         },
         "limits": {name: getattr(settings, name) for name in Limits.model_fields},
     }

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handlers.serving import coders
-from handlers.serving.coders import Way, attend
+from handlers.serving.coders import Part, Way, attend
 
 Phases = list[tuple[tuple[int, ...], Tensor]]
 """A folded convolution: for each position in the square, or cube, where it is, and the kernel of its pixels."""
@@ -50,7 +50,7 @@ class FastPass:
                 self._fold(layer.resample[1])
 
     @property
-    def _parts(self) -> Iterator[nn.Module]:
+    def _parts(self) -> Iterator[Part]:
         for coder in coders.coders_of(self.model):
             yield from coder.modules()
 
@@ -74,31 +74,31 @@ class FastPass:
     def prepare(self) -> None:
         """What may take long and needs no turn on the device. To be called before the first pass, on any thread."""
 
-    def _run(self, coder: nn.Module, sample: Tensor, latent_embeds: None = None) -> Tensor:
+    def _run(self, coder: Part, sample: Tensor, latent_embeds: None = None) -> Tensor:
         return coders.run(coder, self._way, sample)
 
     @cached_property
     def _way(self) -> Way:
         return Way(self._residual, self._upsample, _as_it_is, attend, self._finish)
 
-    def _normalize(self, norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    def _normalize(self, norm: Part, activation: Part, x: Tensor) -> Tensor:
         x = type(norm).forward(norm, x)  # not `norm(x)`: the last one's forward may be this
         return F.silu(x, inplace=True) if isinstance(activation, nn.SiLU) else activation(x)
 
-    def _residual(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _residual(self, block: Part, x: Tensor) -> Tensor:
         hidden = block.conv1(self._normalize(block.norm1, block.nonlinearity, x))
         hidden = block.conv2(self._normalize(block.norm2, block.nonlinearity, hidden))
         return hidden.add_(x if block.conv_shortcut is None else block.conv_shortcut(x))
 
-    def _finish(self, coder: nn.Module, x: Tensor) -> Tensor:
+    def _finish(self, coder: Part, x: Tensor) -> Tensor:
         return coder.conv_out(self._normalize(coder.conv_norm_out, coder.conv_act, x))
 
-    def _fold(self, conv: nn.Module, time: int = 1, scale: int = 2, _: int = 2) -> None:
+    def _fold(self, conv: Part, time: int = 1, scale: int = 2, _: int = 2) -> None:
         if scale == 2:
-            weight = getattr(conv, "conv", conv).weight
-            self._folded[conv] = _fold(weight, [*([2] if time == 2 else []), -2, -1])
+            inner = getattr(conv, "conv", None) or conv
+            self._folded[conv] = _fold(inner.weight, [*([2] if time == 2 else []), -2, -1])
 
-    def _upsample(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _upsample(self, layer: Part, x: Tensor) -> Tensor:
         if layer.conv not in self._folded:
             return layer(x)
         return self._upsample_video(layer.conv, x) if x.ndim == 5 else self._upsample_picture(layer.conv, x)
@@ -112,9 +112,10 @@ class FastPass:
             if out is None:
                 out = _empty_like(part, (2 * height, 2 * width))
             out[..., row::2, column::2] = part
+        assert out is not None  # there are four
         return out
 
-    def _upsample_video(self, conv: nn.Module, x: Tensor) -> Tensor:
+    def _upsample_video(self, conv: Part, x: Tensor) -> Tensor:
         """[B, C, F, H, W] to [B, C, F, 2 * H, 2 * W], convolved; or to 2 * F - 1 frames of that size.
 
         The edges are repeated outwards, which is the same of a small picture as of one whose pixels are doubled.
@@ -133,9 +134,10 @@ class FastPass:
             if out is None:
                 out = part.new_empty((*part.shape[:2], 2 * frames - 1 if doubles else frames, 2 * height, 2 * width))
             out[:, :, first :: 2 if doubles else 1, row::2, column::2] = part
+        assert out is not None  # there are four, or eight
         return out
 
-    def _causal(self, coder: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    def _causal(self, coder: Part) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
         """What runs for `forward` in each part of Wan's and Qwen-Image's coders."""
         for module in coder.modules():
             if hasattr(module, "norm1"):
@@ -148,14 +150,14 @@ class FastPass:
         yield coder.nonlinearity, _unchanged
 
     def _causal_residual(
-        self, block: nn.Module, x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] | None = None
+        self, block: Part, x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] | None = None
     ) -> Tensor:
         """Each convolution finds the frames before in `feat_cache`, and leaves its last two there."""
 
-        def convolve(norm: nn.Module, conv: nn.Module, frames: Tensor) -> Tensor:
+        def convolve(norm: Part, conv: Part, frames: Tensor) -> Tensor:
             frames = self._normalize(norm, block.nonlinearity, frames)
             before = None
-            if feat_cache is not None:
+            if feat_cache is not None and feat_idx is not None:
                 before = feat_cache[feat_idx[0]]
                 frames = frames if before is None else torch.cat([before, frames], dim=2)
                 feat_cache[feat_idx[0]] = frames[:, :, -2:].clone()
@@ -166,7 +168,7 @@ class FastPass:
         return convolve(block.norm2, block.conv2, hidden).add_(block.conv_shortcut(x))
 
 
-def _causal_convolve(conv: nn.Module, x: Tensor, cache_x: Tensor | None = None, there: int = 0) -> Tensor:
+def _causal_convolve(conv: Part, x: Tensor, cache_x: Tensor | None = None, there: int = 0) -> Tensor:
     """`there` of the frames that the convolution reaches back to are in x already; the cached ones come before it."""
     columns, _, rows, _, missing, _ = conv._padding
     if cache_x is not None and missing:
@@ -180,7 +182,7 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _as_it_is(layer: nn.Module, x: Tensor) -> Tensor:
+def _as_it_is(layer: Part, x: Tensor) -> Tensor:
     return layer(x)
 
 

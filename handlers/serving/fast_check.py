@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -49,7 +49,7 @@ class FastPasses:
 
     def __init__(self, model: Any, declared: type[Model], wanted: bool, name: str = "") -> None:
         """`name` is the model's in metrics and the log."""
-        self.declared, self.name = declared, name
+        self.declared, self.name, self.device = declared, name, str(model.device)
         self.fast = fast_pass(model) if wanted else None
         state = PENDING if self.fast else NONE if wanted else UNWANTED
         self.verdicts: dict[Task, str] = {"decode": state, "encode": state}
@@ -69,18 +69,23 @@ class FastPasses:
             for task in self.verdicts:
                 self._set(task, False, _reason(error))
             return
-        yield from (partial(self._check, task) for task in self.verdicts)
+        yield from (partial(self._check, self.fast, task) for task in self.verdicts)
 
-    def _check(self, task: Task) -> None:
+    def installed(self) -> AbstractContextManager[None]:
+        """The model runs it for as long as a `with` block lasts. It is there where it is on."""
+        assert self.fast
+        return self.fast.installed()
+
+    def _check(self, fast: FastPass, task: Task) -> None:
         """Runs both passes at a small and at the model's usual size."""
         try:
-            for height, width in _sizes(self.fast, self.declared):
-                ratio, nearer = _compare(self.fast, task, _inputs(self.fast, self.declared, task, height, width))
+            for height, width in _sizes(fast, self.declared):
+                ratio, nearer = _compare(fast, task, _inputs(fast, self.declared, task, height, width))
                 if not nearer >= -TOLERANCE:
                     self._set(task, False, f"{-nearer:.1f} dB further from exact than diffusers at {width}x{height}")
                     return
         except Exception as error:
-            forget(self.fast.model)
+            forget(fast.model)
             self._set(task, False, _reason(error))
             return
         self._set(task, ratio <= 1, f"{ratio:.2f} of diffusers' time at {width}x{height}, {nearer:+.1f} dB")
@@ -89,9 +94,9 @@ class FastPasses:
         self.verdicts[task] = f"{'on' if on else 'off'}: {why}"
         if on:
             self._on.add(task)
-        device, level = str(self.fast.model.device), logging.INFO if on else logging.WARNING
-        metrics.FAST.labels(task, device, self.name).set(on)
-        logger.log(level, "fast pass, %s %s on %s, %s", self.name, task, device, self.verdicts[task])
+        metrics.FAST.labels(task, self.device, self.name).set(on)
+        level = logging.INFO if on else logging.WARNING
+        logger.log(level, "fast pass, %s %s on %s, %s", self.name, task, self.device, self.verdicts[task])
 
 
 def fast_pass(model: Any) -> FastPass | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from handlers.serving import coders, kernels
 from handlers.serving.autoencoder import has_frames
+from handlers.serving.coders import Part
 from handlers.serving.fast import FastPass
 
 
@@ -41,7 +42,7 @@ class FusedPass(FastPass):
                     x = torch.zeros(1, norm.gamma.numel(), 1, 4, 4, device=device, dtype=dtype)
                     self._normalize(norm, nn.SiLU(), x)
 
-    def _distinct_norms(self) -> Iterator[nn.Module]:
+    def _distinct_norms(self) -> Iterator[Part]:
         """One of those that a kernel is for, of each number of channels."""
         found = {}
         for part in self._parts:
@@ -51,12 +52,12 @@ class FusedPass(FastPass):
                 found[part.gamma.numel()] = part
         yield from found.values()
 
-    def _run(self, coder: nn.Module, sample: Tensor, latent_embeds: None = None) -> Tensor:
+    def _run(self, coder: Part, sample: Tensor, latent_embeds: None = None) -> Tensor:
         if not self._weights:
             return super()._run(coder, sample)
         return coders.run(coder, self._way, _channels_last(sample)).contiguous()
 
-    def _normalize(self, norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    def _normalize(self, norm: Part, activation: Part, x: Tensor) -> Tensor:
         if isinstance(activation, nn.SiLU):
             if isinstance(norm, nn.GroupNorm) and self._weights and _fits(norm):
                 return self._group_norm(norm, x, torch.empty_like(x))
@@ -68,7 +69,7 @@ class FusedPass(FastPass):
     def _group_norm(self, norm: nn.GroupNorm, x: Tensor, out: Tensor, before: Tensor | None = None) -> Tensor:
         return kernels.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, out, before)
 
-    def _residual(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _residual(self, block: Part, x: Tensor) -> Tensor:
         """Neither convolution adds its bias: what reads its result does."""
         if not (
             self._weights and _fits(block.norm1) and _fits(block.norm2) and isinstance(block.nonlinearity, nn.SiLU)
@@ -80,7 +81,7 @@ class FusedPass(FastPass):
         x = x if shortcut is None else self._convolve(shortcut, x, shortcut.bias)
         return kernels.add(hidden, block.conv2.bias, x)
 
-    def _finish(self, coder: nn.Module, x: Tensor) -> Tensor:
+    def _finish(self, coder: Part, x: Tensor) -> Tensor:
         if not self._weights:
             return super()._finish(coder, x)
         conv = coder.conv_out
@@ -90,16 +91,12 @@ class FusedPass(FastPass):
         return F.conv2d(x, self._weights[conv], bias, conv.stride, conv.padding)
 
 
-def model_has_frames(model: Any) -> bool:
-    return any(isinstance(part, nn.Conv3d) for part in model.encoder.modules())
-
-
 def _fits(norm: nn.GroupNorm) -> bool:
     """Whether the kernels take so many channels."""
     return all(number & (number - 1) == 0 for number in (norm.num_channels, norm.num_groups))
 
 
-def _is_rms_norm(part: nn.Module) -> bool:
+def _is_rms_norm(part: Part) -> bool:
     return type(part).__name__ in ("WanRMS_norm", "QwenImageRMS_norm")
 
 

@@ -70,7 +70,7 @@ class LatentsLayouts:
         source, target = self._patterns(found[0])
         if len(shape) < len(_groups(source)):
             source, target = source.removeprefix("b "), f"1 {target.removeprefix('b ')}"
-        sizes = self._sizes(found[0], shape, parameters)
+        sizes = self._sizes(found[0], shape, parameters) or {}
         axes = {name: sizes[name] for name in "hwpq" if name in sizes and "(" in source}
         latents = rearrange(latents, f"{source} -> {target}", **axes).contiguous()
         return self._without_padding(latents, parameters), found[0]
@@ -122,8 +122,8 @@ class LatentsLayouts:
     def _packed_grid(self, parameters: Parameters) -> dict[str, int]:
         """Frames, and rows and columns of patches, in pixels of the height and width that came; 0 where none came."""
         side = self.patch * self.layout.vae_scale_factor
-        one = self.layout.kind == "image" or parameters.num_frames is None
-        frames = 1 if one else self._latent_frames(parameters.num_frames)
+        num_frames = None if self.layout.kind == "image" else parameters.num_frames
+        frames = 1 if num_frames is None else self._latent_frames(num_frames)
         try:
             rows, columns = int(parameters.height) // side, int(parameters.width) // side
         except (TypeError, ValueError, OverflowError):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handlers.serving import coders
-from handlers.serving.coders import Step, Way, attend
+from handlers.serving.coders import Part, Step, Way, attend
 
 Read = Callable[[int, int], Tensor]
 """Gives rows, from the first up to the second, of a picture that need not exist as a whole."""
@@ -38,7 +38,7 @@ MIN_ROWS = 16
 """Of a chunk, whatever they take: two more rows are normalised for each, which stays cheap beside the convolution."""
 
 
-def reduce_peak(model: Any) -> list[nn.Module]:
+def reduce_peak(model: Any) -> list[Part]:
     """Gives the encoder and the decoder of a diffusers autoencoder a forward pass with a lower peak, for inference.
 
     The results are those of diffusers but for rounding. Weights, `to` and tiling stay as they are.
@@ -67,7 +67,7 @@ def reduced_peak(model: Any) -> Iterator[None]:
             del module.forward
 
 
-def _residual(block: nn.Module, x: Tensor) -> Tensor:
+def _residual(block: Part, x: Tensor) -> Tensor:
     """x + conv2(act(norm2(conv1(act(norm1(x)))))), in two tensors: x, and one that conv2 reads and writes."""
     hidden = _normalize_and_convolve(block.norm1, block.nonlinearity, block.conv1, x)
 
@@ -78,13 +78,11 @@ def _residual(block: nn.Module, x: Tensor) -> Tensor:
     return _normalize_and_convolve(block.norm2, block.nonlinearity, block.conv2, hidden, out=hidden, write=add)
 
 
-def _finish(coder: nn.Module, x: Tensor) -> Tensor:
+def _finish(coder: Part, x: Tensor) -> Tensor:
     return _normalize_and_convolve(coder.conv_norm_out, coder.conv_act, coder.conv_out, x)
 
 
-def _normalize_and_convolve(
-    norm: nn.GroupNorm, activation: nn.Module, conv: nn.Module, x: Tensor, **into: Any
-) -> Tensor:
+def _normalize_and_convolve(norm: nn.GroupNorm, activation: Part, conv: Part, x: Tensor, **into: Any) -> Tensor:
     mean, variance = _group_moments(x, norm.num_groups)
     weight, bias = (p.to(mean.dtype).repeat(len(x)) for p in (norm.weight, norm.bias))
 
@@ -117,7 +115,7 @@ def _group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return mean, per_channel(squares) / x.shape[-1] - (mean - near).square()
 
 
-def _upsample(layer: nn.Module, x: Tensor) -> Tensor:
+def _upsample(layer: Part, x: Tensor) -> Tensor:
     """Each pixel twice in height and width, and in some layers each frame but the first twice; then a convolution."""
     time, scale, _ = getattr(layer, "upsample_factor", (1, 2, 2))
     frames = torch.tensor([0] + [f for f in range(1, x.shape[2]) for _ in range(time)], device=x.device)
@@ -132,7 +130,7 @@ def _upsample(layer: nn.Module, x: Tensor) -> Tensor:
     return _convolve(layer.conv, read, x.shape[-2] * scale, _row_bytes(x) * scale * time)
 
 
-def _downsample(layer: nn.Module, x: Tensor) -> Tensor:
+def _downsample(layer: Part, x: Tensor) -> Tensor:
     padding = (0, 1, 0, 1) if isinstance(layer.conv, nn.Conv2d) else None  # as Downsample2D pads for itself
     return _convolve(layer.conv, lambda first, last: x[..., first:last, :], x.shape[-2], _row_bytes(x), padding)
 
@@ -140,7 +138,7 @@ def _downsample(layer: nn.Module, x: Tensor) -> Tensor:
 BY_ROWS = Way(_residual, _upsample, _downsample, attend, _finish)
 
 
-def _reduce_causal(coder: nn.Module) -> Iterator[nn.Module]:
+def _reduce_causal(coder: Part) -> Iterator[Part]:
     """Has the blocks of Wan's and Qwen-Image's coders normalise and upsample by rows, and add into what they made.
 
     What is kept of earlier frames is then as it was before its normalisation, which for these takes a pixel at a time.
@@ -158,10 +156,10 @@ def _reduce_causal(coder: nn.Module) -> Iterator[nn.Module]:
     yield from (coder.norm_out, coder.nonlinearity, coder.conv_out)
 
 
-def _causal_residual(block: nn.Module, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
+def _causal_residual(block: Part, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
     """As `_residual`; each convolution finds the frames before in `feat_cache`, and leaves its last two there."""
 
-    def convolve(norm: nn.Module, conv: nn.Module, frames: Tensor, **into: Any) -> Tensor:
+    def convolve(norm: Part, conv: Part, frames: Tensor, **into: Any) -> Tensor:
         before = feat_cache[feat_idx[0]]
         last = frames[:, :, -2:].clone()
         if last.shape[2] < 2 and before is not None:
@@ -177,9 +175,7 @@ def _causal_residual(block: nn.Module, x: Tensor, feat_cache: list[Any], feat_id
     return convolve(block.norm2, block.conv2, hidden, out=hidden, write=add)
 
 
-def _causal_convolve(
-    steps: Sequence[Step], conv: nn.Module, x: Tensor, before: Tensor | None = None, **into: Any
-) -> Tensor:
+def _causal_convolve(steps: Sequence[Step], conv: Part, x: Tensor, before: Tensor | None = None, **into: Any) -> Tensor:
     """Normalises and convolves; `before` are the last frames that it had, so that it needs less padding in time."""
     left, right, above, below, frames, _ = conv._padding
     missing = frames if before is None else frames - before.shape[2]
@@ -200,7 +196,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _convolve(
-    conv: nn.Module,
+    conv: Part,
     read: Read,
     height: int,
     row_bytes: int,
@@ -234,11 +230,13 @@ def _convolve(
                 return result
             out = _empty_like(result, out_height)
         pending = partial(write or _copy, result, first, last, out.narrow(-2, first, last - first))
+    assert pending is not None  # there was a row
+    assert out is not None
     pending()
     return out
 
 
-def _convolve_padded(conv: nn.Module, rows: Tensor, padding: tuple[int, ...]) -> Tensor:
+def _convolve_padded(conv: Part, rows: Tensor, padding: tuple[int, ...]) -> Tensor:
     """`padding` as `F.pad` takes it: left, right, above, below, and for a video the frames before and after."""
     if isinstance(conv, nn.Conv3d):
         return F.conv3d(F.pad(rows, padding), conv.weight, conv.bias, conv.stride)
@@ -250,14 +248,14 @@ def _convolve_padded(conv: nn.Module, rows: Tensor, padding: tuple[int, ...]) ->
     return F.conv2d(rows, conv.weight, conv.bias, conv.stride, (above, left))
 
 
-def _padding(conv: nn.Module) -> tuple[int, ...]:
+def _padding(conv: Part) -> tuple[int, ...]:
     if isinstance(conv, nn.Conv2d):
-        rows, columns = conv.padding
+        rows, columns = map(int, conv.padding)
         return columns, columns, rows, rows
     return conv.time_causal_padding
 
 
-def _inner(conv: nn.Module) -> nn.Module:
+def _inner(conv: Part) -> Part:
     """The convolution itself of one that pads before it."""
     return conv if isinstance(conv, nn.Conv2d | nn.Conv3d) else conv.conv
 

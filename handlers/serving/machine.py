@@ -48,7 +48,7 @@ class Machine:
         """Held by a request from its payload to its answer; `app` takes them, first come, first served."""
         self._running: dict[int, Runner] = {}
 
-    def submit(self, pipeline: Runner, work: Any, key: Hashable, size: int, future: Future) -> Future:
+    def submit(self, pipeline: Runner, work: Any, key: Hashable, size: int, future: Future[Any]) -> Future[Any]:
         """Queues work for `pipeline.forward`; jobs of one pipeline and key may be one batch."""
         return self.workers.submit((pipeline, work), (id(pipeline), key), size, future)
 

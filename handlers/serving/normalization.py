@@ -115,7 +115,7 @@ class Normalization:
         if not asked:
             return Scaling()
         own = parameters.do_scaling and parameters.scaling_factor is None
-        if own and task == "encode" and self.inverts:
+        if own and task == "encode" and self.inverts and self.factor:
             raise RequestError(
                 f"`do_scaling`: the pictures that a video begins with are divided by this VAE's factor, and videos "
                 f"multiplied: send scaling_factor={1 / self.factor!r} for the former, {self.factor} for the latter",
@@ -124,8 +124,8 @@ class Normalization:
         if self.mean is None or self.std is None:
             if own:
                 shift = 0.0 if layout in self.declared.unshifted_layouts else self.shift
-                factor = self.factor or 1.0
-                return Scaling(1.0, shift, 1 / factor) if self.declared.takes_reciprocal else Scaling(factor, shift)
+                known = self.factor or 1.0
+                return Scaling(1.0, shift, 1 / known) if self.declared.takes_reciprocal else Scaling(known, shift)
             return Scaling(parameters.scaling_factor or 1.0, parameters.shift_factor or 0.0)
         if parameters.shift_factor:
             raise RequestError("`shift_factor`: this VAE has a mean for each channel; send do_scaling=true alone", 422)

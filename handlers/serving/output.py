@@ -240,7 +240,8 @@ def _encode(frames: Iterable[np.ndarray], fps: float, file: Any, options: dict[s
     try:
         with av.open(file, mode="w", format="mp4", options=options) as container:
             for pixels in frames:
-                stream = stream or _add_stream(container, *pixels.shape[:2], fps)
+                height, width = pixels.shape[:2]
+                stream = stream or _add_stream(container, height, width, fps)
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
             if stream:

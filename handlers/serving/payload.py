@@ -120,7 +120,7 @@ def read_form(body: Body, content_type: str) -> tuple[list[Body], dict[str, Any]
                 "on_part_end": end_part,
             },
         )
-        parser.write(body)
+        parser.write(body)  # type: ignore[arg-type]  # it takes a bytearray too
         parser.finalize()
     except FormParserError as error:
         raise RequestError(f"the body is no multipart/form-data: {error}") from None
@@ -206,7 +206,7 @@ def read_video(body: Body, limits: Limits) -> list[Image.Image]:
         _check_samples(body, 0, len(body), limits)
         options = {"max_streams": "8"}
         # metadata may be in any encoding, and says nothing about the pictures
-        with av.open(io.BytesIO(body), format="mp4", metadata_errors="replace", options=options) as container:
+        with av.open(io.BytesIO(body), "r", format="mp4", metadata_errors="replace", options=options) as container:
             if not container.streams.video:
                 raise RequestError("the file holds no video; send an MP4 file with a video stream")
             stream = container.streams.video[0]

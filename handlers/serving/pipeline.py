@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -129,8 +129,8 @@ class Pipeline:
             values = {**values, **more}
         kind: BodyKind | None = "tensor" if media_type == "tensor/binary" or "shape" in values else None
         kind = kind or self._kind_of(files)
-        body = files[0] if len(files) == 1 else files
-        return self._request(body, kind, Parameters.parse(values), Accept.parse(accept, content_type), task)
+        content = files[0] if len(files) == 1 else files
+        return self._request(content, kind, Parameters.parse(values), Accept.parse(accept, content_type), task)
 
     def _kind_of(self, files: list[payload.Body]) -> BodyKind:
         """What one file holds, or several, which are pictures."""
@@ -316,6 +316,8 @@ class Pipeline:
         requests = [work.request for work in batch]
         inputs = batch[0].inputs if len(batch) == 1 else torch.cat([work.inputs for work in batch])
         options = self._decode_options(requests[0])
+        outputs: Tensor
+        values: Sequence[Tensor | output.Mp4Writer | Stream]
         if requests[0].answer is Answer.MP4:
             values, mode = vae.decode(inputs, partial(self._write_videos, vae, batch, start), options)
         else:
@@ -350,16 +352,17 @@ class Pipeline:
 
     def _stream(self, vae: VAE, work: Work, start: float) -> Stream | None:
         """Where one is asked for; its first bytes are the request's result, and with them it can no more be refused."""
-        if work.result is None:
+        result = work.result
+        if result is None:
             return None
-        if work.result.done():
+        if result.done():
             raise RequestError("the stream had begun when its pass failed, so it cannot be tried again", 503)
         mode = vae.mode
 
         def begin() -> None:
             milliseconds = (perf_counter() - start) * 1000
             with suppress(InvalidStateError):  # the pass is over already
-                work.result.set_result(Result(stream, mode, milliseconds))
+                result.set_result(Result(stream, mode, milliseconds))
 
         stream = Stream(begin)
         return stream
@@ -396,7 +399,7 @@ class Pipeline:
         """All stages in a row for a request given as a plain object; see `EndpointHandler.__call__`."""
         parameters = {**_without_nulls(data.get("parameters") or {}), "stream": False}
         request = self._parse_object(data.get("inputs"), parameters)
-        result = self.submit(request, self.prepare(request).inputs).result(self.settings.timeout).value
+        result: Any = self.submit(request, self.prepare(request).inputs).result(self.settings.timeout).value
         if request.answer is Answer.IMAGE:
             return output.to_image(result[0])
         if request.answer is Answer.UINT8 and request.parameters.output_type == "pil":

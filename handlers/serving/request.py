@@ -13,6 +13,7 @@ from handlers.model import Kind, LatentsLayout, SampleMode, Task
 from handlers.serving.errors import RequestError
 
 BodyKind = Literal["tensor", "image", "video"]
+ImageFormat = Literal["jpg", "png", "webp"]
 
 
 def _not_zero(value: float) -> float:
@@ -61,7 +62,7 @@ class Parameters(BaseModel):
     partial_postprocess: bool = False
     answer_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Of an answer in floats; None for the VAE's own. JavaScript and numpy have no bfloat16."""
-    image_format: Annotated[Literal["jpg", "jpeg", "png", "webp"], AfterValidator(_image_format)] | None = None
+    image_format: Annotated[Literal[ImageFormat, "jpeg"], AfterValidator(_image_format)] | None = None
     stream: bool = False
     """Whether an MP4 is sent while it is made."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
@@ -119,7 +120,7 @@ class Accept:
     """A tensor rather than a picture file."""
     json: bool = False
     """Bytes as base64 inside JSON."""
-    image_format: Literal["jpg", "png", "webp"] | None = None
+    image_format: ImageFormat | None = None
     zip: bool = False
     """A file for each of a batch, together in a ZIP."""
 
@@ -129,7 +130,12 @@ class Accept:
         header = (header or "*/*").lower()
         if header == "*/*" and media_type_of(content_type) == "application/json":
             header = "application/json"
-        formats = {"image/jpeg": "jpg", "image/jpg": "jpg", "image/png": "png", "image/webp": "webp"}
+        formats: dict[str, ImageFormat] = {
+            "image/jpeg": "jpg",
+            "image/jpg": "jpg",
+            "image/png": "png",
+            "image/webp": "webp",
+        }
         return cls(
             tensor="tensor/" in header,
             json="tensor/base64" in header or "application/json" in header,

@@ -91,7 +91,7 @@ def _decode_one_span(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tenso
         model.use_framewise_decoding = True
 
 
-SPANS: dict[type, Callable[[Any, Tensor], Iterator[Tensor]]] = {
+SPANS: dict[type[Any], Callable[[Any, Tensor], Iterator[Tensor]]] = {
     AutoencoderKLWan: _frame_by_frame,
     AutoencoderKLCogVideoX: _in_small_batches,
     AutoencoderKLHunyuanVideo: _blended_spans,

@@ -1,4 +1,4 @@
-"""The model: where its weights come from, the device it runs on, its two forward passes."""
+"""The model: where its weights come from, the device it runs on, its passes in each mode."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class VAE:
     def decode(
         self,
         latents: Tensor,
-        gather: Callable[[Iterator[Tensor]], T] = join,
+        gather: Callable[[Iterator[Tensor]], T] = join,  # type: ignore[assignment]  # of which T is Tensor
         options: DecodeOptions = DecodeOptions(),  # noqa: B008
     ) -> tuple[T, Mode]:
         """Raw latents [B, C, H, W] or [B, C, F, H, W] to pixels, about in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W].
@@ -212,7 +212,7 @@ class VAE:
         """Whose forward pass the model runs in this mode: the one place that chooses."""
         match mode:
             case Mode.FAST:
-                return self.fast.fast.installed()
+                return self.fast.installed()
             case Mode.FULL:
                 return nullcontext()
             case Mode.REDUCED | Mode.SLICED | Mode.TILED:

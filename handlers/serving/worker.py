@@ -40,7 +40,7 @@ class Job:
     due: float
     """When it came, plus the time that it will take, up to a tenth of the deadline: so small work passes large work,
     which yet gets its turn."""
-    future: Future = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
 
 
 class DeviceWorkers:
@@ -98,7 +98,7 @@ class DeviceWorkers:
         if self._closing or not self._alive:
             raise RequestError(f"{self.problem}; try again soon", 503)
 
-    def submit(self, work: Any, key: Hashable, size: int, future: Future | None = None) -> Future:
+    def submit(self, work: Any, key: Hashable, size: int, future: Future[Any] | None = None) -> Future[Any]:
         """Queues work. Cancelling its future drops it, unless it has begun.
 
         Args:

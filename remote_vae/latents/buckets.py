@@ -104,7 +104,7 @@ class AIToolkitBuckets:
         sides = [(floor(side * scale) * self.steps, ceil(side * scale) * self.steps) for side in size]
         candidates = [(width, height) for width in sides[0] for height in sides[1]]
         fitting = [bucket for bucket in candidates if 0 < bucket[0] * bucket[1] <= self.area]
-        least = tuple(max(self.steps, low) for low, _ in sides)
+        least = (max(self.steps, sides[0][0]), max(self.steps, sides[1][0]))
         bucket = min(fitting or [least], key=lambda sides: abs(sides[0] * sides[1] - wanted))
         cover = max(bucket[0] / size[0], bucket[1] / size[1])
         return Placement(size, (ceil(size[0] * cover), ceil(size[1] * cover)), bucket)

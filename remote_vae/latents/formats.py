@@ -72,6 +72,7 @@ class Format(ABC):
         self.sample_mode = self.sample_mode or self.sampled
         self.scaled = True
         """Whether latents are stored normalised, as the diffusion model takes them."""
+        self.buckets: KohyaBuckets | MusubiBuckets | AIToolkitBuckets
 
     def place(self, size: Size) -> Placement:
         return self.buckets.place(size)
@@ -124,7 +125,7 @@ class Kohya(Format):
         (one,) = encoded
         height, width = one.latents.shape[-2:]
         end = f"_{height}x{width}" if self.sized else ""
-        arrays = {
+        arrays: dict[str, Any] = {
             f"latents{end}": one.latents.float().numpy(),
             f"original_size{end}": np.array(one.picture.placement.original),
             f"crop_ltrb{end}": np.array(_crop(one.picture.placement)),

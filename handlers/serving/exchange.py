@@ -1,0 +1,293 @@
+"""A request over HTTP and its answer: `Exchange.run` is the way from one to the other."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, contextmanager
+from time import perf_counter
+from typing import Any, TypeVar
+
+import anyio
+from anyio import to_thread
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from handlers.model import Task
+from handlers.serving import metrics
+from handlers.serving.access_log import NO_ANSWER
+from handlers.serving.errors import RequestError
+from handlers.serving.output import to_json
+from handlers.serving.pipeline import Pipeline, Prepared, Result
+from handlers.serving.request import Request, media_type_of
+from handlers.serving.stream import Stream
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+CONTENT_TYPES = {
+    "",
+    "application/octet-stream",
+    "application/x-www-form-urlencoded",  # what curl says of any --data-binary
+    "application/json",
+    "multipart/form-data",
+    "tensor/base64",
+    "tensor/binary",
+    "image/png",
+    "image/jpeg",
+    "image/jpg",
+    "image/webp",
+    "video/mp4",
+}
+
+
+class Exchange:
+    """One request and its answer. Its stages are methods, in their order; what it holds is in `held`."""
+
+    def __init__(self, http: HttpRequest, pipeline: Pipeline, task: Task | None) -> None:
+        """Without a `task`, the payload tells which it is."""
+        self.http, self.pipeline, self.task = http, pipeline, task
+        self.settings = pipeline.settings
+        self.record: dict[str, Any] = http.state.record
+        """Of the log's line."""
+        self.timing: dict[str, float] = {}
+        """Milliseconds of each stage that is over."""
+        self.held = AsyncExitStack()
+        """What is given back at the end, whatever that is: the work, the place, the bytes that count, the deadline."""
+        self.held_bytes = 0
+        self.arrived = False
+        """Whether the body is there."""
+        self.queued_at = 0.0
+
+    async def run(self) -> Response:
+        """The way of a request. Nothing heavy happens on the event loop: that runs on threads."""
+        async with self.held:
+            body = await self.admit()
+            request, prepared = await self.read(body)
+            work = self.queue(request, prepared)
+            result = await self.wait_for(work)
+            return await self.write(request, prepared, result)
+
+    async def admit(self) -> bytearray:
+        """Admission: the headers are looked at, the body is received, and one of the places is taken.
+
+        Raises:
+            RequestError: status 401, 415, 413; 408 without a body in time; 503 without room for it, or for any more.
+        """
+        check_token(self.http, self.settings.api_token)
+        check_content_type(self.http)
+        self.pipeline.workers.check_open()
+        self.held.enter_context(self.deadline())
+        self.held.callback(self.release_bytes)
+        body = await self.receive()
+        await self.take_place()
+        return body
+
+    async def read(self, body: bytearray) -> tuple[Request, Prepared]:
+        """Payload: what is asked for, and what the VAE takes of it."""
+        async with self.pipeline.machine.readers:
+            request, prepared = await self.on_thread("payload", self.parse, body)
+        self.record.update(task=request.task, shape=list(prepared.inputs.shape), answer=request.answer.name.lower())
+        self.hold(prepared.inputs.nbytes + self.pipeline.unsent(request, prepared.inputs))
+        return request, prepared
+
+    def queue(self, request: Request, prepared: Prepared) -> Future[Result]:
+        """Queue: the work for a device, which is dropped at the end of this exchange if it is not over by then."""
+        self.queued_at = perf_counter()
+        work = self.pipeline.submit(request, prepared.inputs)
+        self.held.callback(work.add_done_callback, close_stream)
+        return work
+
+    async def wait_for(self, work: Future[Result]) -> Result:
+        """VAE: what a device has made of it, or of a stream the beginning."""
+        result = await self.unless_gone(asyncio.wrap_future(work))
+        self.timing["queue"] = milliseconds_since(self.queued_at) - result.milliseconds
+        return result
+
+    async def write(self, request: Request, prepared: Prepared, result: Result) -> Response:
+        """Output: the answer, with its bytes, or with the first of those that a stream will send."""
+        response: Response
+        if isinstance(result.value, Stream):
+            first = await self.unless_gone(asyncio.wrap_future(result.value.read()))
+            self.timing["first"] = milliseconds_since(self.queued_at) - self.timing["queue"]
+            response = StreamedVideo(self, first, result.value)
+        else:
+            self.timing["vae"] = result.milliseconds
+            response = await self.on_thread("output", self.render, request, result.value)
+        self.observe(self.timing)
+        self.record["mode"] = result.mode.value
+        response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in self.timing.items())
+        response.headers["X-VAE-Mode"] = result.mode.value
+        response.headers.update(prepared.headers)
+        return response
+
+    @contextmanager
+    def deadline(self) -> Iterator[None]:
+        """Ends what is within, when its time is over or the service stops.
+
+        Raises:
+            RequestError: it was ended: status 408 where the body did not arrive, 503 where the service stops, else 504.
+        """
+        deadlines = self.http.app.state.deadlines
+        try:
+            with anyio.fail_after(self.settings.timeout) as deadline:
+                deadlines.add(deadline)
+                try:
+                    yield
+                finally:
+                    deadlines.discard(deadline)
+        except TimeoutError:
+            self.pipeline.workers.check_open()
+            limit = f"within {self.settings.timeout:g} s (VAE_TIMEOUT)"
+            if not self.arrived:
+                raise RequestError(f"the body did not arrive {limit}", 408) from None
+            raise RequestError(f"no answer {limit}; send less at once", 504) from None
+
+    async def receive(self) -> bytearray:
+        """The body, within the limits, whatever its Content-Length says."""
+        declared = self.http.headers.get("content-length", "")
+        self.settings.check_body(int(declared[:20]) if declared.isdecimal() else 0)
+        body = bytearray()
+        async for chunk in self.http.stream():
+            body += chunk
+            self.settings.check_body(len(body))
+            self.hold(len(chunk))
+        self.arrived = True
+        return body
+
+    def hold(self, size: int) -> None:
+        """Counts bytes of the body, or of what was made of it, among those that all requests hold."""
+        self.held_bytes += size
+        self.http.app.state.held_bytes += size
+        self.settings.check_held(self.http.app.state.held_bytes, self.held_bytes)
+
+    def release_bytes(self) -> None:
+        self.http.app.state.held_bytes -= self.held_bytes
+
+    async def take_place(self) -> None:
+        """One of those in the service, first come, first served.
+
+        Raises:
+            RequestError: none became free in time; status 503.
+        """
+        places = self.pipeline.machine.places
+        with anyio.move_on_after(self.settings.patience) as waiting:
+            await places.acquire()
+        if waiting.cancelled_caught:
+            limit = self.settings.max_queue
+            raise RequestError(f"{limit} requests are waiting already (VAE_MAX_QUEUE); try again soon", 503)
+        self.held.callback(places.release)
+
+    def parse(self, body: bytearray) -> tuple[Request, Prepared]:
+        query, headers = self.http.query_params, self.http.headers
+        values: dict[str, Any] = dict(query)
+        if "shape" in values:
+            values["shape"] = query.getlist("shape")
+        content_type, accept = headers.get("content-type", ""), headers.get("accept")
+        request = self.pipeline.parse(body, content_type, accept, values, self.task)
+        return request, self.pipeline.prepare(request)
+
+    def render(self, request: Request, value: Any) -> Response:
+        content = self.pipeline.render(request, value)
+        if request.accept.json:
+            return JSONResponse(to_json(content))
+        return Response(content.body, media_type=content.media_type, headers=content.headers)
+
+    async def on_thread(self, stage: str, function: Callable[..., T], *arguments: Any) -> T:
+        """What the function gives; what it takes is the stage's time. Where the exchange ends, it is left behind."""
+
+        def timed() -> tuple[T, float]:
+            start = perf_counter()
+            result = function(*arguments)
+            return result, milliseconds_since(start)
+
+        result, self.timing[stage] = await to_thread.run_sync(timed, abandon_on_cancel=True)
+        return result
+
+    async def unless_gone(self, work: asyncio.Future[T]) -> T:
+        """Its result. Work whose client is gone, or whose time is over, is dropped unless a device has begun it."""
+        watch: asyncio.Future[Any] = asyncio.ensure_future(self.gone())
+        try:
+            await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            return work.result()
+        finally:
+            watch.cancel()
+            work.cancel()
+
+    async def gone(self) -> None:
+        """Ends when the client is."""
+        while (await self.http.receive())["type"] != "http.disconnect":
+            pass
+
+    def observe(self, timing: dict[str, float]) -> None:
+        """Milliseconds of stages, for the log and the metrics."""
+        for stage, milliseconds in timing.items():
+            metrics.STAGES.labels(stage).observe(milliseconds / 1000)
+            self.record[f"{stage}_ms"] = round(milliseconds, 1)
+
+
+class StreamedVideo(StreamingResponse):
+    """A video that is sent while it is made.
+
+    A failure breaks the connection: the last chunk of the answer is missing then, and the file's last box. What the
+    exchange holds, its place and its deadline among it, it holds until the last byte is sent.
+    """
+
+    def __init__(self, exchange: Exchange, first: bytes, stream: Stream) -> None:
+        super().__init__(self._chunks(first, stream), media_type="video/mp4")
+        self.exchange, self.held = exchange, exchange.held.pop_all()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record, start = self.exchange.record, perf_counter()
+        try:
+            async with self.held:
+                await self.exchange.unless_gone(asyncio.ensure_future(self.stream_response(send)))
+        except ClientDisconnect:
+            record["status"] = NO_ANSWER
+        except Exception as error:
+            metrics.BROKEN.inc()
+            if not isinstance(error, RequestError):
+                logger.error("request %s failed", record["request_id"], exc_info=error)
+            record["error"] = f"the stream broke: {str(error) or type(error).__name__}"[:200]
+        self.exchange.observe({"stream": milliseconds_since(start)})
+
+    async def _chunks(self, first: bytes, stream: Stream) -> AsyncIterator[bytes]:
+        chunk = first
+        while chunk:
+            yield chunk
+            chunk = await asyncio.wrap_future(stream.read())
+
+
+def close_stream(work: Future[Result]) -> None:
+    """Ends the work on a video that nobody reads any more; at its end this does nothing."""
+    if not work.cancelled() and not work.exception() and isinstance(stream := work.result().value, Stream):
+        stream.close()
+
+
+def check_token(http: HttpRequest, token: str | None) -> None:
+    """Raises `RequestError`, status 401, unless the request has this token, where there is one."""
+    if token:
+        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            given.strip().encode("latin-1"), token.strip().encode()
+        ):
+            raise RequestError("send the header `Authorization: Bearer <token>` with the token of this service", 401)
+
+
+def check_content_type(http: HttpRequest) -> None:
+    """Raises `RequestError`, status 415, for one that is not taken."""
+    if (media_type := media_type_of(http.headers.get("content-type", ""))) not in CONTENT_TYPES:
+        known = ", ".join(sorted(CONTENT_TYPES - {""}))
+        raise RequestError(f"Content-Type {media_type[:100]!r} is not taken; send none, or one of {known}", 415)
+
+
+def milliseconds_since(start: float) -> float:
+    return (perf_counter() - start) * 1000

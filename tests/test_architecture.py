@@ -1,0 +1,59 @@
+"""docs/architecture.md names what there is: each file, class, function, variable, path and target."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from handlers.serving.app import build_app
+from handlers.serving.memory import Mode
+from handlers.serving.settings import Settings
+from scripts.local_server import ROOT
+
+DOCUMENT = ROOT / "docs" / "architecture.md"
+TEXT = DOCUMENT.read_text()
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+PICTURE = re.search(r"```mermaid\n(.*?)```", TEXT, re.DOTALL)[1]
+
+
+def defined(node: ast.AST, owner: str = "") -> Iterator[str]:
+    """What a module or a class defines, by the name of its class and its own."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, FUNCTIONS | ast.ClassDef):
+            yield owner + child.name
+            yield from defined(child, owner if isinstance(child, FUNCTIONS) else f"{owner}{child.name}.")
+        for target in child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]:
+            if isinstance(target, ast.Attribute):
+                yield owner + target.attr
+            elif isinstance(target, ast.Name) and not isinstance(node, FUNCTIONS):
+                yield owner + target.id
+
+
+def known() -> set[str]:
+    names = {"handlers/", "endpoint.json", *(mode.value for mode in Mode)}
+    for path in (ROOT / "handlers").rglob("*.py"):
+        names |= {path.name, *defined(ast.parse(path.read_text()))}
+    names |= {f"VAE_{name.upper()}" for name in Settings.model_fields}
+    names |= {route.path for route in build_app().routes}
+    return names | {f"make {target}" for target in re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)}
+
+
+def test_its_links_lead_somewhere() -> None:
+    links = set(re.findall(r"\]\(([^)]+)\)", TEXT))
+    assert [link for link in links if not (DOCUMENT.parent / link).exists()] == []
+    assert len(links) > 30
+
+
+def test_what_it_names_is_there() -> None:
+    named = set(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", TEXT)) | set(re.findall(r"\w+\.\w+|\w+_\w+", PICTURE))
+    threads = {"device-0", "device-1", "fast-0", "mp4"}
+    assert sorted(named - known() - threads - {"Accept"}) == []
+    assert len(named) > 80
+
+
+def test_the_life_of_a_request_has_ten_steps_and_the_picture_too() -> None:
+    section = TEXT.split("\n## ")[1]
+    steps = [int(number) for number in re.findall(r"^(\d+)\. ", section, re.MULTILINE)]
+    assert steps == list(range(1, 11))
+    assert set(re.findall(r": (\d+) ", PICTURE)) == {str(step) for step in steps}
