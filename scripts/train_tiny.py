@@ -49,6 +49,7 @@ LATENT_CHANNELS = 8
 SHRINK = 2 ** (len(WIDTHS) - 1)
 STEPS = 14000
 DECAY = 12750  # the last steps, in which the rate falls to 0
+ROUNDED = 8000  # from this step on the norms are those of bfloat16
 CROPS, SIDE = 16, 64
 ANCHOR = 100.0  # far above the activations, which are about 1
 POSTERIOR_DEVIATION = 0.02  # of every latent, whose own deviation is about 1 or more
@@ -201,6 +202,20 @@ def anchor(vae: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
+def round_norms(vae: AutoencoderKL) -> list[tuple[nn.Parameter, Tensor]]:
+    """Round the parameters of the norms to bfloat16; gives each with what it was.
+
+    Beside the anchor they are large numbers that nearly cancel, so that rounding them moves whole channels: the other
+    layers learn to live with it.
+    """
+    norms = (module for module in vae.modules() if isinstance(module, nn.GroupNorm))
+    exact = [(parameter, parameter.clone()) for norm in norms for parameter in norm.parameters()]
+    for parameter, value in exact:
+        parameter.copy_(value.bfloat16())
+    return exact
+
+
+@torch.no_grad()
 def initialise(vae: AutoencoderKL, pixels: Tensor) -> None:
     """Start as the best linear transform of `pixels` ([B, 3, H, W] in [-1, 1]) that the layers can express.
 
@@ -310,6 +325,7 @@ def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, checkpoi
     vae.to(memory_format=torch.channels_last)
     for step in range(first, STEPS):
         pixels = batch(rng, images, CROPS, SIDE).to(vae.device, memory_format=torch.channels_last)
+        exact = round_norms(vae) if step >= ROUNDED else []
         with torch.autocast(vae.device.type, torch.bfloat16):
             latents = vae.encoder(pixels)[:, :LATENT_CHANNELS]
             latents = latents + POSTERIOR_DEVIATION * torch.randn(latents.shape).to(latents)
@@ -318,6 +334,8 @@ def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, checkpoi
         loss = (error + 1e-5).sqrt().mean()
         vae.zero_grad()
         loss.backward()
+        for parameter, value in exact:
+            parameter.data.copy_(value)
         anchor(vae)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -458,6 +476,7 @@ def main() -> None:
     initialise(vae, batch(rng, images, 256, 64))
     seconds = train(vae, rng, images, arguments.checkpoint)
 
+    round_norms(vae)
     measure_scaling(vae, rng, images)
     vae.half().save_pretrained(arguments.output)
     scores = evaluate(arguments.output)
