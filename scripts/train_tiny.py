@@ -1,8 +1,6 @@
 """Train `tiny`, the small AutoencoderKL that ships with this repository, on images found inside PyPI packages.
 
-    pip install torch diffusers scikit-image scikit-learn matplotlib
-    pip download scipy==1.9.3 --no-deps --only-binary=:all: --python-version 3.10
-    OMP_NUM_THREADS=1 python scripts/train_tiny.py --output models/tiny
+    make train-tiny
 
 Read top to bottom: images -> batches -> model -> train -> evaluate -> save. The convolutions run in bfloat16, which
 a CPU with AMX multiplies five times as fast as float32.
@@ -409,23 +407,26 @@ A small `AutoencoderKL` ({parameters:.1f} M parameters, {channels} latent channe
 that ships with this repository, so that the service runs and is tested without a download. Not made for generating
 images.
 
-    OMP_NUM_THREADS=1 python scripts/train_tiny.py --output models/tiny
+    make train-tiny
 
-made it, in {steps} steps and {minutes:.0f} minutes on {device}. It learned from random crops of images that ship inside
-the wheels of scikit-image, matplotlib and scipy 1.9 (public domain, CC0 or without known copyright restrictions):
+made it, in {steps} steps and {minutes:.0f} minutes on {device}. It learned from random
+crops of images that ship inside the wheels of scikit-image, matplotlib and scipy 1.9 (public domain, CC0 or without
+known copyright restrictions):
 
 > {training}
 
-and from collages of these with noise, shapes and words. PSNR in dB of photographs it never saw, as 512x512 pixels,
-and of the principal components of that very photograph, {channels} for each square of {shrink}x{shrink} pixels, the
-best that a linear transform of squares can do with as many numbers:
+and from collages of these with noise, shapes and words.
 
-| photograph | float32 | float16 | bfloat16 | components |
+PSNR in dB of photographs it never saw, as 512x512 pixels, and for comparison of {channels} principal components of each
+square of {shrink}x{shrink} pixels, fitted to that very photograph:
+
+| photograph | float32 | float16 | bfloat16 | principal components |
 |---|---|---|---|---|
 {table}
 
 `shift_factor` and `scaling_factor` bring its latents to about mean 0 and deviation 1. One channel of every layer is a
-large constant, which makes group normalisation independent of the image's size and content.
+large constant, which makes group normalisation independent of the image's size and content; the parameters of its norms
+are numbers that bfloat16 holds.
 """
 
 
@@ -463,7 +464,7 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the VAE in models/tiny.")
     parser.add_argument("--output", type=Path, default=Path("models/tiny"))
-    parser.add_argument("--wheel", type=Path, default=Path(SCIPY), help="of scipy 1.9, for one photograph")
+    parser.add_argument("--wheel", type=Path, default=Path("out") / SCIPY, help="of scipy 1.9, for one photograph")
     parser.add_argument("--checkpoint", type=Path, default=Path("out/tiny.pt"), help="from which it goes on")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -483,6 +484,7 @@ def main() -> None:
     for name, row in scores.items():
         print(f"{name:24}", *(f"{value:6.2f}" for value in row), "dB")
     (arguments.output / "README.md").write_text(describe(vae, scores, seconds))
+    arguments.checkpoint.unlink()
 
 
 if __name__ == "__main__":
