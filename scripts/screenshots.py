@@ -23,7 +23,7 @@ def main() -> None:
     Image.fromarray(data.coffee()).crop((0, 0, 600, 400)).save(coffee)
     with serve("--model", "tiny", "--device", "cpu", log=folder / "log") as url, sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = show(chromium, url, astronaut, viewport={"width": 1180, "height": 1125})
+        page = show(chromium, url, astronaut, viewport={"width": 1180, "height": 1025})
         page.screenshot(path=DOCS / "page.png")
         page = show(chromium, url, coffee, viewport={"width": 1180, "height": 900}, color_scheme="dark")
         page.get_by_text("Difference", exact=True).click()

@@ -202,8 +202,9 @@ def main(
         save_pictures(base / "input")
         for key in model:
             frames = (2,) if MODELS[key].kind == "video" else ()
+            side = SIZE // MODELS[key].vae_scale_factor
             torch.manual_seed(0)
-            latents = torch.randn(1, MODELS[key].latent_channels, *frames, SIZE // 8, SIZE // 8)
+            latents = torch.randn(1, MODELS[key].latent_channels, *frames, side, side)
             (base / "input" / f"{key}.latent").write_bytes(
                 save({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])})
             )

@@ -76,8 +76,8 @@ class TestPicture:
             assert np.array_equal(as_array(opened.pixels("original"), 64, 96), original)
             gap = np.minimum(np.abs(original.astype(int) - expected) * 8, 255)
             assert np.array_equal(as_array(opened.pixels("difference"), 64, 96), gap)
-            expect(opened.page.locator("#channels canvas")).to_have_count(16)
-            expect(opened.page.locator("#shape")).to_have_text(f"Latents: 16 channels of 8 {TIMES} 12")
+            expect(opened.page.locator("#channels canvas")).to_have_count(8)
+            expect(opened.page.locator("#shape")).to_have_text(f"Latents: 8 channels of 16 {TIMES} 24")
             for card in ("#encoding", "#decoding"):
                 for said in ("VAE", "reading the request", "waiting", "writing the answer", "in all"):
                     expect(opened.page.locator(card)).to_contain_text(said)
@@ -99,7 +99,7 @@ class TestPicture:
         with visit(browser, tiny) as opened:
             opened.choose(tmp_path / "wide.gif")
             expect(opened.page.locator("#psnr")).to_contain_text("dB")
-            expect(opened.page.locator("#facts")).to_contain_text(f"1024 {TIMES} 48")
+            expect(opened.page.locator("#facts")).to_contain_text(f"1024 {TIMES} 52")
 
     def test_the_slider_and_the_views_by_keyboard(self, browser: Browser, tiny: str, picture: Path) -> None:
         with visit(browser, tiny) as opened:
@@ -248,13 +248,13 @@ class TestLatents:
             expect(opened.page.locator("#facts")).to_contain_text(f"96 {TIMES} 64")
             shown = as_array(opened.pixels("decoded"), 64, 96)
             assert np.abs(shown.astype(int) - decoded).mean() < (0.01 if name.startswith("z") else 2)
-            expect(opened.page.locator("#channels canvas")).to_have_count(16)
+            expect(opened.page.locator("#channels canvas")).to_have_count(8)
             expect(opened.page.locator("#slider")).to_be_hidden()
 
     def test_packed_and_normalised_ones(self, browser: Browser, tiny: str, tmp_path: Path) -> None:
-        packed = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(0))
+        packed = torch.randn(1, 96, 32, generator=torch.Generator().manual_seed(0))
         save_file({"z": packed}, tmp_path / "packed.safetensors")
-        parameters = {"shape": [1, 24, 64], "dtype": "float32", "height": 64, "width": 96, "do_scaling": "true"}
+        parameters = {"shape": [1, 96, 32], "dtype": "float32", "height": 64, "width": 96, "do_scaling": "true"}
         answer = requests.post(
             f"{tiny}/decode", packed.numpy().tobytes(), params={**parameters, "image_format": "png"}, timeout=30
         )

@@ -51,16 +51,16 @@ from handlers.serving.vae import VAE
 torch.set_num_threads(2)
 vae = VAE.load(MODELS["tiny"], "", Settings(), "cpu")
 rng = random.Random(0)
-shapes = [(rng.choice("de"), rng.randint(1, 4), rng.randint(8, 32), rng.randint(8, 32)) for _ in range(25)]
+shapes = [(rng.choice("de"), rng.randint(1, 4), rng.randint(16, 64), rng.randint(16, 64)) for _ in range(25)]
 largest = max((shape for shape in shapes if shape[0] == "d"), key=lambda shape: shape[1] * shape[2] * shape[3])
 
 def run():
     held = []  # as answers are for a while
     for task, batch, height, width in [largest] if sys.argv[1] == "largest" else [*shapes, largest, *shapes]:
         if task == "d":
-            result, _ = vae.decode(torch.zeros(batch, 16, height, width))
+            result, _ = vae.decode(torch.zeros(batch, 8, height, width))
         else:
-            result, _ = vae.encode(torch.zeros(batch, 3, height * 8, width * 8))
+            result, _ = vae.encode(torch.zeros(batch, 3, height * 4, width * 4))
         held = [*held[-3:], result[..., ::4, ::4].clone()]
 
 thread = threading.Thread(target=run)

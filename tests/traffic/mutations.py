@@ -134,7 +134,7 @@ def value(rng: Random, message: Message) -> Message:
 def dimensions(rng: Random, message: Message) -> Message:
     """Another shape: permuted, negative, overflowing, of many dimensions; often of as many bytes as before."""
     shape = [int(size) for name, size in message.query if name == "shape" and size.isdecimal() and len(size) < 20]
-    shape = shape or [1, 16, 8, 8]
+    shape = shape or [1, 8, 8, 16]
     change = rng.randrange(8)
     if change == 0:
         rng.shuffle(shape)
@@ -302,9 +302,9 @@ def json_text(rng: Random, message: Message) -> Message:
 def json_parameters(rng: Random, message: Message) -> Message:
     """A good JSON body with bad values among its parameters."""
     latents = base64.b64encode(bytes(4 * 16 * 64)).decode()
-    parameters: dict[str, Any] = {"shape": [1, 16, 8, 8], "dtype": "float32"}
+    parameters: dict[str, Any] = {"shape": [1, 8, 8, 16], "dtype": "float32"}
     if rng.random() < 0.5:
-        parameters["shape"] = rng.choice(([1, 4, 16, 16], [16, 8, 8], [1, 16, 64], [1024], [1, 16, 64.0], "1"))
+        parameters["shape"] = rng.choice(([1, 4, 16, 16], [8, 8, 16], [1, 16, 64], [1024], [1, 16, 64.0], "1"))
     for name in rng.choice((rng.sample(PARAMETERS, rng.choice((1, 2, 5))), ["height", "width"])):
         parameters[name] = rng.choice(JSON_VALUES)
     content: dict[str, Any] = {"inputs": latents, "parameters": parameters}

@@ -46,7 +46,8 @@ def samples(key: str, sides: tuple[int, ...] = (32, 64)) -> list[Sample]:
 def large(key: str) -> Sample:
     """A decode of 512x512 pixels, which takes a CPU a while, to 3 MB."""
     channels = MODELS[key].latent_channels
-    latents = torch.randn(1, channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    side = 512 // MODELS[key].vae_scale_factor
+    latents = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
     return Sample("large", _tensor(latents, output_type="pt"), "decode", latents)
 
 
@@ -58,18 +59,20 @@ def stream(key: str) -> Sample:
 
 def any_size(key: str, rng: Random, pixels: int = 2**20) -> Message:
     """A batch of 1 to 4 pictures with sides of 64 to 768, of no more `pixels` in all, to decode or to encode."""
-    height, width = (rng.randrange(8, 97) for _ in range(2))
-    batch = rng.randint(1, min(4, pixels // (height * width * 64)))
+    factor = MODELS[key].vae_scale_factor
+    height, width = (rng.randrange(64 // factor, 768 // factor + 1) for _ in range(2))
+    batch = rng.randint(1, min(4, pixels // (height * width * factor**2)))
     if rng.random() < 0.5:
-        return replace(_tensor(torch.zeros(batch, height * 8, width * 8, 3, dtype=torch.uint8)), path="/encode")
+        picture = torch.zeros(batch, height * factor, width * factor, 3, dtype=torch.uint8)
+        return replace(_tensor(picture), path="/encode")
     channels = MODELS[key].published_config["latent_channels"]
     return _tensor(torch.zeros(batch, channels, height, width), output_type="pt")
 
 
 def _image_samples(model: type[EndpointHandler], side: int, generator: torch.Generator) -> list[Sample]:
-    channels, wide = model.latent_channels, side + 16
-    latents = torch.randn(1, channels, side // 8, wide // 8, generator=generator)
-    packed = latents.view(1, channels, side // 16, 2, wide // 16, 2).permute(0, 2, 4, 1, 3, 5)
+    channels, wide, factor = model.latent_channels, side + 16, model.vae_scale_factor
+    latents = torch.randn(1, channels, side // factor, wide // factor, generator=generator)
+    packed = latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5)
     packed = packed.reshape(1, -1, channels * 4)
     factors = {"scaling_factor": 0.5, "shift_factor": 0.25}
     scaled = (latents - 0.25) * 0.5

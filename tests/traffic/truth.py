@@ -54,7 +54,7 @@ class Truth:
 
     @torch.inference_mode()
     def of_sample(self, sample: Sample) -> Tensor:
-        """[B, 3, (F,) H, W] as the decoder gives it, or the latents [B, C, (F,) H/8, W/8]."""
+        """[B, 3, (F,) H, W] as the decoder gives it, or the latents [B, C, (F,) h, w]."""
         if sample.task == "decode":
             return self.vae.decode(sample.inputs, return_dict=False)[0]
         return self.vae.encode(sample.inputs, return_dict=False)[0].mode()
