@@ -113,6 +113,7 @@ def deploy_all(account: Account, plans: list[Plan], timeout: float, keep: bool) 
                 stopped = isinstance(error, KeyboardInterrupt)
                 rows[plan.model][1:] = "stopped" if stopped else "failed", "", describe(error)
                 if stopped:
+                    error.add_note("what the table lists as running goes on, and costs")
                     raise
                 note(f"error: {describe(error)}")
     finally:
@@ -215,8 +216,9 @@ def pause(model: Model = None, namespace: Namespace = None, name: Name = None) -
 @command
 def pause_all(namespace: Namespace = None) -> None:
     """Stop every endpoint of this project, whatever becomes of one of them."""
-    pause_each(find_endpoints(open_account(namespace)))
-    say("nothing of this project costs anything now")
+    account = open_account(namespace)
+    pause_each(find_endpoints(account))
+    say(f"nothing of this project in {account.namespace} costs anything now")
 
 
 def pause_each(found: list[Endpoint]) -> None:
@@ -224,7 +226,7 @@ def pause_each(found: list[Endpoint]) -> None:
     for endpoint in found:
         try:
             endpoint.pause()
-            say(f"{endpoint} is paused: it costs nothing and answers nothing until `make resume`")
+            say(endpoint.left)
         except DeployError as error:
             note(f"error: {error}")
             failed.append(f"{endpoint.name} ({endpoint.page})")
@@ -241,7 +243,7 @@ def resume(
     with endpoint.nothing_bills_unseen(keep):
         endpoint.resume()
         endpoint.wait(timeout)
-    say(f"{endpoint} is {endpoint.there.status}: {endpoint.there.url}, {describe_price(endpoint.price)}")
+        say(f"{endpoint} is {endpoint.there.status}: {endpoint.there.url}, {describe_price(endpoint.price)}")
 
 
 @command

@@ -31,6 +31,8 @@ from tests import forked
 from tests.small_service import Service, running_service, save_checkpoints
 
 local_server.start_process = forked.start
+for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):  # of the `make` that runs the tests, for those that run one
+    os.environ.pop(variable, None)
 
 # An endpoint never deploys: its container has a huggingface_hub that the deploying side (requirements/deploy.txt)
 # cannot use. So where that older one is installed, the tests of deploying are not collected.

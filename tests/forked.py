@@ -10,20 +10,29 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from scripts import local_server
 from scripts.local_server import ROOT, start_process
 
-FROM_THE_START = ("HOME", "PYTHONPATH", "PYTHONSAFEPATH")
-"""What a process must have when it begins to import."""
+FROM_THE_START = ("HOME", "TMPDIR", "HF_", "OMP_", "PYTHON")
+"""How the variables begin that a process must have when it begins to import."""
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     ["torch", "diffusers.models.autoencoders", "av", "cv2", "httpx2", "rich.progress", "safetensors.torch", "uvicorn"]
 )
+
+
+def from_the_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(FROM_THE_START)}
+
+
+INHERITED = from_the_start(os.environ)
+"""By what is forked."""
 
 
 class Process(context.Process):
@@ -41,15 +50,18 @@ class Process(context.Process):
         return self.exitcode
 
     def wait(self, timeout: float) -> int:
+        """Its status. One that does not end in time is killed: Python itself would wait for it at its own end."""
         self.join(timeout)
         if self.exitcode is None:
+            self.kill()
+            self.join()
             raise subprocess.TimeoutExpired(self.name, timeout)
         return self.exitcode
 
 
 def start(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> Process | subprocess.Popen:
     """In place of `local_server.start_process`."""
-    if any(environment.get(name) != os.environ.get(name) for name in FROM_THE_START):
+    if from_the_start(environment) != INHERITED:
         return start_process(arguments, log, environment)
     return Process(arguments, environment, log, log, local_server.ROOT)
 
@@ -58,19 +70,27 @@ def run(*arguments: object, folder: Path = ROOT, timeout: float = 120, **environ
     """The status, and what it said on both streams."""
     with TemporaryDirectory() as temporary:
         output, errors = Path(temporary, "output"), Path(temporary, "errors")
+        assert not from_the_start(environment), "these need a process from the start"
         process = Process(list(map(str, arguments)), {**os.environ, **environment}, output, errors, folder)
         status = process.wait(timeout)
         return status, output.read_text(errors="replace"), errors.read_text()
 
 
 def _run(arguments: list[str], environment: dict[str, str], output: str, errors: str, folder: str) -> None:
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     for stream, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.path.insert(0, folder)
+    sys.path[:] = [folder, *(path for path in sys.path if path and not Path(path).samefile(ROOT))]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("scripts", "tests")]:
         del sys.modules[name]  # of this project, which may be another folder's there
     _, module, *sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _end_with(tests: multiprocessing.process.BaseProcess) -> None:
+    """Lets no server outlive the tests, which may be killed."""
+    tests.join()
+    os._exit(1)

@@ -45,7 +45,7 @@ class Machine:
         self.readers = asyncio.Semaphore(os.cpu_count() or 1)
         """Held while a payload is parsed: a picture takes several times its pixels then."""
         self.places = asyncio.Semaphore(limits.max_queue + len(devices))
-        """Held by a request from its payload to its answer; `app` takes them, first come, first served."""
+        """Held by a request from its payload to its answer; `exchange` takes them, first come, first served."""
         self._running: dict[int, Runner] = {}
 
     def submit(self, pipeline: Runner, work: Any, key: Hashable, size: int, future: Future[Any]) -> Future[Any]:

@@ -192,15 +192,17 @@ class Endpoint:
         """
         say(f"  creating {self.name} on {plan.instance} {plan.size} in {plan.vendor} {plan.region}")
         new = {"tags": plan.tags, "vendor": plan.vendor, "region": plan.region, "type": plan.access}
-        for waited in looks(GONE_WITHIN):
+        for _ in looks(GONE_WITHIN):
             try:
                 return self._change("create", self.account.api.create_inference_endpoint, **settings, **new)
             except HubError as error:
-                if error.status != 409 or waited.seconds > GONE_WITHIN:
+                if error.status != 409:
                     raise
+                refusal = error
             self.look()
             if self.there:
                 return say("  it was made already: an answer was lost on the way")
+        raise refusal
 
     def _sleep_never(self, plan: Plan) -> None:
         """Takes the scale to zero out and sets the replicas, which the API takes together alone.
@@ -283,6 +285,8 @@ class Endpoint:
 
         What was started is paused, unless it is to be kept; what is as it was before this command is left so.
         """
+        if self.there:
+            _ = self.account.hardware  # its price, for which a failure has no time
         try:
             yield
         except BaseException as error:
@@ -292,9 +296,9 @@ class Endpoint:
                     if self.there and not keep:
                         self.pause()
                 error.add_note(self.left)
-            except (DeployError, KeyboardInterrupt) as again:
+            except BaseException as again:
                 stop = f"`make pause {self.variables}` stops it, or {self.page}"
-                why = describe(again) or "stopped"
+                why = describe(again) or ("stopped" if isinstance(again, KeyboardInterrupt) else type(again).__name__)
                 error.add_note(f"{self} MAY BE RUNNING, at {describe_price(self.price)}: {stop} ({why})")
             raise
 

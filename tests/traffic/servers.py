@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,9 @@ def server(models: str, folder: Path, toolkit: Path | None = None, **environment
 def listening(port: int) -> psutil.Process:
     """The process that does so, of those that this one started."""
     for process in psutil.Process().children(recursive=True):
-        if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections()):
-            return process
+        with suppress(psutil.Error):  # it has just ended
+            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections()):
+                return process
     raise RuntimeError(f"nothing listens on port {port}")
 
 
