@@ -70,7 +70,7 @@ def run(*arguments: object, folder: Path = ROOT, timeout: float = 120, **environ
     """The status, and what it said on both streams."""
     with TemporaryDirectory() as temporary:
         output, errors = Path(temporary, "output"), Path(temporary, "errors")
-        assert not from_the_start(environment), "these need a process from the start"
+        assert from_the_start(environment).keys() <= {"PYTHONPATH"}, "this needs a process from the start"
         process = Process(list(map(str, arguments)), {**os.environ, **environment}, output, errors, folder)
         status = process.wait(timeout)
         return status, output.read_text(errors="replace"), errors.read_text()
@@ -83,7 +83,8 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, errors:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.path[:] = [folder, *(path for path in sys.path if path and not Path(path).samefile(ROOT))]
+    others = [path for path in sys.path if path and Path(path).resolve() != ROOT]
+    sys.path[:] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep), *others]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("scripts", "tests")]:
         del sys.modules[name]  # of this project, which may be another folder's there
     _, module, *sys.argv[1:] = arguments

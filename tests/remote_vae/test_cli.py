@@ -48,7 +48,7 @@ def test_the_documented_commands_run_as_they_stand(service: Service, tmp_path: P
             save_file({"latents": latents}, tmp_path / "latents.safetensors")
         url = f"{service.url}/{'wan-2.1' if video else 'sdxl'}"
         arguments = shlex.split(command.replace("URL", url))
-        status, _, error = forked.run("-m", "remote_vae", *arguments, folder=tmp_path)
+        status, _, error = forked.run("-m", "remote_vae", *arguments, folder=tmp_path, PYTHONPATH=str(ROOT))
         assert status == 0, error
     assert {"image.png", "video.mp4", "latents.safetensors"} < {path.name for path in tmp_path.iterdir()}
     assert len(list((tmp_path / "pictures").glob("*.npz"))) == 1
