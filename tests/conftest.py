@@ -54,7 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def quick_ones_start_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that `make test-quick` stays quick."""
     if not request.node.get_closest_marker("slow"):
-        monkeypatch.delattr(local_server, "start_process")
+        monkeypatch.setattr(
+            local_server, "start_process", lambda *_: pytest.fail("mark this test slow: it starts a server")
+        )
 
 
 SERVERS = ("standalone", "toolkit")

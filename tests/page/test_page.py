@@ -86,6 +86,7 @@ class TestPicture:
                 opened.page.click("#save")
             assert np.array_equal(np.load(download.value.path()), latents)
 
+    @pytest.mark.slow
     def test_under_the_toolkit(self, browser: Browser, picture: Path, tmp_path: Path) -> None:
         with toolkit(tmp_path) as url, visit(browser, url) as opened:
             opened.choose(picture)
