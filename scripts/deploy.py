@@ -37,6 +37,10 @@ Name = Annotated[str | None, typer.Option(help="Name of endpoint and repository;
 Timeout = Annotated[float, typer.Option(help="Minutes to wait for the endpoint.")]
 Keep = Annotated[bool, typer.Option("--keep", help="Leave an endpoint running that failed; else it is paused.")]
 
+NO_TOKEN = """
+                  diffusers' remote_decode, SD.Next and kijai's ComfyUI node send none: ACCESS=public lets them in,
+                  or `remote-vae proxy`; RemoteVAE and the node in clients/comfyui send one"""
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -161,11 +165,12 @@ def show_plan(plan: Plan) -> None:
         if key not in plan.folders:
             way = "No weights: they are fetched at every start" if plan.weights == "hub" else "Weights are copied there"
             say(f"   {way} from {MODELS[key].checkpoint}; their licence: {MODELS[key].license}, {license_link(key)}")
+    tokens = "" if plan.access == "public" else NO_TOKEN
     asleep = f"after {plan.scale_to_zero} idle minutes" if plan.scale_to_zero else "never"
     say(f"""
 2. The endpoint {plan.name} is created from that commit, or updated where it exists
    instance       {plan.instance} {plan.size}, {plan.vendor} {plan.region}
-   access         {plan.access}: {CALLERS[plan.access]}
+   access         {plan.access}: {CALLERS[plan.access]}{tokens}
    replicas       {plan.min_replica} to {plan.max_replica}, one more at {PENDING_PER_REPLICA} pending requests a replica
    scale to zero  {asleep}
    container      the stock Inference Toolkit, task custom, framework pytorch

@@ -351,6 +351,15 @@ def test_deploy_all_ends_with_a_table(hub: Hub, deploy: Runner) -> None:
     assert len(hub.endpoints) == len(PUBLISHED)
 
 
+def test_the_plan_says_which_clients_send_no_token(deploy: Runner) -> None:
+    private, public = (
+        deploy("deploy", "--model", "flux", "--access", access, "--dry-run").out for access in ("private", "public")
+    )
+    assert "SD.Next and kijai's ComfyUI node send none: ACCESS=public" in private
+    assert "`remote-vae proxy`" in private
+    assert "send none" not in public
+
+
 def test_deploy_all_dry_run_plans_each_published_model(hub: Hub, deploy: Runner) -> None:
     result = deploy("deploy", "--all", "--dry-run", token=None)
 

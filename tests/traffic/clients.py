@@ -87,6 +87,13 @@ class Traffic:
         else:
             self.ledger.end(kind, str(answer.status))
 
+    def send_alone(self, kind: str, good: Good) -> None:
+        """A good request on a connection of its own, and its answer."""
+        self.ledger.send(kind)
+        with Connection(self.address, TIMEOUT) as connection:
+            connection.send(good.message.wire())
+            self.settle(kind, connection, good)
+
     def keep(self, client: Callable[[Traffic, Random], None]) -> None:
         """Lets a client take turns until the run is over."""
         rng = Random(f"{self.seed}-{client.__name__}-{threading.get_ident()}")
@@ -110,21 +117,13 @@ def keep_alive(traffic: Traffic, rng: Random) -> None:
 
 def fresh(traffic: Traffic, rng: Random) -> None:
     """A good request on a connection of its own."""
-    good = rng.choice(traffic.goods)
-    traffic.ledger.send("good: a connection each")
-    with Connection(traffic.address, TIMEOUT) as connection:
-        connection.send(good.message.wire())
-        traffic.settle("good: a connection each", connection, good)
+    traffic.send_alone("good: a connection each", rng.choice(traffic.goods))
     traffic.over.wait(rng.random() * 0.1)
 
 
 def sizes(traffic: Traffic, rng: Random) -> None:
     """A size that the server has not seen yet: its memory is that of the largest, not of all of them."""
-    good = Good(any_size(traffic.server.key, rng))
-    traffic.ledger.send("good: random sizes")
-    with Connection(traffic.address, TIMEOUT) as connection:
-        connection.send(good.message.wire())
-        traffic.settle("good: random sizes", connection, good)
+    traffic.send_alone("good: random sizes", Good(any_size(traffic.server.key, rng)))
     traffic.over.wait(rng.random() * 0.1)
 
 
@@ -201,11 +200,7 @@ def streams(traffic: Traffic, rng: Random) -> None:
 
 def videos(traffic: Traffic, rng: Random) -> None:
     """A good request to the other model of the service."""
-    good = rng.choice(traffic.videos)
-    traffic.ledger.send("good: the video model")
-    with Connection(traffic.address, TIMEOUT) as connection:
-        connection.send(good.message.wire())
-        traffic.settle("good: the video model", connection, good)
+    traffic.send_alone("good: the video model", rng.choice(traffic.videos))
     traffic.over.wait(rng.random() * 0.3)
 
 
