@@ -40,6 +40,9 @@ SMALL_BLOCK = 2**20
 """Bytes; where memory is short, blocks from this size are mapped by themselves."""
 LARGE_BLOCK = 2**30
 """Bytes; larger ones always are."""
+KERNELS = 256
+"""Compiled kernels that oneDNN keeps. Each shape has its own, some 100 KB each, and by default 1,024 stay for ever. An
+encode and a decode of one shape need up to 168 (CogVideoX in bfloat16), those of an image's VAE 55 to 85."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Of glibc's malloc.h."""
@@ -71,6 +74,7 @@ class Heap:
         if pages:
             _mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
             _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            _set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS), "DNNL_PRIMITIVE_CACHE_CAPACITY")
 
     def trim(self) -> None:
         """Gives every free page back to the system."""
@@ -120,8 +124,13 @@ def map_gpu_memory() -> None:
     By default it keeps blocks of the sizes that were asked for, each of them fragmented by the next shapes. Works only
     before CUDA is first used; what is set already stays. Source: `expandable_segments` in torch's notes on CUDA.
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    _set_default("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def _set_default(variable: str, value: str, *others: str) -> None:
+    """Sets it in the environment, unless the user set it, by this name or one of the others."""
+    if not {variable, *others} & os.environ.keys():
+        os.environ[variable] = value
 
 
 def _mallopt(parameter: int, value: int) -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from handlers.serving import heap
-from handlers.serving.heap import HOLES, LARGE_BLOCK, SMALL_BLOCK, Heap, map_gpu_memory
+from handlers.serving.heap import HOLES, KERNELS, LARGE_BLOCK, SMALL_BLOCK, Heap, map_gpu_memory
 from scripts.local_server import ROOT
 
 pytestmark = pytest.mark.slow
@@ -106,6 +106,29 @@ print(psutil.Process().memory_info().rss - before)
 def test_an_idle_server_gives_its_free_pages_back() -> None:
     assert run(IDLE, "60") > 64 * 2**20
     assert run(IDLE, "0.1") < 16 * 2**20
+
+
+SHAPES = """
+import sys, torch
+from handlers.serving.heap import HEAP
+HEAP.keep(pages=True)
+for size in map(int, sys.argv[1:]):
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+        torch.nn.functional.conv2d(torch.ones(2, 16, size, 16), torch.ones(16, 16, 3, 3))
+    print("size", size, flush=True)
+"""
+
+
+def test_what_onednn_compiles_for_each_shape_is_kept_for_some_of_them_only() -> None:
+    first, recent = range(4, KERNELS + 50), range(KERNELS, KERNELS + 50)
+    command = [sys.executable, "-c", SHAPES, *map(str, [*first, *recent, *first])]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    *passes, rest = output.split("size ")
+    compiled = ["cache_miss" in text for text in passes]
+    assert len(compiled) == 2 * len(first) + len(recent)
+    assert all(compiled[: len(first)])
+    assert not any(compiled[len(first) : -len(first)])
+    assert compiled[-len(first)]
 
 
 class FakeHeap(Heap):
