@@ -87,7 +87,7 @@ def get_handler(keys: str | None) -> type[EndpointHandler]:
 def get_model(key: str | None) -> type[EndpointHandler]:
     """The handler class of a model key. Raises `ValueError` for any other, or a class that lacks a word."""
     if key not in MODELS:
-        asked = f"there is no model {key!r}" if key else "no model was named (VAE_MODEL, or endpoint.json)"
+        asked = f"there is no model {key!r}" if key else "no model was named (MODEL, VAE_MODEL or endpoint.json)"
         raise ValueError(f"{asked}; the models are: {', '.join(MODELS)}")
     if missing := [word for word in ("checkpoint", "vae_class", "dtype") if not hasattr(MODELS[key], word)]:
         raise ValueError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")

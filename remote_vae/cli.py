@@ -69,6 +69,16 @@ def info(url: str, token: Token = None) -> None:
 
 
 @app.command()
+def check(url: str, token: Token = None) -> None:
+    """Whether an endpoint works: a small picture is encoded and decoded, and has to come back."""
+    from remote_vae.check import check
+
+    with console.status("encoding and decoding a picture"):
+        result = check(url, token)
+    print(result)
+
+
+@app.command()
 def decode(
     file: Annotated[Path, typer.Argument(help="Latents: .safetensors, .npy, or .pt (weights alone).")],
     out: Annotated[

@@ -25,16 +25,15 @@ from huggingface_hub import set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
 from handlers import MODELS
-from remote_vae import Client, RemoteVAE, RemoteVAEError
+from remote_vae import Client, RemoteVAE
 from remote_vae.proxy import LOOPBACK, build_proxy
-from scripts.deploy import command, deploy_plan
+from scripts.console import DeployError, if_stopped, say
+from scripts.deploy import command, deploy_plan, try_models
 from scripts.deployment.account import PERMISSIONS, open_account
-from scripts.deployment.console import DeployError, if_stopped, say
 from scripts.deployment.endpoint import Endpoint
-from scripts.deployment.hardware import dollars
 from scripts.deployment.plan import Plan
 from scripts.deployment.repository import Repository
-from scripts.deployment.smoke import smoke_test
+from scripts.instances import dollars
 
 NAME = "remote-vae-canary"
 PERSONAL = re.compile(r"email|fullname|avatar|displayName|orgs|^_?id$|periodEnd", re.IGNORECASE)
@@ -139,14 +138,11 @@ def canary(namespace: str | None = None, timeout: float = 30, record: Path = Pat
         start = time.monotonic()
         try:
             _, endpoint = timed("cold start", lambda: deploy_plan(account, plan, timeout, keep=False))
-            try:
-                try_clients(endpoint.there.url, account.token)
-            except RemoteVAEError as error:
-                raise DeployError(str(error)) from None
+            try_clients(endpoint.there.url, account.token)
             timed("pause", endpoint.pause)
             endpoint.resume()
             timed("resume", lambda: endpoint.wait(timeout))
-            say(f"  {smoke_test(endpoint.there.url, account.token)}")
+            try_models(endpoint)
             price = endpoint.price or plan.price
             say(f"it cost {dollars(price * (time.monotonic() - start) / 3600)} at most")
         finally:

@@ -22,14 +22,17 @@ from huggingface_hub.utils import logging as hub_logging
 from rich.filesize import decimal
 
 from handlers import MODELS
+from remote_vae import RemoteVAEError
+from remote_vae.check import check
+from scripts.console import DeployError, describe, if_stopped, note, out, say, show_table
 from scripts.deployment.account import PERMISSIONS, Account, open_account
-from scripts.deployment.card import calling, license_link
-from scripts.deployment.console import DeployError, describe, if_stopped, note, say, show_table
+from scripts.deployment.card import license_link
 from scripts.deployment.endpoint import READY, Endpoint, find_endpoint, find_endpoints
-from scripts.deployment.hardware import AS_OF, describe_price, dollars, place
-from scripts.deployment.plan import CALLERS, PENDING_PER_REPLICA, Plan, addresses, published_models, variables
+from scripts.deployment.hardware import place
+from scripts.deployment.plan import CALLERS, PENDING, Plan, addresses, published_models, variables
 from scripts.deployment.repository import Repository, describe_files
-from scripts.deployment.smoke import smoke_test
+from scripts.instances import AS_OF, describe_price, dollars
+from scripts.snippets import calling
 
 Model = Annotated[str | None, typer.Option(help=f"Key of the model, or a,b,c: {', '.join(MODELS)}.")]
 Namespace = Annotated[str | None, typer.Option(help="User or organization; default: the token's user.")]
@@ -37,6 +40,7 @@ Name = Annotated[str | None, typer.Option(help="Name of endpoint and repository;
 Timeout = Annotated[float, typer.Option(help="Minutes to wait for the endpoint.")]
 Keep = Annotated[bool, typer.Option("--keep", help="Leave an endpoint running that failed; else it is paused.")]
 
+FAILURES = (DeployError, RemoteVAEError)
 NO_TOKEN = """
                   diffusers' remote_decode, SD.Next and kijai's ComfyUI node send none: ACCESS=public lets them in,
                   or `remote-vae proxy`; RemoteVAE and the node in clients/comfyui send one"""
@@ -52,7 +56,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         hub_logging.set_verbosity_error()
         try:
             return function(*args, **kwargs)
-        except DeployError as error:
+        except FAILURES as error:
             status, message = 1, f"error: {describe(error)}"
         except KeyboardInterrupt as stop:
             left = describe(stop) or "nothing was changed"
@@ -102,27 +106,28 @@ def deploy(
     plan, endpoint = deploy_plan(account, plans[0], timeout, keep)
     say("\n".join(["", *addresses(endpoint.there.url, plan.models).values(), *plan.cost]))
     say(f"`make pause {endpoint.variables}` stops the cost; `make undeploy {endpoint.variables}` removes it\n")
-    say(f"ACCESS={plan.access}: {CALLERS[plan.access]}.\n\n{calling(plan.models, endpoint.there.url)}")
+    say(f"ACCESS={plan.access}: {CALLERS[plan.access]}.\n\n{calling(addresses(endpoint.there.url, plan.models))}")
 
 
 def deploy_all(account: Account, plans: list[Plan], timeout: float, keep: bool) -> None:
     """One by one. Ends with a table, whatever happens."""
-    rows = {plan.model: [plan.model, "not reached", "", ""] for plan in plans}
+    rows = {plan.model: ("not reached", "", "") for plan in plans}
     try:
         for plan in plans:
             try:
                 _, endpoint = deploy_plan(account, plan, timeout, keep)
-                rows[plan.model][1:] = endpoint.there.status, f"{dollars(endpoint.price)}/h", endpoint.there.url
-            except (DeployError, KeyboardInterrupt) as error:
-                stopped = isinstance(error, KeyboardInterrupt)
-                rows[plan.model][1:] = "stopped" if stopped else "failed", "", describe(error)
-                if stopped:
-                    error.add_note("what the table lists as running goes on, and costs")
-                    raise
+                rows[plan.model] = endpoint.there.status, f"{dollars(endpoint.price)}/h", endpoint.there.url
+            except FAILURES as error:
+                rows[plan.model] = "failed", "", describe(error)
                 note(f"error: {describe(error)}")
+            except KeyboardInterrupt as stop:
+                rows[plan.model] = "stopped", "", describe(stop)
+                stop.add_note("what the table lists as running goes on, and costs")
+                raise
     finally:
-        show_table(("model", "state", "per replica", "URL, or what went wrong"), rows.values())
-    if failed := sum(row[1] == "failed" for row in rows.values()):
+        columns = ("model", "state", "per replica", "URL, or what went wrong")
+        show_table(columns, ([model, *row] for model, row in rows.items()))
+    if failed := sum(row[0] == "failed" for row in rows.values()):
         raise DeployError(f"{failed} of {len(plans)} models failed; `make deploy-all` again goes on with them")
 
 
@@ -147,9 +152,20 @@ def deploy_plan(account: Account, plan: Plan, timeout: float, keep: bool) -> tup
         endpoint.wait(timeout)
         endpoint.check_fixed(plan)
         say("Smoke test")
-        for url in addresses(endpoint.there.url, plan.models).values():
-            say(f"  {smoke_test(url, account.token)}")
+        try_models(endpoint)
     return plan, endpoint
+
+
+def try_models(endpoint: Endpoint) -> None:
+    """A small picture through each of them and back."""
+    for url in addresses(endpoint.there.url, endpoint.models).values():
+        try_model(url, endpoint.account.token)
+
+
+def try_model(url: str, token: str | None) -> None:
+    with out.status("encoding and decoding a picture"):
+        result = check(url, token, lambda line: note(f"  {line}"))
+    say(f"  {url}: {result}")
 
 
 def show_plan(plan: Plan) -> None:
@@ -167,20 +183,22 @@ def show_plan(plan: Plan) -> None:
             say(f"   {way} from {MODELS[key].checkpoint}; their licence: {MODELS[key].license}, {license_link(key)}")
     tokens = "" if plan.access == "public" else NO_TOKEN
     asleep = f"after {plan.scale_to_zero} idle minutes" if plan.scale_to_zero else "never"
+    cost = "\n   ".join(plan.cost)
     say(f"""
 2. The endpoint {plan.name} is created from that commit, or updated where it exists
    instance       {plan.instance} {plan.size}, {plan.vendor} {plan.region}
    access         {plan.access}: {CALLERS[plan.access]}{tokens}
-   replicas       {plan.min_replica} to {plan.max_replica}, one more at {PENDING_PER_REPLICA} pending requests a replica
+   replicas       {plan.min_replica} to {plan.max_replica}, one more at {PENDING} pending requests a replica
    scale to zero  {asleep}
    container      the stock Inference Toolkit, task custom, framework pytorch
    tags           {", ".join(plan.tags)}
 
-3. What it costs, by the list of {AS_OF}; deploying asks for today's prices, quota and regions""")
-    for line in plan.cost:
-        say(f"   {line}")
-    say("\n4. It waits until the endpoint is up, sends a small picture through it and prints its URL")
-    say(f"\n`make pause {named}` stops the cost; `make undeploy {named}` removes it.")
+3. What it costs, by the list of {AS_OF}; deploying asks for today's prices, quota and regions
+   {cost}
+
+4. It waits until the endpoint is up, sends a small picture through it and prints its URL
+
+`make pause {named}` stops the cost; `make undeploy {named}` removes it.""")
 
 
 @command
@@ -203,13 +221,12 @@ def smoke(
 ) -> None:
     """Encode and decode a small picture on a live endpoint."""
     if url:
-        return say(str(smoke_test(url)))
+        return try_model(url, None)
     endpoint = find_endpoint(model, namespace, name)
     if endpoint.there.status not in READY or not endpoint.there.url:
         why = endpoint.message or f"`make deploy {endpoint.variables}` starts it"
         raise DeployError(f"{endpoint} is {endpoint.there.status} and answers nothing: {why} ({endpoint.page})")
-    for address in addresses(endpoint.there.url, endpoint.models).values():
-        say(f"{address}: {smoke_test(address, endpoint.account.token)}")
+    try_models(endpoint)
 
 
 @command
@@ -269,11 +286,10 @@ def undeploy(
     if not doomed:
         return say(f"there is no {endpoint.name} in {endpoint.account.namespace}: nothing to delete")
     try:
-        sure = yes or typer.confirm(f"Delete {names}?", err=True)
-    except typer.Abort:  # there is nobody to ask
-        sure = note("")
-    if not sure:
-        raise DeployError("nothing was deleted; YES=1 deletes without asking")
+        yes = yes or typer.confirm(f"Delete {names}?", abort=True, err=True)
+    except typer.Abort:  # no, or nobody to ask
+        note("")
+        raise DeployError("nothing was deleted; YES=1 deletes without asking") from None
     with if_stopped(f"{names} may be there yet, and cost; `make endpoints` shows it"):
         for one in doomed:
             one.delete()

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from handlers import MODELS
 from handlers.model import Model
+from scripts.instances import dollars, table_price
 
-WIDE = 200
+WIDE = 226
 """Columns that the table needs; a narrower terminal gets a few lines for each model."""
 
 
@@ -27,12 +28,12 @@ def main() -> None:
 
 def print_table(console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("model", "latents", "scaling", "checkpoint", "class", "dtype"):
+    for column in ("model", "latents", "scaling", "checkpoint", "class", "dtype", "endpoint"):
         table.add_column(column, no_wrap=True)
     table.add_column("also for", overflow="fold")
     for key, model in MODELS.items():
-        cells = (latents(model), scaling(model), checkpoint(model), word(model, "vae_class"), word(model, "dtype"))
-        table.add_row(key, *map(escape, (*cells, model.shared_by)))
+        words = (word(model, "vae_class"), word(model, "dtype"), instance(model), model.shared_by)
+        table.add_row(key, *map(escape, (latents(model), scaling(model), checkpoint(model), *words)))
     console.print(table)
 
 
@@ -40,7 +41,7 @@ def print_list(console: Console) -> None:
     """The model and its checkpoint in a line each, which can be copied whole; all else is wrapped."""
     for key, model in MODELS.items():
         console.print(f"[bold]{key}[/]  {escape(latents(model))}  {scaling(model)}")
-        described = f"{word(model, 'vae_class')}, {word(model, 'dtype')} on a GPU"
+        described = f"{word(model, 'vae_class')}, {word(model, 'dtype')} on {instance(model)}"
         for line in (checkpoint(model), described, model.shared_by and f"also for {model.shared_by}"):
             if line:
                 console.print(Padding(escape(line), (0, 0, 0, 4)))
@@ -49,6 +50,11 @@ def print_list(console: Console) -> None:
 def word(model: type[Model], name: str) -> str:
     """What a model declares; `?` where it leaves out what has no default."""
     return str(getattr(model, name, "?"))
+
+
+def instance(model: type[Model]) -> str:
+    """What an endpoint of it runs on, and its price by the list of `instances.AS_OF`."""
+    return f"{model.instance}, {dollars(table_price('aws', model.instance, 'x1'))}/h"
 
 
 def checkpoint(model: type[Model]) -> str:

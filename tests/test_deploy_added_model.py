@@ -16,8 +16,8 @@ def test_it_can_be_deployed_once_all_is_declared(project: Path) -> None:
     planned = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
     assert f"Plan for MODEL={KEY}" in planned.stdout
 
-    declare(project, '    dtype = "float32"\n    latent_channels = 4\n', "")
+    declare(project, "    latent_channels = 4\n", "")
     refused = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert refused.stderr.splitlines() == [
-        f"error: {KEY} does not declare dtype, latent_channels; handlers/model.py says what that is"
+        f"error: {KEY} does not declare latent_channels; handlers/model.py says what that is"
     ]

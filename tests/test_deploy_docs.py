@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from handlers import MODELS
-from scripts.deployment.hardware import table_price
+from scripts.instances import table_price
 from tests.deploy_runner import NAMESPACE, PROJECT, PUBLISHED, TOKEN, Runner, deploy, hub
 from tests.hub_server import Hub, identity
 
@@ -107,7 +107,7 @@ def test_make_fails_with_one_line(make: list[str]) -> None:
         text=True,
     )
     assert done.returncode != 0
-    assert done.stderr.splitlines()[0].startswith("error: there is no model 'fluks': MODEL is one of")
+    assert done.stderr.splitlines()[0].startswith("error: there is no model 'fluks'; the models are: ")
 
 
 def test_the_documented_prices_are_the_tables_own() -> None:

@@ -115,11 +115,14 @@ def test_a_fine_grained_token_without_a_permission(
     assert deploy(*FLUX, token="hf_fine").status == 0
 
 
-@pytest.mark.parametrize(("model", "asked"), [("fluks", "there is no model 'fluks'"), (None, "no model was named")])
+@pytest.mark.parametrize(
+    ("model", "asked"),
+    [("fluks", "there is no model 'fluks'"), (None, "no model was named (MODEL, VAE_MODEL or endpoint.json)")],
+)
 def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: str) -> None:
     check(
         deploy("deploy", *(("--model", model) if model else ())),
-        f"error: {asked}: MODEL is one of {', '.join(MODELS)}",
+        f"error: {asked}; the models are: {', '.join(MODELS)}",
     )
     assert hub.requests == []
 

@@ -536,4 +536,4 @@ def test_several_models_in_one_endpoint(hub: Hub, deploy: Runner) -> None:
 
 
 def test_a_model_named_twice(deploy: Runner) -> None:
-    assert deploy("deploy", "--model", "flux,flux").lines == ["error: MODEL=flux,flux names a model twice"]
+    assert deploy("deploy", "--model", "flux,flux").lines == ["error: flux is named twice"]

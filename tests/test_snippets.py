@@ -1,4 +1,4 @@
-"""What sends to a live endpoint, against real servers: the smoke test, and the code that deploying prints."""
+"""What sends to a live endpoint, against real servers: the check, and the code that deploying prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from handlers import MODELS
-from scripts.deployment import card, smoke
+from remote_vae import check
+from scripts import snippets
 from tests.checkpoints import SMALL
 from tests.small_service import Service
 
@@ -18,13 +19,13 @@ SERVED = [key for key in MODELS if key in SMALL or key == "tiny"]
 
 
 @pytest.mark.parametrize("model", SERVED)
-def test_smoke_of_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+def test_check_of_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """What random weights make of the picture is another one; that `tiny` keeps it is in the whole life above."""
-    monkeypatch.setattr(smoke, "LOWEST_PSNR", 0)
-    result = smoke.smoke_test(f"{service.url}/{model}", None)
+    monkeypatch.setattr(check, "LOWEST_PSNR", 0)
+    result = check.check(f"{service.url}/{model}")
 
     assert result.shape[1] == MODELS[model].latent_channels
-    assert result.shape[-1] == smoke.SIZE // MODELS[model].vae_scale_factor
+    assert result.shape[-1] == check.SIZE // MODELS[model].vae_scale_factor
     assert (result.psnr is None) == (MODELS[model].kind == "video")
 
 
@@ -35,9 +36,9 @@ def test_the_printed_code_runs_as_it_is(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_ofTheTests")
-    monkeypatch.setattr(card, "SIZE", 256)
+    monkeypatch.setattr(snippets, "SIZE", 256)
     url, kind = f"{service.url}/{model}", MODELS[model].kind
-    for snippet, name in ((card.diffusers_snippet, "decoded.jpg"), (card.token_snippet, "decoded.png")):
+    for snippet, name in ((snippets.diffusers_snippet, "decoded.jpg"), (snippets.token_snippet, "decoded.png")):
         exec(snippet(MODELS[model], url), {})
         if kind == "video":
             name = "decoded.mp4"
@@ -50,7 +51,7 @@ def test_the_printed_code_runs_as_it_is(
 
 def shown(model: type) -> int:
     """Frames that the printed code's latents are decoded to."""
-    return (card.LATENT_FRAMES - 1) * model.frame_factor + 1
+    return (snippets.LATENT_FRAMES - 1) * model.frame_factor + 1
 
 
 def shown_frames(video: Path) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import HfApi, InferenceEndpointHardware, constants, get_token
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from scripts.console import DeployError, note
 from scripts.deployment.calls import TOKENS_PAGE, HubError, call
-from scripts.deployment.console import DeployError, note
 
 ENDPOINTS_API = constants.INFERENCE_ENDPOINTS_ENDPOINT
 PERMISSIONS = {

@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import parse_ratelimit_headers
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-from scripts.deployment.console import DeployError, note
+from scripts.console import DeployError, note
 from scripts.deployment.hardware import QUOTA_PAGE
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
@@ -36,8 +36,8 @@ class HubError(DeployError):
     """Hugging Face refused, or could not be reached."""
 
     def __init__(self, task: str, error: BaseException) -> None:
-        self.status = _status(error)
-        self.reason = _reason(error)
+        self.status, self.reason = _status(error), _reason(error)
+        """HTTP's, as `_status` has it, and one line."""
         super().__init__(f"could not {task}: {self.reason}{_advice(self.status, self.reason.lower())}")
 
 
@@ -53,7 +53,7 @@ def call(
         retry=retry_if_exception(lambda error: isinstance(error, HTTPError) and passes(_status(error))),
         wait=_wait,
         stop=stop_after_attempt(attempts),
-        before_sleep=_tell,
+        before_sleep=lambda state: note(f"  {_reason(_error(state))}; trying again in {state.upcoming_sleep:.0f} s"),
         reraise=True,
     )
     try:
@@ -65,13 +65,13 @@ def call(
         raise HubError(task, wrapped or error) from error
 
 
-def _tell(state: RetryCallState) -> None:
-    note(f"  {_reason(state.outcome.exception())}; trying again in {state.upcoming_sleep:.0f} s")
-
-
 def passes(status: int | None) -> bool:
     """Whether what was answered with this status, or not at all, may be answered otherwise a little later."""
     return status is None or status == 429 or status >= 500
+
+
+def _error(state: RetryCallState) -> BaseException:
+    return state.outcome.exception()
 
 
 def _status(error: BaseException) -> int | None:
@@ -83,11 +83,10 @@ def _status(error: BaseException) -> int | None:
 
 def _wait(state: RetryCallState) -> float:
     """Seconds: what the answer's `RateLimit` or `Retry-After` asks for, else twice as long every time."""
-    headers = getattr(getattr(state.outcome.exception(), "response", None), "headers", {})
-    limit = parse_ratelimit_headers(headers)
+    headers = getattr(getattr(_error(state), "response", None), "headers", {})
+    limit, asked = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
     if limit and not limit.remaining:
-        return min(limit.reset_in_seconds + 1, LONGEST_WAIT)
-    asked = headers.get("Retry-After", "")
+        asked = str(limit.reset_in_seconds + 1)
     return min(float(asked), LONGEST_WAIT) if asked.isdecimal() else BACKOFF(state)
 
 

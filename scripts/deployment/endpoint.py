@@ -12,11 +12,11 @@ from typing import Any
 from huggingface_hub import InferenceEndpoint, constants
 
 from handlers import MODELS
+from scripts.console import DeployError, describe, if_stopped, note, out, say
 from scripts.deployment.account import Account, open_account
 from scripts.deployment.calls import HubError, call, passes
-from scripts.deployment.console import DeployError, describe, if_stopped, note, out, say
-from scripts.deployment.hardware import describe_price, dollars, is_cpu, table_price
-from scripts.deployment.plan import PENDING_PER_REPLICA, TAG, Plan, default_name, find_models, tag_of, variables
+from scripts.deployment.plan import PENDING, TAG, Plan, default_name, find_models, tag_of, variables
+from scripts.instances import describe_price, dollars, is_cpu, table_price
 
 READY = ("running", "scaledToZero")
 BROKEN = ("failed", "updateFailed")
@@ -28,6 +28,10 @@ SETTLING = 6
 """Looks at which an endpoint may still show the state that it had before an update."""
 GONE_WITHIN = 300
 """Seconds in which an endpoint that was deleted has to be gone."""
+MODEL = ("repository", "revision", "instance_type", "instance_size")
+SCALING = ("min_replica", "max_replica", "scale_to_zero_timeout")
+"""What may differ since the last deployment, as huggingface_hub names it."""
+ALWAYS = {"framework": "pytorch", "task": "custom", "scaling_metric": "pendingRequests", "scaling_threshold": PENDING}
 TOKEN_OF = "HF_TOKEN_SHA256"
 """Environment variable with the beginning of the hash of the token in the secrets, whose values nobody can read."""
 
@@ -120,19 +124,14 @@ class Endpoint:
         return scaling["minReplica"], scaling["maxReplica"], scaling.get("scaleToZeroTimeout") or None
 
     def row(self) -> list[str]:
-        """Of the table of endpoints: how long it is up and what that cost are known since its last change alone.
-
-        It may have slept and woken since: then both are less.
-        """
-        ready, up = (
-            self.there.raw["status"].get("readyReplica", 0),
-            max(datetime.now(UTC) - self.there.updated_at, timedelta()),
-        )
-        spent = dollars(self.price and self.price * up.total_seconds() / 3600 * max(ready, 1))
-        replicas = "{} of {}-{}".format(ready, *self.scaling)
+        """Of the table of endpoints. How long it is up and what that cost, at most: it may have slept meanwhile."""
+        ready = self.there.raw["status"].get("readyReplica", 0)
+        up = max((datetime.now(UTC) - self.there.updated_at) // timedelta(seconds=1), 0)
+        spent = dollars(self.price and self.price * up / 3600 * max(ready, 1))
+        since = "-" if self.there.status in FREE else f"{timedelta(seconds=up)}, {spent}"
+        replicas, hourly = "{} of {}-{}".format(ready, *self.scaling), f"{dollars(self.price)}/h"
         row = [self.name, ",".join(self.models), self.there.status, " ".join(self.machine[2:]), replicas, self.access]
-        since = "-" if self.there.status in FREE else f"{timedelta(seconds=int(up.total_seconds()))}, {spent}"
-        return [*row, f"{dollars(self.price)}/h", since, self.there.url or ""]
+        return [*row, hourly, since, self.there.url or ""]
 
     def holds(self, plan: Plan) -> bool:
         """Whether it runs, or may wake up, on the plan's instance: then it is in the quota already."""
@@ -150,20 +149,9 @@ class Endpoint:
 
     def deploy(self, plan: Plan, repository: str, revision: str, token: str | None) -> None:
         """Creates it, or updates what differs. `token` is for a container that fetches gated weights itself."""
-        settings = {
-            "repository": repository,
-            "revision": revision,
-            "instance_type": plan.instance,
-            "instance_size": plan.size,
-            "min_replica": plan.min_replica,
-            "max_replica": plan.max_replica,
-            "scale_to_zero_timeout": plan.scale_to_zero,
-            "accelerator": "cpu" if is_cpu(plan.instance) else "gpu",
-            "framework": "pytorch",
-            "task": "custom",
-            "scaling_metric": "pendingRequests",
-            "scaling_threshold": PENDING_PER_REPLICA,
-        }
+        wanted = dict(zip(MODEL, (repository, revision, plan.instance, plan.size), strict=True))
+        wanted |= zip(SCALING, (plan.min_replica, plan.max_replica, plan.scale_to_zero), strict=True)
+        settings = ALWAYS | wanted | {"accelerator": "cpu" if is_cpu(plan.instance) else "gpu"}
         secret: dict[str, Any] = {}
         if token:
             fingerprint = hashlib.sha256(token.encode()).hexdigest()[:12]
@@ -174,11 +162,10 @@ class Endpoint:
         if plan.scale_to_zero is None and self.scaling[-1]:
             self._sleep_never(plan)
         has = (self.there.repository, self.there.revision, *self.machine[2:], *self.scaling)
-        compared = zip(settings.items(), has, strict=False)  # the first seven
+        compared = zip(wanted.items(), has, strict=True)
         changes = [f"{name} {old} -> {new}" for (name, new), old in compared if old != new]
         if changes or self.there.status in BROKEN:
-            say(f"  updating {self.name}: {', '.join(changes) or 'starting it again'}")
-            self._change("update", self.account.api.update_inference_endpoint, **settings)
+            self._update(", ".join(changes) or "starting it again", **settings)
         self._keep_token(secret)
         if not self.touched:
             say(f"  {self.name} is as planned: nothing to update")
@@ -217,10 +204,9 @@ class Endpoint:
             answer = self.account.request("PUT", url, json={"compute": {"scaling": scaling}})
             return InferenceEndpoint.from_raw(answer.json(), namespace)
 
-        say(f"  updating {self.name}: it never scales to zero, min_replica {plan.min_replica}")
         for never in (None, 0):
             try:
-                return self._change("update", put, never=never)
+                return self._update(f"it never scales to zero, min_replica {plan.min_replica}", put, never=never)
             except HubError as error:
                 if error.status not in (400, 422):
                     raise
@@ -242,9 +228,8 @@ class Endpoint:
             if others or not change:
                 beside = f"beside {', '.join(others)} " if others else ""
                 return note(f"  {why}; {beside}only you can change it: {self.page}/settings")
-            say(f"  updating {self.name}: {why}")
             env = {name: value for name, value in env.items() if name != TOKEN_OF} | wanted.get("env", {})
-            self._change("update", self.account.api.update_inference_endpoint, **change | {"env": env})
+            self._update(why, **change | {"env": env})
 
     def wait(self, minutes: float) -> None:
         """Waits until it serves, or sleeps until a request wakes it, and shows each change of state.
@@ -331,6 +316,10 @@ class Endpoint:
                 if not self.there:
                     return
         raise DeployError(f"{self} was to be deleted {GONE_WITHIN} s ago and is still {self.there.status}: {self.page}")
+
+    def _update(self, what: str, function: Callable[..., InferenceEndpoint] | None = None, **settings: Any) -> None:
+        say(f"  updating {self.name}: {what}")
+        self._change("update", function or self.account.api.update_inference_endpoint, **settings)
 
     def _change(self, task: str, function: Callable[..., InferenceEndpoint], /, **settings: Any) -> None:
         """A call after which it may run. One that exists and that refused the call is as it was."""

@@ -1,7 +1,4 @@
-"""The machines of Inference Endpoints: what they cost, what they hold, where there is one. Needs no network.
-
-What is true today is asked of the platform (`Account.hardware`); the table is for a plan made without it.
-"""
+"""Where there is a machine for a plan, as the platform says, and whether it holds the models. Needs no network."""
 
 from __future__ import annotations
 
@@ -11,31 +8,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from handlers.model import Model
-from scripts.deployment.console import DeployError, note
+from scripts.console import DeployError, note
+from scripts.instances import by_price, is_cpu
 
 if TYPE_CHECKING:
     from huggingface_hub import InferenceEndpointHardware
 
     from scripts.deployment.plan import Plan
 
-PAGE = "https://huggingface.co/pricing#endpoints"
 QUOTA_PAGE = "https://endpoints.huggingface.co/contact"
-AS_OF = "2026-08-20"
-"""Day of the table below: vendor aws, from https://huggingface.co/docs/inference-endpoints/support/pricing."""
-HOURLY: dict[str, dict[str, float]] = {
-    "intel-spr": {"x1": 0.033, "x2": 0.067, "x4": 0.134, "x8": 0.268, "x16": 0.536},
-    "nvidia-t4": {"x1": 0.5, "x4": 3.0},
-    "nvidia-l4": {"x1": 0.8, "x4": 3.8},
-    "nvidia-a10g": {"x1": 1.0, "x4": 5.0},
-    "nvidia-l40s": {"x1": 1.8, "x4": 8.3, "x8": 23.5},
-    "nvidia-a100": {"x1": 2.5, "x2": 5.0, "x4": 10.0, "x8": 20.0},
-    "nvidia-h200": {"x1": 5.0, "x2": 10.0, "x4": 20.0, "x8": 40.0},
-}
-"""USD an hour and replica, by instance and size."""
-MEMORY_GB = {"nvidia-t4": 14, "nvidia-l4": 24, "nvidia-a10g": 24, "nvidia-l40s": 48, "nvidia-a100": 80}
-"""Of one GPU, which is what a VAE runs on: the others of a larger size stay idle."""
-CPU_GB = 2
-"""Of each CPU."""
 USABLE = ("available", "low_availability")
 ASKED = {"vendor": "vendor", "instance": "instance_type", "size": "instance_size", "region": "region"}
 """What a plan says of its machine, and how the platform calls it."""
@@ -43,28 +24,12 @@ OFFSETS = {"us-east": -5, "us-central": -6, "us-west": -8, "eastus": -5, "westus
 """Hours that clocks are ahead of UTC, by the beginning of a region's name: what is near, as far as a clock knows."""
 
 
-def is_cpu(instance: str) -> bool:
-    return instance.startswith(("intel", "amd"))
-
-
-def table_price(vendor: str, instance: str, size: str) -> float | None:
-    """USD an hour for one replica; None where the table does not know it."""
-    return HOURLY.get(instance, {}).get(size) if vendor == "aws" else None
-
-
-def by_price(model: type[Model]) -> float:
-    """To order models by what their own instance costs."""
-    return HOURLY.get(model.instance, {}).get("x1", 0)
-
-
-def check_memory(models: Sequence[type[Model]], instance: str, size: str, memory: float | None = None) -> None:
+def check_memory(models: Sequence[type[Model]], instance: str, size: str, memory: float | None) -> None:
     """Raises `DeployError` where the machine is known to have less `memory`, in GB, than decoding in tiles takes.
 
     That is 1 GB for the machine and the process, measured at 0.6 to 0.8 GB; the weights; one tile of 512x512. On a CPU
-    all is in float32. None is what the table says.
+    all is in float32.
     """
-    if memory is None:
-        memory = CPU_GB * int(size[1:]) if is_cpu(instance) and size[1:].isdecimal() else MEMORY_GB.get(instance)
     width = {model: 4 if is_cpu(instance) or model.dtype == "float32" else 2 for model in models}
     stored = {model: 4 if model.dtype == "float32" else 2 for model in models}
     weights = sum((model.weights_mb or 0) * width[model] / stored[model] for model in models)
@@ -112,12 +77,3 @@ def _far(one: InferenceEndpointHardware) -> float:
     offset = next((hours for name, hours in OFFSETS.items() if one.region.startswith(name)), 0)
     apart = abs(offset - time.localtime().tm_gmtoff / 3600)
     return min(apart, 24 - apart)
-
-
-def dollars(amount: float | None) -> str:
-    """`$0.80`, and `$0.033` where cents are too coarse."""
-    return "?" if amount is None else f"${amount:.3f}" if 0 < amount < 0.1 else f"${amount:.2f}"
-
-
-def describe_price(price: float | None) -> str:
-    return f"{dollars(price)} an hour" if price is not None else f"a price unknown here, see {PAGE}"

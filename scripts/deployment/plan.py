@@ -10,19 +10,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from handlers import MODELS
+from handlers import MODELS, get_models
 from handlers.base import EndpointHandler
 from handlers.model import Model
-from scripts.deployment import hardware
-from scripts.deployment.console import DeployError, note
-from scripts.deployment.hardware import describe_price, dollars
+from scripts.console import DeployError, note
+from scripts.deployment.hardware import check_memory
+from scripts.instances import HOURLY, by_price, describe_price, dollars, table_memory, table_price
 
 CALLERS = {
     "authenticated": "anyone with a token of any Hugging Face account",
     "private": "only you, or the members of the organization, with a token",
     "public": "anyone, without a token",
 }
-PENDING_PER_REPLICA = 1.5
+PENDING = 1.5
+"""Requests a replica, at which there is one more."""
 TAG = "remote-vae"
 """Marks an endpoint as this project's; beside it is the tag of each of its models."""
 WEIGHT_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -78,23 +79,24 @@ class Plan:
         models = find_models(model)
         for reason in filter(None, map(cannot_run, models)):
             raise DeployError(reason)
-        dearest = max((MODELS[key] for key in models), key=hardware.by_price)
+        dearest = max((MODELS[key] for key in models), key=by_price)
         plan = cls(models, name or default_name(*models), instance or dearest.instance, **asked)
         plan._check()
         return replace(
             plan,
             scale_to_zero=None if plan.min_replica else plan.scale_to_zero,
-            price=hardware.table_price(plan.vendor, plan.instance, plan.size),
+            price=table_price(plan.vendor, plan.instance, plan.size),
             folders={key: folder for key in models if (folder := find_folder(key, plan.weights))},
         )
 
     def _check(self) -> None:
         """What has to be true, by what is said where it is not."""
         low, high, single = self.min_replica, self.max_replica, len(self.models) == 1
-        named = NAME.fullmatch(self.name)
-        sizes = hardware.HOURLY.get(self.instance, [self.size]) if self.vendor == "aws" else [self.size]
+        sizes = HOURLY.get(self.instance, [self.size]) if self.vendor == "aws" else [self.size]
         rules = {
-            f"NAME={self.name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end": named,
+            f"NAME={self.name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end": NAME.fullmatch(
+                self.name
+            ),
             f"ACCESS={self.access} cannot be: it is one of {', '.join(CALLERS)}": self.access in CALLERS,
             f"MIN_REPLICA={low} MAX_REPLICA={high} cannot be: 0 <= MIN <= MAX >= 1": 0 <= low <= high >= 1,
             "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 never sleeps": low or self.scale_to_zero >= 1,
@@ -104,7 +106,7 @@ class Plan:
         }
         for message in (message for message, kept in rules.items() if not kept):
             raise DeployError(message)
-        hardware.check_memory(self.handlers, self.instance, self.size)
+        check_memory(self.handlers, self.instance, self.size, table_memory(self.instance, self.size))
 
     @property
     def model(self) -> str:
@@ -122,47 +124,46 @@ class Plan:
     @property
     def cost(self) -> list[str]:
         """What the endpoint costs at work, idle and in a month, a line each."""
-        lines = [f"{describe_price(self.price)} while a replica starts or runs, billed by the minute"]
-        if self.price and self.max_replica > 1:
-            lines += [f"at most {describe_price(self.price * self.max_replica)}, with {self.max_replica} replicas"]
-        if self.price and self.min_replica:
-            day = self.price * self.min_replica * 24
-            lines += [f"it never scales to zero: {dollars(day)} a day, {dollars(day * 30)} a month"]
-        elif self.price:
-            idle, day = self.scale_to_zero, self.price * (1 + self.scale_to_zero / 60)
+        lines, price = (
+            [f"{describe_price(self.price)} while a replica starts or runs, billed by the minute"],
+            self.price,
+        )
+        if not price:
+            return lines
+        if self.max_replica > 1:
+            lines += [f"at most {describe_price(price * self.max_replica)}, with {self.max_replica} replicas"]
+        if self.min_replica:
+            day, lines = price * self.min_replica * 24, [*lines, "it never scales to zero: "]
+        else:
+            idle, day = self.scale_to_zero, price * (1 + self.scale_to_zero / 60)
             lines += [
                 f"$0.00 once it has scaled to zero, {idle} minutes after the last request or later (44 were measured "
                 "once where 15 were set); the next request starts it, and it counts against the quota meanwhile",
-                f"so an hour of work a day costs that hour and {idle} idle minutes after it: {dollars(day)} a day, "
-                f"{dollars(day * 30)} a month",
+                f"so an hour of work a day costs that hour and {idle} idle minutes after it: ",
             ]
+        lines[-1] += f"{dollars(day)} a day, {dollars(day * 30)} a month"
         return lines
 
 
 def find_models(model: str | None) -> tuple[str, ...]:
     """The keys in `flux` or `sd-v1,sdxl,flux`."""
-    keys = tuple(key.strip() for key in (model or "").split(",") if key.strip())
-    for key in keys or (None,):
-        if key not in MODELS:
-            asked = f"there is no model {key!r}" if key else "no model was named"
-            raise DeployError(f"{asked}: MODEL is one of {', '.join(MODELS)}")
-        if missing := [word for word in Model.__annotations__ if not hasattr(MODELS[key], word)]:
+    try:
+        models = get_models(model)
+    except ValueError as error:
+        raise DeployError(str(error)) from None
+    for key, handler in models.items():
+        if missing := [word for word in Model.__annotations__ if not hasattr(handler, word)]:
             raise DeployError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")
-    if len(set(keys)) < len(keys):
-        raise DeployError(f"MODEL={model} names a model twice")
-    return keys
+    return tuple(models)
 
 
 def cannot_run(model: str) -> str | None:
     """Why an endpoint cannot run it; None where it can. requirements.txt bounds diffusers there, and not elsewhere."""
     handler, bound = MODELS[model], re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
     needed, below = ([int(part) for part in version.split(".")] for version in (handler.diffusers, bound[1]))
-    if needed < below:
-        return None
-    return (
-        f"{model} cannot run on an endpoint: its {handler.vae_class} needs diffusers {handler.diffusers} or later, and "
-        f"endpoints have one before {bound[1]}; `make serve MODEL={model}` runs it on a machine of your own"
-    )
+    here = f"endpoints have one before {bound[1]}; `make serve MODEL={model}` runs it on a machine of your own"
+    needs = f"{model} cannot run on an endpoint: its {handler.vae_class} needs diffusers {handler.diffusers} or later"
+    return f"{needs}, and {here}" if needed >= below else None
 
 
 def is_shipped(model: str) -> bool:

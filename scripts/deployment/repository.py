@@ -15,10 +15,10 @@ from huggingface_hub.utils.sha import git_hash
 from rich.filesize import decimal
 
 from handlers import MODELS, __version__
+from scripts.console import DeployError, if_stopped, note, say
 from scripts.deployment.account import Account
 from scripts.deployment.calls import HubError, call, passes
 from scripts.deployment.card import model_card, origin
-from scripts.deployment.console import DeployError, if_stopped, note, say
 from scripts.deployment.plan import WEIGHT_FILES, Plan
 
 PROJECT = Path(__file__).parents[2]

@@ -37,7 +37,14 @@ def test_the_documented_commands_run_as_they_stand(service: Service, tmp_path: P
     """But for the player, and for the proxy, which has tests of its own."""
     readme = (ROOT / "remote_vae" / "README.md").read_text()
     commands = re.findall(r"^\$ remote-vae (.*?)(?: \| ffplay -)?\s*(?:#.*)?$", readme, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["info", *3 * ["decode"], "encode", "latents", "proxy"]
+    assert [command.split()[0] for command in commands] == [
+        "info",
+        "check",
+        *3 * ["decode"],
+        "encode",
+        "latents",
+        "proxy",
+    ]
     (tmp_path / "pictures").mkdir()
     for picture in ("photo.jpg", "pictures/a.png"):
         Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / picture)
@@ -46,7 +53,7 @@ def test_the_documented_commands_run_as_they_stand(service: Service, tmp_path: P
         latents = torch.randn(1, 16, 3, 8, 8) if video else LATENTS[:1]
         if "decode" in command:
             save_file({"latents": latents}, tmp_path / "latents.safetensors")
-        url = f"{service.url}/{'wan-2.1' if video else 'sdxl'}"
+        url = f"{service.url}/{'wan-2.1' if video else 'tiny' if 'check' in command else 'sdxl'}"
         arguments = shlex.split(command.replace("URL", url))
         status, _, error = forked.run("-m", "remote_vae", *arguments, folder=tmp_path, PYTHONPATH=str(ROOT))
         assert status == 0, error
@@ -64,6 +71,28 @@ def test_info(service: Service) -> None:
         "1, 5, 9, ...",
     ):
         assert word in out
+
+
+def test_check(service: Service) -> None:
+    out, _ = remote_vae("check", f"{service.url}/tiny")
+    assert re.fullmatch(
+        r"encode [\d.]+ s, decode [\d.]+ s: 256x256 pixels became latents \[1, 8, 64, 64\], "
+        r"and the picture at [\d.]+ dB came back\n",
+        out,
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("/sdxl", r"/sdxl gave back another picture \([\d.]+ dB, under 15\): are the weights its own\?"),
+        ("/nothing", r"/nothing/encode: 404 .*"),
+    ],
+)
+def test_check_of_what_is_not_right(service: Service, path: str, error: str) -> None:
+    out, said = remote_vae("check", service.url + path, status=1)
+    assert out == ""
+    assert re.search(rf"error: http://\S+{error}$", said.strip())
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])

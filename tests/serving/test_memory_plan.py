@@ -11,7 +11,7 @@ from benchmarks.memory import Case, estimated, measured, offered, tile_side, wei
 from handlers import MODELS
 from handlers.model import ALL, Model, Task
 from handlers.serving.memory import Mode
-from scripts.deployment.hardware import HOURLY
+from scripts.instances import HOURLY
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,54 @@
+"""The instance types of Inference Endpoints, by a dated list: what they cost and what they hold.
+
+For `make models`, and for a plan that is made without a network; deploying asks the platform (`Account.hardware`).
+"""
+
+from __future__ import annotations
+
+from handlers.model import Model
+
+PAGE = "https://huggingface.co/pricing#endpoints"
+AS_OF = "2026-08-20"
+"""Day of the table below: vendor aws, from https://huggingface.co/docs/inference-endpoints/support/pricing."""
+HOURLY: dict[str, dict[str, float]] = {
+    "intel-spr": {"x1": 0.033, "x2": 0.067, "x4": 0.134, "x8": 0.268, "x16": 0.536},
+    "nvidia-t4": {"x1": 0.5, "x4": 3.0},
+    "nvidia-l4": {"x1": 0.8, "x4": 3.8},
+    "nvidia-a10g": {"x1": 1.0, "x4": 5.0},
+    "nvidia-l40s": {"x1": 1.8, "x4": 8.3, "x8": 23.5},
+    "nvidia-a100": {"x1": 2.5, "x2": 5.0, "x4": 10.0, "x8": 20.0},
+    "nvidia-h200": {"x1": 5.0, "x2": 10.0, "x4": 20.0, "x8": 40.0},
+}
+"""USD an hour and replica, by instance and size."""
+MEMORY_GB = {"nvidia-t4": 14, "nvidia-l4": 24, "nvidia-a10g": 24, "nvidia-l40s": 48, "nvidia-a100": 80}
+"""Of one GPU, which is what a VAE runs on: the others of a larger size stay idle."""
+CPU_GB = 2
+"""Of each CPU."""
+
+
+def is_cpu(instance: str) -> bool:
+    return instance.startswith(("intel", "amd"))
+
+
+def table_price(vendor: str, instance: str, size: str) -> float | None:
+    """USD an hour for one replica; None where the table does not know it."""
+    return HOURLY.get(instance, {}).get(size) if vendor == "aws" else None
+
+
+def table_memory(instance: str, size: str) -> float | None:
+    """GB that a VAE can have; None where the table does not know it."""
+    return CPU_GB * int(size[1:]) if is_cpu(instance) and size[1:].isdecimal() else MEMORY_GB.get(instance)
+
+
+def by_price(model: type[Model]) -> float:
+    """To order models by what their own instance costs."""
+    return HOURLY.get(model.instance, {}).get("x1", 0)
+
+
+def dollars(amount: float | None) -> str:
+    """`$0.80`, and `$0.033` where cents are too coarse."""
+    return "?" if amount is None else f"${amount:.3f}" if 0 < amount < 0.1 else f"${amount:.2f}"
+
+
+def describe_price(price: float | None) -> str:
+    return f"{dollars(price)} an hour" if price is not None else f"a price unknown here, see {PAGE}"

@@ -1,0 +1,100 @@
+"""The code that calls a model's endpoint: what `make deploy` prints and writes into the repository's card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from handlers import MODELS
+from handlers.model import Model
+from scripts.models import gives_raw_latents, scaling_factors
+
+SIZE = 512
+"""Pixels, height and width, of the picture that the code decodes."""
+LATENT_FRAMES = 3
+"""Of a video."""
+
+
+def calling(addresses: Mapping[str, str]) -> str:
+    """In Markdown, for each model at its address."""
+    return "\n".join(
+        f"{key}, with a token:\n\n```python\n{token_snippet(MODELS[key], address)}```\n\n"
+        "With diffusers, whose `remote_decode` sends no token, and so needs an endpoint with ACCESS=public:\n\n"
+        f"```python\n{diffusers_snippet(MODELS[key], address)}```\n"
+        for key, address in addresses.items()
+    )
+
+
+def diffusers_snippet(model: type[Model], url: str) -> str:
+    """With the released client. What it has no argument for goes into the address."""
+    sent, save = sent_parameters(model), 'decoded.save("decoded.jpg")'
+    if "num_frames" in sent:
+        url += f"?num_frames={sent.pop('num_frames')}"
+    if sent.get("do_scaling"):  # as it sends by itself
+        del sent["do_scaling"]
+    if model.kind == "video":
+        sent |= {"output_type": "mp4", "return_type": "mp4"}
+        save = 'with open("decoded.mp4", "wb") as file:\n    file.write(decoded)'
+    arguments = "".join(f", {name}={literal(value)}" for name, value in sent.items())
+    return f"""\
+import torch
+from diffusers.utils.remote_utils import remote_decode
+
+latents = torch.randn({latents_shape(model)}, dtype=torch.float16)  # yours come from a pipeline
+decoded = remote_decode("{url}", latents{arguments})
+{save}
+"""
+
+
+def token_snippet(model: type[Model], url: str) -> str:
+    """For an endpoint of any access."""
+    sent, accept, file = {"output_type": "pil", "image_format": "png"}, "image/png", "decoded.png"
+    if model.kind == "video":
+        sent, accept, file = {"output_type": "mp4"}, "text/plain", "decoded.mp4"
+    sent = {"dtype": "float16", **sent_parameters(model), **sent}
+    also = ", ".join(f'"{name}": {literal(value)}' for name, value in sent.items())
+    return f"""\
+import requests
+import torch
+from huggingface_hub import get_token
+
+latents = torch.randn({latents_shape(model)}, dtype=torch.float16)  # yours come from a pipeline
+parameters = {{"shape": list(latents.shape), {also}}}
+headers = {{
+    "Authorization": f"Bearer {{get_token()}}",
+    "Content-Type": "tensor/binary",
+    "Accept": "{accept}",
+    "X-Scale-Up-Timeout": "600",  # waits for an endpoint that has scaled to zero
+}}
+body = latents.numpy().tobytes()
+response = requests.post("{url}", body, params=parameters, headers=headers, timeout=660)
+if not response.ok:
+    raise RuntimeError(response.text)
+with open("{file}", "wb") as file:
+    file.write(response.content)
+"""
+
+
+def literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def latents_shape(model: type[Model]) -> list[int]:
+    """As the model's pipelines lay them out: of one picture, or of a few frames."""
+    side, channels, patch = SIZE // model.vae_scale_factor, model.latent_channels, model.patch
+    frames = [LATENT_FRAMES] if model.kind == "video" else []
+    if model.pipeline_layout == "packed":
+        return [1, sum(frames or [1]) * (side // patch) ** 2, channels * patch**2]
+    if model.pipeline_layout == "BFCHW":
+        return [1, *frames, channels, side, side]
+    return [1, channels, *frames, side, side]
+
+
+def sent_parameters(model: type[Model]) -> dict[str, Any]:
+    """What goes along with the pipeline's latents."""
+    sent: dict[str, Any] = {"height": SIZE, "width": SIZE} if model.pipeline_layout == "packed" else {}
+    if sent and model.kind == "video":
+        sent["num_frames"] = (LATENT_FRAMES - 1) * model.frame_factor + 1
+    if gives_raw_latents(model):
+        return sent | {"do_scaling": False}
+    return sent | (scaling_factors(model) or {"do_scaling": True})
