@@ -106,7 +106,7 @@ pause: $(DEPLOY_VENV)/bin/.installed  ## stop the endpoint of MODEL and its cost
 
 .PHONY: pause-all
 pause-all: $(DEPLOY_VENV)/bin/.installed  ## stop every endpoint of this project [NAMESPACE=...]
-	$(call DEPLOY,pause-all)
+	$(call DEPLOY,pause --all)
 
 .PHONY: resume
 resume: $(DEPLOY_VENV)/bin/.installed  ## start the paused endpoint of MODEL again

@@ -142,7 +142,7 @@ def canary(namespace: str | None = None, timeout: float = 30, record: Path = Pat
             timed("pause", endpoint.pause)
             endpoint.resume()
             timed("resume", lambda: endpoint.wait(timeout))
-            try_models(endpoint)
+            try_models(endpoint.addresses.values(), account.token)
             price = endpoint.price or plan.price
             say(f"it cost {dollars(price * (time.monotonic() - start) / 3600)} at most")
         finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import wraps
 from typing import Annotated, Any
@@ -19,31 +19,33 @@ os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")
 import typer
 from huggingface_hub import get_token
 from huggingface_hub.utils import logging as hub_logging
-from rich.filesize import decimal
 
 from handlers import MODELS
 from remote_vae import RemoteVAEError
 from remote_vae.check import check
 from scripts.console import DeployError, describe, if_stopped, note, out, say, show_table
 from scripts.deployment.account import PERMISSIONS, Account, open_account
-from scripts.deployment.card import license_link
 from scripts.deployment.endpoint import READY, Endpoint, find_endpoint, find_endpoints
 from scripts.deployment.hardware import place
-from scripts.deployment.plan import CALLERS, PENDING, Plan, addresses, published_models, variables
+from scripts.deployment.plan import CALLERS, Plan
 from scripts.deployment.repository import Repository, describe_files
-from scripts.instances import AS_OF, describe_price, dollars
+from scripts.deployment.texts import text
+from scripts.instances import describe_price, dollars
+from scripts.models import published_models
 from scripts.snippets import calling
 
 Model = Annotated[str | None, typer.Option(help=f"Key of the model, or a,b,c: {', '.join(MODELS)}.")]
 Namespace = Annotated[str | None, typer.Option(help="User or organization; default: the token's user.")]
 Name = Annotated[str | None, typer.Option(help="Name of endpoint and repository; default: remote-vae-MODEL.")]
 Timeout = Annotated[float, typer.Option(help="Minutes to wait for the endpoint.")]
+Url = Annotated[str | None, typer.Option(help="Address of any endpoint or server, instead of a model.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; no token, no network.")]
+Repo = Annotated[bool, typer.Option("--delete-repo", help="Delete the repository on the Hub too.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+All = Annotated[bool, typer.Option("--all", help="Every one of this project, one by one.")]
 Keep = Annotated[bool, typer.Option("--keep", help="Leave an endpoint running that failed; else it is paused.")]
 
 FAILURES = (DeployError, RemoteVAEError)
-NO_TOKEN = """
-                  diffusers' remote_decode, SD.Next and kijai's ComfyUI node send none: ACCESS=public lets them in,
-                  or `remote-vae proxy`; RemoteVAE and the node in clients/comfyui send one"""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -86,8 +88,8 @@ def deploy(
     revision: Annotated[str | None, typer.Option(help="Commit of the checkpoint; default: what is deployed.")] = None,
     timeout: Timeout = 30,
     keep: Keep = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; no token, no network.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="Every published model, one endpoint each.")] = False,
+    dry_run: DryRun = False,
+    every: All = False,
 ) -> None:
     """Create or update the endpoint of one model, or of several, wait for it, try it."""
     asked = {key: value for key, value in context.params.items() if key in Plan.__dataclass_fields__}
@@ -97,16 +99,16 @@ def deploy(
         say(f"{len(plans)} endpoints: {describe_price(total)} while a replica of each starts or runs")
     if dry_run:
         for plan in plans:
-            show_plan(plan)
+            say(text("plan.txt", plan, sizes=describe_files(plan)))
         return
     needed = [one for one in PERMISSIONS if access != "public" or not one.endswith("infer.write")]  # anyone may call it
     account = open_account(namespace, needed)
     if every:
         return deploy_all(account, plans, timeout, keep)
     plan, endpoint = deploy_plan(account, plans[0], timeout, keep)
-    say("\n".join(["", *addresses(endpoint.there.url, plan.models).values(), *plan.cost]))
+    say("\n".join(["", *endpoint.addresses.values(), text("cost.txt", plan)]))
     say(f"`make pause {endpoint.variables}` stops the cost; `make undeploy {endpoint.variables}` removes it\n")
-    say(f"ACCESS={plan.access}: {CALLERS[plan.access]}.\n\n{calling(addresses(endpoint.there.url, plan.models))}")
+    say(f"ACCESS={plan.access}: {CALLERS[plan.access]}.\n\n{calling(endpoint.addresses)}")
 
 
 def deploy_all(account: Account, plans: list[Plan], timeout: float, keep: bool) -> None:
@@ -141,7 +143,8 @@ def deploy_plan(account: Account, plan: Plan, timeout: float, keep: bool) -> tup
         if endpoint.there:
             endpoint.check_fixed(plan)
             plan = replace(plan, region=endpoint.machine[1])
-        plan = replace(plan, price=endpoint.price) if endpoint.holds(plan) else place(plan, account.hardware)
+        new = not endpoint.there
+        plan = replace(plan, price=endpoint.price) if endpoint.holds(plan) else place(plan, account.hardware, new)
         say(f"{plan.instance} {plan.size} in {plan.vendor} {plan.region}: {describe_price(plan.price)} at work")
         say(f"Repository {repository.page}" + ("" if repository.commit else ", new and private"))
         revision = repository.upload(plan, weights)
@@ -152,53 +155,16 @@ def deploy_plan(account: Account, plan: Plan, timeout: float, keep: bool) -> tup
         endpoint.wait(timeout)
         endpoint.check_fixed(plan)
         say("Smoke test")
-        try_models(endpoint)
+        try_models(endpoint.addresses.values(), account.token)
     return plan, endpoint
 
 
-def try_models(endpoint: Endpoint) -> None:
+def try_models(urls: Iterable[str], token: str | None) -> None:
     """A small picture through each of them and back."""
-    for url in addresses(endpoint.there.url, endpoint.models).values():
-        try_model(url, endpoint.account.token)
-
-
-def try_model(url: str, token: str | None) -> None:
-    with out.status("encoding and decoding a picture"):
-        result = check(url, token, lambda line: note(f"  {line}"))
-    say(f"  {url}: {result}")
-
-
-def show_plan(plan: Plan) -> None:
-    """All of it, without a token and a network."""
-    named = variables(plan.models, plan.namespace, plan.name)
-    page = f"https://huggingface.co/{plan.namespace or '<your account>'}/{plan.name}"
-    say(f"Plan for MODEL={plan.model}; nothing is changed, no token is needed\n")
-    say(f"1. The private repository {page} gets these files")
-    sizes = describe_files(plan)
-    sizes[f"{len(sizes)} files"] = sum(filter(None, sizes.values()))
-    show_table(("file", "size"), ((path, decimal(size) if size else "?") for path, size in sizes.items()))
-    for key in plan.models:
-        if key not in plan.folders:
-            way = "No weights: they are fetched at every start" if plan.weights == "hub" else "Weights are copied there"
-            say(f"   {way} from {MODELS[key].checkpoint}; their licence: {MODELS[key].license}, {license_link(key)}")
-    tokens = "" if plan.access == "public" else NO_TOKEN
-    asleep = f"after {plan.scale_to_zero} idle minutes" if plan.scale_to_zero else "never"
-    cost = "\n   ".join(plan.cost)
-    say(f"""
-2. The endpoint {plan.name} is created from that commit, or updated where it exists
-   instance       {plan.instance} {plan.size}, {plan.vendor} {plan.region}
-   access         {plan.access}: {CALLERS[plan.access]}{tokens}
-   replicas       {plan.min_replica} to {plan.max_replica}, one more at {PENDING} pending requests a replica
-   scale to zero  {asleep}
-   container      the stock Inference Toolkit, task custom, framework pytorch
-   tags           {", ".join(plan.tags)}
-
-3. What it costs, by the list of {AS_OF}; deploying asks for today's prices, quota and regions
-   {cost}
-
-4. It waits until the endpoint is up, sends a small picture through it and prints its URL
-
-`make pause {named}` stops the cost; `make undeploy {named}` removes it.""")
+    for url in urls:
+        with out.status("encoding and decoding a picture"):
+            result = check(url, token, lambda line: note(f"  {line}"))
+        say(f"  {url}: {result}")
 
 
 @command
@@ -213,39 +179,23 @@ def endpoints(namespace: Namespace = None) -> None:
 
 
 @command
-def smoke(
-    model: Model = None,
-    namespace: Namespace = None,
-    name: Name = None,
-    url: Annotated[str | None, typer.Option(help="Address of any endpoint or server, instead of a model.")] = None,
-) -> None:
+def smoke(model: Model = None, namespace: Namespace = None, name: Name = None, url: Url = None) -> None:
     """Encode and decode a small picture on a live endpoint."""
     if url:
-        return try_model(url, None)
+        return try_models([url], None)
     endpoint = find_endpoint(model, namespace, name)
     if endpoint.there.status not in READY or not endpoint.there.url:
         why = endpoint.message or f"`make deploy {endpoint.variables}` starts it"
         raise DeployError(f"{endpoint} is {endpoint.there.status} and answers nothing: {why} ({endpoint.page})")
-    try_models(endpoint)
+    try_models(endpoint.addresses.values(), endpoint.account.token)
 
 
 @command
-def pause(model: Model = None, namespace: Namespace = None, name: Name = None) -> None:
+def pause(model: Model = None, namespace: Namespace = None, name: Name = None, every: All = False) -> None:
     """Stop an endpoint, and with it its cost, until `resume`."""
-    pause_each([find_endpoint(model, namespace, name)])
-
-
-@command
-def pause_all(namespace: Namespace = None) -> None:
-    """Stop every endpoint of this project, whatever becomes of one of them."""
-    account = open_account(namespace)
-    pause_each(find_endpoints(account))
-    say(f"nothing of this project in {account.namespace} costs anything now")
-
-
-def pause_each(found: list[Endpoint]) -> None:
+    account = open_account(namespace) if every else None
     failed = []
-    for endpoint in found:
+    for endpoint in find_endpoints(account) if account else [find_endpoint(model, namespace, name)]:
         try:
             endpoint.pause()
             say(endpoint.left)
@@ -254,6 +204,8 @@ def pause_each(found: list[Endpoint]) -> None:
             failed.append(f"{endpoint.name} ({endpoint.page})")
     if failed:
         raise DeployError(f"MAY BE RUNNING, and cost: {', '.join(failed)}")
+    if account:
+        say(f"nothing of this project in {account.namespace} costs anything now")
 
 
 @command
@@ -270,11 +222,7 @@ def resume(
 
 @command
 def undeploy(
-    model: Model = None,
-    namespace: Namespace = None,
-    name: Name = None,
-    delete_repo: Annotated[bool, typer.Option("--delete-repo", help="Delete the repository on the Hub too.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    model: Model = None, namespace: Namespace = None, name: Name = None, delete_repo: Repo = False, yes: Yes = False
 ) -> None:
     """Delete an endpoint, wait until it is gone, and delete its repository where asked to."""
     endpoint = find_endpoint(model, namespace, name, needed=False)

@@ -5,7 +5,11 @@ For `make models`, and for a plan that is made without a network; deploying asks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from handlers import MODELS
 from handlers.model import Model
+from scripts.console import DeployError
 
 PAGE = "https://huggingface.co/pricing#endpoints"
 AS_OF = "2026-08-20"
@@ -43,6 +47,23 @@ def table_memory(instance: str, size: str) -> float | None:
 def by_price(model: type[Model]) -> float:
     """To order models by what their own instance costs."""
     return HOURLY.get(model.instance, {}).get("x1", 0)
+
+
+def check_memory(keys: Sequence[str], instance: str, size: str, memory: float | None) -> None:
+    """Raises `DeployError` where the machine is known to have less `memory`, in GB, than decoding in tiles takes.
+
+    That is 1 GB for the machine and the process, measured at 0.6 to 0.8 GB; the weights; one tile of 512x512. On a CPU
+    all is in float32.
+    """
+    models = [MODELS[key] for key in keys]
+    width = {model: 4 if is_cpu(instance) or model.dtype == "float32" else 2 for model in models}
+    stored = {model: 4 if model.dtype == "float32" else 2 for model in models}
+    weights = sum((model.weights_mb or 0) * width[model] / stored[model] for model in models)
+    tile = max(model.peak["decode"].first * width[model] for model in models) * 512 * 512
+    needed = 1 + weights / 1e3 + tile / 1e9
+    if memory and memory < needed:
+        has = f"INSTANCE={instance} SIZE={size} has {memory:g} GB, and this needs {needed:.1f}"
+        raise DeployError(f"{has}: choose a larger SIZE, or INSTANCE={max(models, key=by_price).instance}")
 
 
 def dollars(amount: float | None) -> str:

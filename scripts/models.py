@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from rich.table import Table
 
 from handlers import MODELS
 from handlers.model import Model
+from scripts.console import note
 from scripts.instances import dollars, table_price
 
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 WIDE = 226
 """Columns that the table needs; a narrower terminal gets a few lines for each model."""
 
@@ -32,7 +35,7 @@ def print_table(console: Console) -> None:
         table.add_column(column, no_wrap=True)
     table.add_column("also for", overflow="fold")
     for key, model in MODELS.items():
-        words = (word(model, "vae_class"), word(model, "dtype"), instance(model), model.shared_by)
+        words = (word(model, "vae_class"), word(model, "dtype"), instance(key), model.shared_by)
         table.add_row(key, *map(escape, (latents(model), scaling(model), checkpoint(model), *words)))
     console.print(table)
 
@@ -41,7 +44,7 @@ def print_list(console: Console) -> None:
     """The model and its checkpoint in a line each, which can be copied whole; all else is wrapped."""
     for key, model in MODELS.items():
         console.print(f"[bold]{key}[/]  {escape(latents(model))}  {scaling(model)}")
-        described = f"{word(model, 'vae_class')}, {word(model, 'dtype')} on {instance(model)}"
+        described = f"{word(model, 'vae_class')}, {word(model, 'dtype')}; endpoint: {instance(key)}"
         for line in (checkpoint(model), described, model.shared_by and f"also for {model.shared_by}"):
             if line:
                 console.print(Padding(escape(line), (0, 0, 0, 4)))
@@ -52,9 +55,11 @@ def word(model: type[Model], name: str) -> str:
     return str(getattr(model, name, "?"))
 
 
-def instance(model: type[Model]) -> str:
+def instance(key: str) -> str:
     """What an endpoint of it runs on, and its price by the list of `instances.AS_OF`."""
-    return f"{model.instance}, {dollars(table_price('aws', model.instance, 'x1'))}/h"
+    if cannot_run(key):
+        return f"none: it needs diffusers {MODELS[key].diffusers}"
+    return f"{MODELS[key].instance}, {dollars(table_price('aws', MODELS[key].instance, 'x1'))}/h"
 
 
 def checkpoint(model: type[Model]) -> str:
@@ -63,6 +68,35 @@ def checkpoint(model: type[Model]) -> str:
     if folder.is_absolute():
         return f"{folder.parent.name}/{folder.name}"
     return "/".join(filter(None, (str(folder), model.subfolder)))
+
+
+def cannot_run(model: str) -> str | None:
+    """Why an endpoint cannot run it; None where it can. requirements.txt bounds diffusers there, and not elsewhere."""
+    handler, bound = MODELS[model], re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
+    needed, below = ([int(part) for part in version.split(".")] for version in (handler.diffusers, bound[1]))
+    if needed < below:
+        return None
+    return (
+        f"{model} cannot run on an endpoint: its {handler.vae_class} needs diffusers {handler.diffusers} or later, and "
+        f"endpoints have one before {bound[1]}; `make serve MODEL={model}` runs it on a machine of your own"
+    )
+
+
+def is_shipped(model: str) -> bool:
+    """Whether the model's weights are part of this project."""
+    return Path(MODELS[model].checkpoint).is_absolute()
+
+
+def published_models() -> list[str]:
+    """Those that an endpoint can run, and whose weights are on the Hub; says which of them it cannot run, and why."""
+    reasons = {key: cannot_run(key) for key in MODELS if not is_shipped(key)}
+    for reason in filter(None, reasons.values()):
+        note(reason)
+    return [key for key, reason in reasons.items() if not reason]
+
+
+def license_link(model: str) -> str:
+    return MODELS[model].license_link or f"https://huggingface.co/{MODELS[model].checkpoint}"
 
 
 def latents(model: type[Model]) -> str:

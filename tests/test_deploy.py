@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from PIL import Image
 from rich.filesize import decimal
 
 from handlers import MODELS
-from scripts.deployment.card import license_link
 from scripts.deployment.plan import default_name
+from scripts.models import license_link
 from tests.deploy_runner import (
     NAMESPACE,
     PUBLISHED,
@@ -43,8 +44,16 @@ def bare(tmp_path: Path) -> dict[str, str]:
 
 
 def listed_files(plan: str) -> dict[str, str]:
-    """Path and size of each file in a printed plan."""
-    return dict(re.findall(r"^(\S+) +([\d.]+ (?:bytes|[kMG]B)|\?) *$", plan, re.MULTILINE))
+    """Path and size of each file in a printed plan; of the folder of the code in one."""
+    return dict(re.findall(r"^   (\S+) +([\d.]+ (?:bytes|[kMG]B)|\?)$", plan, re.MULTILINE))
+
+
+def listing(files: dict[str, bytes]) -> dict[str, str]:
+    """What a plan lists where these are uploaded."""
+    sizes = Counter()
+    for path, content in files.items():
+        sizes["handlers/" if path.startswith("handlers/") else path] += len(content)
+    return {path: decimal(size) for path, size in sizes.items()}
 
 
 def repository(hub: Hub, name: str) -> dict[str, bytes]:
@@ -74,14 +83,7 @@ def test_dry_run_prints_the_plan_with_no_torch_no_token_and_no_network(
     ):
         assert text in result.out
     files = listed_files(result.out)
-    assert {
-        "handler.py",
-        "handlers/__init__.py",
-        "handlers/serving/page.html",
-        "requirements.txt",
-        "endpoint.json",
-        "README.md",
-    } < files.keys()
+    assert {"handler.py", "handlers/", "requirements.txt", "endpoint.json", "README.md"} < files.keys()
     assert {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} < files.keys()
 
 
@@ -130,7 +132,7 @@ def test_a_model_that_declares_nothing_about_deploying_can_be_deployed(deploy: R
 
     assert (result.status, result.err) == (0, "")
     assert "nvidia-l4" in result.out
-    assert re.search(r"^vae/diffusion_pytorch_model.safetensors +\?", result.out, re.MULTILINE)
+    assert re.search(r"^   vae/diffusion_pytorch_model.safetensors +\?", result.out, re.MULTILINE)
 
 
 def test_an_unknown_price_is_said(deploy: Runner) -> None:
@@ -153,7 +155,8 @@ def test_the_whole_life_of_an_endpoint(
     assert (first.status, first.lines) == (0, [])
 
     uploaded = repository(hub, name)
-    assert listed_files(plan.out) == {path: decimal(len(content)) for path, content in uploaded.items()}
+    assert listed_files(plan.out) == listing(uploaded)
+    assert {"handlers/__init__.py", "handlers/serving/page.html"} < uploaded.keys()
     assert b"not for upload" not in uploaded.values()
     assert hub.repos[key].private
     record = json.loads(uploaded["endpoint.json"])
@@ -275,7 +278,7 @@ def test_a_checkpoint_goes_up_with_nothing_but_the_vae(hub: Hub, deploy: Runner,
 
     assert result.status == 0
     uploaded = repository(hub, default_name(model))
-    assert uploaded.keys() == listed_files(plan.out).keys()
+    assert listing(uploaded).keys() == listed_files(plan.out).keys()
     checkpoint = hub.repos[MODELS[model].checkpoint]
     folder = f"{MODELS[model].subfolder}/" if MODELS[model].subfolder else ""
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):

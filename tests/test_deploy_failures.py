@@ -61,8 +61,8 @@ def test_no_token(hub: Hub, deploy: Runner) -> None:
 
 
 def test_no_token_for_the_other_commands(deploy: Runner) -> None:
-    for target in ("deploy --all", "endpoints", "pause-all", "smoke", "pause", "resume", "undeploy"):
-        model = ("--model", "flux") if target not in ("deploy --all", "endpoints", "pause-all") else ()
+    for target in ("deploy --all", "endpoints", "pause --all", "smoke", "pause", "resume", "undeploy"):
+        model = ("--model", "flux") if target not in ("deploy --all", "endpoints", "pause --all") else ()
         result = deploy(*target.split(), *model, token=None)
         assert (result.status, len(result.lines)) == (1, 1)
         assert result.lines[0].startswith("error: no Hugging Face token: ")

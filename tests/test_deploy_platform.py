@@ -270,6 +270,18 @@ def test_a_region_that_has_none_names_those_that_do(hub: Hub, deploy: Runner) ->
     )
 
 
+def test_an_endpoint_whose_region_has_none_is_not_told_to_move(hub: Hub, deploy: Runner) -> None:
+    assert deploy(*FLUX, "--region", "us-west-2", "--instance", "nvidia-h200").status == 0
+    before = len(hub.changes())
+    result = deploy(*FLUX, "--region", "auto")
+    assert (result.status, len(hub.changes())) == (1, before)
+    assert re.search(
+        r"REGION=us-west-2 of aws nvidia-l4 x1 cannot be had \(not_available\): choose from \S+, \S+, "
+        r"for another NAME=..., as an endpoint never moves; the endpoint remote-vae-flux is running",
+        result.lines[-1],
+    )
+
+
 @pytest.mark.parametrize(("zone", "region"), [("EST5", "us-east-1"), ("CET-1", "eu-west-1")])
 def test_the_nearest_region_that_has_one(
     hub: Hub, deploy: Runner, zone: str, region: str, monkeypatch: pytest.MonkeyPatch
@@ -442,13 +454,13 @@ def test_pause_all_and_whatever_tags_a_user_has_added(hub: Hub, deploy: Runner) 
     assert re.search(rf"^{NAME} +flux +running", deploy("endpoints").out, re.MULTILINE)
 
     hub.fail("POST", "remote-vae-sd-v1/pause", 500)
-    failed = deploy("pause-all")
+    failed = deploy("pause", "--all")
     assert failed.status == 1
     assert "MAY BE RUNNING, and cost: remote-vae-sd-v1 (https://" in failed.lines[-1]
     assert hub.endpoints[KEY]["status"]["state"] == "paused"
 
     hub.faults.clear()
-    assert deploy("pause-all").status == 0
+    assert deploy("pause", "--all").status == 0
     assert {key: raw["status"]["state"] for key, raw in hub.endpoints.items()} == {
         KEY: "paused",
         f"{NAMESPACE}/remote-vae-sd-v1": "paused",

@@ -23,7 +23,7 @@ def make(*arguments: str) -> tuple[int, str]:
         (("deploy", "MODEL=flux", "DRY_RUN=0"), '--model "flux"'),
         (("deploy", "MODEL=flux", "DRY_RUN="), '--model "flux"'),
         (("deploy-all", "DRY_RUN=1"), "--all --dry-run"),
-        (("pause-all", "NAMESPACE=lab"), '--namespace "lab"'),
+        (("pause-all", "NAMESPACE=lab"), '--all --namespace "lab"'),
         (("deploy", "MODEL=a,b", "MIN_REPLICA=1", "KEEP=1"), '--model "a,b" --min-replica "1" --keep'),
         (("undeploy", "MODEL=x", "YES=0", "DELETE_REPO=0"), '--model "x"'),
         (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO="), '--model "x" --yes'),
@@ -35,13 +35,8 @@ def make(*arguments: str) -> tuple[int, str]:
 def test_a_switch_is_on_for_1_alone(arguments: tuple[str, ...], options: str) -> None:
     status, line = make(*arguments)
     assert status == 0
-    assert line.endswith(
-        options
-        if arguments[0].startswith("test")
-        else f"{arguments[0].removesuffix('-all')} {options}"
-        if "deploy" in arguments[0]
-        else f"{arguments[0]} {options}"
-    )
+    named = "" if arguments[0].startswith("test") else f"{arguments[0].removesuffix('-all')} "
+    assert line.endswith(named + options)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from contextlib import suppress
 from http.client import responses
 from typing import Any
@@ -20,7 +20,6 @@ TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 BILLING_PAGE = "https://huggingface.co/settings/billing"
 MONEY = ("payment", "billing", "credit", "subscription", "storage limit")
 """Words of a refusal that is about them."""
-BACKOFF = wait_exponential(multiplier=2, max=30)
 LONGEST_WAIT = 330
 """Seconds: rate limits are counted over windows of 300."""
 
@@ -37,13 +36,10 @@ class HubError(DeployError):
 
     def __init__(self, task: str, error: BaseException) -> None:
         self.status, self.reason = _status(error), _reason(error)
-        """HTTP's, as `_status` has it, and one line."""
         super().__init__(f"could not {task}: {self.reason}{_advice(self.status, self.reason.lower())}")
 
 
-def call(
-    task: str, function: Callable, /, *args: Any, attempts: int = 5, missing: Container[int] = (), **kwargs: Any
-) -> Any:
+def call(task: str, function: Callable, /, *args: Any, attempts: int = 5, missing: tuple = (), **kwargs: Any) -> Any:
     """Calls a function of huggingface_hub. 429, 5xx and lost connections are tried again, with longer and longer waits.
 
     Raises `HubError`, which says "could not `task`", where it was refused or failed to the last attempt; returns None
@@ -53,7 +49,9 @@ def call(
         retry=retry_if_exception(lambda error: isinstance(error, HTTPError) and passes(_status(error))),
         wait=_wait,
         stop=stop_after_attempt(attempts),
-        before_sleep=lambda state: note(f"  {_reason(_error(state))}; trying again in {state.upcoming_sleep:.0f} s"),
+        before_sleep=lambda state: note(
+            f"  {_reason(state.outcome.exception())}; trying again in {state.upcoming_sleep:.0f} s"
+        ),
         reraise=True,
     )
     try:
@@ -65,13 +63,13 @@ def call(
         raise HubError(task, wrapped or error) from error
 
 
+def _tell(state: RetryCallState) -> None:
+    note(f"  {_reason(state.outcome.exception())}; trying again in {state.upcoming_sleep:.0f} s")
+
+
 def passes(status: int | None) -> bool:
     """Whether what was answered with this status, or not at all, may be answered otherwise a little later."""
     return status is None or status == 429 or status >= 500
-
-
-def _error(state: RetryCallState) -> BaseException:
-    return state.outcome.exception()
 
 
 def _status(error: BaseException) -> int | None:
@@ -83,11 +81,11 @@ def _status(error: BaseException) -> int | None:
 
 def _wait(state: RetryCallState) -> float:
     """Seconds: what the answer's `RateLimit` or `Retry-After` asks for, else twice as long every time."""
-    headers = getattr(getattr(_error(state), "response", None), "headers", {})
+    headers = getattr(getattr(state.outcome.exception(), "response", None), "headers", {})
     limit, asked = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
     if limit and not limit.remaining:
         asked = str(limit.reset_in_seconds + 1)
-    return min(float(asked), LONGEST_WAIT) if asked.isdecimal() else BACKOFF(state)
+    return min(float(asked), LONGEST_WAIT) if asked.isdecimal() else wait_exponential(multiplier=2, max=30)(state)
 
 
 def _reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from handlers import MODELS
 from scripts.console import DeployError, describe, if_stopped, note, out, say
 from scripts.deployment.account import Account, open_account
 from scripts.deployment.calls import HubError, call, passes
-from scripts.deployment.plan import PENDING, TAG, Plan, default_name, find_models, tag_of, variables
+from scripts.deployment.plan import PENDING, TAG, Plan, addresses, default_name, find_models, tag_of, variables
 from scripts.instances import describe_price, dollars, is_cpu, table_price
 
 READY = ("running", "scaledToZero")
@@ -28,9 +28,6 @@ SETTLING = 6
 """Looks at which an endpoint may still show the state that it had before an update."""
 GONE_WITHIN = 300
 """Seconds in which an endpoint that was deleted has to be gone."""
-MODEL = ("repository", "revision", "instance_type", "instance_size")
-SCALING = ("min_replica", "max_replica", "scale_to_zero_timeout")
-"""What may differ since the last deployment, as huggingface_hub names it."""
 ALWAYS = {"framework": "pytorch", "task": "custom", "scaling_metric": "pendingRequests", "scaling_threshold": PENDING}
 TOKEN_OF = "HF_TOKEN_SHA256"
 """Environment variable with the beginning of the hash of the token in the secrets, whose values nobody can read."""
@@ -94,6 +91,10 @@ class Endpoint:
             raise DeployError(f"{self} is a deployment of {','.join(models_of(self.there))}: choose another NAME=...")
 
     @property
+    def addresses(self) -> dict[str, str]:
+        return addresses(self.there.url, self.models)
+
+    @property
     def message(self) -> str:
         """The endpoint's own words on its state."""
         return " ".join(filter(None, map(self.there.raw["status"].get, ("message", "errorMessage"))))
@@ -139,23 +140,21 @@ class Endpoint:
 
     def check_fixed(self, plan: Plan) -> None:
         """Raises `DeployError` where it differs from the plan for life: the platform may give another access, too."""
+        instead = "choose another NAME=..., or `make undeploy` it first. Nothing was sent to it"
         asked = {"ACCESS": plan.access, "VENDOR": plan.vendor, "REGION": plan.region}
         for (variable, value), has in zip(asked.items(), (self.access, *self.machine[:2]), strict=True):
             if value not in (has, "auto"):
-                raise DeployError(
-                    f"{'ATTENTION: ' * self.touched}{variable}={value} was asked for and {self} has {has}, which never "
-                    "changes: choose another NAME=..., or `make undeploy` it first. Nothing was sent to it"
-                )
+                wrong = f"{'ATTENTION: ' * self.touched}{variable}={value} was asked for and {self} has {has}"
+                raise DeployError(f"{wrong}, which never changes: {instead}")
 
     def deploy(self, plan: Plan, repository: str, revision: str, token: str | None) -> None:
         """Creates it, or updates what differs. `token` is for a container that fetches gated weights itself."""
-        wanted = dict(zip(MODEL, (repository, revision, plan.instance, plan.size), strict=True))
-        wanted |= zip(SCALING, (plan.min_replica, plan.max_replica, plan.scale_to_zero), strict=True)
+        wanted = {"repository": repository, "revision": revision, "instance_type": plan.instance}
+        wanted |= {"instance_size": plan.size, "min_replica": plan.min_replica, "max_replica": plan.max_replica}
+        wanted["scale_to_zero_timeout"] = plan.scale_to_zero
         settings = ALWAYS | wanted | {"accelerator": "cpu" if is_cpu(plan.instance) else "gpu"}
-        secret: dict[str, Any] = {}
-        if token:
-            fingerprint = hashlib.sha256(token.encode()).hexdigest()[:12]
-            secret = {"secrets": {"HF_TOKEN": token}, "env": {TOKEN_OF: fingerprint}}
+        digest = hashlib.sha256((token or "").encode()).hexdigest()[:12]
+        secret = {"secrets": {"HF_TOKEN": token}, "env": {TOKEN_OF: digest}} if token else {}
         if not self.there:
             self._create(plan, settings | secret)
         self.check_fixed(plan)

@@ -1,20 +1,16 @@
-"""Where there is a machine for a plan, as the platform says, and whether it holds the models. Needs no network."""
+"""Where there is a machine for a plan, as the platform says."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from handlers.model import Model
+from huggingface_hub import InferenceEndpointHardware
+
 from scripts.console import DeployError, note
-from scripts.instances import by_price, is_cpu
-
-if TYPE_CHECKING:
-    from huggingface_hub import InferenceEndpointHardware
-
-    from scripts.deployment.plan import Plan
+from scripts.deployment.plan import Plan
+from scripts.instances import check_memory
 
 QUOTA_PAGE = "https://endpoints.huggingface.co/contact"
 USABLE = ("available", "low_availability")
@@ -24,23 +20,7 @@ OFFSETS = {"us-east": -5, "us-central": -6, "us-west": -8, "eastus": -5, "westus
 """Hours that clocks are ahead of UTC, by the beginning of a region's name: what is near, as far as a clock knows."""
 
 
-def check_memory(models: Sequence[type[Model]], instance: str, size: str, memory: float | None) -> None:
-    """Raises `DeployError` where the machine is known to have less `memory`, in GB, than decoding in tiles takes.
-
-    That is 1 GB for the machine and the process, measured at 0.6 to 0.8 GB; the weights; one tile of 512x512. On a CPU
-    all is in float32.
-    """
-    width = {model: 4 if is_cpu(instance) or model.dtype == "float32" else 2 for model in models}
-    stored = {model: 4 if model.dtype == "float32" else 2 for model in models}
-    weights = sum((model.weights_mb or 0) * width[model] / stored[model] for model in models)
-    tile = max(model.peak["decode"].first * width[model] for model in models) * 512 * 512
-    needed = 1 + weights / 1e3 + tile / 1e9
-    if memory and memory < needed:
-        has = f"INSTANCE={instance} SIZE={size} has {memory:g} GB, and this needs {needed:.1f}"
-        raise DeployError(f"{has}: choose a larger SIZE, or INSTANCE={max(models, key=by_price).instance}")
-
-
-def place(plan: Plan, offered: Sequence[InferenceEndpointHardware]) -> Plan:
+def place(plan: Plan, offered: Sequence[InferenceEndpointHardware], new: bool) -> Plan:
     """The plan with the region and the price of today: of "auto" the nearest that has the machine, and quota for it.
 
     Raises `DeployError` where there is none; it says what there is, or whose quota is short.
@@ -53,7 +33,8 @@ def place(plan: Plan, offered: Sequence[InferenceEndpointHardware]) -> Plan:
         fitting = [one for one in fitting if asked in ("auto", getattr(one, name))]
         if not any(one.status in USABLE for one in fitting):
             status = fitting[0].status if fitting else "not there"
-            known = ", ".join(dict.fromkeys(others)) + ", or auto" * (variable == "region")
+            also = ", or auto" if new else ", for another NAME=..., as an endpoint never moves"
+            known = ", ".join(dict.fromkeys(others)) + also * (variable == "region")
             raise DeployError(f"{variable.upper()}={asked}{so_far} cannot be had ({status}): choose from {known}")
         so_far = f"{so_far or ' of'} {asked}"
     fitting = [one for one in fitting if one.status in USABLE]
@@ -68,7 +49,7 @@ def place(plan: Plan, offered: Sequence[InferenceEndpointHardware]) -> Plan:
     if one.status == "low_availability":
         note(f"  {plan.instance} is scarce in {one.region} at the moment: the endpoint may stay pending")
     memory = one.memory_gb if one.accelerator == "cpu" else (one.gpu_memory_gb or 0) / one.num_accelerators
-    check_memory(plan.handlers, plan.instance, plan.size, memory)
+    check_memory(plan.models, plan.instance, plan.size, memory)
     return replace(plan, region=one.region, price=one.price_per_hour)
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from handlers import MODELS, get_models
-from handlers.base import EndpointHandler
 from handlers.model import Model
-from scripts.console import DeployError, note
-from scripts.deployment.hardware import check_memory
-from scripts.instances import HOURLY, by_price, describe_price, dollars, table_memory, table_price
+from scripts.console import DeployError
+from scripts.instances import HOURLY, by_price, check_memory, table_memory, table_price
+from scripts.models import cannot_run, is_shipped
 
 CALLERS = {
     "authenticated": "anyone with a token of any Hugging Face account",
@@ -28,7 +27,6 @@ TAG = "remote-vae"
 """Marks an endpoint as this project's; beside it is the tag of each of its models."""
 WEIGHT_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 
 
 def tag_of(model: str) -> str:
@@ -93,10 +91,9 @@ class Plan:
         """What has to be true, by what is said where it is not."""
         low, high, single = self.min_replica, self.max_replica, len(self.models) == 1
         sizes = HOURLY.get(self.instance, [self.size]) if self.vendor == "aws" else [self.size]
+        named = NAME.fullmatch(self.name)
         rules = {
-            f"NAME={self.name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end": NAME.fullmatch(
-                self.name
-            ),
+            f"NAME={self.name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end": named,
             f"ACCESS={self.access} cannot be: it is one of {', '.join(CALLERS)}": self.access in CALLERS,
             f"MIN_REPLICA={low} MAX_REPLICA={high} cannot be: 0 <= MIN <= MAX >= 1": 0 <= low <= high >= 1,
             "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 never sleeps": low or self.scale_to_zero >= 1,
@@ -104,9 +101,9 @@ class Plan:
             "REVISION is a commit of one checkpoint: name one MODEL": single or self.revision in (None, "main"),
             f"SIZE={self.size} cannot be: {self.instance} has {', '.join(sizes)}": self.size in sizes,
         }
-        for message in (message for message, kept in rules.items() if not kept):
-            raise DeployError(message)
-        check_memory(self.handlers, self.instance, self.size, table_memory(self.instance, self.size))
+        if broken := [message for message, kept in rules.items() if not kept]:
+            raise DeployError(broken[0])
+        check_memory(self.models, self.instance, self.size, table_memory(self.instance, self.size))
 
     @property
     def model(self) -> str:
@@ -116,33 +113,6 @@ class Plan:
     @property
     def tags(self) -> list[str]:
         return [TAG, *map(tag_of, self.models)]
-
-    @property
-    def handlers(self) -> list[type[EndpointHandler]]:
-        return [MODELS[key] for key in self.models]
-
-    @property
-    def cost(self) -> list[str]:
-        """What the endpoint costs at work, idle and in a month, a line each."""
-        lines, price = (
-            [f"{describe_price(self.price)} while a replica starts or runs, billed by the minute"],
-            self.price,
-        )
-        if not price:
-            return lines
-        if self.max_replica > 1:
-            lines += [f"at most {describe_price(price * self.max_replica)}, with {self.max_replica} replicas"]
-        if self.min_replica:
-            day, lines = price * self.min_replica * 24, [*lines, "it never scales to zero: "]
-        else:
-            idle, day = self.scale_to_zero, price * (1 + self.scale_to_zero / 60)
-            lines += [
-                f"$0.00 once it has scaled to zero, {idle} minutes after the last request or later (44 were measured "
-                "once where 15 were set); the next request starts it, and it counts against the quota meanwhile",
-                f"so an hour of work a day costs that hour and {idle} idle minutes after it: ",
-            ]
-        lines[-1] += f"{dollars(day)} a day, {dollars(day * 30)} a month"
-        return lines
 
 
 def find_models(model: str | None) -> tuple[str, ...]:
@@ -155,28 +125,6 @@ def find_models(model: str | None) -> tuple[str, ...]:
         if missing := [word for word in Model.__annotations__ if not hasattr(handler, word)]:
             raise DeployError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")
     return tuple(models)
-
-
-def cannot_run(model: str) -> str | None:
-    """Why an endpoint cannot run it; None where it can. requirements.txt bounds diffusers there, and not elsewhere."""
-    handler, bound = MODELS[model], re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
-    needed, below = ([int(part) for part in version.split(".")] for version in (handler.diffusers, bound[1]))
-    here = f"endpoints have one before {bound[1]}; `make serve MODEL={model}` runs it on a machine of your own"
-    needs = f"{model} cannot run on an endpoint: its {handler.vae_class} needs diffusers {handler.diffusers} or later"
-    return f"{needs}, and {here}" if needed >= below else None
-
-
-def is_shipped(model: str) -> bool:
-    """Whether the model's weights are part of this project."""
-    return Path(MODELS[model].checkpoint).is_absolute()
-
-
-def published_models() -> list[str]:
-    """Those that an endpoint can run, and whose weights are on the Hub; says which of them it cannot run, and why."""
-    reasons = {key: cannot_run(key) for key in MODELS if not is_shipped(key)}
-    for reason in filter(None, reasons.values()):
-        note(reason)
-    return [key for key, reason in reasons.items() if not reason]
 
 
 def find_folder(model: str, weights: str | None) -> Path | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
-from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils.sha import git_hash
 from rich.filesize import decimal
@@ -18,14 +18,10 @@ from handlers import MODELS, __version__
 from scripts.console import DeployError, if_stopped, note, say
 from scripts.deployment.account import Account
 from scripts.deployment.calls import HubError, call, passes
-from scripts.deployment.card import model_card, origin
 from scripts.deployment.plan import WEIGHT_FILES, Plan
+from scripts.deployment.texts import model_card, origin
 
 PROJECT = Path(__file__).parents[2]
-KEPT = ".gitattributes"
-"""The Hub's own file in every repository."""
-UNKNOWN = "0" * 40
-"""Stands for a checkpoint's commit in a dry run, which does not ask the Hub for it."""
 STORAGE_ANSWERS = 20
 """Seconds in which the storage has to answer at all; an upload to one that does not would be silent for minutes."""
 
@@ -35,10 +31,8 @@ def small_files(plan: Plan, revisions: dict[str, str]) -> dict[str, bytes]:
     found = (PROJECT / "handlers").rglob("[!.]*")
     modules = sorted(one for one in found if one.suffix in (".py", ".html") and one.parent.name != "__pycache__")
     code = [PROJECT / "handler.py", *modules, PROJECT / "requirements.txt"]
-    records = [
-        {"model": key, "checkpoint": origin(plan, key), **({"revision": revisions[key]} if key in revisions else {})}
-        for key in plan.models
-    ]
+    pinned = {key: {"revision": revision} for key, revision in revisions.items()}
+    records = [{"model": key, "checkpoint": origin(plan, key), **pinned.get(key, {})} for key in plan.models]
     record = (records[0] if len(records) == 1 else {"models": records}) | {"version": __version__}
     return {path.relative_to(PROJECT).as_posix(): path.read_bytes() for path in code} | {
         "endpoint.json": f"{json.dumps(record, indent=2)}\n".encode(),
@@ -54,8 +48,11 @@ def weight_paths(plan: Plan, model: str) -> list[str]:
 
 def describe_files(plan: Plan) -> dict[str, int | None]:
     """Bytes of all of it, by path, without a network: of weights on the Hub the published sizes, rounded."""
-    revisions = {key: UNKNOWN for key in plan.models if key not in plan.folders}
-    sizes: dict[str, int | None] = {path: len(data) for path, data in small_files(plan, revisions).items()}
+    commits = {key: "0" * 40 for key in plan.models if key not in plan.folders}  # nobody was asked for them
+    sizes: dict[str, int | None] = {}
+    for path, data in small_files(plan, commits).items():
+        name = "handlers/" if path.startswith("handlers/") else path
+        sizes[name] = (sizes.get(name) or 0) + len(data)
     for key in plan.models:
         known = [1_000, MODELS[key].weights_mb and MODELS[key].weights_mb * 1_000_000]
         if folder := plan.folders.get(key):
@@ -78,45 +75,36 @@ class Repository:
         """What `endpoint.json` has of each model; nothing where the repository is not ours."""
         info = call("look up the repository", self.api.model_info, self.id, files_metadata=True, missing=(401, 404))
         self.commit: str | None = info and info.sha
-        self.files = {file.rfilename: file for file in (info.siblings if info else ()) if file.rfilename != KEPT}
+        self.files = {file.rfilename: file for file in (info.siblings if info else ())}
+        self.files.pop(".gitattributes", None)  # the Hub's own
         if "endpoint.json" in self.files:
             path = call("read endpoint.json", self.api.hf_hub_download, self.id, "endpoint.json", revision=self.commit)
-            try:
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
                 record = json.loads(Path(path).read_text())
                 self.record = {one["model"]: one for one in record.get("models", [record]) if "checkpoint" in one}
-            except (ValueError, TypeError, KeyError, AttributeError):
-                pass
-        if self.files and not self.record:
-            raise DeployError(f"{self.page} was not made by this script: choose another NAME=...")
         if self.files and set(self.record) != set(models):
-            raise DeployError(f"{self.page} is a deployment of {','.join(self.record)}: choose another NAME=...")
+            is_another = f"is a deployment of {','.join(self.record)}" if self.record else "was not made by this script"
+            raise DeployError(f"{self.page} {is_another}: choose another NAME=...")
 
     def __str__(self) -> str:
         return f"the repository {self.id}"
 
     def find_weights(self, plan: Plan) -> dict[str, ModelInfo]:
-        """Of each model whose weights are on the Hub its checkpoint, with `WEIGHT_FILES` alone as its `siblings`.
-
-        It is at the commit that is deployed already, else at the newest, so that what changes upstream is no reason for
-        an update, unless REVISION asks for it.
-        """
+        """Of each model whose weights are on the Hub its checkpoint, with `WEIGHT_FILES` alone as its `siblings`."""
         return {key: self._find_checkpoint(key, plan.revision) for key in plan.models if key not in plan.folders}
 
     def _find_checkpoint(self, model: str, revision: str | None) -> ModelInfo:
+        """At the commit that is deployed already, else at the newest, so that what changes upstream is no reason for an
+        update, unless REVISION asks for it."""
         name, deployed = MODELS[model].checkpoint, self.record.get(model, {})
         if deployed.get("checkpoint") == name:
             revision = revision or deployed.get("revision")
-        look, page = self.api.model_info, f"https://huggingface.co/{name}"
-        try:
-            info = call(
-                "look up the checkpoint", look, name, revision=revision, files_metadata=True, missing=(401, 404)
-            )
-            if info and info.gated:
-                call("open the checkpoint", self.api.auth_check, name)
-        except HubError as error:
-            if not isinstance(error.__cause__, GatedRepoError):
-                raise
-            raise DeployError(f"{name} is gated: accept its conditions on {page}, then try again") from None
+        page, about = f"https://huggingface.co/{name}", {"revision": revision, "files_metadata": True}
+        info = call("look up the checkpoint", self.api.model_info, name, missing=(401, 404), **about)
+        if info and info.gated:
+            opened = call("open the checkpoint", lambda: self.api.auth_check(name) is None, missing=(401, 403))
+            if not opened:
+                raise DeployError(f"{name} is gated: accept its conditions on {page}, then try again")
         if not info:
             at = f" at REVISION={revision}" if revision else ""
             raise DeployError(f"{name}{at} is not on the Hub, or this token may not see it: {page}")
@@ -148,7 +136,7 @@ class Repository:
                 elif not there or there.blob_id != weights[key].siblings[number].blob_id:
                     copied[path] = (weights[key], weights[key].siblings[number])
 
-        def commit() -> str:
+        def commit() -> str:  # of new operations each time: they remember what they were answered
             operations = [CommitOperationAdd(path, content) for path, content in local.items()]
             operations += [CommitOperationDelete(path) for path in sorted(unneeded)]
             for path, (info, file) in copied.items():
@@ -156,14 +144,17 @@ class Repository:
             message = f"Deploy {plan.model} with remote-vae {__version__}"
             return self.api.create_commit(self.id, operations, commit_message=message).oid
 
+        def send() -> str:
+            self._check_storage(local)
+            return call(f"upload to {self.id}", commit)
+
         with if_stopped(f"{self} stays, it may be incomplete and costs nothing"):
             if not self.commit:
                 call(f"create {self.id}", self.api.create_repo, self.id, private=True, exist_ok=True)
-            self._check_storage(local)
             if copied:
                 say(f"  copying {decimal(sum(file.size for _, file in copied.values()))} of weights from Hub to Hub")
             try:
-                newest = call(f"upload to {self.id}", commit)
+                newest = send()
             except HubError as error:
                 # A file without Xet hash, or of another storage region: huggingface_hub says so before it commits.
                 if not copied or passes(error.status) or error.status == 401:
@@ -173,8 +164,7 @@ class Repository:
                     download, name = self.api.hf_hub_download, file.rfilename
                     local[path] = Path(call(f"download {name}", download, info.id, name, revision=info.sha))
                 copied.clear()
-                self._check_storage(local)
-                newest = call(f"upload to {self.id}", commit)
+                newest = send()
         unchanged = newest == self.commit
         say(f"  {'unchanged' if unchanged else 'now'} at commit {newest[:8]}" + (": nothing to upload" * unchanged))
         return newest
