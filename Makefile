@@ -155,22 +155,22 @@ test-page: install $(PAGE_PACKAGES)/.installed chromium  ## the page at the endp
 
 .PHONY: screenshots
 screenshots: install $(PAGE_PACKAGES)/.installed chromium  ## the pictures of the page in docs/
-	$(with_page) -m scripts.screenshots
+	exec env $(with_page) -m scripts.screenshots
 
 .PHONY: bench
 bench: install  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [MODELS=...]
-	$(BIN)/python -m benchmarks.bench $(call options,device=DEVICE models=MODELS)
+	exec $(BIN)/python -m benchmarks.bench $(call options,device=DEVICE models=MODELS)
 
 # the toolkit runs with what its container holds
 TRAFFIC_VENV := $(if $(TOOLKIT),$(ENDPOINT_VENV),$(VENV))
 
 .PHONY: fuzz
 fuzz: $(TRAFFIC_VENV)/bin/.installed  ## malformed requests against servers here [COUNT=10000] [SEED=0] [ONLY=n] [TOOLKIT=checkout]
-	$(TRAFFIC_VENV)/bin/python -m tests.fuzz $(call options,count=COUNT seed=SEED only=ONLY toolkit=TOOLKIT)
+	exec $(TRAFFIC_VENV)/bin/python -m tests.fuzz $(call options,count=COUNT seed=SEED only=ONLY toolkit=TOOLKIT)
 
 .PHONY: soak
 soak: $(TRAFFIC_VENV)/bin/.installed  ## mixed traffic against tiny, into benchmarks/soak.md [MINUTES=10] [SEED=0] [TOOLKIT=checkout]
-	$(TRAFFIC_VENV)/bin/python -m tests.soak $(call options,minutes=MINUTES seed=SEED toolkit=TOOLKIT)
+	exec $(TRAFFIC_VENV)/bin/python -m tests.soak $(call options,minutes=MINUTES seed=SEED toolkit=TOOLKIT)
 
 .PHONY: lint
 lint: install  ## check style and types

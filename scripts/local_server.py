@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +24,14 @@ def serve(
 ) -> Iterator[str]:
     """Starts `python <command> --port <free port> <arguments>`, gives its URL once it is healthy, stops it at the end.
 
-    The process sees none of this one's `VAE_*` and `HF_*` variables, but those given here.
+    The process sees none of this one's `VAE_*` and `HF_*` variables, but those given here. This one takes SIGTERM as
+    Ctrl-C from then on, so that no server outlives it.
 
     Raises:
         RuntimeError: it ended, or was not healthy within two minutes; the message holds its log.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     process = start_process((*command, "--port", str(port), *arguments), log, {**clean_environment(), **environment})

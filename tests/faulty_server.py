@@ -33,7 +33,11 @@ NOISE = 931
 DEVICE_SECONDS = float(os.environ.get("DEVICE_SECONDS", "1"))
 HANGS_SECONDS = 30
 
-prepare, forward, render, decode, is_alive = (
+LOAD_WAITS = "the load waits for the gate"
+"""What the log says where GATE names a file: the model is loaded once it is there."""
+
+load, prepare, forward, render, decode, is_alive = (
+    VAE.load,
     Pipeline.prepare,
     Pipeline.forward,
     Pipeline.render,
@@ -64,6 +68,14 @@ SPAN_FAULTS = {
     SPAN_SLOW: lambda: None,
     SPAN_LOSES_DEVICE: lose_device,
 }
+
+
+def faulty_load(*arguments: Any) -> VAE:
+    if gate := os.environ.get("GATE"):
+        print(LOAD_WAITS, flush=True)
+        while not Path(gate).exists():
+            time.sleep(0.02)
+    return load(*arguments)
 
 
 def faulty_prepare(self: Pipeline, request: Any) -> Any:
@@ -118,6 +130,7 @@ def faulty_render(self: Pipeline, request: Any, result: Any) -> Any:
 
 def main(kind: str, port: int = 8000, model: str = "sd-v1", weights: str = "random") -> None:
     Pipeline.prepare, Pipeline.forward, Pipeline.render = faulty_prepare, faulty_forward, faulty_render
+    VAE.load = staticmethod(faulty_load)
     VAE.is_alive = lambda vae: not lost and is_alive(vae)
     if kind == "standalone":
         return serve.main(model=model, host="127.0.0.1", port=port, weights=weights)

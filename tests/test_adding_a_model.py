@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow
 ADDING = (ROOT / "docs" / "models.md").read_text().partition("## Adding one")[2]
 FILE = re.search(r"`(handlers/\w+\.py)`", ADDING)[1]
 (CLASS,) = re.findall(r"```python\n(.*?)```", ADDING, re.DOTALL)
-(LINES,) = re.findall(r"```diff\n(.*?)```", ADDING, re.DOTALL)
+LINES, ROW = re.findall(r"```diff\n(.*?)```", ADDING, re.DOTALL)
 KEY = re.search(r"`make serve MODEL=(\S+)`", ADDING)[1]
 
 
@@ -96,6 +97,23 @@ def test_it_is_listed(project: Path) -> None:
         return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
 
     assert re.search(rf"^{KEY} +\[B, 4, H/4, W/4\] +do_scaling ", run("scripts.models"), re.MULTILINE)
+
+
+def test_no_test_fails_once_the_documents_have_it(project: Path) -> None:
+    """Of those that go through the models."""
+    for name in ("tests", "docs", "clients", "benchmarks"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, project)
+    readme, table = project / "README.md", project / "docs" / "models.md"
+    readme.write_text(readme.read_text().replace("`sd-v1` ", f"`sd-v1` `{KEY}` ", 1))
+    table.write_text(table.read_text().replace("| `sd-v1` |", f"{ROW[1:]}| `sd-v1` |", 1))
+
+    those = "key or every_model or models_table or printed_models"
+    files = ("tests/test_models.py", "tests/test_readme.py")
+    status, said, _ = forked.run("-m", "pytest", "--assert=plain", "-qk", those, *files, folder=project)
+    assert status == 0, said
+    assert re.search(r"^[6-9] passed", said, re.MULTILINE)
 
 
 def test_what_is_declared_wrong_is_told_with_what_was_found(project: Path, weights: Path) -> None:

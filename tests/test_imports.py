@@ -76,6 +76,15 @@ def test_http_knows_no_torch_and_the_vae_no_http() -> None:
         assert stage not in http or "torch" not in text
 
 
+def test_of_torchs_private_modules_there_is_one_that_the_image_has_too() -> None:
+    """Its torch is an older one."""
+    files = [file for part in MAY_IMPORT for file in (ROOT / part).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    assert {module for module in modules if module.startswith("torch._")} == {"torch._subclasses"}
+
+
 def test_models_are_read_without_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import handlers; print(*handlers.MODELS)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -39,6 +39,14 @@ def test_a_switch_is_on_for_1_alone(arguments: tuple[str, ...], options: str) ->
     assert line.endswith(named + options)
 
 
+@pytest.mark.parametrize("target", ["serve", "demo", "screenshots", "bench", "fuzz", "soak"])
+def test_what_serves_gets_the_signals_itself(target: str) -> None:
+    """Of a shell between them `make` would end that one alone, and leave the server on its port."""
+    status, line = make(target)
+    assert status == 0
+    assert line.startswith("exec ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

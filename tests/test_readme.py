@@ -96,12 +96,22 @@ def test_curl_takes_a_picture_there_and_back(dtype: str, service: Service, tmp_p
         assert again.size == photograph.size
 
 
-def test_curl_hands_a_stream_on(service: Service, tmp_path: Path) -> None:
+def test_a_half_precision_answer_is_widened_exactly(dtype: str, service: Service) -> None:
+    pixels = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    own, wide = (service.tensor(f"tiny{dtype}", pixels, "encode", answer_dtype=asked) for asked in (None, "float32"))
+    assert own.dtype == getattr(torch, dtype.strip("-") or "float32")
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide, own.float())
+
+
+def test_curl_hands_a_stream_on(dtype: str, service: Service, tmp_path: Path) -> None:
     """To a player, which keeps what it gets."""
     (command,) = re.findall(r"^\$ (curl -N .*)$", HTTP_API, re.MULTILINE)
     shape = [int(size) for size in re.search(r"shape=([\d,]+)", command)[1].split(",")]
     (tmp_path / "latents.bin").write_bytes(torch.randn(shape).numpy().tobytes())
-    script = command.replace("http://127.0.0.1:8000", f"{service.url}/hunyuan-video").replace("curl ", "curl -sf ")
+    script = command.replace("http://127.0.0.1:8000", f"{service.url}/hunyuan-video{dtype}").replace(
+        "curl ", "curl -sf "
+    )
     player = "set -o pipefail; ffplay() { cat > video.mp4; }; "
     subprocess.run(["bash", "-euc", player + script], cwd=tmp_path, check=True)
     with av.open(str(tmp_path / "video.mp4")) as video:
@@ -174,6 +184,12 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert target.exists(), file
         headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+def test_the_readme_says_which_way_clients_go_that_send_no_token() -> None:
+    rows = re.findall(r"^\| .*(?:`remote_decode`|SD\.Next).*$", README, re.MULTILINE)
+    assert len(rows) == 2
+    assert all("`remote-vae proxy`" in row for row in rows)
 
 
 def test_the_readme_names_every_model() -> None:

@@ -16,9 +16,14 @@ def names(file: str) -> dict[str, str]:
 
 def test_what_the_image_does_not_hold_has_an_upper_bound() -> None:
     """An endpoint installs it anew at each start."""
-    held = names("requirements/toolkit-image.txt").keys() | {"numpy", "anyio"}  # of pandas and of starlette
+    held = names("requirements/toolkit-image.txt").keys() | {"anyio"}  # of starlette
     floating = [name for name, bounds in names("requirements.txt").items() if name not in held and "<" not in bounds]
     assert floating == []
+
+
+def test_numpy_is_the_images() -> None:
+    """For which its torch was built; of itself pip takes a newer one."""
+    assert names("requirements/toolkit-image.txt")["numpy"] == "==1.26.4"
 
 
 @pytest.mark.slow

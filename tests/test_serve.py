@@ -38,6 +38,40 @@ def test_what_cannot_start_says_so_in_one_line(arguments: list[str], message: st
     assert said.splitlines()[-1].startswith("error: " + message.replace("{empty}", str(tmp_path)))
 
 
+SERVER = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+import sys
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(sys.argv[2])), Healthy).serve_forever()
+"""
+STARTS_ONE = f"""
+import time
+from pathlib import Path
+from scripts.local_server import serve
+
+with serve(log=Path({os.devnull!r}), command=("-c", {SERVER!r})) as url:
+    print(url, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_sigterm_to_what_started_a_server_ends_it_too() -> None:
+    """As the demo and the benchmarks do."""
+    command = [sys.executable, "-c", STARTS_ONE]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        url = process.stdout.readline().strip()
+        assert requests.get(url, timeout=5).ok
+        process.terminate()
+        assert process.wait(timeout=30) != 0
+    with pytest.raises(requests.ConnectionError):
+        requests.get(url, timeout=5)
+
+
 def test_sigterm_to_make_ends_the_server(tmp_path: Path) -> None:
     """And not only make, which would leave it on its port."""
     venv = tmp_path / "venv" / "bin"

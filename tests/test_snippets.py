@@ -49,6 +49,14 @@ def test_the_printed_code_runs_as_it_is(
         Path(name).unlink()
 
 
+def test_a_failure_of_the_printed_code_has_the_services_own_words(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_ofTheTests")
+    with pytest.raises(RuntimeError, match=r"`shape` \[1, 4, 64, 64\] is no shape of this VAE's latents"):
+        exec(snippets.token_snippet(MODELS["sd-v1"], f"{service.url}/flux"), {})
+
+
 def shown(model: type) -> int:
     """Frames that the printed code's latents are decoded to."""
     return (snippets.LATENT_FRAMES - 1) * model.frame_factor + 1

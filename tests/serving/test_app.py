@@ -5,7 +5,9 @@ import base64
 import io
 import json
 import re
+import subprocess
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import av
@@ -372,14 +374,25 @@ class TestWhatPeopleTryFirst:
         assert response.content == expected.content
 
     @pytest.mark.parametrize("path", ["/predict/", "/decode/", "/predict", "/"])
-    def test_a_slash_and_curl_t(self, running: Any, path: str) -> None:
+    @pytest.mark.parametrize("method", ["POST", "PUT"])
+    def test_a_slash_and_another_method(self, running: Any, method: str, path: str) -> None:
         endpoint = running("sd-v1")
         latents = endpoint.latents()
         parameters = {"shape": list(latents.shape), "dtype": "float32", "output_type": "pt"}
         expected = requests.post(endpoint.url, data=latents.numpy().tobytes(), params=parameters, timeout=30)
-        response = requests.put(endpoint.url + path, data=latents.numpy().tobytes(), params=parameters, timeout=30)
+        sent = {"data": latents.numpy().tobytes(), "params": parameters, "timeout": 30}
+        response = requests.request(method, endpoint.url + path, **sent)
         assert response.content == expected.content
         assert expected.ok
+
+    @pytest.mark.parametrize("options", ["-F file=@photo.png", "-T photo.png", "--data-binary @photo.png"])
+    def test_a_file_by_curl(self, running: Any, photograph: Image.Image, tmp_path: Path, options: str) -> None:
+        endpoint = running("sd-v1")
+        photograph.save(tmp_path / "photo.png")
+        command = ["curl", "-sf", *options.split(), f"{endpoint.url}/encode"]
+        answer = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+        expected = requests.post(f"{endpoint.url}/encode", data=(tmp_path / "photo.png").read_bytes(), timeout=30)
+        assert answer == expected.content
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     def test_the_dtype_of_the_answer(self, endpoint: Endpoint, dtype: str) -> None:
@@ -396,8 +409,9 @@ class TestWhatPeopleTryFirst:
         assert (response.status_code, "`answer_dtype`" in response.json()["error"]) == (422, True)
 
     def test_several_pictures_of_a_ui(self, running: Any) -> None:
-        """SD.Next with a batch of 2."""
-        response = running("sd-v1").post(torch.zeros(2, 4, 8, 8))
+        """SD.Next with a batch of 2, packed."""
+        response = running("flux").post(torch.zeros(2, 16, 64), height=64, width=64)
+        assert response.status_code == 400
         assert "in a UI: a batch size of 1, and a larger batch count" in response.json()["error"]
 
 

@@ -6,6 +6,7 @@ Alone, and in the Inference Toolkit.
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -20,11 +21,14 @@ import psutil
 import pytest
 import requests
 
+from scripts import local_server
+from scripts.local_server import ROOT, clean_environment, free_port
 from tests.conftest import SERVERS, Endpoint, faulty_endpoint
 from tests.faulty_server import (
     BUG,
     DEVICE_LOST,
     DISK_FULL,
+    LOAD_WAITS,
     NEVER_ENOUGH,
     NOT_FINITE,
     OUT_OF_MEMORY,
@@ -38,6 +42,9 @@ from tests.serving.test_limits import metric, open_connection, wait_for_metric
 from tests.traffic.servers import listening
 
 TIMEOUT = 2
+OPERATING = (ROOT / "docs" / "operating.md").read_text()
+HEALTH = dict(re.findall(r"^\| (.*) \| (.*) \|$", OPERATING.split("## ")[3], re.MULTILINE))
+"""What `GET /health` gets at which time."""
 
 
 @pytest.fixture(scope="module", params=SERVERS)
@@ -76,6 +83,46 @@ def ask(endpoint: Endpoint, fault: int | None = None) -> requests.Response:
 def health(endpoint: Endpoint) -> tuple[int, str]:
     response = requests.get(f"{endpoint.url}/health", timeout=5)
     return response.status_code, response.text
+
+
+def look(url: str) -> str:
+    """What a new connection to `/health` gets, in the guide's words."""
+    try:
+        return str(requests.get(f"{url}/health", timeout=5).status_code)
+    except requests.ConnectionError as error:
+        return "connection refused" if "Connection refused" in str(error) else "connection closed"
+
+
+def looks(url: str, last: str) -> list[str]:
+    """What it gets until it is `last`, at each change."""
+    seen = [look(url)]
+    deadline = time.monotonic() + 60
+    while seen[-1] != last and time.monotonic() < deadline:
+        if (now := look(url)) != seen[-1]:
+            seen.append(now)
+        time.sleep(0.02)
+    return seen
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_nothing_listens_while_the_model_loads(kind: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    gate, log, port = tmp_path / "gate", tmp_path / "log", free_port()
+    arguments = ("-m", "tests.faulty_server", kind, "--port", str(port), "--weights", str(checkpoint("sd-v1")))
+    toolkit = {"TOOLKIT": os.environ["TOOLKIT"]} if "TOOLKIT" in os.environ else {}
+    process = local_server.start_process(arguments, log, {**clean_environment(), **toolkit, "GATE": str(gate)})
+    try:
+        with ThreadPoolExecutor(1) as client:
+            seen = client.submit(looks, f"http://127.0.0.1:{port}", last=HEALTH["requests are taken"])
+            while LOAD_WAITS not in log.read_text() and not seen.done():
+                time.sleep(0.02)
+            time.sleep(1)  # in which a server that listens would answer
+            ended_before_the_load = seen.done()
+            gate.touch()
+        assert not ended_before_the_load
+        assert seen.result() == [HEALTH["the model loads"], HEALTH["requests are taken"]]
+    finally:
+        process.kill()
+        process.wait(timeout=30)
 
 
 class TestOneRequest:
@@ -209,6 +256,10 @@ class TestSigterm:
             answers = [clients.submit(ask, endpoint, SLOW) for _ in range(3)]
             wait_for_metric(endpoint, "inf_queue_size", 2)
             server = self.terminate(endpoint)
+            states = [HEALTH["requests are taken"], *HEALTH["after SIGTERM"].split(", then ")]
+            seen = [one for one in looks(endpoint.url, last=states[-1]) if one != "connection closed"]
+            assert seen == [state for state in states if state in seen]
+            assert seen[-1] == states[-1]
             assert [future.result().status_code for future in answers] == [200, 200, 200]
         with suppress(http.client.HTTPException, OSError):  # refused, or 503
             kept.request("GET", "/health")
