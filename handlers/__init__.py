@@ -70,7 +70,7 @@ def get_models(keys: str | None) -> dict[str, type[EndpointHandler]]:
     Raises:
         ValueError: there is no such model, or one is named twice.
     """
-    names = [name.strip() for name in (keys or "").split(",")]
+    names = [name.strip() for name in (keys or "").split(",") if name.strip()] or [""]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is named twice")
     return {name: get_model(name) for name in names}
@@ -87,7 +87,7 @@ def get_handler(keys: str | None) -> type[EndpointHandler]:
 def get_model(key: str | None) -> type[EndpointHandler]:
     """The handler class of a model key. Raises `ValueError` for any other, or a class that lacks a word."""
     if key not in MODELS:
-        asked = f"there is no model {key!r}" if key else "no model was named (MODEL, VAE_MODEL or endpoint.json)"
+        asked = f"there is no model {key!r}" if key else "no model was named"
         raise ValueError(f"{asked}; the models are: {', '.join(MODELS)}")
     if missing := [word for word in ("checkpoint", "vae_class", "dtype") if not hasattr(MODELS[key], word)]:
         raise ValueError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")

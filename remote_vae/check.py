@@ -22,6 +22,8 @@ LOWEST_PSNR = 15.0
 """dB; what comes back through these VAEs is above 25, a black or grey picture below 12."""
 STARTING = (502, 503, 504)
 """What the proxy answers while a replica starts."""
+VIDEO = 5
+"""Dimensions of a video's latents."""
 WAKE_UP = 600
 """Seconds that a request waits for an endpoint which has scaled to zero."""
 
@@ -49,7 +51,7 @@ def check(url: str, token: str | None = None, tell: Callable[[str], None] = logg
         tell: gets a line where a replica has to be waited for.
 
     Raises:
-        RemoteVAEError: what came is not what the protocol promises, or the URL is none.
+        RemoteVAEError: what came is not what the protocol promises, or `url` is no URL.
     """
     across = Image.linear_gradient("L").resize((SIZE, SIZE))  # smooth, so that any trained VAE keeps it
     picture = Image.merge("RGB", (across, across.rotate(90), Image.radial_gradient("L").resize((SIZE, SIZE))))
@@ -72,12 +74,14 @@ def check(url: str, token: str | None = None, tell: Callable[[str], None] = logg
         shape = json.loads(encoded.headers["shape"])
         # a video model answers with an MP4
         sent = {"shape": encoded.headers["shape"], "dtype": encoded.headers["dtype"], "image_format": "png"}
-    except (KeyError, ValueError):
+        if not isinstance(shape, list):
+            raise ValueError
+    except (KeyError, ValueError, RecursionError):
         message = f"{url} answered an encode with no latents: is it an endpoint of this project?"
         raise RemoteVAEError(message) from None
     held["Content-Type"] = "tensor/binary"
     decoded = waiting(client.request, "POST", "/decode", content=encoded.content, params=sent, headers=held)
-    psnr = None if decoded.content[4:8] == b"ftyp" else _psnr(picture, decoded.content)
+    psnr = None if len(shape) == VIDEO and _is_mp4(decoded.content) else _psnr(picture, decoded.content)
     if psnr is not None and psnr < LOWEST_PSNR:
         lost = f"{psnr:.1f} dB, under {LOWEST_PSNR:.0f}"
         raise RemoteVAEError(f"{url} gave back another picture ({lost}): are the weights its own?")
@@ -88,12 +92,17 @@ def _waits(state: RetryCallState) -> str:
     return f"{state.outcome and state.outcome.exception()}; no replica is up yet, waiting for it"
 
 
+def _is_mp4(content: bytes) -> bool:
+    """By its first box, and the one that every MP4 has."""
+    return content[4:8] == b"ftyp" and b"moov" in content
+
+
 def _psnr(expected: Image.Image, content: bytes) -> float:
     """Peak signal-to-noise ratio in dB."""
     try:
         actual = Image.open(io.BytesIO(content))
         actual.load()
-    except OSError:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         message = f"a decode was answered with neither a picture nor an MP4: {content[:40]!r}"
         raise RemoteVAEError(message) from None
     if actual.format != "PNG" or actual.size != (SIZE, SIZE):

@@ -74,7 +74,7 @@ def check(url: str, token: Token = None) -> None:
     from remote_vae.check import check
 
     with console.status("encoding and decoding a picture"):
-        result = check(url, token)
+        result = check(url, token, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     print(result)
 
 

@@ -83,6 +83,8 @@ class Client:
         self.patience = patience
         self.timeout = timeout
         self._token = _login(address.scheme, address.hostname, trusted_hosts) if token is None else token
+        if not (self._token or "").isprintable() or not (self._token or "").isascii():
+            raise ValueError("the token has characters that no token has, such as a line's end: is it copied whole?")
         self.headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         """Of every request. The one thing here that holds the token."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
@@ -175,6 +177,8 @@ class Client:
         except httpx.TransportError as error:
             message = f"the connection to {self.url} broke before the answer was complete ({error})"
             raise ConnectionBroken(message) from None
+        except (httpx.RequestError, httpx.InvalidURL, UnicodeError) as error:
+            raise RemoteVAEError(f"{self.url}: {error}") from None
 
     def check(self, answer: httpx.Response, path: str) -> None:
         """Raises `RemoteVAEError` with the service's words unless the answer, which has been read, is a success."""

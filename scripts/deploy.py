@@ -5,25 +5,20 @@ Needs no torch. `docs/deploying.md` tells what it does and what it costs; the pa
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated
 
 # The storage's client tries for minutes without a word by default: here it gives up within half a minute.
 os.environ.setdefault("HF_XET_CLIENT_RETRY_BASE_DELAY", "1s")
 os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")
 
 import typer
-from huggingface_hub import get_token
-from huggingface_hub.utils import logging as hub_logging
 
 from handlers import MODELS
-from remote_vae import RemoteVAEError
 from remote_vae.check import check
-from scripts.console import DeployError, describe, if_stopped, note, out, say, show_table
+from scripts.console import FAILURES, DeployError, describe, ends_in_one_line, if_stopped, note, out, say, show_table
 from scripts.deployment.account import PERMISSIONS, Account, open_account
 from scripts.deployment.endpoint import READY, Endpoint, find_endpoint, find_endpoints
 from scripts.deployment.hardware import place
@@ -42,32 +37,15 @@ Url = Annotated[str | None, typer.Option(help="Address of any endpoint or server
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; no token, no network.")]
 Repo = Annotated[bool, typer.Option("--delete-repo", help="Delete the repository on the Hub too.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-All = Annotated[bool, typer.Option("--all", help="Every one of this project, one by one.")]
+All = Annotated[bool, typer.Option("--all", help="Every published model; every endpoint of this project.")]
 Keep = Annotated[bool, typer.Option("--keep", help="Leave an endpoint running that failed; else it is paused.")]
-
-FAILURES = (DeployError, RemoteVAEError)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Registers a subcommand. Its failures end it with one line on standard error, and Ctrl-C with status 130."""
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        hub_logging.set_verbosity_error()
-        try:
-            return function(*args, **kwargs)
-        except FAILURES as error:
-            status, message = 1, f"error: {describe(error)}"
-        except KeyboardInterrupt as stop:
-            left = describe(stop) or "nothing was changed"
-            status, message = 130, f"stopped: {left}; the same command again goes on from there"
-        gc.collect()  # a progress bar that the failure left open ends its line here
-        note(message.replace(token, "***") if (token := get_token()) else message)
-        raise typer.Exit(status)
-
-    return app.command()(run)
+    """Registers a subcommand."""
+    return app.command()(ends_in_one_line(function))
 
 
 @command
@@ -106,7 +84,7 @@ def deploy(
     if every:
         return deploy_all(account, plans, timeout, keep)
     plan, endpoint = deploy_plan(account, plans[0], timeout, keep)
-    say("\n".join(["", *endpoint.addresses.values(), text("cost.txt", plan)]))
+    say("\n".join(["", *endpoint.addresses.values(), text("cost.txt", plan).strip()]))
     say(f"`make pause {endpoint.variables}` stops the cost; `make undeploy {endpoint.variables}` removes it\n")
     say(f"ACCESS={plan.access}: {CALLERS[plan.access]}.\n\n{calling(endpoint.addresses)}")
 
@@ -193,9 +171,18 @@ def smoke(model: Model = None, namespace: Namespace = None, name: Name = None, u
 @command
 def pause(model: Model = None, namespace: Namespace = None, name: Name = None, every: All = False) -> None:
     """Stop an endpoint, and with it its cost, until `resume`."""
-    account = open_account(namespace) if every else None
+    if not every:
+        return pause_each([find_endpoint(model, namespace, name)])
+    if model or name:
+        raise DeployError("--all is every endpoint of this project: name no model, and no endpoint")
+    account = open_account(namespace)
+    pause_each(find_endpoints(account))
+    say(f"nothing of this project in {account.namespace} costs anything now")
+
+
+def pause_each(found: list[Endpoint]) -> None:
     failed = []
-    for endpoint in find_endpoints(account) if account else [find_endpoint(model, namespace, name)]:
+    for endpoint in found:
         try:
             endpoint.pause()
             say(endpoint.left)
@@ -204,8 +191,6 @@ def pause(model: Model = None, namespace: Namespace = None, name: Name = None, e
             failed.append(f"{endpoint.name} ({endpoint.page})")
     if failed:
         raise DeployError(f"MAY BE RUNNING, and cost: {', '.join(failed)}")
-    if account:
-        say(f"nothing of this project in {account.namespace} costs anything now")
 
 
 @command
@@ -234,10 +219,11 @@ def undeploy(
     if not doomed:
         return say(f"there is no {endpoint.name} in {endpoint.account.namespace}: nothing to delete")
     try:
-        yes = yes or typer.confirm(f"Delete {names}?", abort=True, err=True)
-    except typer.Abort:  # no, or nobody to ask
-        note("")
-        raise DeployError("nothing was deleted; YES=1 deletes without asking") from None
+        sure = yes or typer.confirm(f"Delete {names}?", err=True)
+    except typer.Abort:  # there is nobody to ask
+        sure = note("")
+    if not sure:
+        raise DeployError("nothing was deleted; YES=1 deletes without asking")
     with if_stopped(f"{names} may be there yet, and cost; `make endpoints` shows it"):
         for one in doomed:
             one.delete()

@@ -1,4 +1,4 @@
-"""Prints the table of models: `make models`."""
+"""The models as a table, `make models`, and what an endpoint has to know of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def print_list(console: Console) -> None:
     """The model and its checkpoint in a line each, which can be copied whole; all else is wrapped."""
     for key, model in MODELS.items():
         console.print(f"[bold]{key}[/]  {escape(latents(model))}  {scaling(model)}")
-        described = f"{word(model, 'vae_class')}, {word(model, 'dtype')}; endpoint: {instance(key)}"
+        described = f"{word(model, 'vae_class')}, {word(model, 'dtype')} on a GPU; endpoint: {instance(key)}"
         for line in (checkpoint(model), described, model.shared_by and f"also for {model.shared_by}"):
             if line:
                 console.print(Padding(escape(line), (0, 0, 0, 4)))
@@ -76,8 +76,9 @@ def cannot_run(model: str) -> str | None:
     needed, below = ([int(part) for part in version.split(".")] for version in (handler.diffusers, bound[1]))
     if needed < below:
         return None
+    its_class = word(handler, "vae_class")
     return (
-        f"{model} cannot run on an endpoint: its {handler.vae_class} needs diffusers {handler.diffusers} or later, and "
+        f"{model} cannot run on an endpoint: its {its_class} needs diffusers {handler.diffusers} or later, and "
         f"endpoints have one before {bound[1]}; `make serve MODEL={model}` runs it on a machine of your own"
     )
 

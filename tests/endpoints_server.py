@@ -404,7 +404,7 @@ class Platform(ABC):
             headers = {"shape": json.dumps(shape), "dtype": "float16"}
             return Response(bytes(128), media_type="tensor/binary", headers=headers)
         if video:
-            return Response(b"\x00\x00\x00\x18ftypisom", media_type="video/mp4")
+            return Response(b"\x00\x00\x00\x18ftypisom....moov", media_type="video/mp4")
         return Response(self.stub_answer or self.pictures[key], media_type="image/png")
 
     def endpoint_routes(self) -> list[Route]:

@@ -16,6 +16,7 @@ from rich.filesize import decimal
 
 from handlers import MODELS
 from scripts.deployment.plan import default_name
+from scripts.local_server import ROOT
 from scripts.models import license_link
 from tests.deploy_runner import (
     NAMESPACE,
@@ -156,7 +157,9 @@ def test_the_whole_life_of_an_endpoint(
 
     uploaded = repository(hub, name)
     assert listed_files(plan.out) == listing(uploaded)
-    assert {"handlers/__init__.py", "handlers/serving/page.html"} < uploaded.keys()
+    modules = [*(ROOT / "handlers").rglob("*.py"), *(ROOT / "handlers").rglob("*.html")]
+    code = {path.relative_to(ROOT).as_posix() for path in modules}
+    assert {path for path in uploaded if path.startswith("handlers/")} == code
     assert b"not for upload" not in uploaded.values()
     assert hub.repos[key].private
     record = json.loads(uploaded["endpoint.json"])

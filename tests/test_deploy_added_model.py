@@ -21,3 +21,6 @@ def test_it_can_be_deployed_once_all_is_declared(project: Path) -> None:
     assert refused.stderr.splitlines() == [
         f"error: {KEY} does not declare latent_channels; handlers/model.py says what that is"
     ]
+    declare(project, '    dtype = "float32"\n', "")
+    refused = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert refused.stderr.splitlines() == [f"error: {KEY} does not declare dtype; handlers/model.py says what that is"]

@@ -117,7 +117,7 @@ def test_a_fine_grained_token_without_a_permission(
 
 @pytest.mark.parametrize(
     ("model", "asked"),
-    [("fluks", "there is no model 'fluks'"), (None, "no model was named (MODEL, VAE_MODEL or endpoint.json)")],
+    [("fluks", "there is no model 'fluks'"), (None, "no model was named")],
 )
 def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: str) -> None:
     check(
@@ -212,6 +212,36 @@ def test_a_gated_checkpoint(hub: Hub, deploy: Runner) -> None:
 
     hub.tokens[TOKEN]["accepted"] = True
     check_rerun(hub, deploy)
+
+
+def test_a_gated_checkpoint_that_the_token_may_not_open(hub: Hub, deploy: Runner) -> None:
+    """Whose conditions are accepted: then the token is at fault."""
+    hub.repos[CHECKPOINT].gated = True
+    refusal = "Please enable access to public gated repositories in your fine-grained token settings"
+    hub.fail("GET", "auth-check", 403, refusal)
+    check(deploy(*FLUX), f"error: could not open the checkpoint: Hugging Face answered 403: {refusal}{MAY_IT}")
+    check_untouched(hub)
+
+
+@pytest.mark.parametrize("model", ["flux,", " flux ,,"])
+def test_a_comma_too_many(hub: Hub, deploy: Runner, model: str) -> None:
+    assert deploy("deploy", "--model", model).status == 0
+    assert list(hub.endpoints) == [KEY]
+
+
+@pytest.mark.parametrize("url", ["http://a..b", "http://localhost:abc", "localhost:8000", "ftp://localhost"])
+def test_smoke_of_no_url(deploy: Runner, url: str) -> None:
+    result = deploy("smoke", "--url", url)
+    assert (result.status, len(result.lines)) == (1, 1)
+    assert result.lines[0].startswith("error: ")
+
+
+def test_pausing_all_takes_no_model(hub: Hub, deploy: Runner) -> None:
+    check(
+        deploy("pause", "--all", "--model", "flux"),
+        "error: --all is every endpoint of this project: name no model, and no endpoint",
+    )
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(

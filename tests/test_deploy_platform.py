@@ -175,6 +175,14 @@ def test_a_namespace_without_storage(hub: Hub, deploy: Runner) -> None:
     assert deploy(*TINY).status == 0
 
 
+def test_a_refusal_of_storage_downloads_nothing(hub: Hub, deploy: Runner) -> None:
+    hub.full = "Private repository storage limit reached"
+    result = deploy("deploy", "--model", "tiny,flux")
+    assert result.lines[-1].startswith("error: could not upload to ana/remote-vae-tiny-flux: Hugging Face answered 403")
+    assert "downloading" not in result.err
+    assert not hub.sent("/resolve/")
+
+
 def test_no_leave_to_upload(hub: Hub, deploy: Runner) -> None:
     hub.fail("GET", "xet-write-token", 500, "storage is down")
     result = deploy(*TINY)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
     [
         (
             [],
-            f"no model was named (MODEL, VAE_MODEL or endpoint.json); the models are: {', '.join(MODELS)}",
+            f"no model was named; the models are: {', '.join(MODELS)}",
         ),
         (["--model", "fluks"], f"there is no model 'fluks'; the models are: {', '.join(MODELS)}"),
         (["--model", "sd-v1", "--dtype", "int8"], "VAE_DTYPE: Input should be 'float16', 'bfloat16' or 'float32'"),

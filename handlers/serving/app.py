@@ -52,7 +52,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
         Route("/health", health, methods=["GET"]),
         Route("/metrics", show_metrics, methods=["GET"]),
     ]
-    models = [name.strip() for name in (model or "").split(",")]
+    models = [name.strip() for name in (model or "").split(",") if name.strip()] or [""]
     access_log = Middleware(AccessLog, models, {route.path for route in routes}, on_crash)
     error_answers: dict[Any, Any] = {
         RequestError: on_request_error,

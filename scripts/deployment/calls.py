@@ -49,9 +49,7 @@ def call(task: str, function: Callable, /, *args: Any, attempts: int = 5, missin
         retry=retry_if_exception(lambda error: isinstance(error, HTTPError) and passes(_status(error))),
         wait=_wait,
         stop=stop_after_attempt(attempts),
-        before_sleep=lambda state: note(
-            f"  {_reason(state.outcome.exception())}; trying again in {state.upcoming_sleep:.0f} s"
-        ),
+        before_sleep=_tell,
         reraise=True,
     )
     try:

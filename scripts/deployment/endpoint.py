@@ -149,9 +149,15 @@ class Endpoint:
 
     def deploy(self, plan: Plan, repository: str, revision: str, token: str | None) -> None:
         """Creates it, or updates what differs. `token` is for a container that fetches gated weights itself."""
-        wanted = {"repository": repository, "revision": revision, "instance_type": plan.instance}
-        wanted |= {"instance_size": plan.size, "min_replica": plan.min_replica, "max_replica": plan.max_replica}
-        wanted["scale_to_zero_timeout"] = plan.scale_to_zero
+        wanted = {
+            "repository": repository,
+            "revision": revision,
+            "instance_type": plan.instance,
+            "instance_size": plan.size,
+            "min_replica": plan.min_replica,
+            "max_replica": plan.max_replica,
+            "scale_to_zero_timeout": plan.scale_to_zero,
+        }
         settings = ALWAYS | wanted | {"accelerator": "cpu" if is_cpu(plan.instance) else "gpu"}
         digest = hashlib.sha256((token or "").encode()).hexdigest()[:12]
         secret = {"secrets": {"HF_TOKEN": token}, "env": {TOKEN_OF: digest}} if token else {}
@@ -203,9 +209,10 @@ class Endpoint:
             answer = self.account.request("PUT", url, json={"compute": {"scaling": scaling}})
             return InferenceEndpoint.from_raw(answer.json(), namespace)
 
+        say(f"  updating {self.name}: it never scales to zero, min_replica {plan.min_replica}")
         for never in (None, 0):
             try:
-                return self._update(f"it never scales to zero, min_replica {plan.min_replica}", put, never=never)
+                return self._change("update", put, never=never)
             except HubError as error:
                 if error.status not in (400, 422):
                     raise
@@ -316,9 +323,9 @@ class Endpoint:
                     return
         raise DeployError(f"{self} was to be deleted {GONE_WITHIN} s ago and is still {self.there.status}: {self.page}")
 
-    def _update(self, what: str, function: Callable[..., InferenceEndpoint] | None = None, **settings: Any) -> None:
+    def _update(self, what: str, **settings: Any) -> None:
         say(f"  updating {self.name}: {what}")
-        self._change("update", function or self.account.api.update_inference_endpoint, **settings)
+        self._change("update", self.account.api.update_inference_endpoint, **settings)
 
     def _change(self, task: str, function: Callable[..., InferenceEndpoint], /, **settings: Any) -> None:
         """A call after which it may run. One that exists and that refused the call is as it was."""

@@ -22,7 +22,7 @@ CALLERS = {
     "public": "anyone, without a token",
 }
 PENDING = 1.5
-"""Requests a replica, at which there is one more."""
+"""Requests that wait or are worked on, a replica: at more of them there is one replica more."""
 TAG = "remote-vae"
 """Marks an endpoint as this project's; beside it is the tag of each of its models."""
 WEIGHT_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -80,12 +80,9 @@ class Plan:
         dearest = max((MODELS[key] for key in models), key=by_price)
         plan = cls(models, name or default_name(*models), instance or dearest.instance, **asked)
         plan._check()
-        return replace(
-            plan,
-            scale_to_zero=None if plan.min_replica else plan.scale_to_zero,
-            price=table_price(plan.vendor, plan.instance, plan.size),
-            folders={key: folder for key in models if (folder := find_folder(key, plan.weights))},
-        )
+        sleeps, price = not plan.min_replica, table_price(plan.vendor, plan.instance, plan.size)
+        folders = {key: folder for key in models if (folder := find_folder(key, plan.weights))}
+        return replace(plan, scale_to_zero=plan.scale_to_zero if sleeps else None, price=price, folders=folders)
 
     def _check(self) -> None:
         """What has to be true, by what is said where it is not."""

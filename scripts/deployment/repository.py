@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils.sha import git_hash
 from rich.filesize import decimal
@@ -48,7 +49,7 @@ def weight_paths(plan: Plan, model: str) -> list[str]:
 
 def describe_files(plan: Plan) -> dict[str, int | None]:
     """Bytes of all of it, by path, without a network: of weights on the Hub the published sizes, rounded."""
-    commits = {key: "0" * 40 for key in plan.models if key not in plan.folders}  # nobody was asked for them
+    commits = {key: "0" * 40 for key in plan.models if key not in plan.folders}  # in place of the Hub's
     sizes: dict[str, int | None] = {}
     for path, data in small_files(plan, commits).items():
         name = "handlers/" if path.startswith("handlers/") else path
@@ -83,8 +84,8 @@ class Repository:
                 record = json.loads(Path(path).read_text())
                 self.record = {one["model"]: one for one in record.get("models", [record]) if "checkpoint" in one}
         if self.files and set(self.record) != set(models):
-            is_another = f"is a deployment of {','.join(self.record)}" if self.record else "was not made by this script"
-            raise DeployError(f"{self.page} {is_another}: choose another NAME=...")
+            what = f"is a deployment of {','.join(self.record)}" if self.record else "was not made by this script"
+            raise DeployError(f"{self.page} {what}: choose another NAME=...")
 
     def __str__(self) -> str:
         return f"the repository {self.id}"
@@ -94,17 +95,22 @@ class Repository:
         return {key: self._find_checkpoint(key, plan.revision) for key in plan.models if key not in plan.folders}
 
     def _find_checkpoint(self, model: str, revision: str | None) -> ModelInfo:
-        """At the commit that is deployed already, else at the newest, so that what changes upstream is no reason for an
-        update, unless REVISION asks for it."""
+        """At the commit that is deployed already, so that what changes upstream is no reason for an update, unless
+        REVISION asks for it; else at the newest.
+        """
         name, deployed = MODELS[model].checkpoint, self.record.get(model, {})
+        page = f"https://huggingface.co/{name}"
         if deployed.get("checkpoint") == name:
             revision = revision or deployed.get("revision")
-        page, about = f"https://huggingface.co/{name}", {"revision": revision, "files_metadata": True}
-        info = call("look up the checkpoint", self.api.model_info, name, missing=(401, 404), **about)
-        if info and info.gated:
-            opened = call("open the checkpoint", lambda: self.api.auth_check(name) is None, missing=(401, 403))
-            if not opened:
-                raise DeployError(f"{name} is gated: accept its conditions on {page}, then try again")
+        about = {"revision": revision, "files_metadata": True}
+        try:
+            info = call("look up the checkpoint", self.api.model_info, name, missing=(401, 404), **about)
+            if info and info.gated:
+                call("open the checkpoint", self.api.auth_check, name)
+        except HubError as error:
+            if not isinstance(error.__cause__, GatedRepoError):
+                raise
+            raise DeployError(f"{name} is gated: accept its conditions on {page}, then try again") from None
         if not info:
             at = f" at REVISION={revision}" if revision else ""
             raise DeployError(f"{name}{at} is not on the Hub, or this token may not see it: {page}")
@@ -144,17 +150,14 @@ class Repository:
             message = f"Deploy {plan.model} with remote-vae {__version__}"
             return self.api.create_commit(self.id, operations, commit_message=message).oid
 
-        def send() -> str:
-            self._check_storage(local)
-            return call(f"upload to {self.id}", commit)
-
         with if_stopped(f"{self} stays, it may be incomplete and costs nothing"):
             if not self.commit:
                 call(f"create {self.id}", self.api.create_repo, self.id, private=True, exist_ok=True)
+            self._check_storage(local)
             if copied:
                 say(f"  copying {decimal(sum(file.size for _, file in copied.values()))} of weights from Hub to Hub")
             try:
-                newest = send()
+                newest = call(f"upload to {self.id}", commit)
             except HubError as error:
                 # A file without Xet hash, or of another storage region: huggingface_hub says so before it commits.
                 if not copied or passes(error.status) or error.status == 401:
@@ -164,7 +167,8 @@ class Repository:
                     download, name = self.api.hf_hub_download, file.rfilename
                     local[path] = Path(call(f"download {name}", download, info.id, name, revision=info.sha))
                 copied.clear()
-                newest = send()
+                self._check_storage(local)
+                newest = call(f"upload to {self.id}", commit)
         unchanged = newest == self.commit
         say(f"  {'unchanged' if unchanged else 'now'} at commit {newest[:8]}" + (": nothing to upload" * unchanged))
         return newest

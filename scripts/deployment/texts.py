@@ -16,6 +16,7 @@ from scripts.models import license_link
 from scripts.snippets import calling
 
 URL = "https://YOUR-ENDPOINT.endpoints.huggingface.cloud"
+TEMPLATES = FileSystemLoader(Path(__file__).with_name("templates"))
 
 
 def origin(plan: Plan, model: str) -> str:
@@ -26,16 +27,15 @@ def origin(plan: Plan, model: str) -> str:
     return f"models/{model}" if folder == Path(checkpoint) else "a local folder"
 
 
-folder = FileSystemLoader(Path(__file__).with_name("templates"))
-templates = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True)
-names = {"MODELS": MODELS, "CALLERS": CALLERS, "PENDING": PENDING, "AS_OF": AS_OF, "version": __version__}
-functions = (decimal, describe_price, dollars, license_link, origin, variables)
-templates.globals |= names | {function.__name__: function for function in functions}
+SHOWN = {"MODELS": MODELS, "CALLERS": CALLERS, "PENDING": PENDING, "AS_OF": AS_OF, "version": __version__}
+SHOWN |= {one.__name__: one for one in (decimal, describe_price, dollars, license_link, origin, variables)}
+"""What templates can name, beside the plan."""
 
 
 def text(name: str, plan: Plan, **more: Any) -> str:
     """A template filled in for this plan."""
-    return templates.get_template(name).render(plan=plan, **more)
+    templates = Environment(loader=TEMPLATES, undefined=StrictUndefined, trim_blocks=True)
+    return templates.get_template(name, globals=SHOWN).render(plan=plan, **more)
 
 
 def model_card(plan: Plan, revisions: dict[str, str]) -> str:

@@ -96,6 +96,20 @@ def test_check_of_what_is_not_right(service: Service, path: str, error: str) -> 
     assert re.search(rf"error: http://\S+{error}$", said.strip())
 
 
+@pytest.mark.parametrize("url", ["http://a..b", "http://localhost:abc", "localhost:8000"])
+def test_check_of_no_url(url: str) -> None:
+    _, said = remote_vae("check", url, status=1)
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("token", ["hf_secret\nx", "hf_secr\xe9t"])
+def test_a_token_that_is_none_is_not_told(token: str) -> None:
+    _, said = remote_vae("check", "http://127.0.0.1:9", "--token", token, status=1)
+    assert "is it copied whole?" in said
+    assert "secr" not in said
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])
 def test_decoding_a_batch(service: Service, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"latents{suffix}"

@@ -117,7 +117,7 @@ def test_one_that_runs_out_of_memory_leaves_the_others_right(monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [("sd-v1,sd-v1", "sd-v1 is named twice"), ("sd-v1,fluks", "there is no model 'fluks'"), ("sd-v1,", "no model was")],
+    [("sd-v1,sd-v1", "sd-v1 is named twice"), ("sd-v1,fluks", "there is no model 'fluks'"), (",", "no model was")],
 )
 def test_what_cannot_be_served_together(keys: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
