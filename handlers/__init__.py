@@ -16,6 +16,7 @@ from handlers.hunyuan_video_1_5 import HunyuanVideo15
 from handlers.ltx_2 import Ltx2
 from handlers.ltx_video import LtxVideo
 from handlers.mochi import Mochi
+from handlers.model import split_keys
 from handlers.playground_v2_5 import PlaygroundV25
 from handlers.qwen_image import QwenImage
 from handlers.sana import Sana
@@ -70,7 +71,7 @@ def get_models(keys: str | None) -> dict[str, type[EndpointHandler]]:
     Raises:
         ValueError: there is no such model, or one is named twice.
     """
-    names = [name.strip() for name in (keys or "").split(",") if name.strip()] or [""]
+    names = split_keys(keys)
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is named twice")
     return {name: get_model(name) for name in names}

@@ -16,6 +16,11 @@ patchified: [B, C * patch * patch, H/patch, W/patch]
 """
 
 
+def split_keys(keys: str | None) -> list[str]:
+    """The keys of `flux` or `sd-v1,sdxl,flux`; one that is empty where none is named."""
+    return [key.strip() for key in (keys or "").split(",") if key.strip()] or [""]
+
+
 class Peak(NamedTuple):
     """Numbers alive at the peak of a pass, for each pixel of a picture or of a frame, as diffusers runs it.
 

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from handlers.model import split_keys
 from handlers.serving import metrics
 from handlers.serving.access_log import NO_ANSWER, AccessLog
 from handlers.serving.description import describe, public_name
@@ -52,8 +53,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
         Route("/health", health, methods=["GET"]),
         Route("/metrics", show_metrics, methods=["GET"]),
     ]
-    models = [name.strip() for name in (model or "").split(",") if name.strip()] or [""]
-    access_log = Middleware(AccessLog, models, {route.path for route in routes}, on_crash)
+    access_log = Middleware(AccessLog, split_keys(model), {route.path for route in routes}, on_crash)
     error_answers: dict[Any, Any] = {
         RequestError: on_request_error,
         HTTPException: on_http_error,

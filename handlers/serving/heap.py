@@ -12,6 +12,8 @@ grows with each new shape. So:
   this pass: slower, but without holes.
 - `trim`, when nothing has come for some seconds (`worker.REST`): all free pages go back.
 
+- oneDNN's compiled kernels, which no trim reaches, are kept for the last shapes alone (`KERNELS`).
+
 All figures are resident bytes, as the system counts them: the heap's own do not say which of its free pages are still
 in memory. So the plan (`memory.free_memory`) counts nothing that the heap keeps. What was weighed: benchmarks/NOTES.md.
 
@@ -68,7 +70,8 @@ class Heap:
     def keep(self, pages: bool) -> None:
         """One heap for all threads, which by itself gives nothing back if `pages` are kept; a GPU's process needs none.
 
-        By default each thread has one of its own, so that what one frees another cannot use.
+        By default each thread has one of its own, so that what one frees another cannot use. The number of kernels is
+        read by oneDNN when torch first computes.
         """
         _mallopt(M_ARENA_MAX, 1)
         if pages:

@@ -80,9 +80,10 @@ def _status(error: BaseException) -> int | None:
 def _wait(state: RetryCallState) -> float:
     """Seconds: what the answer's `RateLimit` or `Retry-After` asks for, else twice as long every time."""
     headers = getattr(getattr(state.outcome.exception(), "response", None), "headers", {})
-    limit, asked = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
+    limit = parse_ratelimit_headers(headers)
     if limit and not limit.remaining:
-        asked = str(limit.reset_in_seconds + 1)
+        return min(limit.reset_in_seconds + 1, LONGEST_WAIT)
+    asked = headers.get("Retry-After", "")
     return min(float(asked), LONGEST_WAIT) if asked.isdecimal() else wait_exponential(multiplier=2, max=30)(state)
 
 

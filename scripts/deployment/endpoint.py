@@ -29,6 +29,7 @@ SETTLING = 6
 GONE_WITHIN = 300
 """Seconds in which an endpoint that was deleted has to be gone."""
 ALWAYS = {"framework": "pytorch", "task": "custom", "scaling_metric": "pendingRequests", "scaling_threshold": PENDING}
+"""Settings of every endpoint, as huggingface_hub names them."""
 TOKEN_OF = "HF_TOKEN_SHA256"
 """Environment variable with the beginning of the hash of the token in the secrets, whose values nobody can read."""
 
