@@ -23,4 +23,3 @@ class CogVideoX(EndpointHandler):
     license_link = "https://huggingface.co/THUDM/CogVideoX-2b/blob/main/LICENSE"
     weights_mb = 431
     shared_by = "CogVideoX-5b and 1.5 (with their weights), ConsisID"
-    published_config = {}  # the class's own defaults

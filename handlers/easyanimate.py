@@ -20,4 +20,3 @@ class EasyAnimate(EndpointHandler):
     license = "apache-2.0"
     license_link = "https://huggingface.co/alibaba-pai/EasyAnimateV5.1-12b-zh-diffusers"
     weights_mb = 489
-    published_config = {}  # the class's own defaults

@@ -1,4 +1,5 @@
 from handlers.base import EndpointHandler
+from handlers.model import read_config
 
 
 class Flux(EndpointHandler):
@@ -16,15 +17,4 @@ class Flux(EndpointHandler):
     license_link = "https://huggingface.co/black-forest-labs/FLUX.1-schnell/blob/main/LICENSE.md"
     weights_mb = 168
     shared_by = "Chroma, HiDream, Lumina 2, Z-Image, Kandinsky 5 image"
-    published_config = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
+    published_config = read_config("flux")

@@ -17,4 +17,3 @@ class Flux2(EndpointHandler):
     license_link = "https://huggingface.co/black-forest-labs/FLUX.2-klein-4B"
     weights_mb = 168
     shared_by = "FLUX.2 dev and klein, ERNIE-Image, Bria FIBO 2"
-    published_config = {}  # the class's own defaults

@@ -1,5 +1,5 @@
 from handlers.base import EndpointHandler
-from handlers.model import Peak
+from handlers.model import Peak, read_config
 
 
 class GlmImage(EndpointHandler):
@@ -16,50 +16,4 @@ class GlmImage(EndpointHandler):
     license = "mit"
     license_link = "https://huggingface.co/zai-org/GLM-Image"
     weights_mb = 812
-    published_config = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 512, 1024, 1024],
-        "layers_per_block": 3,
-        "latent_channels": 16,
-        "sample_size": 1024,
-        "latents_mean": [
-            -0.2080078125,
-            1.875,
-            -0.470703125,
-            -1.265625,
-            -1.421875,
-            0.77734375,
-            -0.3671875,
-            -0.9453125,
-            0.318359375,
-            0.7734375,
-            -0.1884765625,
-            -0.022216796875,
-            -0.220703125,
-            -1.59375,
-            -0.81640625,
-            -0.255859375,
-        ],
-        "latents_std": [
-            3.0625,
-            2.203125,
-            2.265625,
-            4.84375,
-            2.5,
-            3.9375,
-            2.203125,
-            3.03125,
-            2.1875,
-            2.046875,
-            2.71875,
-            2.390625,
-            2.390625,
-            2.453125,
-            2.25,
-            2.15625,
-        ],
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "mid_block_add_attention": False,
-    }
+    published_config = read_config("glm-image")

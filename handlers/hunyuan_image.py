@@ -1,5 +1,5 @@
 from handlers.base import EndpointHandler
-from handlers.model import Peak
+from handlers.model import Peak, read_config
 
 
 class HunyuanImage(EndpointHandler):
@@ -18,13 +18,4 @@ class HunyuanImage(EndpointHandler):
     license = "tencent-hunyuan-community"
     license_link = "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1/blob/master/LICENSE"
     weights_mb = 811
-    published_config = {
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": 64,
-        "layers_per_block": 2,
-        "sample_size": 384,
-        "block_out_channels": [128, 256, 512, 512, 1024, 1024],
-        "spatial_compression_ratio": 32,
-        "scaling_factor": 0.75289,
-    }
+    published_config = read_config("hunyuan-image")

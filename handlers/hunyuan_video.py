@@ -1,5 +1,5 @@
 from handlers.base import EndpointHandler
-from handlers.model import Peak
+from handlers.model import Peak, read_config
 
 
 class HunyuanVideo(EndpointHandler):
@@ -20,10 +20,4 @@ class HunyuanVideo(EndpointHandler):
     license_link = "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"
     weights_mb = 986
     shared_by = "FramePack, SkyReels-V1, Kandinsky 5 video"
-    published_config = {
-        "block_out_channels": [128, 256, 512, 512],
-        "latent_channels": 16,
-        "scaling_factor": 0.476986,
-        "spatial_compression_ratio": 8,
-        "temporal_compression_ratio": 4,
-    }
+    published_config = read_config("hunyuan-video")

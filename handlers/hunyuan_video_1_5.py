@@ -21,4 +21,3 @@ class HunyuanVideo15(EndpointHandler):
     license_link = "https://huggingface.co/tencent/HunyuanVideo-1.5/blob/main/LICENSE"
     weights_mb = 5042
     shared_by = "HunyuanVideo 1.5 480p and 720p"
-    published_config = {}  # the class's own defaults

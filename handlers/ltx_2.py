@@ -1,5 +1,5 @@
 from handlers.base import EndpointHandler
-from handlers.model import ALL, Peak
+from handlers.model import ALL, Peak, read_config
 
 
 class Ltx2(EndpointHandler):
@@ -23,8 +23,4 @@ class Ltx2(EndpointHandler):
     license_link = "https://github.com/Lightricks/LTX-2/blob/main/LICENSE"
     weights_mb = 2445
     shared_by = "SANA-Video 720p"
-    published_config = {
-        "decoder_causal": False,
-        "spatial_compression_ratio": 32,
-        "temporal_compression_ratio": 8,
-    }
+    published_config = read_config("ltx-2")

@@ -1,5 +1,5 @@
 from handlers.base import EndpointHandler
-from handlers.model import ALL, Peak
+from handlers.model import ALL, Peak, read_config
 
 
 class LtxVideo(EndpointHandler):
@@ -22,19 +22,4 @@ class LtxVideo(EndpointHandler):
     license_link = "https://huggingface.co/Lightricks/LTX-Video/blob/main/ltx-video-2b-v0.9.5.license.txt"
     weights_mb = 2494
     shared_by = "LTX-Video 0.9.5 to 0.9.8"
-    published_config = {
-        "block_out_channels": [128, 256, 512, 1024, 2048],
-        "down_block_types": ["LTXVideo095DownBlock3D"] * 4,
-        "decoder_block_out_channels": [256, 512, 1024],
-        "layers_per_block": [4, 6, 6, 2, 2],
-        "decoder_layers_per_block": [5] * 4,
-        "spatio_temporal_scaling": [True] * 4,
-        "decoder_spatio_temporal_scaling": [True] * 3,
-        "decoder_inject_noise": [False] * 4,
-        "downsample_type": ["spatial", "temporal", "spatiotemporal", "spatiotemporal"],
-        "upsample_residual": [True] * 3,
-        "upsample_factor": [2] * 3,
-        "timestep_conditioning": True,
-        "spatial_compression_ratio": 32,
-        "temporal_compression_ratio": 8,
-    }
+    published_config = read_config("ltx-video")

@@ -19,4 +19,3 @@ class Mochi(EndpointHandler):
     license = "apache-2.0"
     license_link = "https://huggingface.co/genmo/mochi-1-preview"
     weights_mb = 1839
-    published_config = {}  # the class's own defaults

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 Kind = Literal["image", "video"]
@@ -19,6 +21,11 @@ patchified: [B, C * patch * patch, H/patch, W/patch]
 def split_keys(keys: str | None) -> list[str]:
     """The keys of `flux` or `sd-v1,sdxl,flux`; one that is empty where none is named."""
     return [key.strip() for key in (keys or "").split(",") if key.strip()] or [""]
+
+
+def read_config(key: str) -> dict[str, Any]:
+    """Return `handlers/configs/<key>.json`: a checkpoint's `config.json` without the defaults of its class."""
+    return json.loads((Path(__file__).parent / "configs" / f"{key}.json").read_text())
 
 
 class Peak(NamedTuple):
@@ -74,9 +81,9 @@ class Model:
     dtype: ClassVar[str]
     """What the weights run in on a GPU; on a CPU every model runs in float32."""
     published_config: ClassVar[dict[str, Any]] = {}
-    """The checkpoint's `config.json` where it differs from the defaults of `vae_class`.
+    """The checkpoint's `config.json` without the defaults of `vae_class`: `read_config(key)`.
 
-    It describes the model before it is loaded, and builds it with random weights.
+    It describes the model before the model is loaded, and builds it with random weights.
     """
 
     kind: ClassVar[Kind] = "image"

@@ -18,4 +18,3 @@ class QwenImage(EndpointHandler):
     license_link = "https://huggingface.co/Qwen/Qwen-Image"
     weights_mb = 254
     shared_by = "Qwen-Image-Edit, Edit-2509 and Edit-2511, Krea 2, NucleusMoE"
-    published_config = {}  # the class's own defaults

@@ -1,5 +1,5 @@
 from handlers.base import EndpointHandler
-from handlers.model import Peak
+from handlers.model import Peak, read_config
 
 
 class Sana(EndpointHandler):
@@ -16,24 +16,4 @@ class Sana(EndpointHandler):
     license_link = "https://github.com/mit-han-lab/efficientvit/issues/166"
     weights_mb = 1249
     shared_by = "Sana 1.5, Sana-Sprint, PRX"
-    published_config = {
-        "encoder_block_types": [
-            "ResBlock",
-            "ResBlock",
-            "ResBlock",
-            "EfficientViTBlock",
-            "EfficientViTBlock",
-            "EfficientViTBlock",
-        ],
-        "decoder_block_types": [
-            "ResBlock",
-            "ResBlock",
-            "ResBlock",
-            "EfficientViTBlock",
-            "EfficientViTBlock",
-            "EfficientViTBlock",
-        ],
-        "downsample_block_type": "conv",
-        "upsample_block_type": "interpolate",
-        "scaling_factor": 0.41407,
-    }
+    published_config = read_config("sana")

@@ -1,4 +1,5 @@
 from handlers.base import EndpointHandler
+from handlers.model import read_config
 
 
 class StableDiffusionV1(EndpointHandler):
@@ -13,12 +14,4 @@ class StableDiffusionV1(EndpointHandler):
     license = "mit"
     license_link = "https://huggingface.co/stabilityai/sd-vae-ft-mse"
     weights_mb = 335
-    published_config = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "sample_size": 256,
-        "scaling_factor": 0.18215,
-    }
+    published_config = read_config("sd-v1")

@@ -1,4 +1,5 @@
 from handlers.base import EndpointHandler
+from handlers.model import read_config
 
 
 class StableDiffusionXL(EndpointHandler):
@@ -13,13 +14,4 @@ class StableDiffusionXL(EndpointHandler):
     license_link = "https://huggingface.co/madebyollin/sdxl-vae-fp16-fix"
     weights_mb = 335
     shared_by = "PixArt-Sigma, AuraFlow, Hunyuan-DiT"
-    published_config = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "sample_size": 512,
-        "scaling_factor": 0.13025,
-        "force_upcast": False,
-    }
+    published_config = read_config("sdxl")

@@ -1,5 +1,5 @@
 from handlers.base import EndpointHandler
-from handlers.model import ALL, Peak
+from handlers.model import ALL, Peak, read_config
 
 
 class StableVideoDiffusion(EndpointHandler):
@@ -22,9 +22,4 @@ class StableVideoDiffusion(EndpointHandler):
     license_link = "https://huggingface.co/stabilityai/stable-video-diffusion-img2vid-xt/blob/main/LICENSE.md"
     weights_mb = 391
     shared_by = "Stable Video Diffusion 14 and 25 frames"
-    published_config = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "sample_size": 768,
-    }
+    published_config = read_config("svd")

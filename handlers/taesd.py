@@ -17,4 +17,3 @@ class Taesd(EndpointHandler):
     license = "mit"
     license_link = "https://huggingface.co/madebyollin/taesd"
     weights_mb = 10
-    published_config = {}  # the class's own defaults

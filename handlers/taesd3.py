@@ -1,5 +1,5 @@
 from handlers.base import EndpointHandler
-from handlers.model import Peak
+from handlers.model import Peak, read_config
 
 
 class Taesd3(EndpointHandler):
@@ -18,6 +18,4 @@ class Taesd3(EndpointHandler):
     license = "mit"
     license_link = "https://huggingface.co/madebyollin/taesd3"
     weights_mb = 10
-    published_config = {
-        "latent_channels": 16,
-    }
+    published_config = read_config("taesd3")

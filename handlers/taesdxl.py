@@ -17,4 +17,3 @@ class TaesdXL(EndpointHandler):
     license = "mit"
     license_link = "https://huggingface.co/madebyollin/taesdxl"
     weights_mb = 10
-    published_config = {}  # the class's own defaults

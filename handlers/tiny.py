@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from handlers.base import EndpointHandler
-from handlers.model import Peak
+from handlers.model import Peak, read_config
 
 WEIGHTS = Path(__file__).parent.parent / "models" / "tiny"
 
@@ -20,17 +20,4 @@ class Tiny(EndpointHandler):
     license = "apache-2.0"
     license_link = "https://www.apache.org/licenses/LICENSE-2.0"
     weights_mb = 3
-    published_config = {
-        "down_block_types": ["DownEncoderBlock2D"] * 3,
-        "up_block_types": ["UpDecoderBlock2D"] * 3,
-        "block_out_channels": [16, 32, 96],
-        "layers_per_block": 1,
-        "norm_num_groups": 1,
-        "latent_channels": 8,
-        "sample_size": 512,
-        "scaling_factor": 0.5365,
-        "shift_factor": -0.0113,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "mid_block_add_attention": False,
-    }
+    published_config = read_config("tiny")

@@ -22,4 +22,3 @@ class Wan21(EndpointHandler):
     shared_by = (
         "Wan 2.1 T2V, I2V, FLF2V, VACE, Wan 2.2 A14B and Animate, SkyReels-V2, Cosmos-Predict 2 and 2.5, SANA-Video"
     )
-    published_config = {}  # the class's own defaults

@@ -30,7 +30,8 @@ STORAGE_ANSWERS = 20
 def small_files(plan: Plan, revisions: dict[str, str]) -> dict[str, bytes]:
     """The code; `endpoint.json`, which tells it what it serves; the model card. `revisions` are the checkpoints'."""
     found = (PROJECT / "handlers").rglob("[!.]*")
-    modules = sorted(one for one in found if one.suffix in (".py", ".html") and one.parent.name != "__pycache__")
+    kinds = {".py", ".html", ".json"}
+    modules = sorted(one for one in found if one.suffix in kinds and one.parent.name != "__pycache__")
     code = [PROJECT / "handler.py", *modules, PROJECT / "requirements.txt"]
     pinned = {key: {"revision": revision} for key, revision in revisions.items()}
     records = [{"model": key, "checkpoint": origin(plan, key), **pinned.get(key, {})} for key in plan.models]
