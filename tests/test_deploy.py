@@ -157,7 +157,7 @@ def test_the_whole_life_of_an_endpoint(
 
     uploaded = repository(hub, name)
     assert listed_files(plan.out) == listing(uploaded)
-    modules = [*(ROOT / "handlers").rglob("*.py"), *(ROOT / "handlers").rglob("*.html")]
+    modules = [file for kind in ("py", "html", "json") for file in (ROOT / "handlers").rglob(f"*.{kind}")]
     code = {path.relative_to(ROOT).as_posix() for path in modules}
     assert {path for path in uploaded if path.startswith("handlers/")} == code
     assert b"not for upload" not in uploaded.values()
