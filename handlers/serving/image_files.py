@@ -72,8 +72,8 @@ class ImageFile:
 
     @property
     def peak(self) -> int:
-        """Bytes that decoding takes at its peak: measured, with a margin (benchmarks/NOTES.md)."""
-        per_pixel, per_byte = {"PNG": (9, 1.2), "JPEG": (13, 1.2), "WEBP": (25, 3)}[self.format]
+        """Bytes that decoding, turning and resizing take at their peak, as they were measured, with a margin."""
+        per_pixel, per_byte = {"PNG": (17, 1.2), "JPEG": (17, 1.2), "WEBP": (22, 3)}[self.format]
         width, height = self.stored_size
         return int(width * height * per_pixel + len(self.body) * per_byte) + 1_000_000
 
@@ -385,7 +385,7 @@ def _webp_size(body: Body, kind: bytes, start: int) -> tuple[int, int] | None:
 
 
 def _open_webp(body: Body) -> Image.Image:
-    """The first image of a WebP file, whose decoder takes memory for the canvas and for all chunks when it is opened."""
+    """The first image of a WebP file, whose decoder takes memory for the canvas and each chunk when it is opened."""
     view, chunks = memoryview(body), bytearray()
     for kind, start, stop in _webp_chunks(body):
         chunk = bytearray(view[start - 8 : stop])

@@ -69,16 +69,22 @@ def _convert(image: Image.Image, target: np.ndarray) -> None:
     """Writes the floats of an image of any mode, in [-1, 1], to `target` [H, W, 3], resized to its size."""
     height, width, _ = target.shape
     if image.size != (width, height):
-        rgb = Image.new("RGB", image.size)
-        for top, strip in _rgb_strips(image):
-            rgb.paste(strip, (0, top))
-        image = VaeImageProcessor().resize(rgb, height, width)
-        del rgb
+        image = VaeImageProcessor().resize(_rgb(image), height, width)
     for top, strip in _rgb_strips(image):
         part = target[top : top + strip.height]
         np.divide(np.asarray(strip), 255, out=part, dtype=np.float32)
         part *= 2
         part -= 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The whole image in RGB, on white, without the copies that converting it at once takes."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _rgb_strips(image):
+        rgb.paste(strip, (0, top))
+    return rgb
 
 
 def _rgb_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
