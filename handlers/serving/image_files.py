@@ -208,8 +208,7 @@ def _with_transparent_color(image: Image.Image, file: io.BytesIO, color: tuple[i
 
     Pillow reads the low bytes where it is told that the others come first.
     """
-    file.seek(0)
-    low_bytes = Image.open(file, formats=("PNG",))
+    low_bytes = Image.open(io.BytesIO(file.getvalue()), formats=("PNG",))
     low_bytes.tile = [low_bytes.tile[0]._replace(args="RGB;16L")]
     same = Image.new("L", image.size, 255)
     for pixels, shift in ((low_bytes, 0), (image, 8)):
@@ -217,8 +216,6 @@ def _with_transparent_color(image: Image.Image, file: io.BytesIO, color: tuple[i
         table = [255 * (value == byte) for byte in bytes_of_color for value in range(256)]
         for band in pixels.point(table).split():
             same = ImageChops.multiply(same, band)
-        if pixels is low_bytes:
-            low_bytes.close()
     image.info.pop("transparency", None)
     image.putalpha(ImageChops.invert(same))
     return image
