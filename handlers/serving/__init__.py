@@ -26,10 +26,12 @@ pixels    value range and layout of pixels
 normalization  range of latents
 latents   layout of latents
 payload   bytes to tensors, images and frames
+image_files  the structure of PNG, JPEG and WebP files
 layout    the shapes of a VAE's tensors
 request   what was asked for, validated
 metrics   counters and histograms for Prometheus
 settings  environment variables
+admission  the bytes that requests have in memory
 limits    what a request may cost
 errors    the one exception for a wrong request
 """

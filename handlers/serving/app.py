@@ -22,6 +22,7 @@ from starlette.routing import Route
 from handlers.model import split_keys
 from handlers.serving import metrics
 from handlers.serving.access_log import NO_ANSWER, AccessLog
+from handlers.serving.admission import BytesInFlight
 from handlers.serving.description import describe, public_name
 from handlers.serving.errors import RequestError
 from handlers.serving.exchange import Exchange, check_token
@@ -67,7 +68,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     )
     app.router.redirect_slashes = False
     app.state.handler = None
-    app.state.held_bytes = 0
+    app.state.in_flight = BytesInFlight()
     app.state.deadlines = set()
     return app
 
@@ -161,7 +162,7 @@ async def config(request: Request) -> Response:
 
 async def show_metrics(request: Request) -> Response:
     _pipeline(request).measure()
-    metrics.HELD.set(request.app.state.held_bytes)
+    metrics.HELD.set(request.app.state.in_flight.total)
     return Response(metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from handlers.model import Task
 from handlers.serving import metrics
 from handlers.serving.access_log import NO_ANSWER
+from handlers.serving.admission import Reservation
 from handlers.serving.errors import RequestError
 from handlers.serving.output import to_json
 from handlers.serving.pipeline import Pipeline, Prepared, Result
@@ -60,7 +61,8 @@ class Exchange:
         """Milliseconds of each stage that is over."""
         self.held = AsyncExitStack()
         """What is given back at the end, whatever that is: the work, the place, the bytes that count, the deadline."""
-        self.held_bytes = 0
+        self.reservation: Reservation = http.app.state.in_flight.reservation(pipeline.settings)
+        """Its bytes in flight."""
         self.arrived = False
         """Whether the body is there."""
         self.queued_at = 0.0
@@ -84,7 +86,7 @@ class Exchange:
         check_content_type(self.http)
         self.pipeline.workers.check_open()
         self.held.enter_context(self.deadline())
-        self.held.callback(self.release_bytes)
+        self.held.enter_context(self.reservation)
         body = await self.receive()
         await self.take_place()
         return body
@@ -94,7 +96,7 @@ class Exchange:
         async with self.pipeline.machine.readers:
             request, prepared = await self.on_thread("payload", self.parse, body)
         self.record.update(task=request.task, shape=list(prepared.inputs.shape), answer=request.answer.name.lower())
-        self.hold(prepared.inputs.nbytes + self.pipeline.unsent(request, prepared.inputs))
+        self.reservation.hold(self.pipeline.unsent(request, prepared.inputs))
         return request, prepared
 
     def queue(self, request: Request, prepared: Prepared) -> Future[Result]:
@@ -157,18 +159,9 @@ class Exchange:
         async for chunk in self.http.stream():
             body += chunk
             self.settings.check_body(len(body))
-            self.hold(len(chunk))
+            self.reservation.hold(len(chunk))
         self.arrived = True
         return body
-
-    def hold(self, size: int) -> None:
-        """Counts bytes of the body, or of what was made of it, among those that all requests hold."""
-        self.held_bytes += size
-        self.http.app.state.held_bytes += size
-        self.settings.check_held(self.http.app.state.held_bytes, self.held_bytes)
-
-    def release_bytes(self) -> None:
-        self.http.app.state.held_bytes -= self.held_bytes
 
     async def take_place(self) -> None:
         """One of those in the service, first come, first served.
@@ -190,8 +183,11 @@ class Exchange:
         if "shape" in values:
             values["shape"] = query.getlist("shape")
         content_type, accept = headers.get("content-type", ""), headers.get("accept")
-        request = self.pipeline.parse(body, content_type, accept, values, self.task)
-        return request, self.pipeline.prepare(request)
+        with self.reservation:  # a thread that is left behind has its bytes until it ends
+            request = self.pipeline.parse(body, content_type, accept, values, self.task)
+            if request.body is not body:
+                body.clear()  # all of it was copied: the files of a form, the tensor in JSON
+            return request, self.pipeline.prepare(request, self.reservation.hold)
 
     def render(self, request: Request, value: Any) -> Response:
         content = self.pipeline.render(request, value)

@@ -27,10 +27,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from threading import Lock
 
 import psutil
 import torch
 
+from handlers.serving.errors import RequestError
 from handlers.serving.memory import free_memory, total_memory
 
 MARGIN = 1.1
@@ -66,6 +68,13 @@ class Heap:
         """Bytes of the last pass's tensors."""
         self.repeated = False
         """Whether the pass before it needed as many: their blocks are of the same sizes then."""
+        self.planned = 0
+        """Bytes that the pass which runs now takes at its peak, by its estimate; 0 between passes."""
+        self.before = 0
+        """Resident bytes when that pass began."""
+        self.lent = 0
+        """Bytes that threads take beside the passes for a while, and that no request holds: see `lend`."""
+        self.lending = Lock()
 
     def keep(self, pages: bool) -> None:
         """One heap for all threads, which by itself gives nothing back if `pages` are kept; a GPU's process needs none.
@@ -81,17 +90,18 @@ class Heap:
 
     def trim(self) -> None:
         """Gives every free page back to the system."""
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        _give_back()
         self.base = _resident()
         self.floor = min(self.floor, self.base)
 
     def available(self) -> int:
         """Bytes that a pass could get now."""
-        return _available() - self.reserve
+        return _available() - self.reserve - self.lent
 
     def capacity(self) -> int:
         """Bytes that a pass could get at best."""
+        if not self.base:
+            self.trim()
         return total_memory(torch.device("cpu")) - self.reserve - min(self.floor, self.base)
 
     def make_room(self, needed: int) -> None:
@@ -103,16 +113,47 @@ class Heap:
         _mallopt(M_MMAP_THRESHOLD, SMALL_BLOCK if short else LARGE_BLOCK)
 
     @contextmanager
+    def lend(self, size: int, held: int = 0) -> Iterator[None]:
+        """Around work on a thread that takes so many bytes for as long as it lasts, such as an image that is decoded.
+
+        Args:
+            held: bytes that are taken too, but are counted among those of the request, which passes leave to it.
+
+        Raises:
+            RequestError: they are not free now, beside what others were promised; status 503.
+        """
+        with self.lending:
+            if self._spare() < size + held:
+                _give_back()
+            if self._spare() < size + held:
+                needed = (size + held) / 1e6
+                raise RequestError(
+                    f"reading this takes about {needed:.0f} MB of memory, which are not free now; try again soon", 503
+                )
+            self.lent += size
+        try:
+            yield
+        finally:
+            with self.lending:
+                self.lent -= size
+
+    def _spare(self) -> int:
+        """Bytes that nobody has, and that neither the pass which runs now nor a thread is going to take."""
+        growth = max(0, _resident() - self.before)
+        return _available() - self.lent - max(0, self.planned - growth)
+
+    @contextmanager
     def settle(self) -> Iterator[None]:
         """Around a pass. What is kept is also no more than what stays available to the rest of the service."""
         if not self.base:
             self.trim()
-        before = _resident()
+        self.before = _resident()
         try:
             yield
         finally:
+            self.planned = 0
             after = _resident()
-            self.largest = max(self.largest, after - before)
+            self.largest = max(self.largest, after - self.before)
             kept = after - self.base
             if kept > self.available() or (kept > self.largest * MARGIN and not self.repeated):
                 self.trim()
@@ -134,6 +175,12 @@ def _set_default(variable: str, value: str, *others: str) -> None:
     """Sets it in the environment, unless the user set it, by this name or one of the others."""
     if not {variable, *others} & os.environ.keys():
         os.environ[variable] = value
+
+
+def _give_back() -> None:
+    """Free pages of the heap to the system."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mallopt(parameter: int, value: int) -> None:

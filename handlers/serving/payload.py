@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import io
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -18,10 +18,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from handlers.serving.errors import RequestError
+from handlers.serving.image_files import JPEG, PNG, Body, ImageFile, inspect
 from handlers.serving.limits import Limits
 from handlers.serving.request import BodyKind
-
-Body = bytes | bytearray
 
 Image.MAX_IMAGE_PIXELS = None  # `Limits` has its own limit, and it is one for the whole request
 
@@ -35,18 +34,20 @@ DTYPES = {
     "uint8": torch.uint8,
 }
 
-JPEG = b"\xff\xd8\xff"
-JPEG_SCANS = 100
-"""Of a progressive JPEG, each of which takes a pass over the picture; encoders write about ten."""
-
 JSON_VALUES = 10_000
 """Lists, objects and their elements in a JSON body, which take 25 times their size; parameters are a few dozen."""
 
 FORM_PARTS = 1000
 """Files and fields of a form; how many pictures make a batch is one of `Limits`."""
 
+FORM_FIELD = 10_000
+"""Bytes of a field of a form that is no file, and so a parameter."""
+
 MP4_BOXES = 10_000
 """Beside each other in an MP4 file; one in fragments has two for each."""
+
+PIXEL_BYTES = 4
+"""Bytes that Pillow takes for a pixel of an RGB image."""
 
 VIDEO_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")
 """Of MP4 files, as FFmpeg calls them; what it could read beside these is old, rare and less often tested."""
@@ -54,7 +55,7 @@ VIDEO_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")
 
 def sniff(body: Body) -> BodyKind:
     """What a body without a shape holds, from its first bytes. Raises `RequestError` when they are no known file's."""
-    if body.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP"):
+    if body.startswith((PNG, JPEG)) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP"):
         return "image"
     if body[4:8] == b"ftyp" and body[8:12] not in PICTURE_BRANDS:
         return "video"
@@ -80,6 +81,12 @@ def read_json(body: Body) -> tuple[bytes, dict[str, Any]]:
     return read_base64(message["inputs"]), parameters
 
 
+def json_peak(body: Body) -> int:
+    """Bytes that reading a JSON body takes at its peak: two copies, in which a character may be 4 bytes long."""
+    is_ascii = body.isascii() and b"\\u" not in body
+    return len(body) * (2 if is_ascii else 8)
+
+
 def read_form(body: Body, content_type: str) -> tuple[list[Body], dict[str, Any]]:
     """The files of a `multipart/form-data` body in their order, and its other fields, which are parameters."""
     files: list[Body] = []
@@ -102,6 +109,10 @@ def read_form(body: Body, content_type: str) -> tuple[list[Body], dict[str, Any]
         if b"filename" in options:
             files.append(part)
         else:
+            if len(part) > FORM_FIELD:
+                raise RequestError(
+                    f"a field of the form is longer than {FORM_FIELD} bytes; send a file with a filename"
+                )
             values.setdefault(field, []).append(part.decode("utf-8", "replace"))
         if parts > FORM_PARTS:
             raise RequestError(f"the form has more than {FORM_PARTS} parts", 413)
@@ -133,7 +144,7 @@ def read_base64(text: Any) -> bytes:
     if not isinstance(text, str):
         raise RequestError(f"`inputs` must be base64 text, got {type(text).__name__}")
     try:
-        return base64.b64decode(text, validate=True)
+        return binascii.a2b_base64(text, strict_mode=True)  # `base64` would copy the text first
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"`inputs` is not base64: {error}") from None
 
@@ -151,52 +162,57 @@ def read_tensor(body: Body, shape: tuple[int, ...] | None, dtype: str | None) ->
     return torch.frombuffer(writable, dtype=DTYPES[dtype]).reshape(shape)
 
 
-def read_image(body: Body, limits: Limits, batch: int = 1) -> Image.Image:
-    """A PNG, JPEG or WebP file, of which a small one may hold a huge picture: its header is looked at first.
+def inspect_image(body: Body, limits: Limits, batch: int = 1) -> ImageFile:
+    """Read the structure of a PNG, JPEG or WebP file, of which a small one may hold a huge image, but no pixel.
 
     It is one of a batch of so many, all of one size.
+
+    Raises:
+        RequestError: the file has no image (400), more pixels than the limit (413), or too many parts (422).
     """
-    if body.startswith(JPEG) and body.count(b"\xff\xda") > JPEG_SCANS:
-        raise RequestError(f"the JPEG file has more than {JPEG_SCANS} scans; save it anew", 422)
-    if body[8:12] == b"WEBP":  # for which Pillow takes memory as soon as it opens the file
-        limits.check_picture(*_webp_size(body), batch=batch)
+    file = inspect(body)
+    limits.check_picture(*file.size, batch=batch)
+    return file
+
+
+def decode_image(file: ImageFile) -> Image.Image:
+    """The upright image of a file, in the mode of the file. Raises `RequestError` where it is broken."""
     try:
-        image = Image.open(io.BytesIO(body), formats=("PNG", "JPEG", "WEBP"))
-        limits.check_picture(*image.size, batch=batch)
-        image.load()
+        return file.decode()
     except RequestError:
         raise
     except UnidentifiedImageError:
         raise RequestError("the image cannot be read; send a PNG, JPEG or WebP file") from None
     except Exception as error:  # Pillow's decoders raise a dozen types for broken files
         raise RequestError(f"the image cannot be read ({error}); send a PNG, JPEG or WebP file") from None
-    return image
 
 
-def _webp_size(body: Body) -> tuple[int, int]:
-    """Width and height by the header of the first chunk, which is of one of three kinds."""
-    kind, header = body[12:16], body[20:30]
-    if kind == b"VP8X":
-        return 1 + int.from_bytes(header[4:7], "little"), 1 + int.from_bytes(header[7:10], "little")
-    if kind == b"VP8L":
-        bits = int.from_bytes(header[1:5], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    return int.from_bytes(header[6:8], "little") & 0x3FFF, int.from_bytes(header[8:10], "little") & 0x3FFF
+def read_image(body: Body, limits: Limits, batch: int = 1) -> Image.Image:
+    """The upright image of a PNG, JPEG or WebP file, in the mode of the file."""
+    return decode_image(inspect_image(body, limits, batch))
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The image as a viewer shows it: its EXIF orientation applied, its transparency flattened on white."""
     with suppress(Exception):  # EXIF that cannot be read, for which Pillow raises a dozen types too, turns nothing
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
-        image = Image.fromarray(((np.asarray(image, np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image with its transparency flattened on white, and 16 bits a pixel rounded to 8."""
+    if image.mode.startswith("I"):  # which Pillow would clip to 8 bits
+        gray = np.asarray(image, np.int64)
+        levels = ((gray + 128) // 257).clip(0, 255).astype(np.uint8)
+        levels[gray == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(levels).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_video(body: Body, limits: Limits) -> list[Image.Image]:
+def read_video(body: Body, limits: Limits, hold: Callable[[int], None] = lambda size: None) -> list[Image.Image]:
     """The frames of an MP4 file's first video stream, in the order and the orientation in which they are shown.
 
     What the header says of their number and size may be wrong, so each frame is counted as it comes.
@@ -215,6 +231,7 @@ def read_video(body: Body, limits: Limits) -> list[Image.Image]:
             limits.check_picture(stream.width, stream.height)
             for frame in container.decode(stream):
                 limits.check_picture(frame.width, frame.height, len(frames) + 1)
+                hold(frame.width * frame.height * PIXEL_BYTES)
                 frames.append(frame.to_image().rotate(_quarter_turns(frame.rotation), expand=True))
                 if frames[-1].size != frames[0].size:
                     raise RequestError("the video's frames are not all of one size")

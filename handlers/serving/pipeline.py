@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from handlers.serving import metrics, output, payload, pixels
 from handlers.serving.autoencoder import DecodeOptions, EncodeOptions
 from handlers.serving.errors import RequestError
 from handlers.serving.heap import HEAP
+from handlers.serving.image_files import Body, ImageFile
 from handlers.serving.latents import LatentsLayouts, add_noise, generator_of
 from handlers.serving.machine import Machine
 from handlers.serving.memory import Mode, free_memory, is_out_of_memory, total_memory
@@ -28,6 +30,11 @@ from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Reque
 from handlers.serving.settings import Settings
 from handlers.serving.stream import BOUND, Stream
 from handlers.serving.vae import VAE, devices
+
+Hold = Callable[[int], None]
+"""Counts bytes of a request; see `Reservation.hold`."""
+
+FLOAT = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Pipeline:
 
     def parse(
         self,
-        body: payload.Body,
+        body: Body,
         content_type: str,
         accept: str | None,
         values: Mapping[str, Any],
@@ -122,17 +129,19 @@ class Pipeline:
         """The request that an HTTP message carries; without a `task`, its payload tells which it is."""
         media_type, files = media_type_of(content_type), [body]
         if media_type in ("application/json", "tensor/base64"):
-            files[0], more = payload.read_json(body)
+            with HEAP.lend(payload.json_peak(body)):
+                files[0], more = payload.read_json(body)
             values = {**values, **_without_nulls(more)}
         elif media_type == "multipart/form-data":
-            files, more = payload.read_form(body, content_type)
+            with HEAP.lend(len(body)):
+                files, more = payload.read_form(body, content_type)
             values = {**values, **more}
         kind: BodyKind | None = "tensor" if media_type == "tensor/binary" or "shape" in values else None
         kind = kind or self._kind_of(files)
         content = files[0] if len(files) == 1 else files
         return self._request(content, kind, Parameters.parse(values), Accept.parse(accept, content_type), task)
 
-    def _kind_of(self, files: list[payload.Body]) -> BodyKind:
+    def _kind_of(self, files: list[Body]) -> BodyKind:
         """What one file holds, or several, which are pictures."""
         kinds = [payload.sniff(file) for file in files]
         if len(files) > 1 and (self.layout.kind == "video" or set(kinds) != {"image"}):
@@ -192,10 +201,19 @@ class Pipeline:
             )
         return not found
 
-    def prepare(self, request: Request) -> Prepared:
-        """What the VAE takes of a request."""
-        prepared = self._read_pixels(request) if request.task == "encode" else Prepared(self._read_latents(request))
-        if not prepared.inputs.isfinite().all():
+    def prepare(self, request: Request, hold: Hold = lambda size: None) -> Prepared:
+        """What the VAE takes of a request.
+
+        Args:
+            hold: counts bytes before they are taken, and raises `RequestError` where they are too many.
+        """
+        if request.task == "encode":
+            prepared = self._read_pixels(request, hold)
+        else:
+            prepared = Prepared(self._read_latents(request))
+            hold(prepared.inputs.nbytes)
+        # the least and the greatest value are NaN where one is; `isfinite` of all would take another copy
+        if request.body_kind == "tensor" and not all(value.isfinite() for value in prepared.inputs.aminmax()):
             dtype = str(prepared.inputs.dtype).removeprefix("torch.")
             raise RequestError(f"the tensor holds NaN or infinity, as it came or once it is scaled in {dtype}", 422)
         if request.parameters.memory_format:
@@ -226,28 +244,61 @@ class Pipeline:
             return request.body
         return payload.read_tensor(request.body, request.parameters.shape, request.parameters.dtype)
 
-    def _read_pixels(self, request: Request) -> Prepared:
-        headers = {}
+    def _read_pixels(self, request: Request, hold: Hold) -> Prepared:
         if request.body_kind == "tensor":
             batch = pixels.to_batch(self._read_tensor(request), self.layout)
             self._check_batch("encode", batch.shape)
-            batch = pixels.normalize(batch)
-        elif request.body_kind == "video":
-            frames = payload.read_video(request.body, self.settings)
-            batch = pixels.from_images(frames, self.layout)
-            if batch.shape[2] < len(frames):
-                headers["X-VAE-Frames"] = f"the first {batch.shape[2]} of {len(frames)}"
-        else:
-            files = request.body if isinstance(request.body, list) else [request.body]
-            self.settings.check_files(len(files))
-            images = [self._read_image(file, len(files)) for file in files]
-            batch = pixels.from_images(images, self.layout)
-        self._to_answer(request, self._no_latents(batch.shape))  # refuses here what it would refuse when all is done
-        return Prepared(batch, headers)
+            self._check_encode(request, batch.shape)
+            hold(batch.numel() * (FLOAT if batch.dtype == torch.uint8 else batch.dtype.itemsize))
+            return Prepared(pixels.normalize(batch))
+        if request.body_kind == "video":
+            return self._read_video(request, hold)
+        return Prepared(self._read_images(request, hold))
 
-    def _read_image(self, file: payload.Body | Image.Image, batch: int) -> Image.Image:
-        image = file if isinstance(file, Image.Image) else payload.read_image(file, self.settings, batch)
-        return payload.upright_rgb(image)
+    def _read_images(self, request: Request, hold: Hold) -> Tensor:
+        """Nothing is decoded before the whole batch is known, by its headers, to fit the limits and the memory."""
+        files = request.body if isinstance(request.body, list) else [request.body]
+        self.settings.check_files(len(files))
+        images = [self._inspect_image(file, len(files)) for file in files]
+        shape = pixels.shape_of_images([image.size for image in images], self.layout)
+        size = FLOAT * math.prod(shape)
+        hold(size)
+        self._check_encode(request, shape)
+        decoding = max((image.peak for image in images if isinstance(image, ImageFile)), default=0)
+        with HEAP.lend(decoding, held=size):
+            decoded = (image if isinstance(image, Image.Image) else payload.decode_image(image) for image in images)
+            return pixels.from_images(decoded, shape)
+
+    def _inspect_image(self, file: Body | Image.Image, batch: int) -> ImageFile | Image.Image:
+        if isinstance(file, Image.Image):
+            return payload.upright_rgb(file)
+        return payload.inspect_image(file, self.settings, batch)
+
+    def _read_video(self, request: Request, hold: Hold) -> Prepared:
+        """Its frames are counted as they are decoded. They make way, one after the other, for their floats."""
+        held = 0
+
+        def hold_frame(size: int) -> None:
+            nonlocal held
+            hold(size)
+            held += size
+
+        frames = payload.read_video(request.body, self.settings, hold_frame)
+        count = len(frames)
+        shape = pixels.shape_of_images([frame.size for frame in frames], self.layout)
+        self._check_encode(request, shape)
+        more = max(0, FLOAT * math.prod(shape) - held)
+        hold(more)
+        frames.reverse()
+        with HEAP.lend(0, held=more):
+            batch = pixels.from_images((frames.pop() for _ in range(count)), shape)
+        return Prepared(batch, {"X-VAE-Frames": f"the first {shape[2]} of {count}"} if shape[2] < count else {})
+
+    def _check_encode(self, request: Request, shape: tuple[int, ...]) -> None:
+        """Refuse here what would be refused when pixels of this shape are decoded, or even encoded."""
+        self._to_answer(request, self._no_latents(shape))
+        for vae in self.vaes:
+            vae.check_capacity("encode", shape, self._encode_options(request).exact)
 
     def _no_latents(self, shape: tuple[int, ...]) -> Tensor:
         """Of the shape that pixels of this one are encoded to, without numbers."""

@@ -2,34 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
+from handlers.serving.payload import to_rgb
 from handlers.serving.request import Answer
 
+STRIP = 2**18
+"""Pixels that are converted at a time."""
 
-def from_images(images: list[Image.Image], layout: Layout) -> Tensor:
-    """RGB images of one size to [N, 3, H, W], or to the frames [1, 3, F, H, W] of a video, in [-1, 1].
+
+def shape_of_images(sizes: Sequence[tuple[int, int]], layout: Layout) -> tuple[int, ...]:
+    """The shape [N, 3, H, W] of images of these sizes, or [1, 3, F, H, W] of a video's frames, for a VAE.
 
     A size that is no multiple of `vae_scale_factor` is resized down to one, as diffusers' pipelines do; a video is
     cut to the most frames that the VAE encodes without dropping one.
+
+    Args:
+        sizes: width and height of each.
+
+    Raises:
+        RequestError: the sizes of a batch differ, or are smaller than the VAE's latents; status 422.
     """
     scale = layout.vae_scale_factor
-    width, height = images[0].size
-    if layout.kind == "image" and len({image.size for image in images}) > 1:
-        sizes = ", ".join(f"{width}x{height}" for width, height in dict.fromkeys(image.size for image in images))
-        raise RequestError(f"the pictures of a batch must have one size, and these have {sizes[:200]}", 422)
+    width, height = sizes[0]
+    if layout.kind == "image" and len(set(sizes)) > 1:
+        different = ", ".join(f"{width}x{height}" for width, height in dict.fromkeys(sizes))
+        raise RequestError(f"the pictures of a batch must have one size, and these have {different[:200]}", 422)
     if min(width, height) < scale:
         raise RequestError(f"the picture is {width}x{height} pixels; this VAE needs at least {scale} each way", 422)
+    height, width = height - height % scale, width - width % scale
     if layout.kind == "video":
-        fitting, _ = layout.fitting_frames(len(images))
-        return VideoProcessor(vae_scale_factor=scale).preprocess_video(images[:fitting])
-    return VaeImageProcessor(vae_scale_factor=scale).preprocess(images)
+        fitting, _ = layout.fitting_frames(len(sizes))
+        return 1, 3, fitting, height, width
+    return len(sizes), 3, height, width
+
+
+def from_images(images: Iterable[Image.Image], shape: tuple[int, ...]) -> Tensor:
+    """Images to a tensor of this shape, as `shape_of_images` gives it, in [-1, 1].
+
+    They are taken one by one and the floats are made once, by strips. The values, and the strides, are those of
+    diffusers' `VaeImageProcessor.preprocess` and `VideoProcessor.preprocess_video`.
+    """
+    height, width = shape[-2:]
+    count = shape[2] if len(shape) == 5 else shape[0]
+    floats = np.empty((count, height, width, 3), np.float32)
+    for target, image in zip(floats, images, strict=False):  # a video's last frames may be left out
+        _convert(image, target)
+        del image
+    batch = torch.from_numpy(floats.transpose(0, 3, 1, 2))
+    if len(shape) == 4:
+        return batch
+    # torch gives a single frame other strides than several, and kernels round by strides
+    frames = torch.stack([batch]) if count == 1 else batch.unsqueeze(0)
+    return frames.permute(0, 2, 1, 3, 4)
+
+
+def _convert(image: Image.Image, target: np.ndarray) -> None:
+    """Writes the floats of an image of any mode, in [-1, 1], to `target` [H, W, 3], resized to its size."""
+    height, width, _ = target.shape
+    if image.size != (width, height):
+        image = VaeImageProcessor().resize(_rgb(image), height, width)
+    for top, strip in _rgb_strips(image):
+        part = target[top : top + strip.height]
+        np.divide(np.asarray(strip), 255, out=part, dtype=np.float32)
+        part *= 2
+        part -= 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The whole image in RGB, on white, without the copies that converting it at once takes."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _rgb_strips(image):
+        rgb.paste(strip, (0, top))
+    return rgb
+
+
+def _rgb_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """An image's strips from the top in RGB, on white, each with its first row."""
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield top, to_rgb(image.crop((0, top, image.width, min(top + rows, image.height))))
 
 
 def is_pixels(shape: tuple[int, ...], dtype: str | None, layout: Layout) -> bool:
@@ -81,7 +143,7 @@ def to_batch(pixels: Tensor, layout: Layout) -> Tensor:
 
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 in [0, 255] to [-1, 1]; floats are taken as they are, so they must be in that range."""
-    return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
+    return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels
 
 
 def to_answer(decoded: Tensor, answer: Answer) -> Tensor:

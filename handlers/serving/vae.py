@@ -6,7 +6,7 @@ import importlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from handlers.serving.fast_check import FastPasses
 from handlers.serving.heap import HEAP, map_gpu_memory
 from handlers.serving.low_memory import reduced_peak
 from handlers.serving.memory import (
+    Estimate,
     MemoryUse,
     Mode,
     choose_modes,
@@ -171,22 +172,20 @@ class VAE:
         """
         estimate = self.memory.estimate(task, self.layout, inputs.shape, self.model.dtype.itemsize)
         offered = self._offered(task, len(inputs), exact)
-        least = offered[-1]
         if self.device.type == "cpu":
             HEAP.make_room(estimate.of(offered[0], len(inputs)))
-            free, capacity = HEAP.available(), HEAP.capacity()
+            free = HEAP.available()
         else:
-            free, capacity = free_memory(self.device), total_memory(self.device)
+            free = free_memory(self.device)
+        capacity = self._capacity()
         modes = choose_modes(estimate, len(inputs), free, capacity, offered)
-        needed = f"`shape` {list(inputs.shape)} takes about {estimate.of(least, len(inputs)) / 1e9:.1f} GB of memory"
-        if exact:
-            needed += " in diffusers' own pass; without `exact` it may take less"
-        else:
-            needed += " even in tiles" if least is Mode.TILED else ", and there are no tiles for it"
+        needed = _needed(inputs.shape, estimate, offered[-1], exact)
         if not modes:
             raise RequestError(f"{needed}, and this device has {capacity / 1e9:.1f} GB for it", 422)
         if self.device.type == "cpu" and estimate.of(modes[0], len(inputs)) > free:  # which says so by being killed
             raise RequestError(f"{needed}, which this device does not have free now; try again soon", 503)
+        if self.device.type == "cpu":
+            HEAP.planned = estimate.of(modes[0], len(inputs))
         for mode in modes:
             self.mode, self.model.use_tiling = mode, mode is Mode.TILED
             one_by_one = mode in (Mode.SLICED, Mode.TILED) and len(inputs) > 1
@@ -207,6 +206,18 @@ class VAE:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         raise RequestError(f"{needed}, which this device does not have free now; try again soon", 503)
+
+    def check_capacity(self, task: Task, shape: Sequence[int], exact: bool) -> None:
+        """Refuse a pass over inputs of this shape that this device will never have the memory for; status 422."""
+        estimate = self.memory.estimate(task, self.layout, shape, self.model.dtype.itemsize)
+        least, capacity = self._offered(task, shape[0], exact)[-1], self._capacity()
+        if estimate.of(least, shape[0]) > capacity:
+            needed = _needed(shape, estimate, least, exact)
+            raise RequestError(f"{needed}, and this device has {capacity / 1e9:.1f} GB for it", 422)
+
+    def _capacity(self) -> int:
+        """Bytes that a pass could get at best."""
+        return HEAP.capacity() if self.device.type == "cpu" else total_memory(self.device)
 
     def _pass(self, mode: Mode) -> AbstractContextManager[None]:
         """Whose forward pass the model runs in this mode: the one place that chooses."""
@@ -252,6 +263,14 @@ class VAE:
             return tensor.cpu()
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return pinned.copy_(tensor)
+
+
+def _needed(shape: Sequence[int], estimate: Estimate, least: Mode, exact: bool) -> str:
+    """What a pass over inputs of this shape takes in the mode that needs least, for messages."""
+    needed = f"`shape` {list(shape)} takes about {estimate.of(least, shape[0]) / 1e9:.1f} GB of memory"
+    if exact:
+        return f"{needed} in diffusers' own pass; without `exact` it may take less"
+    return needed + (" even in tiles" if least is Mode.TILED else ", and there are no tiles for it")
 
 
 def devices(device: str | None) -> list[str]:
