@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from handlers.model import Model, Task
-from handlers.serving import metrics, output, payload, pixels
+from handlers.serving import metrics, mp4, output, payload, pixels
 from handlers.serving.autoencoder import DecodeOptions, EncodeOptions
 from handlers.serving.errors import RequestError
 from handlers.serving.heap import HEAP
@@ -233,7 +233,7 @@ class Pipeline:
             self._check_batch("encode", batch.shape)
             batch = pixels.normalize(batch)
         elif request.body_kind == "video":
-            frames = payload.read_video(request.body, self.settings)
+            frames = mp4.read_video(request.body, self.settings)
             batch = pixels.from_images(frames, self.layout)
             if batch.shape[2] < len(frames):
                 headers["X-VAE-Frames"] = f"the first {batch.shape[2]} of {len(frames)}"

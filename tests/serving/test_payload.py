@@ -8,8 +8,9 @@ from PIL import Image
 
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
+from handlers.serving.mp4 import read_video
 from handlers.serving.output import write_mp4
-from handlers.serving.payload import read_image, read_json, read_video, sniff, upright_rgb
+from handlers.serving.payload import read_image, read_json, sniff, upright_rgb
 
 LIMITS = Limits()
 
