@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import resource
 import struct
 import sys
@@ -18,6 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 import av
+from av.video.reformatter import VideoReformatter
 
 HEADER = struct.Struct("=3I9i")
 """Of a frame: its width, its height, the bytes of a row (at least 3 for each pixel), and its display matrix."""
@@ -31,14 +33,17 @@ DECODERS = ("h264", "hevc", "libdav1d", "libaom-av1", "av1", "vp9", "mpeg4")
 """FFmpeg's decoders of the codecs that are taken. The other codecs that it reads in MP4 files are old, rare and less
 often tested."""
 
-THREADS = 4
-"""Threads of the decoder at most. Each may keep frames of its own."""
+CORES = 4
+"""Cores that the process runs on, at most: FFmpeg starts two threads for each, which have memory of their own."""
 
 
 def main(size: int, memory: int) -> int:
     """Write the frames of the first video stream to standard output."""
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where the system is short of memory, it ends this process and not the service
+    if hasattr(os, "sched_setaffinity"):
+        cores = list(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, random.sample(cores, min(CORES, len(cores))))
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     try:
         return _write_frames(io.BytesIO(sys.stdin.buffer.read(size)))
@@ -60,9 +65,9 @@ def _write_frames(file: io.BytesIO) -> int:
         if context is None or context.codec.name not in DECODERS:
             print("the video's codec is none of h264, hevc, av1, vp9, mpeg4; send H.264", file=sys.stderr)
             return OTHER_CODEC
-        context.thread_count = min(THREADS, os.cpu_count() or 1)
+        reformatter = VideoReformatter()  # one for all frames: each has threads of its own
         for frame in container.decode(stream):
-            (rows,) = frame.reformat(format="rgb24").planes
+            (rows,) = reformatter.reformat(frame, format="rgb24").planes
             matrix: Any = frame.side_data.get("DISPLAYMATRIX")
             turned = struct.unpack("=9i", matrix) if matrix else UPRIGHT
             sys.stdout.buffer.write(HEADER.pack(frame.width, frame.height, rows.line_size, *turned))

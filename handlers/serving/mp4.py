@@ -56,13 +56,16 @@ HIDDEN = b"skip"
 TABLES = {b"stts": 4, b"ctts": 4, b"stsc": 4, b"stco": 4, b"co64": 4, b"stss": 4, b"stps": 4}
 """Where the number of entries is, in tables that have no more entries than there are samples."""
 
-BASE_MEMORY = 96_000_000
-"""Bytes that the decoding process takes beside its frames: Python, FFmpeg, the tables, packets."""
+BASE_MEMORY = 160_000_000
+"""Bytes that the decoding process may take beside its frames: Python, FFmpeg, its threads' stacks, tables, packets."""
 PIXEL_MEMORY = 100
 """Bytes for each pixel of a frame: the 17 frames of 8 bits that H.264 may refer to, their motion vectors, and two
 frames in RGB; or the fewer frames of 10 bits of the other codecs."""
 SMALLEST_MEMORY = 64_000_000
 """Bytes for the frames, at least."""
+
+ENVIRONMENT = ("PATH", "HOME", "PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH")
+"""Variables that the decoding process gets: what it needs to find its libraries."""
 
 TURNS = {
     (1, 0, 0, 1): None,
@@ -120,10 +123,11 @@ def turn_of(matrix: Sequence[int]) -> Image.Transpose | None:
 @contextmanager
 def _decoder(body: Body, track: Track, limits: Limits) -> Iterator[IO[bytes]]:
     """Run frames.py on a file and give its output. An error that it ends with is raised after the block."""
-    most = max(int(limits.max_held_mb * 1e6), SMALLEST_MEMORY)
-    memory = min(max(PIXEL_MEMORY * track.width * track.height, SMALLEST_MEMORY), most)
+    needed = max(PIXEL_MEMORY * track.width * track.height, SMALLEST_MEMORY)
+    memory = min(needed, max(int(limits.max_held_mb * 1e6), SMALLEST_MEMORY))
     command = [sys.executable, "-P", frames.__file__, str(len(body)), str(BASE_MEMORY + len(body) + memory)]
-    process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}  # no token is among them
+    process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment)
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
@@ -151,6 +155,8 @@ def _decoder(body: Body, track: Track, limits: Limits) -> Iterator[IO[bytes]]:
         reason = f"the decoder crashes, {Signals(-status).name}"
     elif status not in (0, frames.UNREADABLE):
         raise RuntimeError(reason)
+    if status and memory < needed:
+        reason += f", or its frames take more than the {limits.max_held_mb:g} MB of VAE_MAX_HELD_MB"
     if status:
         raise RequestError(f"the video cannot be read ({reason}); send an MP4 file with a video stream")
 
