@@ -25,7 +25,9 @@ memory    what a pass needs, and in which mode it fits in what is free
 pixels    value range and layout of pixels
 normalization  range of latents
 latents   layout of latents
-payload   bytes to tensors, images and frames
+mp4       MP4 files to the frames of their video
+frames    the frames of an MP4 file, decoded in a process of its own
+payload   bytes to tensors and images
 image_files  the structure of PNG, JPEG and WebP files
 layout    the shapes of a VAE's tensors
 request   what was asked for, validated

@@ -1,16 +1,13 @@
-"""Bytes as they came to what they hold: a tensor, an image, or the frames of a video."""
+"""Bytes as they came to what they hold: a tensor or an image. The frames of a video are read in mp4.py."""
 
 from __future__ import annotations
 
 import binascii
-import io
 import json
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,9 +15,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from handlers.serving.errors import RequestError
-from handlers.serving.image_files import JPEG, PNG, Body, ImageFile, inspect
+from handlers.serving.image_files import JPEG, PNG, ImageFile, inspect
 from handlers.serving.limits import Limits
-from handlers.serving.request import BodyKind
+from handlers.serving.request import Body, BodyKind
 
 Image.MAX_IMAGE_PIXELS = None  # `Limits` has its own limit, and it is one for the whole request
 
@@ -42,15 +39,6 @@ FORM_PARTS = 1000
 
 FORM_FIELD = 10_000
 """Bytes of a field of a form that is no file, and so a parameter."""
-
-MP4_BOXES = 10_000
-"""Beside each other in an MP4 file; one in fragments has two for each."""
-
-PIXEL_BYTES = 4
-"""Bytes that Pillow takes for a pixel of an RGB image."""
-
-VIDEO_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")
-"""Of MP4 files, as FFmpeg calls them; what it could read beside these is old, rare and less often tested."""
 
 
 def sniff(body: Body) -> BodyKind:
@@ -210,67 +198,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def read_video(body: Body, limits: Limits, hold: Callable[[int], None] = lambda size: None) -> list[Image.Image]:
-    """The frames of an MP4 file's first video stream, in the order and the orientation in which they are shown.
-
-    What the header says of their number and size may be wrong, so each frame is counted as it comes.
-    """
-    frames: list[Image.Image] = []
-    try:
-        _check_samples(body, 0, len(body), limits)
-        options = {"max_streams": "8"}
-        # metadata may be in any encoding, and says nothing about the pictures
-        with av.open(io.BytesIO(body), "r", format="mp4", metadata_errors="replace", options=options) as container:
-            if not container.streams.video:
-                raise RequestError("the file holds no video; send an MP4 file with a video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None or stream.codec_context.codec.canonical_name not in VIDEO_CODECS:
-                raise RequestError(f"the video's codec is none of {', '.join(VIDEO_CODECS)}; send H.264", 415)
-            limits.check_picture(stream.width, stream.height)
-            for frame in container.decode(stream):
-                limits.check_picture(frame.width, frame.height, len(frames) + 1)
-                hold(frame.width * frame.height * PIXEL_BYTES)
-                frames.append(frame.to_image().rotate(_quarter_turns(frame.rotation), expand=True))
-                if frames[-1].size != frames[0].size:
-                    raise RequestError("the video's frames are not all of one size")
-    except (av.FFmpegError, ValueError, MemoryError) as error:
-        raise RequestError(f"the video cannot be read ({error}); send an MP4 file with a video stream") from None
-    if not frames:
-        raise RequestError("the video holds no frames")
-    return frames
-
-
-def _quarter_turns(degrees: float) -> float:
-    """A rotation that no camera writes turns nothing."""
-    return degrees if degrees % 90 == 0 else 0
-
-
-def _check_samples(
-    body: Body,
-    start: int,
-    end: int,
-    limits: Limits,
-    path: tuple[bytes, ...] = (b"moov", b"trak", b"mdia", b"minf", b"stbl"),
-) -> None:
-    """Refuses tables of more samples than a video and its sound may have: FFmpeg takes memory for each of them.
-
-    They stand in boxes, each in the one before, of `path`.
-    """
-    for _ in range(MP4_BOXES):
-        if start + 8 > end:
-            return
-        size, kind, header = int.from_bytes(body[start : start + 4]), body[start + 4 : start + 8], 8
-        if size == 1:
-            size, header = int.from_bytes(body[start + 8 : start + 16]), 16
-        stop = min(start + size, end) if size else end
-        if stop < start + header:  # FFmpeg will say what is wrong
-            return
-        if path and kind == path[0]:
-            _check_samples(body, start + header, stop, limits, path[1:])
-        count = int.from_bytes(body[start + header + 8 : start + header + 12])
-        if kind in (b"stsz", b"stz2") and count > max(100 * limits.max_frames, 100_000):
-            raise RequestError(f"a track of {count} samples; at most {limits.max_frames} frames (VAE_MAX_FRAMES)", 413)
-        start = stop
-    raise RequestError(f"the MP4 file has more than {MP4_BOXES} boxes in one place")

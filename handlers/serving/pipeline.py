@@ -18,15 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from handlers.model import Model, Task
-from handlers.serving import metrics, output, payload, pixels
+from handlers.serving import metrics, mp4, output, payload, pixels
 from handlers.serving.autoencoder import DecodeOptions, EncodeOptions
 from handlers.serving.errors import RequestError
 from handlers.serving.heap import HEAP
-from handlers.serving.image_files import Body, ImageFile
+from handlers.serving.image_files import ImageFile
 from handlers.serving.latents import LatentsLayouts, add_noise, generator_of
 from handlers.serving.machine import Machine
 from handlers.serving.memory import Mode, free_memory, is_out_of_memory, total_memory
-from handlers.serving.request import Accept, Answer, BodyKind, Parameters, Request, decode_answer, media_type_of
+from handlers.serving.request import Accept, Answer, Body, BodyKind, Parameters, Request, decode_answer, media_type_of
 from handlers.serving.settings import Settings
 from handlers.serving.stream import BOUND, Stream
 from handlers.serving.vae import VAE, devices
@@ -283,7 +283,7 @@ class Pipeline:
             hold(size)
             held += size
 
-        frames = payload.read_video(request.body, self.settings, hold_frame)
+        frames = mp4.read_video(request.body, self.settings, hold_frame)
         count = len(frames)
         shape = pixels.shape_of_images([frame.size for frame in frames], self.layout)
         self._check_encode(request, shape)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from handlers.model import Kind, LatentsLayout, SampleMode, Task
 from handlers.serving.errors import RequestError
 
+Body = bytes | bytearray
 BodyKind = Literal["tensor", "image", "video"]
 ImageFormat = Literal["jpg", "png", "webp"]
 

@@ -1,0 +1,292 @@
+"""MP4 files that are encoded: which frames of them, which way up, and what a crafted file may cost."""
+
+import io
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import diffusers
+import numpy as np
+import psutil
+import pytest
+import requests
+import torch
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+
+from handlers import MODELS
+from handlers.serving.errors import RequestError
+from handlers.serving.limits import Limits
+from handlers.serving.mp4 import read_video
+from tests.support import mp4_files
+from tests.support.memory_limit import LimitedServer, limited_server
+from tests.support.mp4_files import add, box, change, frames_of, table, video
+
+LIMITS = Limits()
+TABLES = "moov/trak/mdia/minf/stbl"
+
+SHARP = {"crf": "1", "preset": "veryfast"}
+"""x264's options for frames that come back nearly as they were."""
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    assert [child for child in psutil.Process().children() if "frames.py" in " ".join(child.cmdline())] == []
+
+
+def as_array(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def shown(file: bytes) -> list[Image.Image]:
+    """The frames that FFmpeg shows of the whole file, as they are stored."""
+    with av.open(io.BytesIO(file)) as container:
+        return [frame.to_image() for frame in container.decode(video=0)]
+
+
+class TestOrientation:
+    @pytest.mark.parametrize(
+        ("matrix", "turned"),
+        [
+            ((1, 0, 0, 1), lambda frame: frame),
+            ((0, 1, -1, 0), lambda frame: np.rot90(frame, -1)),
+            ((-1, 0, 0, -1), lambda frame: np.rot90(frame, 2)),
+            ((0, -1, 1, 0), lambda frame: np.rot90(frame)),
+            ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+            ((1, 0, 0, -1), lambda frame: frame[::-1]),
+            ((0, 1, 1, 0), lambda frame: frame.transpose(1, 0, 2)),
+            ((0, -1, -1, 0), lambda frame: frame[::-1, ::-1].transpose(1, 0, 2)),
+        ],
+        ids=["upright", "clockwise", "half", "counterclockwise", "mirror", "flip", "transpose", "transverse"],
+    )
+    def test_all_eight_are_shown_as_a_player_shows_them(self, matrix: tuple[float, ...], turned: Callable) -> None:
+        frames = frames_of(1)
+        images = read_video(mp4_files.with_matrix(video(frames, **SHARP), *matrix), LIMITS)
+        expected = turned(frames[0]).astype(int)
+        assert as_array(images)[0].shape == expected.shape
+        assert np.abs(as_array(images)[0] - expected).mean() < 6  # another orientation differs by 40 and more
+
+    @pytest.mark.parametrize("degrees", [89.5, 90.4])
+    def test_a_hair_off_a_quarter_turn_is_a_quarter_turn(self, degrees: float) -> None:
+        a, b = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        images = read_video(mp4_files.with_matrix(video(frames_of(2)), a, b, -b, a), LIMITS)
+        assert [image.size for image in images] == [(32, 64), (32, 64)]
+
+    def test_an_eighth_turns_nothing(self) -> None:
+        file = video(frames_of(1))
+        assert read_video(mp4_files.with_matrix(file, 0.7, 0.7, -0.7, 0.7), LIMITS) == read_video(file, LIMITS)
+
+    def test_frames_are_those_that_ffmpeg_gives(self) -> None:
+        file = video(frames_of(12, 70, 38))  # whose rows have padding
+        assert read_video(file, LIMITS) == shown(file)
+
+
+class TestEdits:
+    """A file that is cut without being encoded anew holds all of its frames, and a list of those to show."""
+
+    @pytest.mark.parametrize("bframes", ["0", "3"])
+    @pytest.mark.parametrize("edits", [[(500, 17)], [(250, 30), (250, 5)]])
+    def test_the_frames_of_a_cut_video_are_shown_and_no_others(self, bframes: str, edits: list) -> None:
+        frames = frames_of(48)
+        file = video(frames, bf=bframes, g="12", **SHARP)
+        delay = struct.unpack_from(">I", edit_list(file), 12)[0]  # of a file with B-frames, whose first edit skips it
+        cut = mp4_files.with_edits(file, *((duration, delay + 512 * start) for duration, start in edits))
+        images = read_video(cut, LIMITS)
+        numbers = [start + i for duration, start in edits for i in range(duration * 24 // 1000)]
+        assert images == shown(cut)
+        assert np.abs(as_array(images)[:, -8:, -8:] - frames[numbers][:, -8:, -8:]).max() < 3  # neighbors differ by 3.4
+
+    def test_an_edit_is_allowed_in_a_long_track(self) -> None:
+        cut = mp4_files.with_edits(video(frames_of(600), g="12", **SHARP), (500, 512 * 588))
+        assert len(read_video(cut, LIMITS)) == 12
+
+
+def edit_list(file: bytes) -> bytes:
+    found: list[bytes] = []
+    change(file, "moov/trak/edts/elst", lambda content: found.append(content) or content)
+    return found[0]
+
+
+class TestOtherTracks:
+    @pytest.fixture
+    def expected(self) -> list[Image.Image]:
+        return shown(video(frames_of(9)))
+
+    def test_five_minutes_of_pcm_sound(self, expected: list[Image.Image]) -> None:
+        file = video(frames_of(9), sound=1, audio_codec="pcm_s16le")
+        assert read_video(file, LIMITS) == expected
+        sizes = b"stsz" + struct.pack(">III", 0, 2, 144_000)
+        assert file.count(sizes) == 1
+        longer = file.replace(sizes, b"stsz" + struct.pack(">III", 0, 2, 300 * 48_000))
+        assert read_video(longer, LIMITS) == expected
+
+    def test_twenty_languages(self, expected: list[Image.Image]) -> None:
+        assert read_video(video(frames_of(9), sound=20), LIMITS) == expected
+
+    def test_fragments_of_video_and_sound(self) -> None:
+        file = video(frames_of(9), sound=2, flags="frag_keyframe+empty_moov+default_base_moof", g="3")
+        assert file.count(b"moof") == 3
+        assert read_video(file, LIMITS) == shown(video(frames_of(9), g="3"))
+
+
+class TestWhatIsRead:
+    def test_metadata_that_is_no_utf_8_is_no_obstacle(self) -> None:
+        assert len(read_video(video(frames_of(2)).replace(b"Lavf", b"Caf\xe9"), LIMITS)) == 2
+
+    def test_a_file_without_video_says_so(self) -> None:
+        file = video(frames_of(1), sound=1).replace(b"vide", b"text")
+        with pytest.raises(RequestError, match="the file holds no video"):
+            read_video(file, LIMITS)
+
+    def test_half_a_file_says_so(self) -> None:
+        with pytest.raises(RequestError, match="has no `moov` box; send the whole MP4 file"):
+            read_video(video(frames_of(2)).partition(b"moov")[0], LIMITS)
+
+    def test_a_broken_video_says_so(self) -> None:
+        file = video(frames_of(20))
+        start = file.index(b"mdat") + 800  # in the frames
+        with pytest.raises(RequestError, match=r"the video cannot be read \(.*; send an MP4 file"):
+            read_video(file[:start] + b"\xff" * 400 + file[start + 400 :], LIMITS)
+
+    def test_a_codec_that_is_not_named_is_refused(self) -> None:
+        buffer = io.BytesIO()
+        with av.open(buffer, mode="w", format="mp4") as container:
+            stream = container.add_stream("mjpeg", rate=24)
+            stream.height, stream.width, stream.pix_fmt = 32, 64, "yuvj420p"
+            container.mux(stream.encode(av.VideoFrame(64, 32, "yuvj420p")))
+            container.mux(stream.encode(None))
+        with pytest.raises(RequestError, match="codec is none of h264, hevc, av1, vp9, mpeg4; send") as refused:
+            read_video(buffer.getvalue(), LIMITS)
+        assert refused.value.status == 415
+
+    @pytest.mark.parametrize(
+        ("limits", "message"),
+        [
+            (Limits(max_frames=3), r"a video of 4 frames or more; at most 3, the limit here \(VAE_MAX_FRAMES\)"),
+            (Limits(max_pixels=64 * 32 * 3), r"64x32 pixels in 4 frames; at most 6144 in one request.*_MAX_PIXELS\)"),
+            (Limits(max_pixels=2047), r"^64x32 pixels; at most 2047"),
+        ],
+    )
+    def test_a_video_is_read_no_further_than_its_limit(self, limits: Limits, message: str) -> None:
+        with pytest.raises(RequestError, match=message) as refused:
+            read_video(video(frames_of(9)), limits)
+        assert refused.value.status == 413
+
+    def test_each_frame_is_counted_before_it_is_kept(self) -> None:
+        sizes: list[int] = []
+
+        def hold(size: int) -> None:
+            sizes.append(size)
+            if len(sizes) == 3:
+                raise RequestError("no more", 413)
+
+        with pytest.raises(RequestError, match="no more"):
+            read_video(video(frames_of(9)), LIMITS, hold)
+        assert sizes == [64 * 32 * 3] * 3
+
+    def test_decoding_ends_at_the_deadline(self) -> None:
+        with pytest.raises(RequestError, match=r"takes longer to decode than 0.01 s \(VAE_TIMEOUT\)") as refused:
+            read_video(video(frames_of(9)), Limits(timeout=0.01))
+        assert refused.value.status == 504
+
+
+def many_boxes(count: int) -> bytes:
+    return box("ftyp", b"isom\0\0\0\0") + box("free") * count
+
+
+def nested_boxes(depth: int) -> bytes:
+    boxes = (struct.pack(">I4s", 8 * (depth - level), b"moov") for level in range(depth))
+    return box("ftyp", b"isom\0\0\0\0") + b"".join(boxes)
+
+
+def fragmented() -> bytes:
+    return video(frames_of(9), flags="frag_keyframe+empty_moov+default_base_moof")
+
+
+CRAFTED: dict[str, tuple[Callable[[], bytes], int, str]] = {
+    "edits of many samples": (
+        lambda: mp4_files.with_edits(mp4_files.with_samples(video(frames_of(2)), 90_000), *[(3_750_000, 0)] * 3000),
+        413,
+        "the video track has 3000 edits of 90000 samples; at most 11 edits of so many; export the edited video",
+    ),
+    "samples of one size": (
+        lambda: mp4_files.with_samples(video(frames_of(2)), 4_000_000_000),
+        413,
+        "a track of 4000000000 samples; at most 257 frames (VAE_MAX_FRAMES) are encoded",
+    ),
+    "samples of a fragment": (
+        lambda: mp4_files.with_fragment(fragmented(), 60_000_000),
+        413,
+        "a track of 60000009 samples; at most 257 frames (VAE_MAX_FRAMES) are encoded",
+    ),
+    "samples of many fragments": (
+        lambda: fragmented() + 20 * mp4_files.with_fragment(b"", 9_000_000),
+        413,
+        "a track of 180000009 samples",
+    ),
+    "composition times": (
+        lambda: add(video(frames_of(2)), TABLES, table("ctts", 200_000_000)),
+        413,
+        "the video track has 200000000 entries in its `ctts` table; at most 100000",
+    ),
+    "a compressed header": (lambda: mp4_files.compressed_header(300_000_000), 400, "the file holds no video"),
+    "boxes beside each other": (lambda: many_boxes(200_000), 400, "the MP4 file has more than 100000 boxes"),
+    "boxes in each other": (lambda: nested_boxes(2000), 400, "the file holds no video"),
+    "a frame that is shown in part": (
+        lambda: mp4_files.cropped(video(np.full((18, 2560, 2560, 3), 128, np.uint8), **LARGE), 64, 64),
+        400,
+        "the video cannot be read (",
+    ),
+}
+"""What makes a file that describes more than it holds, and the status and the error that it gets."""
+
+LARGE = {"preset": "ultrafast", "x264-params": "ref=16:scenecut=0:keyint=250:bframes=0"}
+"""x264's options for frames all of which the decoder keeps."""
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitedServer]:
+    """A server that has two gigabytes."""
+    weights, log = checkpoint("hunyuan-video"), tmp_path_factory.mktemp("crafted") / "log"
+    with limited_server(2 * 10**9, "--model", "hunyuan-video", "--weights", str(weights), log=log) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Callable[[str], Path]) -> torch.Tensor:
+    """Latents of `video(frames_of(9))`."""
+    vae: Any = getattr(diffusers, MODELS["hunyuan-video"].vae_class).from_pretrained(checkpoint("hunyuan-video"))
+    pixels = VideoProcessor(vae_scale_factor=8).preprocess_video(shown(video(frames_of(9))))
+    with torch.no_grad():
+        return vae.eval().encode(pixels).latent_dist.mode()
+
+
+@pytest.mark.slow
+class TestCraftedFiles:
+    """Small files that would take gigabytes, sent to a server that has two."""
+
+    @pytest.mark.parametrize("name", CRAFTED)
+    def test_is_refused_and_the_next_request_is_right(
+        self, server: LimitedServer, expected: torch.Tensor, name: str
+    ) -> None:
+        make, status, message = CRAFTED[name]
+        file = make()
+        server.reset_peak()
+        before, start = server.resident, time.monotonic()
+        response = requests.post(f"{server.url}/encode", data=file, timeout=60)
+        assert time.monotonic() - start < 10
+        assert response.status_code == status, response.text
+        assert message in response.json()["error"]
+        assert server.is_alive
+        assert server.peak - before < 200e6
+        assert latents(server, video(frames_of(9))).allclose(expected, atol=1e-4)
+
+
+def latents(server: LimitedServer, file: bytes) -> torch.Tensor:
+    response = requests.post(f"{server.url}/encode", data=file, timeout=60)
+    assert response.ok, response.text
+    return torch.frombuffer(bytearray(response.content), dtype=torch.float32).view(1, 16, 3, 4, 8)

@@ -1,0 +1,154 @@
+"""MP4 files for tests: real ones, encoded by PyAV, and crafted ones, whose boxes say what is not true.
+
+An MP4 file is a row of boxes: a size (4 bytes, its own 8 included), a type (4 letters) and a content, which may be
+boxes again. `change(file, "moov/trak/tkhd", edit)` replaces the content of a box by what `edit` makes of it.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+
+import av
+import numpy as np
+from av.bitstream import BitStreamFilterContext
+
+CONTAINERS = (b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl", b"mvex", b"moof", b"traf", b"udta")
+
+
+def box(kind: str, *contents: bytes) -> bytes:
+    """One box."""
+    content = b"".join(contents)
+    return struct.pack(">I4s", 8 + len(content), kind.encode("latin-1")) + content
+
+
+def table(kind: str, *fields: int, version: int = 0) -> bytes:
+    """A box of a version, flags and fields of 4 bytes."""
+    return box(kind, bytes([version, 0, 0, 0]), *(struct.pack(">I", field) for field in fields))
+
+
+def boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Type and content of each of the boxes beside each other."""
+    place = 0
+    while place < len(content):
+        size, kind = struct.unpack_from(">I4s", content, place)
+        yield kind, content[place + 8 : place + size]
+        place += size
+
+
+def change(file: bytes, path: str, edit: Callable[[bytes], bytes]) -> bytes:
+    """The file with another content in the first box at a path. Boxes behind it move, so it is to be behind `mdat`."""
+    name, _, rest = path.partition("/")
+    parts, is_found = [], False
+    for kind, content in boxes(file):
+        if kind == name.encode() and not is_found:
+            is_found, content = True, change(content, rest, edit) if rest else edit(content)
+        parts.append(box(kind.decode("latin-1"), content))
+    assert is_found, path
+    return b"".join(parts)
+
+
+def add(file: bytes, path: str, *more: bytes) -> bytes:
+    """The file with more boxes at the end of a box."""
+    return change(file, path, lambda content: content + b"".join(more))
+
+
+def frames_of(count: int, width: int = 64, height: int = 32) -> np.ndarray:
+    """uint8 [count, height, width, 3]: no frame is like another, and none like itself turned or mirrored.
+
+    A red quarter at the top left, a green eighth beside it, and a brightness that tells the number of the frame.
+    """
+    frames = np.empty((count, height, width, 3), np.uint8)
+    frames[:] = np.linspace(40, 200, count, dtype=np.uint8)[:, None, None, None]
+    frames[:, : height // 2, : width // 2] = (250, 0, 0)
+    frames[:, : height // 2, width // 2 : 3 * width // 4] = (0, 250, 0)
+    return frames
+
+
+def video(
+    frames: np.ndarray,
+    sound: int = 0,
+    codec: str = "libx264",
+    audio_codec: str = "aac",
+    flags: str = "",
+    **options: str,
+) -> bytes:
+    """An MP4 file of these frames at 24 a second, and of so many tracks with 3 s of silence."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"movflags": flags} if flags else {}) as container:
+        stream = container.add_stream(codec, rate=24, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        tracks = [container.add_stream(audio_codec, rate=48_000, layout="mono") for _ in range(sound)]
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        for track in tracks:
+            form, dtype = ("fltp", np.float32) if audio_codec == "aac" else ("s16", np.int16)
+            for start in range(0, 144_000, 1_000):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1_000), dtype), format=form, layout="mono")
+                silence.sample_rate, silence.pts = 48_000, start
+                container.mux(track.encode(silence))
+            container.mux(track.encode(None))
+    return buffer.getvalue()
+
+
+def with_matrix(file: bytes, *matrix: float) -> bytes:
+    """The file with a, b, c, d of the display matrix in its track header, as 16.16 fixed point."""
+    a, b, c, d = (round(part * 65536) for part in matrix)
+    values = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return change(file, "moov/trak/tkhd", lambda header: header[:40] + values + header[76:])
+
+
+def with_edits(file: bytes, *edits: tuple[int, int]) -> bytes:
+    """The file with an edit list: duration in 1/1000 s and start in units of the track's time, of each edit."""
+    fields = [field for duration, start in edits for field in (duration, start & 0xFFFFFFFF, 0x10000)]
+    return change(file, "moov/trak/edts", lambda _: table("elst", len(edits), *fields))
+
+
+def with_samples(file: bytes, count: int) -> bytes:
+    """The file with a track that is said to have so many samples of one size, in one chunk."""
+    for name, edited in {
+        "stsz": table("stsz", 10, count),
+        "stts": table("stts", 1, count, 512),
+        "stsc": table("stsc", 1, 1, count, 1),
+    }.items():
+        file = change(file, f"moov/trak/mdia/minf/stbl/{name}", lambda _, edited=edited: edited[8:])
+    return change(file, "moov/trak/mdia/minf/stbl", lambda tables: _without(tables, b"ctts", b"stss"))
+
+
+def with_fragment(file: bytes, count: int) -> bytes:
+    """The file, which is in fragments, with one more, whose `trun` names so many samples without a byte for each."""
+    header = box("tfhd", b"\0\2\0\x38", struct.pack(">4I", 1, 512, 1, 0))  # defaults: duration, size, flags
+    run = table("trun", count)
+    return file + box("moof", table("mfhd", 9), box("traf", header, run)) + box("mdat", b"\0")
+
+
+def cropped(file: bytes, width: int, height: int) -> bytes:
+    """The file with H.264 frames that are still as large, of which the decoder shows this part alone."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(file)) as source, av.open(buffer, "w", format="mp4") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        right, bottom = stream.width - width, stream.height - height
+        crop = BitStreamFilterContext(f"h264_metadata=crop_right={right}:crop_bottom={bottom}", stream, copy)
+        for packet in source.demux(stream):
+            for part in crop.filter(packet) if packet.dts is not None else ():
+                part.stream = copy
+                target.mux(part)
+    return buffer.getvalue()
+
+
+def compressed_header(size: int) -> bytes:
+    """A file whose header is compressed, and has so many bytes of nothing in it."""
+    data = struct.pack(">I", size) + zlib.compress(b"\0" * size, 9)
+    header = box("cmov", box("dcom", b"zlib"), box("cmvd", data))
+    return box("ftyp", b"isom\0\0\0\0") + box("moov", header) + box("mdat", b"\0")
+
+
+def _without(content: bytes, *kinds: bytes) -> bytes:
+    return b"".join(box(kind.decode(), data) for kind, data in boxes(content) if kind not in kinds)
