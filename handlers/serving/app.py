@@ -114,6 +114,14 @@ def drain_on_sigterm(app: Starlette) -> None:
     signal.signal(signal.SIGTERM, drain)
 
 
+def limit_reads() -> None:
+    """Let asyncio read 64 kB of a connection at a time rather than 256.
+
+    The HTTP chunks of one read are parsed before anything else runs. 256 kB hold 43,000 chunks of one byte.
+    """
+    asyncio.selector_events._SelectorSocketTransport.max_size = 1 << 16  # type: ignore[attr-defined]
+
+
 def end_requests(app: Starlette) -> None:
     for deadline in list(app.state.deadlines):
         deadline.deadline = -math.inf
