@@ -28,6 +28,7 @@ latents   layout of latents
 payload   bytes to tensors, images and frames
 layout    the shapes of a VAE's tensors
 request   what was asked for, validated
+hub       a checkpoint's files on the Hub
 metrics   counters and histograms for Prometheus
 settings  environment variables
 limits    what a request may cost
