@@ -4,6 +4,7 @@ app       HTTP: routes, errors, the way down
 page      what a browser gets at the root
 exchange  an HTTP request and its answer: the way of it, stage by stage
 access_log  a request's id, its line in the log, its counters
+callers   pages of other origins, and foreign names of this server
 description  what is served, for clients that ask
 pipeline  one request, from its payload to its answer
 machine   what several models share: devices, places

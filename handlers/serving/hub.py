@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # public, and not in its __all__
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """Files of a VAE, as diffusers names them."""
