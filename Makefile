@@ -29,6 +29,8 @@ space := $(subst ,, )
 takes := $(sort $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal))))
 given := $(foreach pair,$(subst \$(space),_,$(MAKEOVERRIDES)),$(firstword $(subst =, ,$(pair))))
 unknown := $(filter-out $(takes) PYTHON BIN VENV ENDPOINT_VENV DEPLOY_VENV OMP_WAIT_POLICY,$(given))
+settings := $(filter API_TOKEN HF_TOKEN VAE_%,$(unknown))
+$(if $(settings),$(error $(firstword $(settings)) is an environment variable: write it before make, as in `$(firstword $(settings))=... make $(MAKECMDGOALS)`))
 $(if $(unknown),$(error `make $(MAKECMDGOALS)` takes no $(unknown)$(if $(takes),; it takes $(takes))))
 
 # $(call switch,VARIABLE,--option): the option for VARIABLE=1; 0 and nothing are off

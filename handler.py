@@ -9,7 +9,7 @@ import sys
 from starlette.routing import Mount
 
 from handlers import get_handler
-from handlers.serving.app import build_app, drain_on_sigterm
+from handlers.serving.app import build_app, drain_on_sigterm, limit_reads
 from handlers.serving.settings import Settings
 
 settings = Settings.load()
@@ -23,6 +23,7 @@ class EndpointHandler(get_handler(settings.model)):  # type: ignore[misc]  # whi
         super().__init__(path)
         app.state.handler = self
         drain_on_sigterm(app)
+        limit_reads()
 
 
 for module in ("webservice_starlette", "huggingface_inference_toolkit.webservice_starlette"):

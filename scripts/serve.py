@@ -2,12 +2,15 @@
 
 import logging
 import os
+import socket
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
 from safetensors import SafetensorError
+
+from scripts.connections import run_server
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -29,8 +32,18 @@ def main(
         EndpointHandler(str(REPOSITORY))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"error: {error}") from None
-    stop_after = int(settings.grace) + 5  # by then every request has its answer
-    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=stop_after)
+    if is_loopback(host):
+        app.state.loopback_host = host
+    run_server(app, host, port, stop_after=int(settings.grace) + 5)  # by then every request has its response
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens on `host` is reached from this machine alone."""
+    try:
+        addresses = {address[4][0] for address in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ip_address(str(address)).is_loopback for address in addresses)
 
 
 if __name__ == "__main__":

@@ -301,7 +301,9 @@ class Hub(Platform):
             return JSONResponse({"error": "Repository not found"}, 404, NO_REPOSITORY)
         if not self.may_open(request, repo):
             return gated()
-        sha, files = repo.at(request.path_params["revision"])
+        if (commit := repo.at(request.path_params["revision"])) is None:
+            return JSONResponse({"error": "Revision not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        sha, files = commit
         content = files.get(request.path_params["path"])
         if content is None:
             return JSONResponse({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})

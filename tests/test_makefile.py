@@ -54,6 +54,11 @@ def test_what_serves_gets_the_signals_itself(target: str) -> None:
         (("deploy-all", "INSTANCE=nvidia-l4"), "`make deploy-all` takes no INSTANCE; it takes ACCESS DRY_RUN"),
         (("deploy", "MODEL=flux", "DRY_RUN=yes"), "DRY_RUN=yes is neither 1, for on, nor 0"),
         (("undeploy", "MODEL=x", "YES=true"), "YES=true is neither 1, for on, nor 0"),
+        (
+            ("serve", "API_TOKEN=x"),
+            "API_TOKEN is an environment variable: write it before make, as in `API_TOKEN=... make",
+        ),
+        (("serve", "MODEL=tiny", "VAE_FAST=1"), "as in `VAE_FAST=... make serve`"),
         (("lint", "FIX=1"), "`make lint` takes no FIX."),
     ],
 )

@@ -3,8 +3,10 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import requests
 from handlers import MODELS
 from scripts.local_server import ROOT, clean_environment, free_port, wait_until_healthy
 from tests import forked
+from tests.hub_server import Repo, running_hub
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +39,53 @@ def test_what_cannot_start_says_so_in_one_line(arguments: list[str], message: st
     assert status == 1
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: " + message.replace("{empty}", str(tmp_path)))
+
+
+@pytest.mark.parametrize(("hub", "message"), [("there", "is gated: accept its conditions on"), ("away", None)])
+def test_a_checkpoint_that_the_hub_does_not_give(hub: str, message: str | None, tmp_path: Path) -> None:
+    """Other reasons are in `tests/serving/test_hub.py`."""
+    checkpoint = MODELS["flux"].checkpoint
+    with running_hub(tmp_path) as there:
+        there.repos[checkpoint] = Repo(gated=True)
+        there.repos[checkpoint].commit({"vae/config.json": b"{}"})
+        url = there.url if hub == "there" else f"http://127.0.0.1:{free_port()}"
+        result = subprocess.run(
+            [sys.executable, "-m", "scripts.serve", "--model", "flux"],
+            cwd=ROOT,
+            env={**clean_environment(), "HF_HOME": str(tmp_path), "HF_ENDPOINT": url},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+    expected = f"error: {checkpoint} {message}" if message else "error: the Hub cannot be reached ("
+    assert result.stderr.splitlines()[-1].startswith(expected)
+
+
+FEW_DESCRIPTORS = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))
+runpy.run_module("scripts.serve", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("hard", [64, "resource.getrlimit(resource.RLIMIT_NOFILE)[1]"])
+def test_idle_connections_do_not_take_all_file_descriptors(hard: object, tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    command = ["-c", FEW_DESCRIPTORS.format(hard=hard), "--model", "tiny", "--port", str(port)]
+    process = forked.start_process(command, log, clean_environment())
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
+        with ExitStack() as opened:
+            for _ in range(100):
+                opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            for _ in range(5):
+                assert requests.get(f"http://127.0.0.1:{port}/health", timeout=20).ok
+        assert len(log.read_text().splitlines()) < 30
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
 
 
 SERVER = """

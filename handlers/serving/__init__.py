@@ -4,6 +4,7 @@ app       HTTP: routes, errors, the way down
 page      what a browser gets at the root
 exchange  an HTTP request and its answer: the way of it, stage by stage
 access_log  a request's id, its line in the log, its counters
+callers   pages of other origins, and foreign names of this server
 description  what is served, for clients that ask
 pipeline  one request, from its payload to its answer
 machine   what several models share: devices, places
@@ -31,6 +32,7 @@ payload   bytes to tensors and images
 image_files  the structure of PNG, JPEG and WebP files
 layout    the shapes of a VAE's tensors
 request   what was asked for, validated
+hub       a checkpoint's files on the Hub
 metrics   counters and histograms for Prometheus
 settings  environment variables
 admission  the bytes that requests have in memory

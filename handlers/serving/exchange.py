@@ -84,6 +84,7 @@ class Exchange:
         """
         check_token(self.http, self.settings.api_token)
         check_content_type(self.http)
+        check_content_encoding(self.http)
         self.pipeline.workers.check_open()
         self.held.enter_context(self.deadline())
         self.held.enter_context(self.reservation)
@@ -283,6 +284,13 @@ def check_content_type(http: HttpRequest) -> None:
     if (media_type := media_type_of(http.headers.get("content-type", ""))) not in CONTENT_TYPES:
         known = ", ".join(sorted(CONTENT_TYPES - {""}))
         raise RequestError(f"Content-Type {media_type[:100]!r} is not taken; send none, or one of {known}", 415)
+
+
+def check_content_encoding(http: HttpRequest) -> None:
+    """Raise `RequestError`, status 415, for a body that is compressed as a whole."""
+    codings = ",".join(http.headers.getlist("content-encoding")).lower().split(",")
+    if coding := next((one.strip() for one in codings if one.strip() not in ("", "identity")), None):
+        raise RequestError(f"Content-Encoding {coding[:100]!r} is not taken; send the body as it is, without it", 415)
 
 
 def milliseconds_since(start: float) -> float:

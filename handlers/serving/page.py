@@ -37,7 +37,7 @@ POLICY = "; ".join(
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "Cache-Control": "no-cache",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with "no-referrer" some browsers hide the origin of a POST, too
     "Vary": "Accept",
     "X-Content-Type-Options": "nosniff",
 }

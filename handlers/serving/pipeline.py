@@ -167,7 +167,10 @@ class Pipeline:
             raise RequestError(
                 "`stream`: only a video that is decoded to an MP4 file is streamed, not inside JSON", 422
             )
-        return Request(task, body, body_kind, parameters, answer, accept)
+        image_format: Any = parameters.image_format or "jpg"
+        if not parameters.image_format and answer in (Answer.IMAGE, Answer.IMAGES):
+            image_format = accept.image_format("png" if accept.json else "jpg")  # inside JSON a PNG, as in the toolkit
+        return Request(task, body, body_kind, parameters, answer, accept, image_format)
 
     def _check_moments(self, parameters: Parameters) -> None:
         """Raises `RequestError` where there are none, or where they are asked for in a way that they do not come in."""
@@ -232,7 +235,7 @@ class Pipeline:
                 + (", or for pictures with Accept: application/zip" if self.layout.kind == "image" else "")
             )
         width, height = (side * self.layout.vae_scale_factor for side in (batch.shape[-1], batch.shape[-2]))
-        output.check_size(request.answer, self._image_format(request), width, height)
+        output.check_size(request.answer, request.image_format, width, height)
         raw = self.vae.normalization.scaling(parameters, "decode", layout).unscale(batch, self.vae.dtype)
         return add_noise(raw, parameters) if self.vae.config.get("timestep_conditioning") else raw
 
@@ -431,12 +434,7 @@ class Pipeline:
 
     def render(self, request: Request, value: Tensor | output.Mp4Writer) -> output.Content:
         """The answer's bytes."""
-        return output.render(value, request.answer, self._image_format(request), request.parameters.quality)
-
-    def _image_format(self, request: Request) -> str:
-        """As in the toolkit, a picture inside JSON is a PNG unless another format is asked for."""
-        default = "png" if request.accept.json else "jpg"
-        return request.parameters.image_format or request.accept.image_format or default
+        return output.render(value, request.answer, request.image_format, request.parameters.quality)
 
     def measure(self) -> None:
         """Sets what `/metrics` shows of this moment."""

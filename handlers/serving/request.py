@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -113,36 +114,88 @@ class Answer(Enum):
     LATENTS = "latents"
 
 
+IMAGE_FORMATS: dict[str, ImageFormat] = {
+    "image/jpeg": "jpg",
+    "image/jpg": "jpg",
+    "image/png": "png",
+    "image/webp": "webp",
+}
+"""Image formats by media type."""
+KNOWN_RANGES = {*IMAGE_FORMATS, "image/*", "application/json", "application/zip", "*/*"}
+"""Media ranges that the service gives something of, beside those that begin with `tensor/`."""
+
+
 @dataclass(frozen=True)
 class Accept:
-    """What the `Accept` header asks for, as far as it matters."""
+    """The `Accept` header of a request, as far as it matters."""
 
     tensor: bool = False
-    """A tensor rather than a picture file."""
+    """A tensor rather than an image file."""
     json: bool = False
     """Bytes as base64 inside JSON."""
-    image_format: ImageFormat | None = None
+    image: bool = False
+    """An image file, so nothing for a video model."""
     zip: bool = False
     """A file for each of a batch, together in a ZIP."""
+    ranges: tuple[str, ...] = ()
+    """Media ranges that are wanted, as `image/png` or `image/*`, best first."""
+    refused: frozenset[str] = frozenset()
+    """Media ranges with the quality 0."""
 
     @classmethod
     def parse(cls, header: str | None, content_type: str = "") -> Accept:
-        """Reads the header. As in the toolkit, a JSON request that accepts anything is answered in JSON."""
-        header = (header or "*/*").lower()
-        if header == "*/*" and media_type_of(content_type) == "application/json":
-            header = "application/json"
-        formats: dict[str, ImageFormat] = {
-            "image/jpeg": "jpg",
-            "image/jpg": "jpg",
-            "image/png": "png",
-            "image/webp": "webp",
-        }
+        """Read the header (RFC 9110, section 12.5.1).
+
+        The media range of the highest quality decides; of several the most specific one, and of these the first. Ranges
+        that the service gives nothing of are passed over; where none is left, the default response is given. As in the
+        toolkit, a JSON request that accepts anything gets JSON.
+        """
+        qualities = _qualities(header or "*/*")
+        if list(qualities) == ["*/*"] and media_type_of(content_type) == "application/json":
+            qualities = {"application/json": 1}
+        ranges = sorted(filter(qualities.get, qualities), key=lambda one: (-qualities[one], one.count("*")))
+        best = next((one for one in ranges if one in KNOWN_RANGES or one.startswith("tensor/")), "*/*")
         return cls(
-            tensor="tensor/" in header,
-            json="tensor/base64" in header or "application/json" in header,
-            image_format=next((name for media_type, name in formats.items() if media_type in header), None),
-            zip="application/zip" in header,
+            tensor=best.startswith("tensor/"),
+            json=best in ("tensor/base64", "application/json"),
+            image=best in IMAGE_FORMATS,
+            zip=best == "application/zip",
+            ranges=tuple(ranges),
+            refused=frozenset(one for one, quality in qualities.items() if not quality),
         )
+
+    def image_format(self, default: ImageFormat) -> ImageFormat:
+        """The image format that the header wants most, or `default` where it has no preference.
+
+        Raises:
+            RequestError: the header refuses every format; status 406.
+        """
+        named = {IMAGE_FORMATS.get(one) for one in (*self.ranges, *self.refused)}
+        others = [one for one in (default, *IMAGE_FORMATS.values()) if one not in named]
+        if "image/*" in self.refused:
+            others = []
+        for one in self.ranges:
+            if one in IMAGE_FORMATS:
+                return IMAGE_FORMATS[one]
+            if others and one in ("image/*", "*/*"):
+                break
+        if not others:
+            raise RequestError("`Accept` refuses JPEG, PNG and WebP (q=0); an image comes as one of them", 406)
+        return others[0]
+
+
+def _qualities(header: str) -> dict[str, float]:
+    """The header's media ranges without their parameters, in order, and their qualities from 0 to 1.
+
+    A quality that is no number counts as 1.
+    """
+    qualities: dict[str, float] = {}
+    for entry in header.lower().split(","):
+        media_range, *parameters = (part.strip() for part in entry.split(";"))
+        quality = next((part[2:] for part in parameters if re.fullmatch(r"q=(0(\.\d*)?|1(\.0*)?)", part)), "1")
+        if media_range:
+            qualities.setdefault(media_range, float(quality))
+    return qualities
 
 
 def media_type_of(content_type: str) -> str:
@@ -163,7 +216,7 @@ def decode_answer(kind: Kind, parameters: Parameters, accept: Accept) -> Answer:
     if (kind, output_type) not in answers:
         message = "`output_type`: 'mp4' needs a video model, and this is an image model; use 'pil' or 'pt'"
         raise RequestError(message, 422)
-    if kind == "video" and (accept.image_format or accept.zip) and parameters.output_type in (None, "pil"):
+    if kind == "video" and (accept.image or accept.zip) and parameters.output_type in (None, "pil"):
         raise RequestError("a video cannot be answered as images: use output_type=mp4, or Accept: tensor/binary")
     return answers[kind, output_type]
 
@@ -185,3 +238,5 @@ class Request:
     parameters: Parameters
     answer: Answer
     accept: Accept
+    image_format: ImageFormat
+    """Format of an image response."""

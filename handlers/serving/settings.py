@@ -66,7 +66,8 @@ class Settings(Limits):
         With another model than the file's in the environment, nothing of the file holds.
 
         Raises:
-            ValueError: a variable has a value that it cannot have, or two exclude each other; the message names it.
+            ValueError: a variable is blank or has a value that it cannot have, or two exclude each other; the message
+                names it. An empty variable counts as unset, except `API_TOKEN`: an empty one would open the service.
         """
         endpoint = repository / "endpoint.json"
         values = json.loads(endpoint.read_text()) if endpoint.is_file() else {}
@@ -76,7 +77,10 @@ class Settings(Limits):
         if values and os.environ.get("VAE_MODEL", values.get("model")) != values.get("model"):
             values = {"foreign_repository": True}
         for name in cls.model_fields:
-            if value := os.environ.get(_variable(name)):
+            value = os.environ.get(_variable(name), "")
+            if value.isspace() or (name == "api_token" and _variable(name) in os.environ and not value):
+                raise ValueError(f"{_variable(name)} is blank; give it a value, or unset it")
+            if value:
                 values[name] = value
         try:
             settings = cls.model_validate(values)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from handlers.model import Model, Task
-from handlers.serving import metrics
+from handlers.serving import hub, metrics
 from handlers.serving.autoencoder import DecodeOptions, EncodeOptions, encode_at_once, forget
 from handlers.serving.coders import is_known
 from handlers.serving.errors import RequestError
@@ -64,7 +64,8 @@ class VAE:
         """Loads the weights of a model: from `settings.weights`, the repository at `path`, or its checkpoint.
 
         Raises:
-            FileNotFoundError: `settings.weights` names a folder that holds no VAE of the model's class.
+            OSError: `settings.weights` names a folder that holds no VAE of the model's class, or the Hub does not give
+                the checkpoint.
             ValueError: the weights are not what the model declares, or diffusers does not have its class.
         """
         HEAP.keep(pages=torch.device(device).type == "cpu")
@@ -76,9 +77,9 @@ class VAE:
                 torch.manual_seed(0)
                 model = vae_class.from_config(declared.published_config).to(dtype)
         else:
-            source, options = _find_weights(declared, path, settings)
-            logger.info("loading %s from %s", declared.vae_class, source)
-            model = vae_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
+            folder = _find_weights(declared, path, settings)
+            logger.info("loading %s from %s", declared.vae_class, folder)
+            model = vae_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
         vae = cls(model.to(device), declared, settings.fast, settings.model or "")
         if difference := differs(vae.layout, declared):
             if settings.weights in (None, "random"):
@@ -313,8 +314,8 @@ def _diffusers_class(declared: type[Model]) -> Any:
         raise ValueError(f"{module} has no {name}" if module else missing) from None
 
 
-def _find_weights(declared: type[Model], path: str, settings: Settings) -> tuple[str, dict[str, Any]]:
-    """The folder or repository to load from, and `from_pretrained`'s further arguments."""
+def _find_weights(declared: type[Model], path: str, settings: Settings) -> Path:
+    """Find the folder to load from. Files of a checkpoint on the Hub are downloaded."""
     if settings.weights:
         folder = _vae_folder(Path(settings.weights), declared.vae_class)
         if folder is None:
@@ -322,10 +323,13 @@ def _find_weights(declared: type[Model], path: str, settings: Settings) -> tuple
                 f"VAE_WEIGHTS={settings.weights} holds no {declared.vae_class}: neither the folder nor its vae/ has a "
                 "config.json of that class"
             )
-        return str(folder), {}
+        return folder
     if path and (folder := _vae_folder(Path(path), declared.vae_class)):
-        return str(folder), {}
-    return declared.checkpoint, {"subfolder": declared.subfolder, "revision": settings.revision}
+        return folder
+    if (folder := Path(declared.checkpoint)).is_dir():
+        return folder / (declared.subfolder or "")
+    logger.info("looking for %s on the Hub", declared.checkpoint)
+    return hub.fetch(declared.checkpoint, declared.subfolder, settings.revision)
 
 
 def _vae_folder(folder: Path, vae_class: str) -> Path | None:

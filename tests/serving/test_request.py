@@ -45,3 +45,48 @@ def test_a_json_request_that_accepts_anything_is_answered_in_json() -> None:
     assert Accept.parse("*/*", "application/json").json
     assert not Accept.parse("*/*", "tensor/binary").json
     assert not Accept.parse("image/png", "application/json").json
+
+
+@pytest.mark.parametrize(
+    ("accept", "image_format"),
+    [
+        ("image/jpeg;q=0, image/png", "png"),
+        ("image/png;q=0.5, image/webp;q=0.9", "webp"),
+        ("image/png;q=0.5, */*", "jpg"),
+        ("image/webp, image/png", "webp"),
+        ("IMAGE/PNG ; level=1 ; Q=0.2, image/jpeg;q=0.1", "png"),
+        ("image/jpeg;q=0, */*", "png"),
+        ("image/jpeg;q=0.1, image/*", "png"),
+        ("image/jpeg;q=0", "png"),
+        ("image/png;q=rubbish", "png"),
+        ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", "webp"),  # <img> in Chromium
+        ("text/plain", "jpg"),
+        ("*/*;q=0", "jpg"),
+        ("", "jpg"),
+    ],
+)
+def test_the_image_format_that_is_wanted_most(accept: str, image_format: str) -> None:
+    parsed = Accept.parse(accept)
+    assert (parsed.image_format("jpg"), parsed.tensor, parsed.json) == (image_format, False, False)
+
+
+@pytest.mark.parametrize("accept", ["image/*;q=0", "image/jpeg;q=0, image/png;q=0.0, image/webp;q=0.000"])
+def test_no_image_format_is_acceptable(accept: str) -> None:
+    with pytest.raises(RequestError, match="refuses JPEG, PNG and WebP") as refused:
+        Accept.parse(accept).image_format("jpg")
+    assert refused.value.status == 406
+
+
+@pytest.mark.parametrize(
+    ("accept", "tensor", "json"),
+    [
+        ("tensor/binary;q=0.5, image/png", False, False),
+        ("image/png;q=0.5, tensor/binary", True, False),
+        ("application/json;q=0, tensor/binary", True, False),
+        ("application/json, text/plain, */*", False, True),  # axios
+        ("tensor/base64", True, True),
+    ],
+)
+def test_qualities_tell_tensors_from_images(accept: str, tensor: bool, json: bool) -> None:
+    parsed = Accept.parse(accept)
+    assert (parsed.tensor, parsed.json) == (tensor, json)

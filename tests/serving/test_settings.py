@@ -18,6 +18,25 @@ def test_another_model_takes_nothing_from_endpoint_json(tmp_path: Path, monkeypa
     assert Settings.load(tmp_path) == Settings(model="sdxl", foreign_repository=True)
 
 
+@pytest.mark.parametrize("variable", ["API_TOKEN", "VAE_MODEL", "VAE_WEIGHTS", "VAE_CORS_ORIGINS", "VAE_FAST"])
+@pytest.mark.parametrize("value", [" ", "\t \n"])
+def test_a_blank_variable_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"^{variable} is blank; give it a value, or unset it$"):
+        Settings.load(tmp_path)
+
+
+def test_an_empty_variable_is_unset_but_for_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`API_TOKEN=$SECRET` without a SECRET would open the service."""
+    monkeypatch.setenv("VAE_MODEL", "")
+    assert Settings.load(tmp_path) == Settings()
+    monkeypatch.setenv("API_TOKEN", "")
+    with pytest.raises(ValueError, match=r"^API_TOKEN is blank"):
+        Settings.load(tmp_path)
+
+
 def test_a_wrong_value_names_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VAE_DTYPE", "float8")
     with pytest.raises(ValueError, match=r"^VAE_DTYPE: .*'float16'.*got 'float8'$"):

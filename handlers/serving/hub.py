@@ -1,0 +1,81 @@
+"""A checkpoint's files on the Hub. Each reason why they cannot be had is one line that says how to mend it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # public, and not in its __all__
+
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+"""Files of a VAE, as diffusers names them."""
+REACH_SECONDS = 3
+"""Seconds in which the Hub has to respond. huggingface_hub would try for half a minute."""
+
+
+def fetch(checkpoint: str, subfolder: str | None, revision: str | None) -> Path:
+    """Download `FILES` of a checkpoint, or find them in the cache, and return the folder that holds them.
+
+    Raises:
+        OSError: the Hub does not give them, or cannot be reached and they are not in the cache.
+    """
+    at = f" at revision {revision}" if revision else ""
+    files = ["/".join(filter(None, (subfolder, name))) for name in FILES]
+    unreachable = _find_obstacle()
+    for file in files:
+        try:
+            path = hf_hub_download(checkpoint, file, revision=revision, local_files_only=unreachable is not None)
+        except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+            raise OSError(_explain(error, unreachable, checkpoint, file, at)) from error
+    return Path(path).parent
+
+
+def _find_obstacle() -> str | None:
+    """The reason why the Hub does not respond; None where it responds, whatever its response is."""
+    for pause in (1, 0):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS)
+            return None
+        except Exception as error:  # as above
+            obstacle: BaseException = error
+            time.sleep(pause)
+    while below := obstacle.__cause__ or obstacle.__context__:
+        obstacle = below
+    return _line(obstacle)
+
+
+def _explain(error: Exception, unreachable: str | None, checkpoint: str, file: str, at: str) -> str:
+    page = f"https://huggingface.co/{checkpoint}"
+    if isinstance(error, GatedRepoError):
+        return f"{checkpoint} is gated: accept its conditions on {page}, then set HF_TOKEN to a token of that account"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{checkpoint} is not on the Hub, or the token in HF_TOKEN may not see it: {page}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{checkpoint} has nothing{at}: {page}"
+    if isinstance(error, LocalEntryNotFoundError):
+        if unreachable:
+            reason = f"the Hub cannot be reached ({unreachable}), and {file} of {checkpoint} is not in the cache"
+            return f"{reason}; mend the network, or name a folder that holds the VAE in VAE_WEIGHTS"
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    elif isinstance(error, EntryNotFoundError):
+        return f"{checkpoint} has no {file}{at}: {page}"
+    advice = "; is the token in HF_TOKEN right?" if _status(error) in (401, 403) else "; try again later"
+    return f"{file} of {checkpoint} could not be downloaded: {_line(error)}{advice}"
+
+
+def _status(error: Exception) -> int | None:
+    """Status of the response that became this error; None where there was no response."""
+    return getattr(getattr(error, "response", None), "status_code", None) if isinstance(error, HfHubHTTPError) else None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,94 @@
+"""Checkpoints that the Hub does not give: one line each, in both versions of huggingface_hub."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from scripts.local_server import ROOT, clean_environment, free_port
+from tests.hub_server import Hub, Repo, running_hub
+
+FETCH = """
+import json, sys
+from handlers.serving.hub import fetch
+
+for checkpoint in json.loads(sys.argv[1]):
+    try:
+        print(*sorted(path.name for path in fetch(*checkpoint).iterdir()))
+    except OSError as error:
+        print(error)
+"""
+NOWHERE = "0" * 40
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with running_hub(tmp_path) as hub:
+        for name, files in (
+            ("lab/vae", {CONFIG: b"{}", WEIGHTS: b"0"}),
+            ("lab/gated", {CONFIG: b"{}", WEIGHTS: b"0"}),
+            ("lab/half", {f"vae/{CONFIG}": b"{}"}),
+        ):
+            hub.repos[name] = Repo(gated=name == "lab/gated")
+            hub.repos[name].commit(files)
+        yield hub
+
+
+def fetch(url: str, cache: Path, *checkpoints: Sequence[str | None], **environment: str) -> list[str]:
+    """The files that each checkpoint gives, or why it gives none."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FETCH, json.dumps(checkpoints)],
+        cwd=ROOT,
+        env={**clean_environment(), "HF_HOME": str(cache), "HF_ENDPOINT": url, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return result.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path) -> None:
+    page = "https://huggingface.co/lab"
+    assert fetch(
+        hub.url,
+        tmp_path / "cache",
+        ("lab/vae", None, None),
+        ("lab/gated", None, None),
+        ("lab/none", "vae", None),
+        ("lab/half", None, None),
+        ("lab/half", "vae", None),
+        ("lab/vae", None, NOWHERE),
+    ) == [
+        f"{CONFIG} {WEIGHTS}",
+        f"lab/gated is gated: accept its conditions on {page}/gated, then set HF_TOKEN to a token of that account",
+        f"lab/none is not on the Hub, or the token in HF_TOKEN may not see it: {page}/none",
+        f"lab/half has no {CONFIG}: {page}/half",
+        f"lab/half has no vae/{WEIGHTS}: {page}/half",
+        f"lab/vae has nothing at revision {NOWHERE}: {page}/vae",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["nobody listens", "nobody responds", "offline"])
+def test_a_hub_that_is_out_of_reach(hub: Hub, tmp_path: Path, reason: str) -> None:
+    """Files in the cache do without it."""
+    cache, vae = tmp_path / "cache", ("lab/vae", None, None)
+    assert fetch(hub.url, cache, vae) == [f"{CONFIG} {WEIGHTS}"]
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = free_port() if reason == "nobody listens" else silent.getsockname()[1]
+        environment = {"HF_HUB_OFFLINE": "1"} if reason == "offline" else {}
+        found, said = fetch(f"http://127.0.0.1:{port}", cache, vae, ("lab/none", "vae", None), **environment)
+    assert found == f"{CONFIG} {WEIGHTS}"
+    assert said.startswith("the Hub cannot be reached (")
+    assert f"), and vae/{CONFIG} of lab/none is not in the cache; mend the network" in said

@@ -1,0 +1,143 @@
+"""Connections of the standalone server, in front of an app that does nothing: `scripts/connections.py`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+
+from scripts import connections
+from scripts.connections import Connection
+
+GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
+MOST = 4
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """`/slow` takes until the client is gone."""
+    if scope["path"] == "/slow":
+        await Request(scope, receive).body()
+        while not await Request(scope, receive).is_disconnected():
+            await anyio.sleep(0.01)
+    await PlainTextResponse("Ok")(scope, receive, send)
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], socket.socket]]:
+    """Opens connections to a server that takes `MOST`, and gives each a second for a request's head."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 1)
+    opened: list[socket.socket] = []
+    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", http=partial(Connection, MOST))
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    address = server.servers[0].sockets[0].getsockname()
+
+    def connect() -> socket.socket:
+        opened.append(socket.create_connection(address, timeout=10))
+        return opened[-1]
+
+    yield connect
+    for connection in opened:
+        connection.close()
+    server.should_exit = True
+    thread.join()
+
+
+def answer(connection: socket.socket, request: bytes) -> tuple[int, str]:
+    """Send a request; return the status, and the body of a response that ends the connection or is one word."""
+    connection.sendall(request)
+    response = b""
+    while not response.endswith((b"Ok", b"}")):
+        response += (part := connection.recv(1 << 16))
+        if not part:
+            break
+    head, _, body = response.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body.decode()
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server has closed it, or does so within the 10 s that a test waits."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_connection_without_a_request_is_closed(connect: Callable[[], socket.socket]) -> None:
+    silent, half = connect(), connect()
+    half.sendall(GET[:-4] % b"")
+    assert is_closed(silent)
+    assert is_closed(half)
+
+
+def test_a_request_in_progress_is_not(connect: Callable[[], socket.socket]) -> None:
+    slow = connect()
+    slow.sendall(GET % b"slow")
+    slow.settimeout(2)
+    with pytest.raises(TimeoutError):
+        slow.recv(1)
+
+
+def test_another_connection_takes_the_place_of_the_one_that_is_idle_for_longest(
+    connect: Callable[[], socket.socket],
+) -> None:
+    idle = [connect() for _ in range(MOST)]
+    for connection in idle:
+        assert answer(connection, GET % b"") == (200, "Ok")
+    assert answer(connect(), GET % b"") == (200, "Ok")
+    assert is_closed(idle[0])
+    assert answer(idle[1], GET % b"") == (200, "Ok")
+
+
+def test_one_too_many_is_refused_in_json_and_the_next_one_works(connect: Callable[[], socket.socket]) -> None:
+    busy = [connect() for _ in range(MOST)]
+    for connection in busy:
+        connection.sendall(GET % b"slow")
+    time.sleep(0.3)
+    status, body = answer(connect(), GET % b"")
+    assert (status, json.loads(body)["error"][:25]) == (503, f"{MOST} requests are in progress"[:25])
+    busy[0].close()
+    time.sleep(0.3)
+    assert answer(connect(), GET % b"") == (200, "Ok")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [
+        (b"rubbish\r\n\r\n", 400, "no HTTP/1.1 request"),
+        (b"GET nowhere HTTP/1.1\r\nHost: x\r\n\r\n", 400, "no HTTP/1.1 request"),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 300_000, 431, "larger than 131072 bytes"),
+    ],
+)
+def test_what_never_becomes_a_request_is_refused_in_json(
+    connect: Callable[[], socket.socket], sent: bytes, status: int, said: str
+) -> None:
+    got, body = answer(connect(), sent)
+    assert (got, said in json.loads(body)["error"]) == (status, True)
+
+
+def test_bytes_of_a_body_that_was_not_wanted_end_too(connect: Callable[[], socket.socket]) -> None:
+    """An endless one would keep a connection whose request has its response."""
+    endless = connect()
+    endless.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    assert endless.recv(1 << 16).endswith(b"Ok")
+    deadline = time.monotonic() + 10
+    with suppress(OSError):  # a reset, or a broken pipe
+        while time.monotonic() < deadline:
+            endless.sendall(b"1\r\nx\r\n")
+            time.sleep(0.05)
+    assert time.monotonic() < deadline
