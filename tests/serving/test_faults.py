@@ -20,7 +20,9 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import requests
+import torch
 
+from handlers.serving.output import tensor_bytes
 from scripts import local_server
 from scripts.local_server import ROOT, clean_environment, free_port
 from tests.conftest import SERVERS, Endpoint, faulty_endpoint
@@ -209,6 +211,58 @@ class TestOneRequest:
         response = ask(endpoint)
         assert (response.status_code, response.headers["X-VAE-Mode"]) == (200, "full")
         assert health(endpoint) == (200, "Ok")
+
+
+class TestAPassThatNobodyWaitsFor:
+    """It stops, so that the next request has the device: here of a video that takes far longer than the deadline."""
+
+    @pytest.fixture(scope="class", params=SERVERS)
+    def endpoint(
+        self,
+        request: pytest.FixtureRequest,
+        checkpoint: Callable[[str], Path],
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> Iterator[Endpoint]:
+        log, key = tmp_path_factory.mktemp("long") / "log", "hunyuan-video"
+        with faulty_endpoint(request.param, key, checkpoint(key), log, VAE_TIMEOUT="6") as endpoint:
+            assert ask(endpoint).ok  # so that its counters are there
+            yield endpoint
+
+    @pytest.fixture
+    def one_pass_alone(self, endpoint: Endpoint) -> Iterator[None]:
+        """At the end a small request is answered, rightly, and no other pass has come to its end."""
+        passes = 'vae_passes_total{mode="full",model="hunyuan-video",task="decode"}'
+        before, stopped = metric(endpoint, passes), metric(endpoint, "vae_stopped_passes_total")
+        yield
+        latents = endpoint.latents()
+        response = endpoint.post(latents, output_type="pt")
+        assert response.status_code == 200, response.text
+        decoded = torch.frombuffer(bytearray(response.content), dtype=torch.float32)
+        expected = endpoint.decoded(latents * endpoint.scaling["scaling_factor"])
+        assert torch.equal(decoded.view(expected.shape), expected)
+        assert metric(endpoint, passes) == before + 1
+        assert metric(endpoint, "vae_stopped_passes_total") == stopped + 1
+        assert "stopped a pass after" in endpoint.log.read_text()
+        assert health(endpoint) == (200, "Ok")
+
+    def long(self, endpoint: Endpoint) -> torch.Tensor:
+        return endpoint.latents(frames=65, height=512, width=512)
+
+    @pytest.mark.usefixtures("one_pass_alone")
+    @pytest.mark.parametrize("output_type", ["pt", "mp4"])
+    def test_when_its_client_leaves(self, endpoint: Endpoint, output_type: str) -> None:
+        latents = self.long(endpoint).half()
+        shape = "&".join(f"shape={size}" for size in latents.shape)
+        connection = open_connection(endpoint)
+        connection.request("POST", f"/?{shape}&dtype=float16&output_type={output_type}", body=tensor_bytes(latents))
+        wait_for_metric(endpoint, "inf_batch_current_size", 1)
+        connection.close()
+
+    @pytest.mark.usefixtures("one_pass_alone")
+    def test_at_its_deadline(self, endpoint: Endpoint) -> None:
+        response = endpoint.post(self.long(endpoint).half(), output_type="pt")
+        message = "no answer within 6 s (VAE_TIMEOUT); send less at once"
+        assert (response.status_code, response.json()) == (504, {"error": message})
 
 
 class TestTheDevice:
