@@ -21,6 +21,7 @@ fast      the fast pass: the same algebra with less arithmetic
 kernels   what the fast pass runs on a GPU, in Triton
 low_memory  the pass in half the memory
 coders    what encoders and decoders are made of, for passes of our own
+stop      the end of a pass that nobody waits for
 heap      what of the freed memory is kept for the next pass
 memory    what a pass needs, and in which mode it fits in what is free
 pixels    value range and layout of pixels

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from handlers.serving.stop import check_wanted
+
 Part = Any
 """A module of diffusers', or a part of one: which attributes it has no type tells, but the sets of names below do."""
 Step = Callable[[Tensor], Tensor]
@@ -66,6 +68,7 @@ def is_causal(coders: list[Any]) -> bool:
 def run(coder: Part, way: Way, sample: Tensor, latent_embeds: None = None) -> Tensor:
     """What `forward` of the coder gives. No step's input outlives it: nothing else refers to it."""
     for step in _steps(coder, way):
+        check_wanted()
         sample = step(sample)
     return sample
 

@@ -27,6 +27,7 @@ from handlers.serving.output import to_json
 from handlers.serving.pipeline import Pipeline, Prepared, Result
 from handlers.serving.request import Request, media_type_of
 from handlers.serving.stream import Stream
+from handlers.serving.worker import JobFuture
 
 T = TypeVar("T")
 
@@ -100,14 +101,14 @@ class Exchange:
         self.reservation.hold(self.pipeline.unsent(request, prepared.inputs))
         return request, prepared
 
-    def queue(self, request: Request, prepared: Prepared) -> Future[Result]:
-        """Queue: the work for a device, which is dropped at the end of this exchange if it is not over by then."""
+    def queue(self, request: Request, prepared: Prepared) -> JobFuture[Result]:
+        """Queue: the work for a device, which is given up at the end of this exchange if it is not over by then."""
         self.queued_at = perf_counter()
         work = self.pipeline.submit(request, prepared.inputs)
-        self.held.callback(work.add_done_callback, close_stream)
+        self.held.callback(give_up, work)
         return work
 
-    async def wait_for(self, work: Future[Result]) -> Result:
+    async def wait_for(self, work: JobFuture[Result]) -> Result:
         """VAE: what a device has made of it, or of a stream the beginning."""
         result = await self.unless_gone(asyncio.wrap_future(work))
         self.timing["queue"] = milliseconds_since(self.queued_at) - result.milliseconds
@@ -208,7 +209,7 @@ class Exchange:
         return result
 
     async def unless_gone(self, work: asyncio.Future[T]) -> T:
-        """Its result. Work whose client is gone, or whose time is over, is dropped unless a device has begun it."""
+        """Return its result. Work whose client is gone, or whose time is over, is cancelled."""
         watch: asyncio.Future[Any] = asyncio.ensure_future(self.gone())
         try:
             await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
@@ -263,8 +264,14 @@ class StreamedVideo(StreamingResponse):
             chunk = await asyncio.wrap_future(stream.read())
 
 
+def give_up(work: JobFuture[Result]) -> None:
+    """Drop a job that waits, stop its pass, end the encoder of its stream. Does nothing to what is over."""
+    work.cancel()
+    work.add_done_callback(close_stream)  # the encoder may have all its frames, and wait for a reader
+
+
 def close_stream(work: Future[Result]) -> None:
-    """Ends the work on a video that nobody reads any more; at its end this does nothing."""
+    """End the encoder of a video that nobody reads any more."""
     if not work.cancelled() and not work.exception() and isinstance(stream := work.result().value, Stream):
         stream.close()
 

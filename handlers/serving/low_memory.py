@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from handlers.serving import coders
 from handlers.serving.coders import Part, Step, Way, attend
+from handlers.serving.stop import check_wanted
 
 Read = Callable[[int, int], Tensor]
 """Gives rows, from the first up to the second, of a picture that need not exist as a whole."""
@@ -218,6 +219,7 @@ def _convolve(
     for first in range(0, out_height, step):
         last = min(first + step, out_height)
         top, bottom = first * stride - above, (last - 1) * stride - above + kernel
+        check_wanted()
         rows = read(max(top, 0), min(bottom, height))
         if pending:
             pending()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Hashable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ import torch
 from handlers.serving.heap import HEAP
 from handlers.serving.limits import Limits
 from handlers.serving.vae import VAE
-from handlers.serving.worker import Device, DeviceWorkers
+from handlers.serving.worker import Device, DeviceWorkers, JobFuture
 
 BATCH_PIXELS = 1024 * 1024
 """Pixels of pictures that go through a GPU as one batch: four of 512x512, which alone leave a large GPU idle in part.
@@ -48,7 +47,7 @@ class Machine:
         """Held by a request from its payload to its answer; `exchange` takes them, first come, first served."""
         self._running: dict[int, Runner] = {}
 
-    def submit(self, pipeline: Runner, work: Any, key: Hashable, size: int, future: Future[Any]) -> Future[Any]:
+    def submit(self, pipeline: Runner, work: Any, key: Hashable, size: int, future: JobFuture[Any]) -> JobFuture[Any]:
         """Queues work for `pipeline.forward`; jobs of one pipeline and key may be one batch."""
         return self.workers.submit((pipeline, work), (id(pipeline), key), size, future)
 

@@ -20,6 +20,7 @@ PASSES = Counter("vae_passes_total", "Passes through a VAE, by the mode it ran i
 OUT_OF_MEMORY = Counter("vae_out_of_memory_total", "Passes that ran out of memory and were tried one step down.")
 UPCAST = Counter("vae_upcast_total", "Passes that overflowed, or had no kernel in their dtype, and ran in float32.")
 FAST = Gauge("vae_fast_pass", "Whether the fast pass is in use (1), once it was wanted.", ["task", "device", "model"])
+STOPPED = Counter("vae_stopped_passes_total", "Passes that were ended early, as nobody waited for their result.")
 BROKEN = Counter("vae_broken_streams_total", "Videos whose first bytes were sent, and whose last could not be.")
 FREE_MEMORY = Gauge("vae_device_free_bytes", "Memory that is free on a device.", ["device"])
 TOTAL_MEMORY = Gauge("vae_device_total_bytes", "Memory of a device.", ["device"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import InvalidStateError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +30,7 @@ from handlers.serving.request import Accept, Answer, Body, BodyKind, Parameters,
 from handlers.serving.settings import Settings
 from handlers.serving.stream import BOUND, Stream
 from handlers.serving.vae import VAE, devices
+from handlers.serving.worker import JobFuture
 
 Hold = Callable[[int], None]
 """Counts bytes of a request; see `Reservation.hold`."""
@@ -63,7 +64,7 @@ class Work(NamedTuple):
 
     request: Request
     inputs: Tensor
-    result: Future[Result] | None = None
+    result: JobFuture[Result] | None = None
     """Of a request for a stream: it is set as soon as there are bytes, and at the end of the pass for all others."""
 
 
@@ -324,7 +325,7 @@ class Pipeline:
             return answer is Answer.DECODED
         return answer is not Answer.IMAGE
 
-    def submit(self, request: Request, inputs: Tensor) -> Future[Result]:
+    def submit(self, request: Request, inputs: Tensor) -> JobFuture[Result]:
         """Queues the prepared request for a device; what waits together and has one shape goes as one batch.
 
         A stream goes alone: where a batch fails its requests are run again one by one, and what was sent stays sent.
@@ -334,7 +335,7 @@ class Pipeline:
         alone = object() if apart else drawn
         key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], self._decode_options(request), alone)
         size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
-        future: Future[Result] = Future()
+        future: JobFuture[Result] = JobFuture()
         return self.machine.submit(self, Work(request, inputs, future if streamed else None), key, size, future)
 
     def unsent(self, request: Request, inputs: Tensor) -> int:
@@ -448,7 +449,11 @@ class Pipeline:
         """All stages in a row for a request given as a plain object; see `EndpointHandler.__call__`."""
         parameters = {**_without_nulls(data.get("parameters") or {}), "stream": False}
         request = self._parse_object(data.get("inputs"), parameters)
-        result: Any = self.submit(request, self.prepare(request).inputs).result(self.settings.timeout).value
+        work = self.submit(request, self.prepare(request).inputs)
+        try:
+            result: Any = work.result(self.settings.timeout).value
+        finally:
+            work.cancel()  # at the deadline; else it is done
         if request.answer is Answer.IMAGE:
             return output.to_image(result[0])
         if request.answer is Answer.UINT8 and request.parameters.output_type == "pil":

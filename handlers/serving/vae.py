@@ -36,6 +36,7 @@ from handlers.serving.normalization import Normalization
 from handlers.serving.probe import Probe, differs
 from handlers.serving.settings import Settings
 from handlers.serving.spans import decode_spans, join
+from handlers.serving.stop import PassStopped, make_stoppable
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ class VAE:
         self.normalization = Normalization.of(model, declared)
         self.memory = MemoryUse(declared, is_known(model), _tile_pixels(model))
         self.fast = FastPasses(self.model, declared, wanted=fast, name=name)
+        make_stoppable(self.model)
         self.mode = Mode.FULL
         """Of the pass that runs now, or ran last."""
 
@@ -193,6 +195,8 @@ class VAE:
             try:
                 with self._pass(mode):
                     return forward(inputs.to(self.device, self.model.dtype), one_by_one), mode
+            except PassStopped as stop:
+                raise stop.with_traceback(None)  # noqa: B904  # whose frames hold the pass's tensors
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     if not self.probe.explains(error, task, inputs.shape, mode is Mode.TILED):

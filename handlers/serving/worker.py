@@ -9,10 +9,15 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from handlers.serving import metrics
 from handlers.serving.errors import RequestError
+from handlers.serving.stop import PassStopped, stoppable
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,17 @@ class Device(NamedTuple):
     """Gives back what it keeps for the next batch."""
 
 
+class JobFuture(Future[T]):
+    """The result of a job. Cancelling it drops a job that waits. A pass stops when all its jobs are cancelled."""
+
+    given_up = False
+    """Whether nobody waits for the result any more."""
+
+    def cancel(self) -> bool:
+        self.given_up = True
+        return super().cancel()
+
+
 @dataclass(eq=False)
 class Job:
     """Work for the device. Waiting jobs of the same `key` may be run as one batch; `size` counts towards its limit."""
@@ -40,7 +56,7 @@ class Job:
     due: float
     """When it came, plus the time that it will take, up to a tenth of the deadline: so small work passes large work,
     which yet gets its turn."""
-    future: Future[Any] = field(default_factory=Future)
+    future: JobFuture[Any] = field(default_factory=JobFuture)
 
 
 class DeviceWorkers:
@@ -98,8 +114,8 @@ class DeviceWorkers:
         if self._closing or not self._alive:
             raise RequestError(f"{self.problem}; try again soon", 503)
 
-    def submit(self, work: Any, key: Hashable, size: int, future: Future[Any] | None = None) -> Future[Any]:
-        """Queues work. Cancelling its future drops it, unless it has begun.
+    def submit(self, work: Any, key: Hashable, size: int, future: JobFuture[Any] | None = None) -> JobFuture[Any]:
+        """Queue work.
 
         Args:
             future: of its result, where the work may set it before its batch is done.
@@ -111,7 +127,7 @@ class DeviceWorkers:
             if not self._alive:
                 self.check_open()
             due = monotonic() + min(size * self._seconds_per_size, self._timeout / 10)
-            job = Job(work, key, size, due, future or Future())
+            job = Job(work, key, size, due, future or JobFuture())
             self._waiting.append(job)
             self._arrival.notify()
         return job.future
@@ -138,9 +154,13 @@ class DeviceWorkers:
                 if rested := batch is None:
                     device.rest()
                 elif isinstance(batch, list):
-                    _run(device, batch)
+                    is_whole = _run(device, batch)
                     start, _ = self._batches.pop(number)
-                    self._learn_speed(monotonic() - start, sum(job.size for job in batch))
+                    seconds = monotonic() - start
+                    if is_whole:
+                        self._learn_speed(seconds, sum(job.size for job in batch))
+                    else:
+                        logger.info("device %d stopped a pass after %.1f s: nobody waits for it", number, seconds)
                 else:
                     batch()
         except BaseException:  # the device or this code: whatever it is, no client waits for it, and /health says so
@@ -183,29 +203,42 @@ class DeviceWorkers:
             self._seconds_per_size += (seconds / size - known) * (0.2 if known else 1)
 
 
-def _run(device: Device, batch: list[Job]) -> None:
-    """Runs a batch; when that fails, each of its jobs alone, so that one cannot fail another.
+def _run(device: Device, batch: list[Job]) -> bool:
+    """Run a batch; when that fails, each of its jobs alone, so that one cannot fail another.
+
+    Returns:
+        Whether it was run to its end; not where a pass was stopped.
 
     Raises:
         BaseException: the device is lost; jobs of the batch that have no answer yet are the caller's.
     """
     if not batch:
-        return
+        return True
+    futures = [job.future for job in batch]
     try:
-        results = device.run([job.work for job in batch])
+        with stoppable(lambda: all(map(_is_given_up, futures))):
+            results = device.run([job.work for job in batch])
         assert len(results) == len(batch)
+    except PassStopped as stop:
+        metrics.STOPPED.inc()
+        for job in batch:
+            _fail(job, stop)
+        return False
     except Exception as error:
         if not isinstance(error, RequestError) and not device.is_alive():
             raise
         if len(batch) == 1:
             _fail(batch[0], error)
-        else:
-            for job in batch:
-                _run(device, [job])
-        return
+            return True
+        wholes = [_run(device, [job]) for job in batch]  # all of them, whatever becomes of one
+        return all(wholes)
     for job, result in zip(batch, results, strict=True):
         with suppress(InvalidStateError):
             job.future.set_result(result)
+    return True
+
+
+_is_given_up = attrgetter("given_up")
 
 
 def _fail(job: Job, error: Exception) -> None:

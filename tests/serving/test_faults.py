@@ -21,6 +21,7 @@ import psutil
 import pytest
 import requests
 
+from handlers.serving.output import tensor_bytes
 from scripts import local_server
 from scripts.local_server import ROOT, clean_environment, free_port
 from tests.conftest import SERVERS, Endpoint, faulty_endpoint
@@ -209,6 +210,54 @@ class TestOneRequest:
         response = ask(endpoint)
         assert (response.status_code, response.headers["X-VAE-Mode"]) == (200, "full")
         assert health(endpoint) == (200, "Ok")
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def videos(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
+    """An endpoint of a video model, whose requests may take far longer than its deadline."""
+    log, key = tmp_path_factory.mktemp("videos") / "log", "hunyuan-video"
+    with faulty_endpoint(request.param, key, checkpoint(key), log, VAE_TIMEOUT="15") as endpoint:
+        yield endpoint
+
+
+class TestAPassThatNobodyWaitsFor:
+    """It stops, so that the next request has the device."""
+
+    LONG = {"frames": 65, "height": 512, "width": 512}
+    """Minutes of a CPU's time."""
+
+    @pytest.fixture
+    def one_pass_alone(self, videos: Endpoint) -> Iterator[None]:
+        """At the end a small request is answered, rightly, and no other pass has come to its end."""
+        passes = 'vae_passes_total{mode="full",model="hunyuan-video",task="decode"}'
+        expected = ask(videos)
+        assert expected.ok, expected.text
+        before, stopped = metric(videos, passes), metric(videos, "vae_stopped_passes_total")
+        yield
+        response = ask(videos)
+        assert (response.status_code, response.content == expected.content) == (200, True)
+        assert metric(videos, passes) == before + 1
+        assert metric(videos, "vae_stopped_passes_total") == stopped + 1
+        assert "stopped a pass after" in videos.log.read_text()
+        assert health(videos) == (200, "Ok")
+
+    @pytest.mark.usefixtures("one_pass_alone")
+    @pytest.mark.parametrize("output_type", ["pt", "mp4"])
+    def test_when_its_client_leaves(self, videos: Endpoint, output_type: str) -> None:
+        latents = videos.latents(**self.LONG).half()
+        shape = "&".join(f"shape={size}" for size in latents.shape)
+        connection = open_connection(videos)
+        connection.request("POST", f"/?{shape}&dtype=float16&output_type={output_type}", body=tensor_bytes(latents))
+        wait_for_metric(videos, "inf_batch_current_size", 1)
+        connection.close()
+
+    @pytest.mark.usefixtures("one_pass_alone")
+    def test_at_its_deadline(self, videos: Endpoint) -> None:
+        response = videos.post(videos.latents(**self.LONG).half(), output_type="pt")
+        message = "no answer within 15 s (VAE_TIMEOUT); send less at once"
+        assert (response.status_code, response.json()) == (504, {"error": message})
 
 
 class TestTheDevice:

@@ -78,12 +78,12 @@ def test_many_shapes_leave_no_more_than_the_largest_of_them_alone() -> None:
 
 IDLE = """
 import sys, time
-from concurrent.futures import Future
 import psutil, torch
 from handlers.serving import worker
 from handlers.serving.heap import HEAP
 from handlers.serving.machine import Machine
 from handlers.serving.settings import Settings
+from handlers.serving.worker import JobFuture
 
 class Passes:
     vaes = [None]
@@ -97,7 +97,7 @@ worker.REST = float(sys.argv[1])
 machine = Machine([torch.device("cpu")], Settings())
 before = psutil.Process().memory_info().rss
 for _ in range(3):
-    machine.submit(Passes(), None, 0, 1, Future()).result()
+    machine.submit(Passes(), None, 0, 1, JobFuture()).result()
 time.sleep(1)
 print(psutil.Process().memory_info().rss - before)
 """

@@ -247,12 +247,14 @@ class TestBroken:
 
     def test_a_reader_that_leaves_ends_the_work(self, faulty: Endpoint) -> None:
         before = metric(faulty, "vae_broken_streams_total")
+        stopped = metric(faulty, "vae_stopped_passes_total")
         response = ask(faulty, latents=faulty.latents(frames=31, height=32, width=48), seed=SPAN_SLOW)
         next(response.iter_content(100))
         response.close()
         assert logged(faulty, f"stream-{SPAN_SLOW}")
         assert_well(faulty)
         assert metric(faulty, "vae_broken_streams_total") == before
+        assert metric(faulty, "vae_stopped_passes_total") == stopped + 1
 
     def test_a_reader_that_stalls_is_given_up_at_the_deadline(self, faulty: Endpoint) -> None:
         latents = small(faulty)

@@ -5,6 +5,7 @@ import pytest
 
 from handlers.serving import worker
 from handlers.serving.errors import RequestError
+from handlers.serving.stop import check_wanted
 from handlers.serving.worker import DeviceWorkers
 
 
@@ -95,6 +96,72 @@ def test_cancelled_work_never_reaches_the_device(device: Device) -> None:
     device.go.release(3)
     assert here.result(10) == 4
     assert device.batches == [[0], [2]]
+
+
+class Passes:
+    """Runs a batch until it is let go, and looks meanwhile whether anybody waits for it, as a model does."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.go = threading.Event()
+        self.asked_alive = False
+
+    def run(self, work: list[int]) -> list[int]:
+        self.batches.append(work)
+        while not self.go.wait(0.001):
+            check_wanted()
+        return work
+
+    def is_alive(self) -> bool:
+        self.asked_alive = True
+        return True
+
+
+class TestGivenUp:
+    """Work whose client leaves while a device runs it."""
+
+    @pytest.fixture
+    def passes(self) -> Passes:
+        return Passes()
+
+    @pytest.fixture
+    def workers(self, passes: Passes) -> DeviceWorkers:
+        workers = DeviceWorkers([worker.Device(passes.run, passes.is_alive, lambda: None)], batch_limit=9, timeout=60)
+        passes.go.set()
+        assert workers.submit(0, "first", 1).result(10) == 0
+        passes.go.clear()
+        return workers
+
+    def batch(self, workers: DeviceWorkers, passes: Passes) -> list[worker.JobFuture[int]]:
+        """Two jobs that run as one."""
+        busy = workers.submit(1, "busy", 1)
+        wait_until(lambda: [1] in passes.batches)
+        jobs = [workers.submit(number, "batch", 1) for number in (2, 3)]
+        busy.cancel()
+        wait_until(lambda: [2, 3] in passes.batches)
+        return jobs
+
+    def test_a_batch_stops_when_nobody_waits_for_any_of_it(self, workers: DeviceWorkers, passes: Passes) -> None:
+        speed = workers._seconds_per_size
+        for job in self.batch(workers, passes):
+            job.cancel()
+        late = workers.submit(4, "late", 1)
+        wait_until(lambda: [4] in passes.batches)
+        assert workers._seconds_per_size == speed  # of a pass that was not cut short
+        passes.go.set()
+        assert late.result(10) == 4
+        assert passes.batches == [[0], [1], [2, 3], [4]]  # and none again, alone
+        assert not passes.asked_alive
+        assert workers.problem is None
+
+    def test_it_runs_on_for_those_who_wait(self, workers: DeviceWorkers, passes: Passes) -> None:
+        gone, here = self.batch(workers, passes)
+        gone.cancel()
+        time.sleep(0.05)
+        assert workers.running == 2
+        passes.go.set()
+        assert here.result(10) == 3
+        assert passes.batches == [[0], [1], [2, 3]]
 
 
 def test_work_is_never_compared() -> None:

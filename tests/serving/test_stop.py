@@ -1,0 +1,169 @@
+"""A pass that nobody waits for stops at once in every mode of every model, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from handlers import MODELS
+from handlers.serving import low_memory
+from handlers.serving import vae as vae_module
+from handlers.serving.autoencoder import has_frames
+from handlers.serving.fast import FastPass
+from handlers.serving.memory import Mode
+from handlers.serving.stop import PassStopped, stoppable
+from handlers.serving.vae import VAE
+from tests.checkpoints import build, model_of, small_tiles
+from tests.small_service import SERVED
+
+CONVOLUTIONS = {torch.conv2d, torch.conv3d, torch.conv1d, torch.nn.functional.linear}
+UPSAMPLING = 7
+"""The fast pass makes one upsampling of up to eight small convolutions, between which it does not look."""
+
+
+class Convolutions(TorchFunctionMode):
+    """Counts them, and has the client leave when the one of this number is done."""
+
+    def __init__(self, last: int | None = None) -> None:
+        super().__init__()
+        self.count, self.last = 0, last
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function in CONVOLUTIONS
+        return function(*args, **(kwargs or {}))
+
+    def is_unwanted(self) -> bool:
+        return self.last is not None and self.count >= self.last
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors as small as these are done before a second thread has begun."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def small(key: str) -> VAE:
+    vae = VAE(build(key), model_of(key))
+    small_tiles(vae.model, vae.layout.vae_scale_factor)
+    return vae
+
+
+def inputs(vae: VAE, task: str, batch: int) -> Tensor:
+    """Larger than a tile, and of a video more than one span."""
+    generator, video = torch.Generator().manual_seed(0), vae.layout.kind == "video"
+    if task == "decode":
+        frames = (6,) if video else (1,) if has_frames(vae.model) and vae.layout.ndim == 5 else ()
+        return torch.randn(batch, vae.layout.latent_channels, *frames, 5, 5, generator=generator)
+    frames, side = (9,) if video else (), vae.layout.vae_scale_factor * 5
+    return torch.rand(batch, 3, *frames, side, side, generator=generator) * 2 - 1
+
+
+def run(vae: VAE, task: str, given: Tensor, watch: Convolutions) -> tuple[Tensor, Mode]:
+    with watch, stoppable(watch.is_unwanted):
+        return getattr(vae, task)(given)
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mode], None]:
+    """Has passes run in this mode alone; rows come in small chunks."""
+    monkeypatch.setattr(low_memory, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    return lambda mode: monkeypatch.setattr(vae_module, "choose_modes", lambda *_: [mode])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["decode", "encode"])
+@pytest.mark.parametrize("key", SERVED)
+def test_it_stops_within_an_operation_and_the_next_pass_is_right(
+    key: str, task: str, force: Callable[[Mode], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = small(key)
+    for mode in modes(vae, task, monkeypatch):
+        force(mode)
+        given = inputs(vae, task, 2 if mode is Mode.SLICED else 1)
+        whole = Convolutions()
+        expected, run_in = run(vae, task, given, whole)
+        assert run_in is mode
+        for last in {1, whole.count // 2}:
+            watch = Convolutions(last)
+            with pytest.raises(PassStopped):
+                run(vae, task, given, watch)
+            assert watch.count - last <= (UPSAMPLING if mode is Mode.FAST else 1), (mode, last, whole.count)
+            assert not any("forward" in vars(module) for module in vae.model.modules())
+            result, _ = run(vae, task, given, Convolutions())
+            assert torch.equal(result, expected), (mode, last)
+
+
+def modes(vae: VAE, task: str, monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
+    """All that the model has; the fast pass too, which is on only where a check found it quicker."""
+    offered = {mode for batch in (1, 2) for mode in vae._offered(task, batch, False)}
+    if fast := vae.memory.reduces:
+        monkeypatch.setattr(vae.fast, "fast", FastPass(vae.model))
+        monkeypatch.setattr(vae.fast, "_on", {task})
+    return [mode for mode in Mode if mode in offered or (mode is Mode.FAST and fast)]
+
+
+def test_the_values_are_those_of_diffusers(checkpoint: Callable[[str], Path]) -> None:
+    vae = small("sd-v1")
+    latents = inputs(vae, "decode", 1)
+    with pytest.raises(PassStopped):
+        run(vae, "decode", latents, Convolutions(5))
+    result, mode = run(vae, "decode", latents, Convolutions())
+    with torch.no_grad():
+        expected = build("sd-v1").decode(latents, return_dict=False)[0]
+    assert mode is Mode.FULL
+    assert torch.equal(result, expected)
+
+
+def test_it_is_no_failure_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other mode is tried, nor float32; the weights are in their dtype."""
+    vae = VAE(build("sd-v1").bfloat16(), MODELS["sd-v1"])
+    passes: list[Mode] = []
+    begin = vae._pass
+    monkeypatch.setattr(vae, "_pass", lambda mode: passes.append(mode) or begin(mode))
+    with pytest.raises(PassStopped):
+        run(vae, "decode", inputs(vae, "decode", 1), Convolutions(3))
+    assert passes == [Mode.FULL]
+    assert {parameter.dtype for parameter in vae.model.parameters()} == {torch.bfloat16}
+
+
+def test_in_the_repetition_in_float32_too_and_the_weights_are_in_their_dtype_again() -> None:
+    vae = VAE(build("sd-v1").half(), MODELS["sd-v1"])
+    vae.model.decoder.conv_in.weight.fill_(30_000.0)  # which overflows
+    latents = torch.rand(1, 4, 5, 5) + 1
+    whole = Convolutions()
+    expected, _ = run(vae, "decode", latents, whole)
+    watch = Convolutions(whole.count - 5)
+    with pytest.raises(PassStopped):
+        run(vae, "decode", latents, watch)
+    assert watch.count == watch.last
+    assert {parameter.dtype for parameter in vae.model.parameters()} == {torch.float16}
+    result, _ = run(vae, "decode", latents, Convolutions())
+    assert torch.equal(result, expected)
+
+
+def test_its_tensors_are_given_back_while_the_error_is_still_on_its_way() -> None:
+    """So that what the heap counts after it is what is left."""
+    vae = small("sd-v1")
+    latents = inputs(vae, "decode", 1)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+    before = tensors()
+    with pytest.raises(PassStopped) as stopped:
+        run(vae, "decode", latents, Convolutions(10))
+    assert stopped.value.__context__ is None
+    assert tensors() <= before + 1  # the error's traceback has what it was made of, no more
