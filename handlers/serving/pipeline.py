@@ -229,7 +229,7 @@ class Pipeline:
     def _read_pixels(self, request: Request) -> Prepared:
         headers = {}
         if request.body_kind == "tensor":
-            batch = pixels.to_batch(self._read_tensor(request), self.layout)
+            batch = pixels.to_batch(self._read_tensor(request), self.layout, request.parameters.exact)
             self._check_batch("encode", batch.shape)
             batch = pixels.normalize(batch)
         elif request.body_kind == "video":
