@@ -30,7 +30,7 @@ def decode(client: Client, latents: Tensor, **parameters: Any) -> Tensor:
 def decode_mp4(client: Client, latents: Tensor, **parameters: Any) -> bytes:
     """Latents of one video to an MP4 file."""
     parameters = {**parameters, "output_type": "mp4"}
-    return b"".join(_mp4(client, post_tensor(client, "/decode", latents, parameters, "video/mp4").content))
+    return b"".join(_mp4(client, [post_tensor(client, "/decode", latents, parameters, "video/mp4").content]))
 
 
 def stream_mp4(client: Client, latents: Tensor, **parameters: Any) -> Iterator[bytes]:
@@ -51,14 +51,14 @@ def stream_mp4(client: Client, latents: Tensor, **parameters: Any) -> Iterator[b
 
 def _mp4(client: Client, pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The pieces of a file once they have begun as an MP4 does."""
-    pieces, start = iter(pieces), b""
-    while len(start) < 8 and (piece := next(pieces, b"")):
+    rest, start = iter(pieces), b""
+    while len(start) < 8 and (piece := next(rest, b"")):
         start += piece
     if start[4:8] != b"ftyp":
         message = f"{client.url}/decode: the response is no MP4, and begins with {start[:40]!r}"
         raise RemoteVAEError(f"{message}; is this a service of this project?")
     yield start
-    yield from pieces
+    yield from rest
 
 
 def encode(client: Client, pixels: Tensor, **parameters: Any) -> Tensor:

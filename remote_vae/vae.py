@@ -91,16 +91,17 @@ class Connection:
         moments = "moments" in self.config["sample_modes"]
         batch = self._to_rank(pixels, len(self.config["pixels"]["layout"]))
         pieces = batch.split(batch_limit(self.config, batch, math.prod(batch.shape[2:])))
-        parameters = {"sample_mode": "moments" if moments else None, "memory_format": memory_format(pixels)}
         frames, height, width = (1, *batch.shape[2:])[-3:]
         is_whole = encodes_whole(self.config, frames, height, width)
+        parameters = {
+            "sample_mode": "moments" if moments else None,
+            "memory_format": memory_format(pixels),
+            "exact": None if is_whole else True,
+        }
         sizes = {"C": self.config["latents"]["channels"] * (1 + moments)}
         if is_whole:
             side = self.config["latents"]["vae_scale_factor"]
             sizes |= {"H": height // side, "W": width // side}
-        else:
-            parameters["exact"] = True
-            self._say_not_whole(pixels)
         layout = self.config["latents"]["layout"]
         encoded = torch.cat(
             [
@@ -108,6 +109,8 @@ class Connection:
                 for piece in pieces
             ]
         )
+        if not is_whole:
+            self._say_not_whole(pixels)
         encoded = encoded.to(pixels.device, pixels.dtype)
         if pixels.ndim == 4 and self.config["kind"] == "video":
             encoded = encoded.squeeze(2)
@@ -186,7 +189,9 @@ class Connection:
 
         if not as_uint8:
             layout = self.config["pixels"]["layout"]
-            return torch.cat([decode(piece, layout) for piece in latents.split(limit)]).to(latents.device, latents.dtype)
+            return torch.cat([decode(piece, layout) for piece in latents.split(limit)]).to(
+                latents.device, latents.dtype
+            )
         parameters = {**parameters, "partial_postprocess": True}
         if video:
             pixels = torch.stack([decode(piece, "FHWC") for piece in latents.split(1)]).movedim(-1, 1)
