@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scripts.local_server import ROOT
+from scripts.local_server import ROOT, free_port
 from tests import forked
 from tests.conftest import same_video
 from tests.difficult_way import difficult_way
@@ -72,6 +72,49 @@ def test_info(service: Service) -> None:
         "1, 5, 9, ...",
     ):
         assert word in out
+
+
+def test_every_command_takes_the_url_first() -> None:
+    for command in ("info", "check", "decode", "encode", "latents", "proxy"):
+        out, _ = remote_vae(command, "--help")
+        assert re.search(rf"Usage: .* {command} \[OPTIONS\] URL", out)
+        assert "--url" not in out
+
+
+def test_a_wrong_port_is_one_line_soon(tmp_path: Path) -> None:
+    np.save(tmp_path / "z.npy", LATENTS.numpy())
+    url = f"http://127.0.0.1:{free_port()}"
+    for command in (("info", url), ("check", url), ("decode", url, tmp_path / "z.npy", tmp_path / "o.png")):
+        _, said = remote_vae(*command, status=1)
+        assert said.strip().splitlines()[-1] == (
+            f"error: {url} cannot be reached: nothing listens there (connection refused); is the port right, and is "
+            "the server running?"
+        )
+
+
+@pytest.mark.parametrize("command", ["decode URL z.npy o.png", "encode URL p.png --out o.npy"])
+def test_without_torch_a_command_says_so(command: str, tmp_path: Path) -> None:
+    """In an environment of the package alone: without a module, as if nobody had installed it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    arguments = command.replace("URL", "http://127.0.0.1:9").split()
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-m", "remote_vae", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: this command needs torch, which is not installed: pip install torch\n"
 
 
 def test_check(service: Service) -> None:

@@ -163,7 +163,7 @@ ODD = [
 @pytest.mark.parametrize("url", ODD)
 def test_no_url_of_an_endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(ValueError, match="endpoint|IPv6|Port|octet|permitted|[Hh]ex") as caught:
+    with pytest.raises(ValueError, match=r"endpoint|Port|hex digits") as caught:
         Client(url)
     assert "secret" not in str(caught.value)
     assert str(caught.value).isprintable()
@@ -191,7 +191,7 @@ def test_a_server_that_starts_again_is_waited_for(service: Service) -> None:
     """Once it has responded, its address is right."""
     with difficult_way(f"{service.url}/sd-v1") as way:
         client = Client(way.url, patience=60)
-        client.request("GET", "/health")
+        client.request("GET", "/health", headers={"Connection": "close"})
         port = way.server_address[1]
     way.server_close()
 

@@ -257,7 +257,7 @@ def exchange(url: str, *lines: str, body: str = "", method: str = "GET") -> tupl
         connection.sendall(head.encode())
         response = b""
         while b"\r\n\r\n" not in response or len(response.split(b"\r\n\r\n")[1]) < length_of(response):
-            response += connection.recv(65536)
+            response = (response + connection.recv(65536)).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     head, _, content = response.decode().partition("\r\n\r\n")
     return json.loads(content), head.split("\r\n")
 
