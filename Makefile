@@ -50,6 +50,7 @@ help:  ## list the targets
 $(BIN)/.installed: requirements/dev.txt requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
 $(ENDPOINT_VENV)/bin/.installed: requirements/toolkit-image.txt requirements.txt requirements/test.txt
@@ -65,7 +66,7 @@ $(DEPLOY_VENV)/bin/.installed: requirements/deploy.txt
 	@touch $@
 
 .PHONY: install
-install: $(BIN)/.installed  ## the .venv that the other targets use (newest releases)
+install: $(BIN)/.installed  ## the .venv that the other targets use (newest releases), with the command remote-vae
 
 .PHONY: demo
 demo: install  ## a photograph through the tiny VAE over HTTP, into out/demo.png

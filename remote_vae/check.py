@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from PIL import Image, ImageChops, ImageStat
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from remote_vae.client import Client, RemoteVAEError
+from remote_vae.text import read_shape
 
 logger = logging.getLogger("remote_vae")
 
@@ -71,21 +71,19 @@ def check(url: str, token: str | None = None, tell: Callable[[str], None] = logg
         raise RemoteVAEError(str(error)) from None
     encoded = waiting(client.request, "POST", "/encode", content=body.getvalue(), headers=held)
     try:
-        shape = json.loads(encoded.headers["shape"])
-        # a video model answers with an MP4
-        sent = {"shape": encoded.headers["shape"], "dtype": encoded.headers["dtype"], "image_format": "png"}
-        if not isinstance(shape, list):
-            raise ValueError
-    except (KeyError, ValueError, RecursionError):
-        message = f"{url} answered an encode with no latents: is it an endpoint of this project?"
+        shape = read_shape(encoded.headers.get("shape", ""))
+    except ValueError as error:
+        message = f"{url} responded to /encode with no latents ({error}): is it an endpoint of this project?"
         raise RemoteVAEError(message) from None
+    # a video model responds with an MP4
+    sent = {"shape": shape, "dtype": encoded.headers.get("dtype", ""), "image_format": "png"}
     held["Content-Type"] = "tensor/binary"
     decoded = waiting(client.request, "POST", "/decode", content=encoded.content, params=sent, headers=held)
     psnr = None if len(shape) == VIDEO and _is_mp4(decoded.content) else _psnr(picture, decoded.content)
     if psnr is not None and psnr < LOWEST_PSNR:
         lost = f"{psnr:.1f} dB, under {LOWEST_PSNR:.0f}"
         raise RemoteVAEError(f"{url} gave back another picture ({lost}): are the weights its own?")
-    return RoundTrip(encoded.elapsed.total_seconds(), decoded.elapsed.total_seconds(), shape, psnr)
+    return RoundTrip(encoded.seconds, decoded.seconds, shape, psnr)
 
 
 def _waits(state: RetryCallState) -> str:
@@ -100,12 +98,12 @@ def _is_mp4(content: bytes) -> bool:
 def _psnr(expected: Image.Image, content: bytes) -> float:
     """Peak signal-to-noise ratio in dB."""
     try:
-        actual = Image.open(io.BytesIO(content))
+        actual = Image.open(io.BytesIO(content), formats=["PNG"])
+        if actual.size != (SIZE, SIZE):  # before its pixels take memory
+            raise RemoteVAEError(f"a decode gave an image of {actual.size}, not of {(SIZE, SIZE)}")
         actual.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        message = f"a decode was answered with neither a picture nor an MP4: {content[:40]!r}"
+        message = f"a decode was answered with neither a PNG nor an MP4: {content[:40]!r}"
         raise RemoteVAEError(message) from None
-    if actual.format != "PNG" or actual.size != (SIZE, SIZE):
-        raise RemoteVAEError(f"a decode gave a {actual.format} of {actual.size}, not a PNG of {(SIZE, SIZE)}")
     error = sum(ImageStat.Stat(ImageChops.difference(expected, actual.convert("RGB"))).sum2) / (3 * SIZE * SIZE)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)

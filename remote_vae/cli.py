@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from remote_vae.client import Client, RemoteVAEError
+from remote_vae.text import visible
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
 
-Url = Annotated[str, typer.Option(help="Of the endpoint.", envvar="REMOTE_VAE_URL")]
+Url = Annotated[str, typer.Argument(help="Of the endpoint.", metavar="URL", show_default=False)]
 Token = Annotated[
     str | None,
     typer.Option(
@@ -27,6 +30,14 @@ Token = Annotated[
     ),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Latents are the VAE's own, not normalised as pipelines have them.")]
+
+
+NEEDED = {"torch": "torch", "cv2": "opencv-python-headless"}
+"""Modules that some commands need beside the package, and what brings them."""
+
+
+def say_error(message: str) -> None:
+    console.print(f"error: {visible(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -39,15 +50,38 @@ def main() -> None:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except (RemoteVAEError, ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        say_error(str(error))
+        status = 1
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        say_error(f"this command needs {error.name}, which is not installed: pip install {NEEDED[error.name]}")
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # threads may wait for an endpoint, and what is written is written
 
 
+def print_version(value: bool) -> None:
+    if value:
+        try:
+            print(version("remote-vae"))
+        except PackageNotFoundError:
+            raise ValueError("this checkout is not installed, so it has no version: make install") from None
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="The version of this package.")
+    ] = False,
+) -> None:
+    """Decode and encode on a remote VAE endpoint, whose URL is the first argument of every command."""
+
+
 @app.command()
-def info(url: str, token: Token = None) -> None:
+def info(url: Url, token: Token = None) -> None:
     """What an endpoint serves."""
     about = Client(url, token).config()
     latents, pixels = about["latents"], about["pixels"]
@@ -60,16 +94,16 @@ def info(url: str, token: Token = None) -> None:
         "latents": f"{latents['layout']}, {latents['channels']} channels, 1/{latents['vae_scale_factor']} of the side",
         "of its pipelines": latents["pipeline_layout"],
         "frames": ", ".join(map(str, pixels["frame_counts"])) + ", ..." if about["kind"] == "video" else "",
-        "limits": ", ".join(f"{name} {value:g}" for name, value in about["limits"].items()),
+        "limits": ", ".join(f"{name} {value}" for name, value in about["limits"].items()),
         "version": about["version"],
     }.items():
         if value:
-            table.add_row(name, str(value))
+            table.add_row(name, escape(visible(str(value))))
     Console().print(table)
 
 
 @app.command()
-def check(url: str, token: Token = None) -> None:
+def check(url: Url, token: Token = None) -> None:
     """Whether an endpoint works: a small picture is encoded and decoded, and has to come back."""
     from remote_vae.check import check
 
@@ -80,11 +114,11 @@ def check(url: str, token: Token = None) -> None:
 
 @app.command()
 def decode(
+    url: Url,
     file: Annotated[Path, typer.Argument(help="Latents: .safetensors, .npy, or .pt (weights alone).")],
     out: Annotated[
         Path, typer.Argument(help="A picture (.png, .jpg, .webp) or .mp4; of a batch, -0, -1, ... are added.")
     ],
-    url: Url,
     token: Token = None,
     raw: Raw = False,
     height: Annotated[int | None, typer.Option(help="Of packed latents, in pixels.")] = None,
@@ -108,9 +142,9 @@ def decode(
 
 @app.command()
 def encode(
+    url: Url,
     pictures: Annotated[list[Path], typer.Argument(help="PNG, JPEG or WebP files of one size, or one MP4.")],
     out: Annotated[Path, typer.Option(help="Latents: .safetensors or .npy.")],
-    url: Url,
     token: Token = None,
     raw: Raw = False,
     layout: Annotated[str | None, typer.Option(help="Such as packed; `remote-vae info` names the pipeline's.")] = None,
@@ -129,8 +163,8 @@ def encode(
 
 @app.command()
 def latents(
-    folder: Annotated[Path, typer.Argument(help="Of the pictures; folders in it too.", exists=True, file_okay=False)],
     url: Url,
+    folder: Annotated[Path, typer.Argument(help="Of the pictures; folders in it too.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Option(help="Kohya and ai-toolkit look for it in the pictures' own folder.")],
     format: Annotated[str, typer.Option(help="kohya, musubi, ai-toolkit or webdataset.")],
     token: Token = None,
@@ -142,11 +176,8 @@ def latents(
     workers: Annotated[int, typer.Option(min=1, help="Pictures on their way at a time.")] = 8,
 ) -> None:
     """The latents of a data set, as a trainer reads them. The same command again goes on where it was ended."""
-    try:
-        from remote_vae.latents.formats import FORMATS
-        from remote_vae.latents.run import FAILED, Run
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}; this command needs torch and opencv-python-headless beside the package") from None
+    from remote_vae.latents.formats import FORMATS
+    from remote_vae.latents.run import FAILED, Run
 
     sides = [int(side) for side in resolution.split("x") if side.isdecimal()]
     if len(sides) not in (1, 2) or min(sides) < 64:
@@ -165,7 +196,7 @@ def latents(
 
 @app.command()
 def proxy(
-    url: str,
+    url: Url,
     token: Token = None,
     port: Annotated[int, typer.Option(help="To listen on.")] = 9000,
     host: Annotated[
@@ -179,7 +210,8 @@ def proxy(
     from remote_vae.proxy import LOOPBACK, build_proxy
 
     client = Client(url, token, patience=patience)
-    hosts = LOOPBACK if host in ("127.0.0.1", "localhost", "::1") else ["*"]
+    is_local = host in LOOPBACK or host.startswith("127.")
+    hosts = [*LOOPBACK, host] if is_local else ["*"]
     console.print(f"http://{host}:{port} is {client.url} now; Ctrl-C ends it", highlight=False)
     uvicorn.run(
         build_proxy(client, hosts),

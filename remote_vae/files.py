@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from remote_vae.client import Client
-from remote_vae.tensors import as_query, decode_mp4, from_answer, post_tensor, stream_mp4
+from remote_vae.client import Client, RemoteVAEError
+from remote_vae.tensors import as_query, decode_mp4, most_bytes, post_tensor, stream_mp4, to_tensor
 
 STDOUT = Path("-")
+MOST_LATENTS = 1 << 29
+"""Bytes of the latents of files; those of 257 frames of 1280x720 are 60 MB, in float32."""
 IMAGES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 
 
@@ -38,15 +42,9 @@ def decode(client: Client, file: Path, out: Path, parameters: dict[str, Any], st
         return [write(out, decode_mp4(client, latents, **parameters))]
     if suffix not in IMAGES:
         raise ValueError(f"{out}: a picture is {', '.join(IMAGES)}, a video .mp4")
-    answer = post_tensor(
-        client,
-        "/decode",
-        latents,
-        {**parameters, "output_type": "pil", "image_format": IMAGES[suffix]},
-        "application/zip",
-    )
-    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
-        pictures = [archive.read(name) for name in archive.namelist()]
+    form = {"output_type": "pil", "image_format": IMAGES[suffix]}
+    response = post_tensor(client, "/decode", latents, {**parameters, **form}, "application/zip")
+    pictures = read_images(client, response.content, latents, IMAGES[suffix])
     if len(pictures) == 1:
         return [write(out, pictures[0])]
     return [write(out.with_stem(f"{out.stem}-{index}"), picture) for index, picture in enumerate(pictures)]
@@ -56,15 +54,41 @@ def encode(client: Client, pictures: list[Path], out: Path, parameters: dict[str
     """Writes the latents of pictures of one size, or of a video, and gives their shape."""
     if out.suffix.lower() not in (".safetensors", ".npy"):
         raise ValueError(f"{out}: latents are written as .safetensors or .npy")
-    answer = client.request(
+    response = client.request(
         "POST",
         "/encode",
+        max_bytes=MOST_LATENTS,
         params=as_query(parameters),
         files=[("file", (picture.name, picture.read_bytes())) for picture in pictures],
     )
-    latents = from_answer(answer)
+    latents = to_tensor(response)
     write_tensor(out, latents)
     return list(latents.shape)
+
+
+def read_images(client: Client, content: bytes, latents: Tensor, image_format: str) -> list[bytes]:
+    """The image files in the ZIP that these latents were decoded to.
+
+    Raises:
+        RemoteVAEError: it is no ZIP of as many images as were asked for, or they are larger than any could be.
+    """
+    batch = len(latents) if latents.ndim > 3 or len(latents) == 1 else None  # else it may be one that is unbatched
+    name = {"jpg": "JPEG"}.get(image_format, image_format.upper())
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            if not entries or len(entries) > len(latents) or (batch and len(entries) != batch):
+                raise ValueError(f"it has {len(entries)} entries for a batch of {batch or 1}")
+            if sum(entry.file_size for entry in entries) > most_bytes("/decode", latents):
+                raise ValueError("its entries are larger than any decoded image")
+            images = [archive.read(entry) for entry in entries]
+        for image in images:
+            if Image.open(io.BytesIO(image), formats=[name]).format != name:
+                raise ValueError(f"it holds no {name}")
+    except (ValueError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        message = f"{client.url}/decode: the response is no ZIP of the decoded images ({error})"
+        raise RemoteVAEError(f"{message}; is this a service of this project?") from None
+    return images
 
 
 def read_tensor(file: Path) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -15,6 +17,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import autoencoders
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -22,9 +25,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from remote_vae import tensors
-from remote_vae.batches import batch_limit, decoded_frames
-from remote_vae.client import Client
+from remote_vae.batches import batch_limit, decoded_frames, encodes_whole
+from remote_vae.client import Client, RemoteVAEError
 from remote_vae.tensors import memory_format
+from remote_vae.text import visible
+
+logger = logging.getLogger("remote_vae")
+
+CLASSES = re.compile(r"AutoencoderKL[A-Za-z0-9]*|AutoencoderDC|AutoencoderTiny")
+"""Names of classes that an endpoint may have a pipeline use. Others of diffusers may load what their config names."""
 
 
 def RemoteVAE(url: str, token: str | None = None, **options: Any) -> Any:
@@ -61,16 +70,47 @@ class Connection:
         self.vae.decode_async = self.decode_async
         self.vae.decode_stream = self.decode_stream
         self.vae.save_pretrained = self.save_config
+        self.vae.fuse_qkv_projections = self.vae.unfuse_qkv_projections = self.keep_projections
+        self.has_warned = False
+        """Whether the user knows that pixels are left out or added, which is said once."""
+
+    def keep_projections(self) -> None:
+        """In place of `fuse_qkv_projections` and `unfuse_qkv_projections`, which change no values: nothing."""
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Pixels in [-1, 1] as the class takes them, to the distribution of their latents."""
+        """Encode pixels in [-1, 1] as the class takes them, to the distribution of their latents.
+
+        Sizes and counts of frames that the class does not encode whole are run by diffusers' own pass (`exact`), so
+        that the latents are those of the local class.
+
+        Raises:
+            RemoteVAEError: the class cannot encode this shape, or the endpoint has no memory for its own pass.
+        """
         given = self._given("encode", args, kwargs)
         pixels: Tensor = given["x"]
         moments = "moments" in self.config["sample_modes"]
         batch = self._to_rank(pixels, len(self.config["pixels"]["layout"]))
         pieces = batch.split(batch_limit(self.config, batch, math.prod(batch.shape[2:])))
-        parameters = {"sample_mode": "moments" if moments else None, "memory_format": memory_format(pixels)}
-        encoded = torch.cat([tensors.encode(self.client, piece, **parameters) for piece in pieces])
+        frames, height, width = (1, *batch.shape[2:])[-3:]
+        is_whole = encodes_whole(self.config, frames, height, width)
+        parameters = {
+            "sample_mode": "moments" if moments else None,
+            "memory_format": memory_format(pixels),
+            "exact": None if is_whole else True,
+        }
+        sizes = {"C": self.config["latents"]["channels"] * (1 + moments)}
+        if is_whole:
+            side = self.config["latents"]["vae_scale_factor"]
+            sizes |= {"H": height // side, "W": width // side}
+        layout = self.config["latents"]["layout"]
+        encoded = torch.cat(
+            [
+                self._checked(tensors.encode(self.client, piece, **parameters), layout, B=len(piece), **sizes)
+                for piece in pieces
+            ]
+        )
+        if not is_whole:
+            self._say_not_whole(pixels)
         encoded = encoded.to(pixels.device, pixels.dtype)
         if pixels.ndim == 4 and self.config["kind"] == "video":
             encoded = encoded.squeeze(2)
@@ -101,6 +141,34 @@ class Connection:
             sample = sample.unsqueeze(2)
         return DecoderOutput(sample=sample) if given.get("return_dict", True) else (sample,)
 
+    def _checked(self, tensor: Tensor, layout: str, **sizes: int) -> Tensor:
+        """The tensor of a response, whose dimensions the letters of `layout` name.
+
+        Raises:
+            RemoteVAEError: it has others, or other sizes than these.
+        """
+        expected = [sizes.get(letter, "any") for letter in layout]
+        if len(layout) != tensor.ndim or any(n not in ("any", m) for n, m in zip(expected, tensor.shape, strict=True)):
+            shape, wanted = list(tensor.shape), ", ".join(map(str, expected))
+            message = f"{self.client.url} gave a tensor of shape {shape} where [{wanted}] ({layout}) was asked for"
+            raise RemoteVAEError(message)
+        return tensor
+
+    def _say_not_whole(self, pixels: Tensor) -> None:
+        """Tells the user once that pixels are left out or added, as the local class does without a word."""
+        if self.has_warned:
+            return
+        self.has_warned = True
+        side, counts = self.config["latents"]["vae_scale_factor"], self.config["pixels"]["frame_counts"]
+        frames = f" and {counts[0]}, {counts[1]}, {counts[2]}, ... frames" if self.config["kind"] == "video" else ""
+        logger.warning(
+            "pixels of shape %s do not fit this VAE, which encodes heights and widths in multiples of %d%s; it leaves "
+            "out or pads the rest, as diffusers does locally. This is said once.",
+            list(pixels.shape),
+            side,
+            frames,
+        )
+
     def _given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a method by their names. diffusers before 0.38 hides them in a wrapper's closure."""
         method = getattr(type(self.vae), name)
@@ -113,12 +181,22 @@ class Connection:
         frames = decoded_frames(self.config, latents.shape[2]) if video else 1
         factor = self.config["latents"]["vae_scale_factor"]
         limit = batch_limit(self.config, latents, frames * factor**2 * math.prod(latents.shape[-2:]))
+        height, width = (factor * side for side in latents.shape[-2:])
+        sizes = {"C": 3, "F": frames, "H": height, "W": width}
+
+        def decode(piece: Tensor, layout: str) -> Tensor:
+            return self._checked(tensors.decode(self.client, piece, **parameters), layout, B=len(piece), **sizes)
+
         if not as_uint8:
-            pieces = [tensors.decode(self.client, piece, **parameters) for piece in latents.split(limit)]
-            return torch.cat(pieces).to(latents.device, latents.dtype)
+            layout = self.config["pixels"]["layout"]
+            return torch.cat([decode(piece, layout) for piece in latents.split(limit)]).to(
+                latents.device, latents.dtype
+            )
         parameters = {**parameters, "partial_postprocess": True}
-        pieces = [tensors.decode(self.client, piece, **parameters) for piece in latents.split(1 if video else limit)]
-        pixels = torch.stack(pieces).movedim(-1, 1) if video else torch.cat(pieces).movedim(-1, 1)
+        if video:
+            pixels = torch.stack([decode(piece, "FHWC") for piece in latents.split(1)]).movedim(-1, 1)
+        else:
+            pixels = torch.cat([decode(piece, "BHWC") for piece in latents.split(limit)]).movedim(-1, 1)
         return pixels.to(latents.device).float() / 127.5 - 1
 
     def decode_async(self, latents: Tensor, output_type: str = "pil", **parameters: Any) -> Future[Any]:
@@ -179,24 +257,33 @@ class Connection:
 
 
 def hollow(config: dict[str, Any]) -> Any:
-    """The VAE that `/config` describes, with empty parameters in place of its weights, and its statistics."""
-    cls = getattr(diffusers, config["vae_class"], None)
+    """The VAE that `/config` describes, with empty parameters in place of its weights, and its statistics.
+
+    Raises:
+        ImportError: the installed diffusers has no autoencoder of this name.
+        RemoteVAEError: that class takes no such config.
+    """
+    name = config["vae_class"]
+    cls = getattr(autoencoders, name, None) if CLASSES.fullmatch(name) else None
     if cls is None:
         raise ImportError(
-            f"diffusers {diffusers.__version__} has no {config['vae_class']}, which the endpoint runs with diffusers "
-            f"{config['diffusers']}"
+            f"diffusers {diffusers.__version__} has no autoencoder for images or videos named {visible(name[:60])}, "
+            f"which the endpoint runs with diffusers {visible(config['diffusers'][:60])}"
         )
+    stored = {entry: value for entry, value in config["vae_config"].items() if not entry.startswith("_")}
     dtype = getattr(torch, config["dtype"])
-    with torch.device("meta"):
-        vae = cls.from_config(config["vae_config"])
-    for path, module in vae.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(parameter.new_empty(0, dtype=dtype, device="cpu"), False))
-        for name, buffer in module.named_buffers(recurse=False):
-            kind = dtype if buffer.is_floating_point() else buffer.dtype
-            known = config["buffers"].get(prefix + name, [])
-            module._buffers[name] = torch.tensor(known, dtype=kind)
+    try:
+        with torch.device("meta"):
+            vae = cls.from_config({"_class_name": name, **stored})
+        for path, module in vae.named_modules():
+            prefix = f"{path}." if path else ""
+            for key, parameter in module.named_parameters(recurse=False):
+                module.register_parameter(key, nn.Parameter(parameter.new_empty(0, dtype=dtype, device="cpu"), False))
+            for key, buffer in module.named_buffers(recurse=False):
+                kind = dtype if buffer.is_floating_point() else buffer.dtype
+                module._buffers[key] = torch.tensor(config["buffers"].get(prefix + key, []), dtype=kind)
+    except Exception as error:  # a constructor may raise anything at a config that is not its own
+        raise RemoteVAEError(f"the endpoint's `vae_config` is none of {name}: {error}") from None
     return vae.eval()
 
 

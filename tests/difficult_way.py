@@ -26,8 +26,8 @@ class Way(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 100
 
-    def __init__(self, target: str) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, target: str, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.target = target
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.seen: list[tuple[str, str, dict[str, str]]] = []
@@ -104,8 +104,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def difficult_way(target: str) -> Iterator[Way]:
-    with Way(target) as way:
+def difficult_way(target: str, port: int = 0) -> Iterator[Way]:
+    with Way(target, port) as way:
         threading.Thread(target=way.serve_forever, daemon=True).start()
         yield way
         way.shutdown()

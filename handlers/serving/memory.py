@@ -97,7 +97,7 @@ def choose_modes(estimate: Estimate, batch: int, free: int, capacity: int, offer
     return [mode for mode in offered if estimate.of(mode, batch) <= free] or [offered[-1]]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """CUDA has a class for it where torch's own allocator fails, and messages elsewhere, as the CPU has."""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
 

@@ -250,7 +250,7 @@ class Pipeline:
 
     def _read_pixels(self, request: Request, hold: Hold) -> Prepared:
         if request.body_kind == "tensor":
-            batch = pixels.to_batch(self._read_tensor(request), self.layout)
+            batch = pixels.to_batch(self._read_tensor(request), self.layout, request.parameters.exact)
             self._check_batch("encode", batch.shape)
             self._check_encode(request, batch.shape)
             hold(batch.numel() * (FLOAT if batch.dtype == torch.uint8 else batch.dtype.itemsize))

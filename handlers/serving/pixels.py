@@ -110,13 +110,17 @@ def _is_channels_last(shape: tuple[int, ...], dtype: str | None) -> bool:
     return dtype == "uint8" and len(shape) in (3, 4) and shape[-1] == 3
 
 
-def to_batch(pixels: Tensor, layout: Layout) -> Tensor:
+def to_batch(pixels: Tensor, layout: Layout, exact: bool = False) -> Tensor:
     """A tensor of pixels to [B, 3, H, W] (image) or [B, 3, F, H, W] (video), in its own dtype.
 
     uint8 may also be [H, W, 3], [B, H, W, 3] or, for a video, [F, H, W, 3].
 
+    Args:
+        exact: any size that diffusers' own pass takes will do, although that may leave out or pad the rest.
+
     Raises:
-        RequestError: the shape is none of these, or no multiple of `vae_scale_factor`, or the VAE would drop frames.
+        RequestError: the shape is none of these, or (unless `exact`) no multiple of `vae_scale_factor`, or the VAE
+            would drop frames.
     """
     shape, scale = list(pixels.shape), layout.vae_scale_factor
     dtype = str(pixels.dtype).removeprefix("torch.")
@@ -128,6 +132,10 @@ def to_batch(pixels: Tensor, layout: Layout) -> Tensor:
             pixels = (pixels if pixels.ndim == 4 else pixels.unsqueeze(0)).movedim(1, 0)
     if pixels.ndim < layout.pixels_ndim:
         pixels = pixels.unsqueeze(0)
+    if exact:
+        if min(pixels.shape[-2:]) < scale:
+            raise RequestError(f"`shape` {shape}: height and width must be at least {scale}", 422)
+        return pixels
     if pixels.shape[-2] % scale or pixels.shape[-1] % scale:
         raise RequestError(f"`shape` {shape}: height and width must be multiples of {scale}", 422)
     if layout.kind == "video":

@@ -197,9 +197,9 @@ class VAE:
                     return forward(inputs.to(self.device, self.model.dtype), one_by_one), mode
             except PassStopped as stop:
                 raise stop.with_traceback(None)  # noqa: B904  # whose frames hold the pass's tensors
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 if not is_out_of_memory(error):
-                    if not self.probe.explains(error, task, inputs.shape, mode is Mode.TILED):
+                    if not self.probe.refuses(task, inputs.shape, mode is Mode.TILED):
                         raise
                     shape, reason = list(inputs.shape), str(error).splitlines()[0]
                     message = f"this model cannot {task} `shape` {shape} in mode {mode.value}: {reason}"

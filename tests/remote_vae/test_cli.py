@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scripts.local_server import ROOT
+from scripts.local_server import ROOT, free_port
 from tests import forked
 from tests.conftest import same_video
 from tests.difficult_way import difficult_way
@@ -74,6 +74,49 @@ def test_info(service: Service) -> None:
         assert word in out
 
 
+def test_every_command_takes_the_url_first() -> None:
+    for command in ("info", "check", "decode", "encode", "latents", "proxy"):
+        out, _ = remote_vae(command, "--help")
+        assert re.search(rf"Usage: .* {command} \[OPTIONS\] URL", out)
+        assert "--url" not in out
+
+
+def test_a_wrong_port_is_one_line_soon(tmp_path: Path) -> None:
+    np.save(tmp_path / "z.npy", LATENTS.numpy())
+    url = f"http://127.0.0.1:{free_port()}"
+    for command in (("info", url), ("check", url), ("decode", url, tmp_path / "z.npy", tmp_path / "o.png")):
+        _, said = remote_vae(*command, status=1)
+        assert said.strip().splitlines()[-1] == (
+            f"error: {url} cannot be reached: nothing listens there (connection refused); is the port right, and is "
+            "the server running?"
+        )
+
+
+@pytest.mark.parametrize("command", ["decode URL z.npy o.png", "encode URL p.png --out o.npy"])
+def test_without_torch_a_command_says_so(command: str, tmp_path: Path) -> None:
+    """In an environment of the package alone: without a module, as if nobody had installed it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    arguments = command.replace("URL", "http://127.0.0.1:9").split()
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-m", "remote_vae", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: this command needs torch, which is not installed: pip install torch\n"
+
+
 def test_check(service: Service) -> None:
     out, _ = remote_vae("check", f"{service.url}/tiny")
     assert re.fullmatch(
@@ -119,7 +162,7 @@ def test_decoding_a_batch(service: Service, tmp_path: Path, suffix: str) -> None
         np.save(file, LATENTS.numpy())
     else:
         torch.save(LATENTS, file)
-    out, _ = remote_vae("decode", file, tmp_path / "out.png", "--url", f"{service.url}/sd-v1")
+    out, _ = remote_vae("decode", f"{service.url}/sd-v1", file, tmp_path / "out.png")
     assert out.split() == [str(tmp_path / f"out-{index}.png") for index in range(2)]
     vae = service.model("sd-v1")
     expected = vae.decode(LATENTS / vae.config.scaling_factor).sample
@@ -134,32 +177,32 @@ def test_encoding_and_decoding(service: Service, tmp_path: Path) -> None:
     for index in range(2):
         Image.radial_gradient("L").resize((96, 64)).rotate(90 * index).convert("RGB").save(tmp_path / f"{index}.png")
     both = [tmp_path / f"{index}.png" for index in range(2)]
-    out, _ = remote_vae("encode", *both, "--out", tmp_path / "z.safetensors", "--url", url)
+    out, _ = remote_vae("encode", url, *both, "--out", tmp_path / "z.safetensors")
     assert out.strip() == f"{tmp_path / 'z.safetensors'} [2, 4, 8, 12]"
-    remote_vae("encode", *both, "--out", tmp_path / "raw.npy", "--url", url, "--raw")
+    remote_vae("encode", url, *both, "--out", tmp_path / "raw.npy", "--raw")
     scaled, raw = load_file(tmp_path / "z.safetensors")["latents"], torch.from_numpy(np.load(tmp_path / "raw.npy"))
     torch.testing.assert_close(scaled, raw * 0.18215, atol=1e-6, rtol=1e-6)
-    remote_vae("encode", both[0], "--out", tmp_path / "m.npy", "--url", url, "--raw", "--sample-mode", "moments")
+    remote_vae("encode", url, both[0], "--out", tmp_path / "m.npy", "--raw", "--sample-mode", "moments")
     assert np.load(tmp_path / "m.npy").shape == (1, 8, 8, 12)
 
 
 def test_a_video(service: Service, tmp_path: Path) -> None:
     np.save(tmp_path / "z.npy", torch.randn(1, 16, 3, 8, 8).numpy())
-    remote_vae("decode", tmp_path / "z.npy", tmp_path / "v.mp4", "--url", f"{service.url}/wan-2.1", "--fps", 8)
+    remote_vae("decode", f"{service.url}/wan-2.1", tmp_path / "z.npy", tmp_path / "v.mp4", "--fps", 8)
     with av.open(str(tmp_path / "v.mp4")) as video:
         assert (video.streams.video[0].frames, video.streams.video[0].average_rate) == (9, 8)
-    out, _ = remote_vae("encode", tmp_path / "v.mp4", "--out", tmp_path / "z.npy", "--url", f"{service.url}/wan-2.1")
+    out, _ = remote_vae("encode", f"{service.url}/wan-2.1", tmp_path / "v.mp4", "--out", tmp_path / "z.npy")
     assert out.endswith("[1, 16, 3, 8, 8]\n")
 
 
 def test_a_video_as_it_is_decoded(service: Service, tmp_path: Path) -> None:
     np.save(tmp_path / "z.npy", torch.randn(1, 16, 3, 8, 8).numpy())
     url = f"{service.url}/wan-2.1"
-    out, _ = remote_vae("decode", tmp_path / "z.npy", tmp_path / "v.mp4", "--stream", "--url", url)
+    out, _ = remote_vae("decode", url, tmp_path / "z.npy", tmp_path / "v.mp4", "--stream")
     assert out.strip() == str(tmp_path / "v.mp4")
     with av.open(out.strip()) as video:
         assert len(list(video.decode(video=0))) == 9
-    command = f"{sys.executable} -m remote_vae decode {tmp_path}/z.npy - --stream --url {url}"
+    command = f"{sys.executable} -m remote_vae decode {url} {tmp_path}/z.npy - --stream"
     piped = subprocess.run(command.split(), capture_output=True, cwd=ROOT, timeout=60, check=True).stdout
     assert same_video(piped, (tmp_path / "v.mp4").read_bytes())
 
@@ -170,7 +213,7 @@ def test_a_video_that_breaks_off_is_no_file(service: Service, tmp_path: Path, sa
     with difficult_way(f"{service.url}/wan-2.1") as way:
         way.drops = 1
         way.hides_drops = not says_so
-        _, error = remote_vae("decode", tmp_path / "z.npy", tmp_path / "v.mp4", "--stream", "--url", way.url, status=1)
+        _, error = remote_vae("decode", way.url, tmp_path / "z.npy", tmp_path / "v.mp4", "--stream", status=1)
     assert "broke before the answer was complete" in error if says_so else "broke off before its end" in error
     assert [file.name for file in tmp_path.iterdir()] == ["z.npy"]
 
@@ -179,7 +222,7 @@ def test_packed_latents(service: Service, tmp_path: Path) -> None:
     save_file({"z": torch.randn(1, 24, 64)}, tmp_path / "z.safetensors")
     url = f"{service.url}/flux"
     size = ("--height", 64, "--width", 96)
-    out, _ = remote_vae("decode", tmp_path / "z.safetensors", tmp_path / "p.webp", "--url", url, *size)
+    out, _ = remote_vae("decode", url, tmp_path / "z.safetensors", tmp_path / "p.webp", *size)
     with Image.open(out.strip()) as picture:
         assert picture.size == (96, 64)
 
@@ -205,7 +248,7 @@ def test_what_is_wrong_is_one_line(service: Service, tmp_path: Path) -> None:
         ("z.txt", "o.png", "latents are read from"),
     ):
         out = out if out == "-" else tmp_path / out
-        _, error = remote_vae("decode", tmp_path / file, out, "--url", url, status=1)
+        _, error = remote_vae("decode", url, tmp_path / file, out, status=1)
         assert said in error
         assert len(error.strip().splitlines()) <= 4, error
         assert not Path(out).exists()

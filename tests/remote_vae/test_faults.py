@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -131,11 +132,83 @@ def test_a_paused_endpoint(way: Way) -> None:
         RemoteVAE(way.url).decode(LATENTS)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "https://user:secret@x", "https://x?token=1"])
-def test_no_url_of_an_endpoint(url: str) -> None:
-    with pytest.raises(ValueError, match="endpoint") as caught:
+ODD = [
+    "localhost:8000",
+    "ftp://x",
+    "https://user:secret@x",
+    "https://x?token=1",
+    "https://@x1.endpoints.huggingface.cloud",
+    "https://evil.org%2f.endpoints.huggingface.cloud",
+    "https://evil.org\\.endpoints.huggingface.cloud",
+    "https://evil.org .endpoints.huggingface.cloud",
+    "https://evil.org\t.endpoints.huggingface.cloud",
+    "https://evil.org\n.endpoints.huggingface.cloud",
+    "https://evil.org\uff0fx.endpoints.huggingface.cloud",
+    "https://evil.org;.endpoints.huggingface.cloud",
+    "https://.endpoints.huggingface.cloud",
+    "https://a..endpoints.huggingface.cloud",
+    "https://x.endpoints.huggingface.cloud:0",
+    "https://x.endpoints.huggingface.cloud:99999",
+    "https://[::1%25eth0]",
+    "https://[::g]",
+    "https:///x.endpoints.huggingface.cloud",
+    "https:\\\\x.endpoints.huggingface.cloud",
+    " https://x.endpoints.huggingface.cloud",
+    "https://x.endpoints.huggingface.cloud/\u202etxt",
+    "",
+]
+"""URLs that are none, and those of which two readers may name two hosts."""
+
+
+@pytest.mark.parametrize("url", ODD)
+def test_no_url_of_an_endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(ValueError, match=r"endpoint|Port|hex digits") as caught:
         Client(url)
     assert "secret" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9", "http://[::1]:9/sdxl", "HTTPS://X1.Endpoints.HuggingFace.Cloud/", "http://my_box:80"]
+)
+def test_urls_of_endpoints(url: str) -> None:
+    assert Client(url).url == url.rstrip("/")
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+def test_a_wrong_port_is_not_waited_for(name: str) -> None:
+    """While a replica that starts is: its proxy responds."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    start = time.monotonic()
+    with pytest.raises(RemoteVAEError, match=r"nothing listens there \(connection refused\); is the port right"):
+        RemoteVAE(f"http://{name}:{port}")
+    assert time.monotonic() - start < 10
+
+
+def test_a_server_that_starts_again_is_waited_for(service: Service) -> None:
+    """Once it has responded, its address is right."""
+    with difficult_way(f"{service.url}/sd-v1") as way:
+        client = Client(way.url, patience=60)
+        client.request("GET", "/health", headers={"Connection": "close"})
+        port = way.server_address[1]
+    way.server_close()
+
+    def start_again() -> None:
+        time.sleep(5)
+        with difficult_way(f"{service.url}/sd-v1", port) as again:
+            stop.wait(60)
+            assert again.seen
+
+    stop = threading.Event()
+    thread = threading.Thread(target=start_again)
+    thread.start()
+    try:
+        assert client.config()["model"] == "sd-v1"
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_another_service(service: Service) -> None:

@@ -33,8 +33,8 @@ SIZES = [(300, 200), (200, 300), (256, 256), (100, 90), (640, 200), (128, 128), 
 
 
 def command(folder: Path, out: Path, url: str, made: str, *more: str) -> list[str]:
-    given = ["--url", url, "--out", str(out), "--format", made, "--resolution", "128", *more]
-    return [sys.executable, "-m", "remote_vae", "latents", str(folder), *given]
+    given = ["--out", str(out), "--format", made, "--resolution", "128", *more]
+    return [sys.executable, "-m", "remote_vae", "latents", url, str(folder), *given]
 
 
 def run(*arguments: Any, status: int = 0) -> str:

@@ -41,3 +41,18 @@ def test_the_wheel_in_a_clean_environment(tmp_path: Path) -> None:
     (packages / "lent.pth").write_text(f"import sys; sys.path.insert(0, {lent!r})")
     code = "import remote_vae, importlib.metadata as m; print(remote_vae.RemoteVAE.__module__, m.version('remote-vae'))"
     assert run(python, "-c", code, folder=tmp_path).split() == ["remote_vae.vae", VERSION]
+    assert run(python.parent / "remote-vae", "--version", folder=tmp_path).strip() == VERSION
+
+
+def test_make_install_brings_the_command(tmp_path: Path) -> None:
+    """The last step of the target, of a copy of the project; the steps before it bring what the package needs."""
+    project_copy(tmp_path / "project")
+    venv.create(tmp_path / "venv", with_pip=True)
+    rule = ("make", "--dry-run", "--always-make", "--no-print-directory", "install", f"VENV={tmp_path / 'venv'}")
+    *_, step = (line for line in run(*rule, folder=tmp_path / "project").splitlines() if " pip install " in line)
+    assert step.endswith("-e .")
+    run("sh", "-c", step, folder=tmp_path / "project")
+    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    lent = next(path for path in sys.path if path.endswith("site-packages"))
+    (packages / "lent.pth").write_text(f"import sys; sys.path.append({lent!r})")
+    assert run(tmp_path / "venv" / "bin" / "remote-vae", "--version", folder=tmp_path).strip() == VERSION

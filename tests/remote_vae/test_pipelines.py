@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
 from handlers import MODELS
-from remote_vae import RemoteVAE
+from remote_vae import RemoteVAE, RemoteVAEError
 from remote_vae.vae import hollow
 from tests.small_pipelines import CASES, Case, make, run
 from tests.small_service import Service
@@ -151,6 +151,58 @@ def test_batches_are_cut_to_what_the_service_takes(service: Service) -> None:
     assert torch.allclose(remote.decode(latents).sample, local.decode(latents).sample, atol=1e-4)
     pixels = torch.rand((3, 3, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.allclose(remote.encode(pixels)[0].mode(), local.encode(pixels)[0].mode(), atol=1e-5)
+
+
+ODD = [
+    ("sd-v1", (2, 3, 60, 68)),  # leaves out what its strides do not reach, though its values depend on it
+    ("tiny", (1, 3, 61, 70)),
+    ("taesd", (1, 3, 60, 68)),  # pads
+    ("qwen-image", (1, 3, 1, 60, 68)),
+    ("svd", (3, 3, 60, 68)),
+    ("wan-2.1", (1, 3, 10, 60, 68)),  # leaves the tenth frame out
+    ("hunyuan-video", (1, 3, 10, 64, 64)),  # has it in the last latent frame
+    ("cogvideox", (1, 3, 10, 64, 64)),
+    ("mochi", (1, 3, 10, 64, 64)),
+    ("ltx-video", (1, 3, 10, 64, 64)),
+]
+"""Pixels that the class takes, although they are no multiple of what it shrinks by."""
+
+
+@pytest.mark.parametrize(("key", "shape"), ODD)
+def test_sizes_that_do_not_fit_are_encoded_as_the_local_class_does(
+    service: Service, key: str, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    remote, local = RemoteVAE(f"{service.url}/{key}"), service.model(key)
+    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for _ in range(2):
+        ours, theirs = remote.encode(pixels)[0], local.encode(pixels)[0]
+        assert torch.equal(getattr(ours, "parameters", ours), getattr(theirs, "parameters", theirs))
+    said = [record.getMessage() for record in caplog.records if record.name == "remote_vae"]
+    assert len(said) == 1
+    assert said[0].startswith(f"pixels of shape {list(shape)} do not fit this VAE, which encodes heights and widths in")
+
+
+@pytest.mark.parametrize(("key", "shape"), [("sana", (1, 3, 60, 68)), ("wan-2.2", (1, 3, 9, 65, 65))])
+def test_sizes_that_the_local_class_does_not_take(service: Service, key: str, shape: tuple[int, ...]) -> None:
+    pixels = torch.zeros(shape)
+    with pytest.raises((RuntimeError, ValueError)) as local:
+        service.model(key).encode(pixels)
+    with pytest.raises(RemoteVAEError, match=r"422 this model cannot encode `shape` \[1, 3") as remote:
+        RemoteVAE(f"{service.url}/{key}").encode(pixels)
+    assert str(remote.value).endswith(str(local.value))
+
+
+def test_fused_projections(service: Service) -> None:
+    """They are on the endpoint, if anywhere: the pipeline's call changes nothing."""
+    case = next(case for case in CASES if case.pipeline == "StableDiffusionXLPipeline")
+    pipe = make(case, RemoteVAE(f"{service.url}/{case.key}"))
+    expected = run(pipe, case)[0]
+    pipe.vae.fuse_qkv_projections()
+    assert np.array_equal(run(pipe, case)[0], expected)
+    pipe.vae.unfuse_qkv_projections()
+    pipe.fuse_qkv_projections(unet=False)
+    assert np.array_equal(run(pipe, case)[0], expected)
+    pipe.unfuse_qkv_projections(unet=False)
 
 
 def test_decoding_while_the_next_is_generated(service: Service) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +111,9 @@ def test_what_passes_is_what_came(service: Service, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
-    import http.server
-    import threading
-
     import psutil
 
-    class Echo(http.server.BaseHTTPRequestHandler):
+    class Echo(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *arguments: Any) -> None:
@@ -133,7 +134,7 @@ def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
                 self.wfile.write(bytes(1 << 20))
 
     SIZE = 300 << 20
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     file, expected = tmp_path / "body", hashlib.sha256()
@@ -167,21 +168,144 @@ def test_an_answer_that_breaks_off_breaks_off(way: Way, tmp_path: Path) -> None:
         remote_decode(url, LATENTS, output_type="pt", return_type="pt", do_scaling=False)
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({"Host": "rebound.example.org"}, 400),
-        ({"Origin": "https://example.org"}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Origin": "http://localhost:3000"}, 404),
-    ],
-)
-def test_pages_of_other_sites_may_not_use_the_token(
-    way: Way, tmp_path: Path, headers: dict[str, str], status: int
-) -> None:
+OF_OTHERS = [
+    {"Host": "rebound.example.org"},
+    {"Host": "127.0.0.1.example.org"},
+    {"Origin": "https://example.org"},
+    {"Origin": "null"},
+    {"Origin": "http://localhost:3000"},
+    {"Referer": "http://example.org/"},
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"},
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
+    {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
+]
+"""What a browser sends for a page that is not the proxy's own: a script, a frame, a form, an `<img>`, a link."""
+
+
+def test_pages_of_other_sites_may_not_use_the_token(way: Way, tmp_path: Path) -> None:
     with proxy(way.url, tmp_path) as url:
-        assert requests.get(url + "/nowhere", headers=headers, timeout=10).status_code == status
-    assert len(way.seen) == (status == 404)
+        for headers in OF_OTHERS:
+            response = requests.get(url + "/nowhere", headers=headers, timeout=10)
+            assert response.status_code == 403, headers
+            assert "this proxy" in response.json()["error"]
+        assert way.seen == []
+        for headers in ({}, {"Sec-Fetch-Site": "none"}, {"Host": url.replace("http://127.0.0.1", "localhost")}):
+            assert requests.get(url + "/nowhere", headers=headers, timeout=10).status_code == 404
+    assert len(way.seen) == 3
+
+
+def test_the_web_demo_works_through_the_proxy(way: Way, tmp_path: Path) -> None:
+    """What Chromium sends of the page, and for what the page does."""
+    own = {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"}
+    with proxy(way.url, tmp_path) as url:
+        page = requests.get(url, headers={"Accept": "text/html", "Sec-Fetch-Site": "none"}, timeout=20)
+        assert page.headers["Content-Type"].startswith("text/html")
+        answer = requests.post(
+            f"{url}/decode?shape=1,4,8,8&dtype=float32",
+            data=LATENTS.numpy().tobytes(),
+            headers={**own, "Origin": url, "Referer": f"{url}/", "Cookie": "of=another"},
+            timeout=20,
+        )
+        assert answer.headers["Content-Type"] == "image/jpeg"
+    told = {name.lower() for name in way.seen[-1][2]}
+    assert not told & {"origin", "referer", "cookie", "sec-fetch-site"}  # which are of this machine
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """Responds with the headers that came, in a list of pairs, and with headers of its own."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        content = json.dumps({"path": self.path, "headers": self.headers.items(), "body": body.decode()}).encode()
+        self.send_response(200)
+        for name, value in (("X-Twice", "1"), ("X-Twice", "2"), ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")):
+            self.send_header(name, value)
+        self.send_header("Connection", "keep-alive, X-Hop")
+        self.send_header("X-Hop", "1")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_DELETE = do_GET
+
+
+@pytest.fixture
+def recorder() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def exchange(url: str, *lines: str, body: str = "", method: str = "GET") -> tuple[dict[str, Any], list[str]]:
+    """Sends these headers as they are; what the recorder got, and the lines of the response's head."""
+    host, port = url.removeprefix("http://").split(":")
+    head = "\r\n".join([f"{method} /a%2Fb/..%3F?x=%26 HTTP/1.1", f"Host: {host}:{port}", *lines, "", body])
+    with socket.create_connection((host, int(port)), 10) as connection:
+        connection.sendall(head.encode())
+        response = b""
+        while b"\r\n\r\n" not in response or len(response.split(b"\r\n\r\n")[1]) < length_of(response):
+            response = (response + connection.recv(65536)).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+    head, _, content = response.decode().partition("\r\n\r\n")
+    return json.loads(content), head.split("\r\n")
+
+
+def length_of(response: bytes) -> int:
+    return int(re.search(rb"content-length: (\d+)", response, re.IGNORECASE)[1])
+
+
+def values(got: dict[str, Any], name: str) -> list[str]:
+    return [value for key, value in got["headers"] if key.lower() == name]
+
+
+def test_headers_pass_once_and_those_of_a_connection_do_not(recorder: str, tmp_path: Path) -> None:
+    with proxy(recorder, tmp_path) as url:
+        got, head = exchange(
+            url,
+            "Authorization: Bearer hf_ofTheClient",
+            "authorization: Bearer hf_another",
+            "Accept: image/png",
+            "Accept: image/jpeg",
+            "Connection: keep-alive, X-Mine",
+            "X-Mine: 1",
+            "X-Forwarded-For: 1.2.3.4",
+            "Forwarded: for=1.2.3.4",
+            "Proxy-Authorization: Basic eA==",
+        )
+        chunked, _ = exchange(url, "Transfer-Encoding: chunked", body="3\r\nabc\r\n0\r\n\r\n", method="POST")
+        with_length, _ = exchange(url, "Content-Length: 3", "Expect: 100-continue", body="abc", method="DELETE")
+    assert values(got, "authorization") == [f"Bearer {TOKEN}"]
+    assert values(got, "accept") == ["image/png", "image/jpeg"]
+    assert values(got, "host") == [recorder.removeprefix("http://")]
+    for name in ("x-mine", "x-forwarded-for", "forwarded", "proxy-authorization", "accept-encoding", "user-agent"):
+        assert values(got, name) == [], name
+    assert got["path"] == "/a%2Fb/..%3F?x=%26"
+    names = [line.partition(":")[0].lower() for line in head]
+    assert names.count("x-twice") == 2
+    assert not {"set-cookie", "x-hop"} & set(names)
+    assert (chunked["body"], values(chunked, "content-length")) == ("abc", [])
+    assert (with_length["body"], values(with_length, "content-length")) == ("abc", ["3"])
+
+
+def test_without_a_token_the_clients_own_passes(recorder: str, tmp_path: Path) -> None:
+    with proxy(recorder, tmp_path, token=None) as url:
+        got, _ = exchange(url, "Authorization: Bearer hf_ofTheClient")
+        refused, head = exchange(url, "Authorization: Bearer a", "Authorization: Bearer b")
+    assert values(got, "authorization") == ["Bearer hf_ofTheClient"]
+    assert head[0].startswith("HTTP/1.1 400 ")
+    assert refused["error"] == "send one Authorization header, not several"
 
 
 def test_a_picture(way: Way, tmp_path: Path) -> None:
