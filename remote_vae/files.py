@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -123,8 +125,8 @@ def write_pieces(file: Path, pieces: Iterator[bytes]) -> list[Path]:
 
 
 def write(file: Path, data: bytes) -> Path:
-    """At once: nobody sees half of it under this name."""
-    part = file.with_name(f".{file.name}.part")
+    """Write a file at once: nobody sees half of it under this name."""
+    part = file.with_name(f".{zlib.crc32(os.fsencode(file.name)):08x}.part")  # shorter than any limit of names
     part.write_bytes(data)
     part.replace(file)
     return file
