@@ -187,7 +187,7 @@ class Kohya(Format):
         arrays |= {
             f"latents{end}": one.latents.float().numpy(),
             f"original_size{end}": np.array(one.image.placement.original),
-            f"crop_ltrb{end}": np.array(_crop(one.image.placement)),
+            f"crop_ltrb{end}": np.array(crop_ltrb(one.image.placement)),
         }
         if one.flipped is not None:
             arrays[f"latents_flipped{end}"] = one.flipped.float().numpy()
@@ -205,7 +205,7 @@ def _npz(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} cannot be read as an .npz file ({error}); delete or move it") from None
 
 
-def _crop(placement: Placement) -> tuple[float, float, float, float]:
+def crop_ltrb(placement: Placement) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom of the bucket in the image, as SDXL is conditioned on them."""
     (width, height), ratio = placement.bucket, placement.original[0] / placement.original[1]
     resized = (height * ratio, height) if width / height > ratio else (width, width / ratio)
@@ -416,7 +416,7 @@ class WebDataset(Format):
             "sample_mode": self.sample_mode,
             "original_size": image.placement.original,
             "bucket": image.placement.bucket,
-            "crop_ltrb": _crop(image.placement),
+            "crop_ltrb": crop_ltrb(image.placement),
         }
         members = {f"{key}.{kind}.npy": _npy(encoded.latents), f"{key}.json": json.dumps(about).encode()}
         if encoded.flipped is not None:

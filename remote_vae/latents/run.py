@@ -67,7 +67,7 @@ class Run:
         for module, _ in PLUGINS.values():
             with suppress(ImportError):
                 import_module(module)
-        found = self._find()
+        found = self.find()
         if not found and not self.failed:
             raise ValueError(
                 f"{self.folder} holds no image that {self.made.trainer} loads; expected files of the kinds "
@@ -101,7 +101,7 @@ class Run:
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(self.left_out.items()))
         return f"left out, as {self.made.trainer} does not load them: {kinds}" if kinds else ""
 
-    def _find(self) -> list[Path]:
+    def find(self) -> list[Path]:
         """Return the images below the folder, relative to it. A link to a folder above itself is not followed."""
         found: list[Path] = []
         media = MEDIA | Image.registered_extensions().keys()
