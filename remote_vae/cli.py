@@ -164,20 +164,22 @@ def encode(
 @app.command()
 def latents(
     url: Url,
-    folder: Annotated[Path, typer.Argument(help="Of the pictures; folders in it too.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option(help="Kohya and ai-toolkit look for it in the pictures' own folder.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of the images, with the folders in it.", exists=True, file_okay=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Output folder. Kohya and ai-toolkit look in the images' own folder.")],
     format: Annotated[str, typer.Option(help="kohya, musubi, ai-toolkit or webdataset.")],
     token: Token = None,
-    resolution: Annotated[str, typer.Option(help="Area that pictures are brought to: 1024, or 1280x720.")] = "1024",
-    upscale: Annotated[bool, typer.Option(help="Whether smaller pictures are enlarged.")] = True,
-    flip: Annotated[bool, typer.Option(help="Mirrored pictures too.")] = False,
-    sample_mode: Annotated[str | None, typer.Option(help="Of webdataset: moments, sample or argmax.")] = None,
-    seed: Annotated[int, typer.Option(help="Of samples.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Pictures on their way at a time.")] = 8,
+    resolution: Annotated[str, typer.Option(help="Area to which images are resized: 1024, or 1280x720.")] = "1024",
+    upscale: Annotated[bool, typer.Option(help="Enlarge smaller images; ai-toolkit never does.")] = True,
+    flip: Annotated[bool, typer.Option(help="Add mirrored images.")] = False,
+    sample_mode: Annotated[str | None, typer.Option(help="With webdataset: moments, sample or argmax.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of samples.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Images in flight at a time.")] = 8,
 ) -> None:
-    """The latents of a data set, as a trainer reads them. The same command again goes on where it was ended."""
+    """Write the latents of a data set as a trainer reads them. Run the command again to go on where it ended."""
     from remote_vae.latents.formats import FORMATS
-    from remote_vae.latents.run import FAILED, Run
+    from remote_vae.latents.run import Run
 
     sides = [int(side) for side in resolution.split("x") if side.isdecimal()]
     if len(sides) not in (1, 2) or min(sides) < 64:
@@ -190,8 +192,10 @@ def latents(
     run = Run(client, about, folder, out, made, seed, workers)
     encoded = run.go(console)
     console.print(f"{encoded} encoded, {run.there} were there, {len(run.failed)} could not be", highlight=False)
+    if left_out := run.what_was_left_out():
+        console.print(left_out, markup=False, highlight=False, soft_wrap=True)
     if run.failed:
-        raise ValueError(f"{len(run.failed)} pictures could not be encoded: {out / FAILED} says which and why")
+        raise ValueError(f"{len(run.failed)} images could not be encoded; {run.failed_list} says which and why")
 
 
 @app.command()

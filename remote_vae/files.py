@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import zipfile
 import zlib
@@ -147,8 +148,8 @@ def write_pieces(file: Path, pieces: Iterator[bytes]) -> list[Path]:
 
 
 def write(file: Path, data: bytes) -> Path:
-    """At once: nobody sees half of it under this name."""
-    part = file.with_name(f".{file.name}.part")
+    """Write a file at once: nobody sees half of it under this name."""
+    part = file.with_name(f".{zlib.crc32(os.fsencode(file.name)):08x}.part")  # shorter than any limit of names
     part.write_bytes(data)
     part.replace(file)
     return file

@@ -1,6 +1,6 @@
-"""Where a picture goes for training: scaled and cropped to one of few sizes of about one area, as each trainer does it.
+"""Buckets of the trainers: the few sizes, of about one area, to which they resize and crop images.
 
-Sizes are (width, height) in pixels.
+Sizes are (width, height) in pixels. tests/remote_vae/trainers.json holds what the trainers' own code gives.
 """
 
 from __future__ import annotations
@@ -13,31 +13,42 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Placement:
-    """A picture is resized to `resized`, of which `bucket` is cut out at `corner`."""
+    """An image is resized to `resized`, of which `bucket` is cut out at `corner`.
+
+    Raises:
+        ValueError: the image is so narrow that nothing of it is left.
+    """
 
     original: Size
     resized: Size
     bucket: Size
 
+    def __post_init__(self) -> None:
+        if min(self.bucket) < 1:
+            raise ValueError(
+                f"an image of {self.original[0]}x{self.original[1]} is too narrow: its bucket would be "
+                f"{self.bucket[0]}x{self.bucket[1]}; crop or enlarge it"
+            )
+
     @property
     def corner(self) -> Size:
-        """Left and top of the middle."""
+        """Left and top of the bucket, which is cut out of the middle."""
         return (self.resized[0] - self.bucket[0]) // 2, (self.resized[1] - self.bucket[1]) // 2
 
 
 def nearest(size: Size, buckets: list[Size]) -> Size:
-    """The bucket whose aspect ratio is the nearest; the first of the list where two are."""
+    """Return the bucket with the nearest aspect ratio; the first of the list where two are as near."""
     return min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - size[0] / size[1]))
 
 
 def covering(size: Size, bucket: Size) -> Placement:
-    """Scaled so that it just covers the bucket, to the nearest pixel."""
+    """Scale an image so that it just covers the bucket, to the nearest pixel."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     return Placement(size, (int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)), bucket)
 
 
 class KohyaBuckets:
-    """Of kohya's sd-scripts: `--resolution`, `--min_bucket_reso`, `--max_bucket_reso`, `--bucket_reso_steps`."""
+    """Buckets of sd-scripts: `--resolution`, `--min_bucket_reso`, `--max_bucket_reso`, `--bucket_reso_steps`."""
 
     def __init__(
         self, resolution: Size, upscale: bool = True, least: int = 256, most: int = 1024, steps: int = 64
@@ -57,11 +68,13 @@ class KohyaBuckets:
         return covering(size, size if size in self.buckets else nearest(size, self.buckets))
 
     def _shrink(self, size: Size) -> Placement:
-        """What is too large is scaled so that one side is a multiple of `steps`; then all is cropped to multiples."""
+        """Scale a large image so that one side is a multiple of `steps`, and crop every image to multiples."""
         resized, ratio = size, size[0] / size[1]
         if size[0] * size[1] > self.area:
-            width, height = sqrt(self.area * ratio), sqrt(self.area / ratio)
-            by_width, by_height = self._round(width), self._round(height)
+            width = sqrt(self.area * ratio)
+            by_width, by_height = self._round(width), self._round(self.area / width)
+            if not (self._round(by_width / ratio) and by_height):  # sd-scripts itself divides by zero here
+                return Placement(size, (by_width, by_height), (by_width, 0))
             error_of_width = abs(by_width / self._round(by_width / ratio) - ratio)
             error_of_height = abs(self._round(by_height * ratio) / by_height - ratio)
             if error_of_width < error_of_height:
@@ -75,7 +88,7 @@ class KohyaBuckets:
 
 
 class MusubiBuckets:
-    """Of musubi-tuner's dataset config: `resolution`, `enable_bucket`, `bucket_no_upscale`."""
+    """Buckets of musubi-tuner's dataset config: `resolution`, `enable_bucket`, `bucket_no_upscale`."""
 
     def __init__(self, resolution: Size, upscale: bool = True, steps: int = 16) -> None:
         self.area, self.upscale, self.steps = resolution[0] * resolution[1], upscale, steps
@@ -93,15 +106,18 @@ class MusubiBuckets:
 
 
 class AIToolkitBuckets:
-    """Of ai-toolkit, which never scales up: one side of `resolution`, and the steps of its models."""
+    """Buckets of ai-toolkit, which never enlarges. `steps` are its models' `get_bucket_divisibility`."""
 
     def __init__(self, resolution: Size, steps: int) -> None:
         self.area, self.steps = resolution[0] * resolution[1], steps
 
     def place(self, size: Size) -> Placement:
         wanted = min(size[0] * size[1], self.area)
-        scale = sqrt(wanted / (size[0] * size[1])) / self.steps
-        sides = [(floor(side * scale) * self.steps, ceil(side * scale) * self.steps) for side in size]
+        scale = (wanted / (size[0] * size[1])) ** 0.5
+        sides = [
+            (floor(side * scale / self.steps) * self.steps, ceil(side * scale / self.steps) * self.steps)
+            for side in size
+        ]
         candidates = [(width, height) for width in sides[0] for height in sides[1]]
         fitting = [bucket for bucket in candidates if 0 < bucket[0] * bucket[1] <= self.area]
         least = (max(self.steps, sides[0][0]), max(self.steps, sides[1][0]))

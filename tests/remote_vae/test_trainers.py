@@ -1,0 +1,91 @@
+"""The trainers' buckets, pixels, names of caches and kinds of files: ours against those of their own code.
+
+trainers.json was made by hand: the functions that it names were run outside this repository, at its commits.
+It is null where a trainer's code fails.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from remote_vae import Client
+from remote_vae.latents.buckets import Placement
+from remote_vae.latents.formats import FORMATS, ImageFile, crop_ltrb
+from remote_vae.latents.run import Run
+
+TRAINERS: dict[str, Any] = json.loads(Path(__file__).with_name("trainers.json").read_text())
+
+
+def sample_image(mode: str, size: tuple[int, int]) -> Image.Image:
+    """Return gradients and squares, in which every way to resize leaves its mark. `P` is transparent in part."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    squares = (x // 7 + y // 5) % 2 * 255
+    red, green = x * 255 // max(size[0] - 1, 1), y * 255 // max(size[1] - 1, 1)
+    pixels = np.stack([red, green, squares, (x // 9 + y // 11) % 2 * 255], axis=-1).astype(np.uint8)
+    if mode == "I;16":
+        return Image.fromarray((red * 200 + squares).astype(np.uint16))
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        image = image.convert("RGB").quantize(16)
+        image.info["transparency"] = 3
+        return image
+    return image.convert(mode)
+
+
+BY_TRAINER = {made.trainer: made for made in FORMATS.values()}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS["trainers"])
+def test_buckets_and_names(trainer: str) -> None:
+    ours = [[*row[:4], *bucket_and_names(trainer, *row[:4])] for row in TRAINERS["buckets"][trainer]]
+    assert [row for row in ours if row not in TRAINERS["buckets"][trainer]] == []
+
+
+def bucket_and_names(trainer: str, model: str, resolution: list[int], upscale: bool, size: list[int]) -> list[Any]:
+    """The last columns of the table of buckets, by our functions."""
+    made = BY_TRAINER[trainer](model, tuple(resolution), upscale, flip=trainer == "ai-toolkit")
+    try:
+        placement = made.place(tuple(size))
+    except ValueError:  # too narrow
+        answer, placement = None, Placement(tuple(size), (1, 1), (1, 1))
+    else:
+        more = {"sd-scripts": [[*crop_ltrb(placement)]], "ai-toolkit": [[*placement.corner]]}.get(trainer, [])
+        answer = [[*placement.resized], [*placement.bucket], *more]
+    image = ImageFile(Path("/d/a b.c.png"), Path("a b.c.png"), placement)
+    return [answer, [file.as_posix() for file in made.files([image])]]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS["trainers"])
+def test_pixels(trainer: str) -> None:
+    """Within one step of 255: OpenCV's versions round differently."""
+    for *row, theirs in TRAINERS["pixels"][trainer]:
+        model, resolution, upscale, flip, mode, size = row
+        made = BY_TRAINER[trainer](model, tuple(resolution), upscale, flip)
+        file = io.BytesIO()
+        sample_image(mode, tuple(size)).save(file, "png")
+        pixels = np.array(made.pixels(Image.open(file), made.place(tuple(size)))[int(flip)])
+        np.testing.assert_allclose(pixels[4::40, 4::40].reshape(-1), theirs, atol=1, err_msg=str(row))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS["loads"])
+def test_the_files_that_are_loaded(trainer: str, tmp_path: Path) -> None:
+    """Also behind a link to a folder, of which the table says something for ai-toolkit alone."""
+    theirs = TRAINERS["loads"][trainer]
+    model = {"sd-scripts": "sdxl", "musubi-tuner": "qwen-image", "ai-toolkit": "sdxl"}[trainer]
+    folder = tmp_path / "folder"
+    for name in theirs:
+        path = (tmp_path / "elsewhere" / "z.png") if name.startswith("link/") else (folder / name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    if (tmp_path / "elsewhere").exists():
+        (folder / "link").symlink_to(tmp_path / "elsewhere")
+    made = BY_TRAINER[trainer](model, (512, 512))
+    run = Run(Client("http://127.0.0.1:9"), {"kind": "image"}, folder, tmp_path, made, seed=0, workers=1)
+    assert {path.as_posix() for path in run.find()} == {name for name, loaded in theirs.items() if loaded}
