@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 Kind = Literal["image", "video"]
@@ -19,6 +21,12 @@ patchified: [B, C * patch * patch, H/patch, W/patch]
 def split_keys(keys: str | None) -> list[str]:
     """The keys of `flux` or `sd-v1,sdxl,flux`; one that is empty where none is named."""
     return [key.strip() for key in (keys or "").split(",") if key.strip()] or [""]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean flux?)" for the nearest of the known names; "" where none is near."""
+    near = difflib.get_close_matches(name.lower(), list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class Peak(NamedTuple):
