@@ -25,7 +25,7 @@ def split_keys(keys: str | None) -> list[str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean flux?)" for the nearest of the known names; "" where none is near."""
-    near = difflib.get_close_matches(name.lower(), list(known), 1)
+    near = difflib.get_close_matches(name.lower(), list(known), 1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
