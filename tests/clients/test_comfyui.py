@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from handlers import MODELS
+from handlers.version import VERSION
 from remote_vae import RemoteVAEError
 from scripts.local_server import ROOT
 from tests.difficult_way import difficult_way
@@ -204,6 +206,16 @@ def test_more_than_fits_one_request(service: Service, load: Callable[[str], Any]
     vae.first_stage_model.latents.config["limits"]["max_batch"] = 2
     latents = noise(5, 8, 2, 2)
     assert torch.allclose(vae.decode(latents), decoded("tiny", service.model("tiny"), latents), atol=1e-5)
+
+
+def test_the_registrys_metadata() -> None:
+    """By https://docs.comfy.org/registry/specifications."""
+    metadata = tomllib.loads((ROOT / "clients" / "comfyui" / "pyproject.toml").read_text())
+    project = metadata["project"]
+    assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", project["name"])
+    assert project["version"] == VERSION
+    assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
+    assert metadata["tool"]["comfy"].keys() == {"PublisherId", "DisplayName"}
 
 
 def test_it_cannot_be_saved(service: Service, load: Callable[[str], Any]) -> None:
