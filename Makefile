@@ -1,7 +1,7 @@
 # `make` lists the targets. Each sets up what it needs in .venv.
 PYTHON ?= python3
 
-# A value is data: make never expands it, and the shell of a recipe finds it in its environment, not in its own text.
+# Values on the command line are data. make does not expand them, and recipes pass them in the environment: no shell parses them.
 given := $(strip $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
 $(foreach name,$(given) PYTHON,$(eval override $(name) := $$(value $(name))))
 set := $(strip $(foreach name,$(given),$(if $($(name)),$(name))))
@@ -33,7 +33,7 @@ TAKES_soak := MINUTES SEED TOOLKIT
 
 takes := $(sort $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal))))
 
-# these stand in the text of rules and recipes
+# Paths stand in the text of rules and recipes, so they have plain characters alone.
 PATHS := PYTHON VENV BIN ENDPOINT_VENV DEPLOY_VENV
 quoted = '$(subst ','\'',$(1))'
 odd = $(word 2,x$(1)x)$(findstring !,$(shell printf %s $(call quoted,$(1)) | LC_ALL=C tr -c 'A-Za-z0-9_./+-' !))
@@ -45,11 +45,12 @@ unknown := $(filter-out $(takes) $(PATHS) OMP_WAIT_POLICY,$(given))
 meant := $(strip $(foreach name,$(unknown),$(call nearest,$(name))))
 $(if $(unknown),$(error `make $(MAKECMDGOALS)` takes no $(unknown)$(if $(meant), (did you mean $(meant)?))$(if $(takes),; it takes $(takes))))
 
-# systems export NAME and HOST for other ends; of any other it cannot be told, and without its DRY_RUN a plan is a deployment
+# Systems export NAME and HOST for themselves: they are ignored. Another one may be meant, and without DRY_RUN a plan would be a
+# deployment: it is an error.
 exported := $(strip $(foreach name,$(filter-out NAME HOST,$(takes)),$(if $(filter environment,$(origin $(name))),$(name))))
 $(if $(exported),$(error the environment has $(exported), and is not read: write it after `make $(MAKECMDGOALS)`, or unset it))
 
-# the options of a target's command: --min-replica="$MIN_REPLICA" for a value, --yes for YES=1; 0 and nothing are off
+# The options of a target's command: --min-replica="$MIN_REPLICA" for a value, --yes for YES=1; 0 and nothing are off
 SWITCHES := DRY_RUN KEEP YES DELETE_REPO
 option = --$(shell printf %s $(1) | tr A-Z_ a-z-)
 word = $(if $(word 2,$($(1))),several,$($(1)))
@@ -136,8 +137,8 @@ undeploy: $(DEPLOY_VENV)/bin/.installed  ## delete the endpoint of MODEL [DELETE
 canary: install  ## try the real platform for cents, with tiny [NAMESPACE=...] [TIMEOUT=30]
 	$(BIN)/python -m scripts.canary $(options)
 
-# a file of tests stays in one process, which starts the servers that they share; `make test ARGS="-k mp4"` for some;
-# pytest itself splits what it gets so
+# A file of tests stays in one process, which starts the servers that they share. `make test ARGS="-k mp4"` runs some.
+# Pytest reads the words from PYTEST_ADDOPTS and splits them itself, quotes included.
 ARGS ?= -n 3 --dist loadfile
 test test-endpoint: export PYTEST_ADDOPTS := $(value PYTEST_ADDOPTS) $(value ARGS)
 test-page: export PYTEST_ADDOPTS := $(value PYTEST_ADDOPTS) $(value PAGE_ARGS)
