@@ -1,6 +1,12 @@
 # `make` lists the targets. Each sets up what it needs in .venv.
 PYTHON ?= python3
 
+# Values on the command line are data. make does not expand them, and recipes pass them in the environment: no shell parses them.
+given := $(strip $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+$(foreach name,$(given) PYTHON,$(eval override $(name) := $$(value $(name))))
+set := $(strip $(foreach name,$(given),$(if $($(name)),$(name))))
+$(foreach name,$(set),$(eval export $(name)))
+
 VENV := .venv
 BIN := $(VENV)/bin
 ENDPOINT_VENV := .venv-endpoint
@@ -25,19 +31,34 @@ TAKES_bench := DEVICE MODELS
 TAKES_fuzz := COUNT SEED ONLY TOOLKIT
 TAKES_soak := MINUTES SEED TOOLKIT
 
-space := $(subst ,, )
 takes := $(sort $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal))))
-given := $(foreach pair,$(subst \$(space),_,$(MAKEOVERRIDES)),$(firstword $(subst =, ,$(pair))))
-unknown := $(filter-out $(takes) PYTHON BIN VENV ENDPOINT_VENV DEPLOY_VENV OMP_WAIT_POLICY,$(given))
+
+# Paths stand in the text of rules and recipes, so they have plain characters alone.
+PATHS := PYTHON VENV BIN ENDPOINT_VENV DEPLOY_VENV
+quoted = '$(subst ','\'',$(1))'
+odd = $(word 2,x$(1)x)$(findstring !,$(shell printf %s $(call quoted,$(1)) | LC_ALL=C tr -c 'A-Za-z0-9_./+-' !))
+$(foreach name,PYTHON $(filter $(PATHS),$(set)),$(if $(call odd,$($(name))),$(error $(name) is a path of letters, digits and _ . / + -)))
+
+NEAREST := import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))
+nearest = $(shell $(PYTHON) -c '$(NEAREST)' $(call quoted,$(1)) $(takes) 2>/dev/null)
+unknown := $(filter-out $(takes) $(PATHS) OMP_WAIT_POLICY,$(given))
 settings := $(filter API_TOKEN HF_TOKEN VAE_%,$(unknown))
 $(if $(settings),$(error $(firstword $(settings)) is an environment variable: write it before make, as in `$(firstword $(settings))=... make $(MAKECMDGOALS)`))
-$(if $(unknown),$(error `make $(MAKECMDGOALS)` takes no $(unknown)$(if $(takes),; it takes $(takes))))
+meant := $(strip $(foreach name,$(unknown),$(call nearest,$(name))))
+$(if $(unknown),$(error `make $(MAKECMDGOALS)` takes no $(unknown)$(if $(meant), (did you mean $(meant)?))$(if $(takes),; it takes $(takes))))
 
-# $(call switch,VARIABLE,--option): the option for VARIABLE=1; 0 and nothing are off
-switch = $(if $(filter 1,$($(1))),$(2),$(if $(filter-out 0,$($(1))),$(error $(1)=$($(1)) is neither 1, for on, nor 0)))
+# Systems export NAME and HOST for themselves: they are ignored. Another one may be meant, and without DRY_RUN a plan would be a
+# deployment: it is an error.
+exported := $(strip $(foreach name,$(filter-out NAME HOST,$(takes)),$(if $(filter environment,$(origin $(name))),$(name))))
+$(if $(exported),$(error the environment has $(exported), and is not read: write it after `make $(MAKECMDGOALS)`, or unset it))
 
-# $(call options,name=VARIABLE ...): "--name value" for each of the variables that is set
-options = $(foreach pair,$(1),$(if $($(lastword $(subst =, ,$(pair)))),--$(firstword $(subst =, ,$(pair))) "$($(lastword $(subst =, ,$(pair))))"))
+# The options of a target's command: --min-replica="$MIN_REPLICA" for a value, --yes for YES=1; 0 and nothing are off
+SWITCHES := DRY_RUN KEEP YES DELETE_REPO
+option = --$(shell printf %s $(1) | tr A-Z_ a-z-)
+word = $(if $(word 2,$($(1))),several,$($(1)))
+switch = $(if $(filter 0,$(word)),,$(if $(filter 1,$(word)),$(option),$(error $(1)=$($(1)) is neither 1, for on, nor 0)))
+options = $(strip $(foreach name,$(filter $(set),$(TAKES_$@)),\
+	$(if $(filter $(name),$(SWITCHES)),$(call switch,$(name)),$(call option,$(name))="$$$(name)")))
 
 # torch's threads on a CPU sleep while they wait for each other: spinning, they take the cores from whatever else runs
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -74,18 +95,14 @@ demo: install  ## a photograph through the tiny VAE over HTTP, into out/demo.png
 
 .PHONY: serve
 serve: install  ## serve MODEL [PORT=8000] [HOST=127.0.0.1] [WEIGHTS=dir|random] [DEVICE=cpu|cuda|mps] [DTYPE=...]
-	exec $(BIN)/python -m scripts.serve $(call options,model=MODEL port=PORT host=HOST weights=WEIGHTS device=DEVICE dtype=DTYPE)
+	exec $(BIN)/python -m scripts.serve $(options)
 
 .PHONY: models
 models: install  ## the table of models
 	@$(BIN)/python -m scripts.models
 
-# deploying needs neither torch nor the other environments; of the variables that a target takes, those in SWITCHES are on or off
-SWITCHES := DRY_RUN KEEP YES DELETE_REPO
-name = --$(shell printf %s '$(1)' | tr A-Z_ a-z-)
-DEPLOY = @$(DEPLOY_VENV)/bin/python -m scripts.deploy $(1) $(strip \
-	$(foreach one,$(filter-out $(SWITCHES),$(TAKES_$@)),$(if $($(one)),$(call name,$(one)) "$($(one))")) \
-	$(foreach one,$(filter $(SWITCHES),$(TAKES_$@)),$(call switch,$(one),$(call name,$(one)))))
+# deploying needs neither torch nor the other environments
+DEPLOY = @$(DEPLOY_VENV)/bin/python -m scripts.deploy $(1) $(options)
 
 .PHONY: deploy
 deploy: $(DEPLOY_VENV)/bin/.installed  ## an Inference Endpoint of MODEL [DRY_RUN=1] [ACCESS=public ...: docs/deploying.md]
@@ -121,14 +138,17 @@ undeploy: $(DEPLOY_VENV)/bin/.installed  ## delete the endpoint of MODEL [DELETE
 
 .PHONY: canary
 canary: install  ## try the real platform for cents, with tiny [NAMESPACE=...] [TIMEOUT=30]
-	$(BIN)/python -m scripts.canary $(call options,namespace=NAMESPACE timeout=TIMEOUT)
+	$(BIN)/python -m scripts.canary $(options)
 
-# a file of tests stays in one process, which starts the servers that they share; `make test ARGS="-k mp4"` for some
+# A file of tests stays in one process, which starts the servers that they share. `make test ARGS="-k mp4"` runs some.
+# Pytest reads the words from PYTEST_ADDOPTS and splits them itself, quotes included.
 ARGS ?= -n 3 --dist loadfile
+test test-endpoint: export PYTEST_ADDOPTS := $(value PYTEST_ADDOPTS) $(value ARGS)
+test-page: export PYTEST_ADDOPTS := $(value PYTEST_ADDOPTS) $(value PAGE_ARGS)
 
 .PHONY: test
 test: install  ## the tests, with the newest releases
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest
 
 .PHONY: test-quick
 test-quick: install  ## those that start no server and take no seconds, in under a minute
@@ -136,11 +156,11 @@ test-quick: install  ## those that start no server and take no seconds, in under
 
 .PHONY: test-endpoint
 test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## the same tests with what the Inference Toolkit's image holds
-	$(ENDPOINT_VENV)/bin/python -m pytest $(ARGS)
+	$(ENDPOINT_VENV)/bin/python -m pytest
 
 # the page needs a browser, Debian's, and what drives it, which lies beside the environment that the tests run in
 PAGE_PACKAGES := .venv-page
-with_page = PYTHONPATH=$(PAGE_PACKAGES) $(if $(TOOLKIT),TOOLKIT="$(TOOLKIT)") $(BIN)/python
+with_page = PYTHONPATH=$(PAGE_PACKAGES) $(BIN)/python
 
 $(PAGE_PACKAGES)/.installed: requirements/page.txt $(BIN)/.installed
 	rm -rf $(PAGE_PACKAGES)
@@ -154,7 +174,7 @@ chromium:
 
 .PHONY: test-page
 test-page: install $(PAGE_PACKAGES)/.installed chromium  ## the page at the endpoint's root, in Chromium [TOOLKIT=checkout]
-	$(with_page) -m pytest tests/page $(PAGE_ARGS)
+	$(with_page) -m pytest tests/page
 
 .PHONY: screenshots
 screenshots: install $(PAGE_PACKAGES)/.installed chromium  ## the pictures of the page in docs/
@@ -162,18 +182,18 @@ screenshots: install $(PAGE_PACKAGES)/.installed chromium  ## the pictures of th
 
 .PHONY: bench
 bench: install  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [MODELS=...]
-	exec $(BIN)/python -m benchmarks.bench $(call options,device=DEVICE models=MODELS)
+	exec $(BIN)/python -m benchmarks.bench $(options)
 
 # the toolkit runs with what its container holds
-TRAFFIC_VENV := $(if $(TOOLKIT),$(ENDPOINT_VENV),$(VENV))
+TRAFFIC_VENV := $(if $(filter TOOLKIT,$(set)),$(ENDPOINT_VENV),$(VENV))
 
 .PHONY: fuzz
 fuzz: $(TRAFFIC_VENV)/bin/.installed  ## malformed requests against servers here [COUNT=10000] [SEED=0] [ONLY=n] [TOOLKIT=checkout]
-	exec $(TRAFFIC_VENV)/bin/python -m tests.fuzz $(call options,count=COUNT seed=SEED only=ONLY toolkit=TOOLKIT)
+	exec $(TRAFFIC_VENV)/bin/python -m tests.fuzz $(options)
 
 .PHONY: soak
 soak: $(TRAFFIC_VENV)/bin/.installed  ## mixed traffic against tiny, into benchmarks/soak.md [MINUTES=10] [SEED=0] [TOOLKIT=checkout]
-	exec $(TRAFFIC_VENV)/bin/python -m tests.soak $(call options,minutes=MINUTES seed=SEED toolkit=TOOLKIT)
+	exec $(TRAFFIC_VENV)/bin/python -m tests.soak $(options)
 
 .PHONY: lint
 lint: install  ## check style and types

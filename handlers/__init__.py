@@ -16,7 +16,7 @@ from handlers.hunyuan_video_1_5 import HunyuanVideo15
 from handlers.ltx_2 import Ltx2
 from handlers.ltx_video import LtxVideo
 from handlers.mochi import Mochi
-from handlers.model import split_keys
+from handlers.model import did_you_mean, split_keys
 from handlers.playground_v2_5 import PlaygroundV25
 from handlers.qwen_image import QwenImage
 from handlers.sana import Sana
@@ -88,7 +88,7 @@ def get_handler(keys: str | None) -> type[EndpointHandler]:
 def get_model(key: str | None) -> type[EndpointHandler]:
     """The handler class of a model key. Raises `ValueError` for any other, or a class that lacks a word."""
     if key not in MODELS:
-        asked = f"there is no model {key!r}" if key else "no model was named"
+        asked = f"there is no model {key!r}{did_you_mean(key, MODELS)}" if key else "no model was named"
         raise ValueError(f"{asked}; the models are: {', '.join(MODELS)}")
     if missing := [word for word in ("checkpoint", "vae_class", "dtype") if not hasattr(MODELS[key], word)]:
         raise ValueError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -26,6 +28,12 @@ def split_keys(keys: str | None) -> list[str]:
 def read_config(key: str) -> dict[str, Any]:
     """Return `handlers/configs/<key>.json`: a checkpoint's `config.json` without the defaults of its class."""
     return json.loads((Path(__file__).parent / "configs" / f"{key}.json").read_text())
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean flux?)" for the nearest of the known names; "" where none is near."""
+    near = difflib.get_close_matches(name.lower(), list(known), 1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class Peak(NamedTuple):

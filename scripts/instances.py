@@ -5,10 +5,11 @@ For `make models`, and for a plan that is made without a network; deploying asks
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from handlers import MODELS
-from handlers.model import Model
+from handlers.model import Model, did_you_mean
 from scripts.console import DeployError
 
 PAGE = "https://huggingface.co/pricing#endpoints"
@@ -24,6 +25,12 @@ HOURLY: dict[str, dict[str, float]] = {
     "nvidia-h200": {"x1": 5.0, "x2": 10.0, "x4": 20.0, "x8": 40.0},
 }
 """USD an hour and replica, by instance and size."""
+REGIONS = {
+    "aws": (r"[a-z]{2}(-[a-z]+)+-\d", "us-east-1"),
+    "azure": (r"[a-z]+\d?", "eastus"),
+    "gcp": (r"[a-z]+-[a-z]+\d+", "us-east4"),
+}
+"""The form of a region's name by vendor, and an example. Which regions have a machine, only the platform knows."""
 MEMORY_GB = {"nvidia-t4": 14, "nvidia-l4": 24, "nvidia-a10g": 24, "nvidia-l40s": 48, "nvidia-a100": 80}
 """Of one GPU, which is what a VAE runs on: the others of a larger size stay idle."""
 CPU_GB = 2
@@ -37,6 +44,25 @@ def is_cpu(instance: str) -> bool:
 def table_price(vendor: str, instance: str, size: str) -> float | None:
     """USD an hour for one replica; None where the table does not know it."""
     return HOURLY.get(instance, {}).get(size) if vendor == "aws" else None
+
+
+def check_place(vendor: str, region: str) -> None:
+    """Raises `DeployError` for a vendor that there is not, and for a region that cannot be one of this vendor's."""
+    if vendor not in REGIONS:
+        raise DeployError(
+            f"VENDOR={vendor} cannot be: it is one of {', '.join(REGIONS)}{did_you_mean(vendor, REGIONS)}"
+        )
+    form, example = REGIONS[vendor]
+    if region != "auto" and not re.fullmatch(form, region):
+        like = f"{vendor} names a region as in {example}; auto is the nearest that has the machine"
+        raise DeployError(f"REGION={region} cannot be: {like}")
+
+
+def describe_unlisted(vendor: str, instance: str) -> str:
+    """Return what is said of an instance of aws that the table does not know; "" of any other."""
+    if vendor != "aws" or instance in HOURLY:
+        return ""
+    return f"; {instance} is not in the list of {AS_OF}{did_you_mean(instance, HOURLY)}"
 
 
 def table_memory(instance: str, size: str) -> float | None:

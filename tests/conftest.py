@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on a CPU then
 
 import io
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,8 +32,10 @@ from tests import forked
 from tests.small_service import Service, running_service, save_checkpoints
 
 local_server.start_process = forked.start
-for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):  # of the `make` that runs the tests, for those that run one
+for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "PYTEST_ADDOPTS"):  # of the `make` that runs the tests
     os.environ.pop(variable, None)
+# A shell starts a background process (`nohup make test &`) with Ctrl-C ignored, and the tests' processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # An endpoint never deploys: its container has a huggingface_hub that the deploying side (requirements/deploy.txt)
 # cannot use. So where that older one is installed, the tests of deploying are not collected.

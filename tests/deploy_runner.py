@@ -22,6 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from handlers import MODELS
+from tests.forked import killed_at_the_end
 from tests.hub_server import Hub, Repo, identity, running_hub
 from tests.project_copy import PROJECT
 
@@ -29,11 +30,6 @@ CLOCK = Path(__file__).parent / "fast_clock"
 TOKEN = "hf_writeTokenOfTheTests"
 NAMESPACE = "ana"
 PUBLISHED = [key for key in MODELS if key != "tiny"]
-# What a shell starts in the background ignores Ctrl-C, and so would what a test then starts.
-LISTEN_TO_CTRL_C = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-)
 # Of the storage's client: one request for each block, uncompressed, and nothing else.
 XET = {
     "HF_XET_CLIENT_LEGACY_DIRECT_XORB_UPLOAD": "true",
@@ -138,7 +134,7 @@ class Runner:
 
     def interrupt(self, *arguments: str, when: str) -> Result:
         """Presses Ctrl-C once the Hub has got a request that matches `when`."""
-        command = [sys.executable, "-c", LISTEN_TO_CTRL_C, "-m", "scripts.deploy", *arguments]
+        command = [sys.executable, "-m", "scripts.deploy", *arguments]
         process = subprocess.Popen(
             command,
             cwd=self.project,
@@ -148,10 +144,11 @@ class Runner:
             text=True,
         )
         deadline = time.monotonic() + 60
-        while not self.hub.sent(when) and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        with killed_at_the_end(process):
+            while not self.hub.sent(when) and time.monotonic() < deadline and process.poll() is None:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
         self.outputs += out + err
         return Result(process.returncode, out, err)
 

@@ -11,7 +11,8 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -74,6 +75,16 @@ def run(*arguments: object, folder: Path = ROOT, timeout: float = 120, **environ
         process = Process(list(map(str, arguments)), {**os.environ, **environment}, output, errors, folder)
         status = process.wait(timeout)
         return status, output.read_text(errors="replace"), errors.read_text()
+
+
+@contextmanager
+def killed_at_the_end(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """Leave no process behind, however the block ends."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _run(arguments: list[str], environment: dict[str, str], output: str, errors: str, folder: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,21 @@ def test_the_forms_ask_for_what_there_is() -> None:
     assert [name for name in re.findall(r"`([A-Z][a-zA-Z-]+)`", text) if name not in code] == []
     for target in re.findall(r"make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+IN_THE_BACKGROUND = """
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+import tests.conftest
+ignores = "import signal, sys; sys.exit(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+sys.exit(subprocess.call([sys.executable, "-c", ignores]))
+"""
+
+
+@pytest.mark.slow
+def test_what_the_tests_start_takes_ctrl_c_in_the_background_too() -> None:
+    """Run them as a shell does for `nohup make test &`, which ignores SIGINT."""
+    assert subprocess.run([sys.executable, "-c", IN_THE_BACKGROUND], cwd=ROOT, timeout=120).returncode == 0
 
 
 def test_the_changelogs_newest_version_is_the_one_that_is_served() -> None:

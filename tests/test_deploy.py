@@ -137,7 +137,7 @@ def test_a_model_that_declares_nothing_about_deploying_can_be_deployed(deploy: R
 
 
 def test_an_unknown_price_is_said(deploy: Runner) -> None:
-    result = deploy("deploy", "--model", "flux", "--dry-run", "--vendor", "gcp")
+    result = deploy("deploy", "--model", "flux", "--dry-run", "--vendor", "gcp", "--region", "us-east4")
 
     assert "price unknown here, see https://huggingface.co/pricing" in result.out
 

@@ -107,7 +107,9 @@ def test_make_fails_with_one_line(make: list[str]) -> None:
         text=True,
     )
     assert done.returncode != 0
-    assert done.stderr.splitlines()[0].startswith("error: there is no model 'fluks'; the models are: ")
+    assert done.stderr.splitlines()[0].startswith(
+        "error: there is no model 'fluks' (did you mean flux?); the models are: "
+    )
 
 
 def test_the_documented_prices_are_the_tables_own() -> None:

@@ -117,7 +117,7 @@ def test_a_fine_grained_token_without_a_permission(
 
 @pytest.mark.parametrize(
     ("model", "asked"),
-    [("fluks", "there is no model 'fluks'"), (None, "no model was named")],
+    [("fluks", "there is no model 'fluks' (did you mean flux?)"), (None, "no model was named")],
 )
 def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: str) -> None:
     check(
@@ -285,13 +285,13 @@ def test_an_endpoint_that_is_not_ours(hub: Hub, deploy: Runner) -> None:
 def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     hub.requests.clear()
-    for option, old, new in (
+    for option, old, new, *more in (
         ("access", "authenticated", "public"),
         ("region", "us-east-1", "eu-west-1"),
-        ("vendor", "aws", "gcp"),
+        ("vendor", "aws", "gcp", "--region", "us-east4"),
     ):
         check(
-            deploy(*FLUX, f"--{option}", new),
+            deploy(*FLUX, f"--{option}", new, *more),
             f"error: {option.upper()}={new} was asked for and the endpoint {NAME} has {old}, which never changes: "
             f"choose another NAME=..., or `make undeploy` it first. Nothing was sent to it; {RUNS}",
         )

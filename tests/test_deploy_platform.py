@@ -315,7 +315,7 @@ def test_the_nearest_region_that_has_one(
             r"INSTANCE=nvidia-b300 of aws cannot be had \(not there\): choose from "
             "(?=.*intel-spr)(?=.*nvidia-h200)(?=.*nvidia-l4)",
         ),
-        (["--vendor", "gcp"], r"VENDOR=gcp cannot be had \(not there\): choose from aws$"),
+        (["--vendor", "gcp", "--region", "us-east4"], r"VENDOR=gcp cannot be had \(not there\): choose from aws$"),
         (
             ["--instance", "nvidia-t4", "--size", "x4"],
             r"SIZE=x4 of aws nvidia-t4 cannot be had \(not there\): choose from x1$",
@@ -346,6 +346,29 @@ def test_a_machine_too_small_is_refused_without_a_network(deploy: Runner, argume
     result = deploy(*FLUX, *arguments, "--dry-run", token=None)
     assert result.status == 1
     assert said in result.lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--region", "mars"], "REGION=mars cannot be: aws names a region as in us-east-1; auto is the nearest"),
+        (["--vendor", "gcp"], "REGION=us-east-1 cannot be: gcp names a region as in us-east4; auto is the nearest"),
+        (["--vendor", "asure"], "VENDOR=asure cannot be: it is one of aws, azure, gcp (did you mean azure?)"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_without_a_network(deploy: Runner, arguments: list[str], said: str) -> None:
+    result = deploy(*FLUX, *arguments, "--dry-run", token=None)
+    assert result.status == 1
+    assert said in result.lines[-1]
+
+
+def test_a_plan_says_that_nobody_was_asked(deploy: Runner) -> None:
+    """A list in this project would not know what the platform has tomorrow."""
+    told = "not checked: deploying asks the platform first whether it has that"
+    listed = deploy(*FLUX, "--region", "ap-south-1", "--dry-run", token=None)
+    assert f"nvidia-l4 x1, aws ap-south-1\n                  {told}\n" in listed.out
+    newer = deploy(*FLUX, "--instance", "nvidia-l44", "--dry-run", token=None)
+    assert f"{told}; nvidia-l44 is not in the list of 2026-08-20 (did you mean nvidia-l4?)" in newer.out
 
 
 def test_a_machine_that_the_table_does_not_know_and_that_is_too_small(hub: Hub, deploy: Runner) -> None:

@@ -1,42 +1,121 @@
-"""What `make` makes of variables. Nothing runs: `make -n` prints what would."""
+"""Variables of `make`. `make -n` prints what would run; elsewhere a stand-in for Python prints how it was called."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from scripts.local_server import ROOT
 
+TAKES = dict(re.findall(r"^TAKES_([a-z-]+) := (.*?)(?: \$.*)?$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+VARIABLES = {target: set(names.split()) for target, names in TAKES.items()}
+VARIABLES["deploy"] |= VARIABLES["deploy-all"]
+SWITCHES = {"DRY_RUN", "KEEP", "YES", "DELETE_REPO"}
+COMMANDS = sorted(VARIABLES.keys() - {"test", "test-endpoint", "test-page"})
+PYTHON = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('PYTEST_ADDOPTS')]))"
 
-def make(*arguments: str) -> tuple[int, str]:
+
+def make(*arguments: str, **environment: str) -> tuple[int, str]:
     """The status, and the last line that is said."""
     command = ["make", "-n", "--no-print-directory", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    names = set().union(*VARIABLES.values()) - environment.keys()
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**kept, **environment})
     return result.returncode, " ".join((result.stdout + result.stderr).splitlines()[-1].split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        (("deploy", "MODEL=flux", "DRY_RUN=1"), '--model "flux" --dry-run'),
-        (("deploy", "MODEL=flux", "DRY_RUN=0"), '--model "flux"'),
-        (("deploy", "MODEL=flux", "DRY_RUN="), '--model "flux"'),
+        (("deploy", "MODEL=flux", "DRY_RUN=1"), '--model="$MODEL" --dry-run'),
+        (("deploy", "MODEL=flux", "DRY_RUN=0"), '--model="$MODEL"'),
+        (("deploy", "MODEL=flux", "DRY_RUN="), '--model="$MODEL"'),
         (("deploy-all", "DRY_RUN=1"), "--all --dry-run"),
-        (("pause-all", "NAMESPACE=lab"), '--all --namespace "lab"'),
-        (("deploy", "MODEL=a,b", "MIN_REPLICA=1", "KEEP=1"), '--model "a,b" --min-replica "1" --keep'),
-        (("undeploy", "MODEL=x", "YES=0", "DELETE_REPO=0"), '--model "x"'),
-        (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO="), '--model "x" --yes'),
-        (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO=1"), '--model "x" --delete-repo --yes'),
-        (("test", "ARGS=-k a=b -x"), "pytest -k a=b -x"),
-        (("test-page", "PAGE_ARGS=-x"), "python -m pytest tests/page -x"),
+        (("pause-all", "NAMESPACE=lab"), '--all --namespace="$NAMESPACE"'),
+        (("deploy", "MODEL=a,b", "MIN_REPLICA=1", "KEEP=1"), '--model="$MODEL" --min-replica="$MIN_REPLICA" --keep'),
+        (("undeploy", "MODEL=x", "YES=0", "DELETE_REPO=0"), '--model="$MODEL"'),
+        (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO="), '--model="$MODEL" --yes'),
+        (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO=1"), '--model="$MODEL" --delete-repo --yes'),
     ],
 )
 def test_a_switch_is_on_for_1_alone(arguments: tuple[str, ...], options: str) -> None:
     status, line = make(*arguments)
     assert status == 0
-    named = "" if arguments[0].startswith("test") else f"{arguments[0].removesuffix('-all')} "
-    assert line.endswith(named + options)
+    assert line.endswith(f"{arguments[0].removesuffix('-all')} {options}")
+
+
+@pytest.fixture
+def called(tmp_path: Path) -> list[str]:
+    """`make` with a stand-in for the Python of each environment, which prints its arguments and `PYTEST_ADDOPTS`."""
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -c "{PYTHON}" "$@"\n')
+    (venv / "python").chmod(0o755)
+    (venv / ".installed").touch()
+    folders = (f"{name}={venv.parent}" for name in ("VENV", "ENDPOINT_VENV", "DEPLOY_VENV"))
+    return ["make", "--no-print-directory", "--silent", *folders]
+
+
+def run(command: list[str]) -> tuple[list[str], str | None]:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def hostile(file: Path) -> str:
+    """A value that makes the file wherever a shell, or `make`, evaluates it."""
+    touch = f"touch {file}"
+    return f"-x '$({touch})' \"; {touch}; `{touch}` $$({touch}) $(shell {touch}) ${{HOME}} \\ # %\n\t{touch}\n' {touch}"
+
+
+@pytest.mark.parametrize("target", COMMANDS)
+def test_a_value_is_data(target: str, called: list[str], tmp_path: Path) -> None:
+    """In every variable that the target takes. A quote once cut `--dry-run` off."""
+    value, switches = hostile(tmp_path / "made"), VARIABLES[target] & SWITCHES
+    names = VARIABLES[target] - SWITCHES
+    arguments, _ = run([*called, target, *(f"{one}={value}" for one in names), *(f"{one}=1" for one in switches)])
+    options = {f"--{name.lower().replace('_', '-')}" for name in switches}
+    options |= {f"--{name.lower().replace('_', '-')}={value}" for name in names}
+    assert {argument for argument in arguments if argument.startswith("--")} - {"--all"} == options
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("target", ["test", "test-endpoint"])
+def test_words_for_pytest_are_data(target: str, called: list[str], tmp_path: Path) -> None:
+    """Pytest splits them; quotes hold words together."""
+    words = f"-k 'a and b' $(touch {tmp_path}/made) `touch {tmp_path}/made` ; touch {tmp_path}/made"
+    arguments, added = run([*called, target, f"ARGS={words}"])
+    assert arguments == ["-m", "pytest"]
+    assert added.strip() == words
+    assert run([*called, target])[1].strip() == "-n 3 --dist loadfile"
+    assert not (tmp_path / "made").exists()
+
+
+def test_words_for_the_web_demos_tests_are_data(tmp_path: Path) -> None:
+    value = hostile(tmp_path / "made")
+    status, line = make("test-page", f"PAGE_ARGS={value}", f"TOOLKIT={value}")
+    assert (status, line) == (0, "PYTHONPATH=.venv-page .venv/bin/python -m pytest tests/page")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["PYTHON", "VENV", "BIN", "ENDPOINT_VENV", "DEPLOY_VENV"])
+@pytest.mark.parametrize(
+    "path", ["a$(shell touch {})", "a;touch {}", "a\ntouch {}", "a: ; touch {} #", "a b", "`touch {}`"]
+)
+def test_a_path_has_plain_characters(name: str, path: str, tmp_path: Path) -> None:
+    """Those that stand in rules."""
+    for value in (path, path + "\n"):
+        status, line = make("lint", f"{name}={value.format(tmp_path / 'made')}")
+        assert status == 2
+        assert f"{name} is a path of letters, digits and _ . / + -" in line
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("target", ["serve", "demo", "screenshots", "bench", "fuzz", "soak"])
@@ -50,15 +129,19 @@ def test_what_serves_gets_the_signals_itself(target: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("deploy", "MODEL=flux", "DRYRUN=1"), "`make deploy` takes no DRYRUN; it takes ACCESS DRY_RUN INSTANCE"),
+        (("deploy", "DRYRUN=1"), "`make deploy` takes no DRYRUN (did you mean DRY_RUN?); it takes ACCESS DRY_RUN"),
+        (("deploy", "model=flux"), "`make deploy` takes no model (did you mean MODEL?); it takes ACCESS DRY_RUN"),
+        (("deploy", "REGON=x"), "`make deploy` takes no REGON (did you mean REGION?); it takes ACCESS DRY_RUN"),
         (("deploy-all", "INSTANCE=nvidia-l4"), "`make deploy-all` takes no INSTANCE; it takes ACCESS DRY_RUN"),
         (("deploy", "MODEL=flux", "DRY_RUN=yes"), "DRY_RUN=yes is neither 1, for on, nor 0"),
+        (("deploy", "MODEL=flux", "DRY_RUN=0 1"), "DRY_RUN=0 1 is neither 1, for on, nor 0"),
         (("undeploy", "MODEL=x", "YES=true"), "YES=true is neither 1, for on, nor 0"),
         (
             ("serve", "API_TOKEN=x"),
             "API_TOKEN is an environment variable: write it before make, as in `API_TOKEN=... make",
         ),
         (("serve", "MODEL=tiny", "VAE_FAST=1"), "as in `VAE_FAST=... make serve`"),
+        (("undeploy", "MODEL=x", "YES=1 0"), "YES=1 0 is neither 1, for on, nor 0"),
         (("lint", "FIX=1"), "`make lint` takes no FIX."),
     ],
 )
@@ -66,3 +149,15 @@ def test_anything_else_is_an_error_before_anything_happens(arguments: tuple[str,
     status, line = make(*arguments)
     assert status == 2
     assert said in line
+
+
+def test_the_environment_is_no_command_line() -> None:
+    """`DRY_RUN=1 make deploy` neither deploys nor plans. A system sets NAME and HOST itself, so they are ignored."""
+    for name in ("DRY_RUN", "REGION", "MODEL"):
+        status, line = make("deploy", **{name: "1"})
+        assert status == 2
+        assert f"the environment has {name}, and is not read: write it after `make deploy`, or unset it" in line
+    assert make("deploy", "REGION=", "MODEL=flux", REGION="mars")[1].endswith('deploy --model="$MODEL"')
+    assert make("deploy", "MODEL=flux", NAME="DESKTOP-1")[1].endswith('deploy --model="$MODEL"')
+    assert make("serve", "MODEL=tiny", HOST="desktop")[1].endswith('serve --model="$MODEL"')
+    assert make("lint", REGION="mars", MODEL="flux")[0] == 0

@@ -15,7 +15,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 
-from handlers import MODELS, EndpointHandler, get_model
+from handlers import MODELS, EndpointHandler, get_model, get_models
 from scripts import models
 from scripts.local_server import ROOT
 
@@ -28,8 +28,21 @@ def tiny() -> EndpointHandler:
 
 
 def test_an_unknown_key_is_an_error_that_lists_the_keys() -> None:
-    with pytest.raises(ValueError, match=f"there is no model 'fluks'; the models are: {', '.join(MODELS)}"):
+    with pytest.raises(
+        ValueError, match=rf"no model 'fluks' \(did you mean flux\?\); the models are: {', '.join(MODELS)}"
+    ):
         get_model("fluks")
+    with pytest.raises(ValueError, match="there is no model 'zzz'; the models are: "):
+        get_model("zzz")
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [("Flux", "flux"), ("wan2.1", "wan-2.1"), ("sd_v1", "sd-v1"), ("qwen", "qwen-image"), ("ltx", "ltx-2")],
+)
+def test_an_unknown_key_suggests_the_nearest(asked: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"there is no model '{asked}' \(did you mean {meant}\?\)"):
+        get_models(f"tiny,{asked}")
 
 
 def test_tiny_is_described_as_its_own_config_describes_it() -> None:

@@ -31,17 +31,35 @@ LTX_TIMESTEP, LTX_NOISE = 0.05, 0.025
 """On which ComfyUI conditions the decoder of LTX-Video from 0.9.1 on, and the share of noise that it adds."""
 
 
+class Statistics:
+    """The mean and deviation of LTX's channels, by the names under which ComfyUI's nodes look for them in a VAE."""
+
+    def __init__(self, normalization: dict[str, Any]) -> None:
+        self.mean, self.std = (torch.tensor(normalization[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+        self.std = self.std / (normalization["factor"] or 1)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """From the latents of the VAE's own range, `[B, C, F, H, W]`, to ComfyUI's."""
+        return (latents - self.mean.to(latents)) / self.std.to(latents)
+
+    def un_normalize(self, latents: Tensor) -> Tensor:
+        """From ComfyUI's latents to those of the VAE's own range."""
+        return latents * self.std.to(latents) + self.mean.to(latents)
+
+
 class Latents:
     """Of the model that `/config` describes.
 
     Attributes:
         channels, factor: as ComfyUI has them, in patches of FLUX.2.
         dimensions: 3 where there are frames, else 2.
+        statistics: of LTX's channels; None for other models, whose latents ComfyUI has raw.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.channels, self.factor = config["latents"]["channels"], config["latents"]["vae_scale_factor"]
+        self.statistics: Statistics | None = None
         self.parameters: dict[str, Any] = {"latents_layout": config["latents"]["layout"]}
         self.video = config["kind"] == "video"
         self.batch_of_frames = config["vae_class"] == "AutoencoderKLTemporalDecoder"
@@ -51,6 +69,7 @@ class Latents:
             self.parameters = {"latents_layout": "patchified", "do_scaling": True}
         elif config["vae_class"] in NORMALISED:
             self.parameters |= {"do_scaling": True, "normalized": True}
+            self.statistics = Statistics(config["normalization"])
         self.scale, self.shift = SCALED.get(config["model"], (1.0, 0.0))
         self.conditioned = bool(config["vae_config"].get("timestep_conditioning"))
 

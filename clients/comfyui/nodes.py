@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import nodes
+
 from remote_vae import Client, RemoteVAEError
 
 from .settings import endpoints, token_of
@@ -13,7 +15,8 @@ from .vae import RemoteVAE, cancellable
 class RemoteVAELoader:
     """A `VAE` for every node that takes one, whose passes run on an endpoint."""
 
-    CATEGORY = "loaders"
+    CATEGORY = nodes.VAELoader.CATEGORY
+    """That of Load VAE: "loaders", and "model/loaders" in newer versions of ComfyUI."""
     DESCRIPTION = "A VAE that runs on a remote VAE endpoint, for every node that takes a VAE."
     RETURN_TYPES = ("VAE",)
     FUNCTION = "load"

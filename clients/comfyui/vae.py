@@ -1,7 +1,7 @@
 """`RemoteVAE`: ComfyUI's own VAE object, whose model runs elsewhere.
 
 Cropping, tiling, the order of channels and the range of pixels are ComfyUI's. The model in it takes pixels in [-1, 1]
-and gives latents, or the other way round, as ComfyUI's own models do.
+and returns latents, or the reverse, as ComfyUI's own models do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RemoteVAE(comfy.sd.VAE):
             dtype=getattr(torch, config["dtype"]),
         )
         latents = Latents(config)
-        self.first_stage_model = RemoteModel(client, latents)
+        run_remotely(self.first_stage_model, client, latents)
         self.latent_channels = latents.channels
         self.latent_dim = latents.dimensions
         self.not_video = not latents.video  # pictures are a batch, and not the frames of a video
@@ -52,21 +52,18 @@ class RemoteVAE(comfy.sd.VAE):
         raise ValueError("a remote VAE cannot be saved: its weights are on the endpoint")
 
 
-class RemoteModel(nn.Module):
-    """In place of the VAE's `first_stage_model`."""
+def run_remotely(model: nn.Module, client: Client, latents: Latents) -> None:
+    """Give ComfyUI's placeholder the `encode` and `decode` of the endpoint, and the statistics of LTX's latents.
 
-    def __init__(self, client: Client, latents: Latents) -> None:
-        super().__init__()
-        self.client = client
-        self.latents = latents
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, H, W]` or `[B, 3, F, H, W]` in [-1, 1]."""
-        return cancellable(lambda: self.latents.encode(self.client, pixels))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """To pixels about in [-1, 1]."""
-        return cancellable(lambda: self.latents.decode(self.client, latents))
+    The placeholder stays the VAE's model: ComfyUI's patcher holds the same object, and nodes such as Select VAE Device
+    take the model from there. Another object would be lost, and VAE Encode return the pixels as latents.
+    """
+    remote: Any = model
+    remote.latents = latents
+    remote.encode = lambda pixels: cancellable(lambda: latents.encode(client, pixels))
+    remote.decode = lambda samples: cancellable(lambda: latents.decode(client, samples))
+    if latents.statistics:
+        remote.per_channel_statistics = latents.statistics
 
 
 def cancellable(call: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from typing import Any
 from handlers import MODELS, get_models
 from handlers.model import Model
 from scripts.console import DeployError
-from scripts.instances import HOURLY, by_price, check_memory, table_memory, table_price
+from scripts.instances import HOURLY, by_price, check_memory, check_place, table_memory, table_price
 from scripts.models import cannot_run, is_shipped
 
 CALLERS = {
@@ -100,6 +100,7 @@ class Plan:
         }
         if broken := [message for message, kept in rules.items() if not kept]:
             raise DeployError(broken[0])
+        check_place(self.vendor, self.region)
         check_memory(self.models, self.instance, self.size, table_memory(self.instance, self.size))
 
     @property

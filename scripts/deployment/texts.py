@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from handlers import MODELS, __version__
 from scripts.deployment.plan import CALLERS, PENDING, TAG, Plan, addresses, variables
-from scripts.instances import AS_OF, describe_price, dollars
+from scripts.instances import AS_OF, describe_price, describe_unlisted, dollars
 from scripts.models import license_link
 from scripts.snippets import calling
 
@@ -28,7 +28,9 @@ def origin(plan: Plan, model: str) -> str:
 
 
 SHOWN = {"MODELS": MODELS, "CALLERS": CALLERS, "PENDING": PENDING, "AS_OF": AS_OF, "version": __version__}
-SHOWN |= {one.__name__: one for one in (decimal, describe_price, dollars, license_link, origin, variables)}
+SHOWN |= {
+    one.__name__: one for one in (decimal, describe_price, describe_unlisted, dollars, license_link, origin, variables)
+}
 """What templates can name, beside the plan."""
 
 

@@ -79,6 +79,9 @@ class ComfyUI:
                     found["latents"] = load(contents[0])["latent_tensor"]
         return found
 
+    def has(self, node: str) -> bool:
+        return bool(requests.get(f"{self.url}/object_info/{node}", timeout=30).json())
+
     def _post(self, path: str, body: Any) -> Any:
         answer = requests.post(self.url + path, json=body, timeout=10)
         assert answer.ok, answer.text
@@ -144,8 +147,8 @@ def save_pictures(folder: Path) -> None:
     hole.save(folder / "hole.png")
 
 
-def workflows(loader: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By the name of the VAE's node."""
+def workflows(loader: dict[str, Any], key: str, selects: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By the name of the VAE's node; where this ComfyUI has Select VAE Device, also with that before it."""
     video = MODELS[key].kind == "video"
     identity = count(10)
     picture: dict[str, Any] = {"2": {"class_type": "LoadImage", "inputs": {"image": "0.png"}}}
@@ -175,6 +178,10 @@ def workflows(loader: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str,
             nodes["5"] = {"class_type": "VAEDecode", "inputs": {**to_latents, **to_vae}}
             nodes["6"] = {"class_type": "SaveImage", "inputs": {"images": ["5", 0], **prefix}}
         yield name, nodes
+        if selects and name in ("VAEDecode", "VAEEncode"):
+            select = {"class_type": "SelectVAEDevice", "inputs": {**to_vae, "device": "default"}}
+            inputs = {**nodes["3"]["inputs"], "vae": ["7", 0]}
+            yield f"selected {name}", {**nodes, "7": select, "3": {"class_type": name, "inputs": inputs}}
 
 
 def compare(one: torch.Tensor, other: torch.Tensor) -> str:
@@ -220,10 +227,13 @@ def main(
             local = [("LocalVAE", {"folder": str(base / "checkpoints" / key)}) for key in model]
             own = [("VAELoader", {"vae_name": f"{key}.safetensors"}) for key in published]
             urls = [f"{service.url}/{key}" for key in model] + [f"{large}/{key}" for key in published]
+            selects = comfy.has("SelectVAEDevice")
             for key, url, (kind, inputs) in zip((*model, *published), urls, (*local, *own), strict=True):
                 remote = {"class_type": "RemoteVAELoader", "inputs": {"url": url}}
                 beside = {"class_type": kind, "inputs": inputs}
-                for (node, there), (_, here) in zip(workflows(remote, key), workflows(beside, key), strict=True):
+                for (node, there), (_, here) in zip(
+                    workflows(remote, key, selects), workflows(beside, key, selects), strict=True
+                ):
                     found, expected = comfy.run(there), comfy.run(here)
                     for name in expected:
                         row = f"{key:8} {kind:10} {node:20} {name:9}"

@@ -32,7 +32,9 @@ class LocalVAE:
         vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
         vae.first_stage_model = LocalModel(model)
         vae.latent_channels = 16 if "z_dim" in config else config["latent_channels"]
-        vae.upscale_ratio = vae.downscale_ratio = 8
+        vae.upscale_ratio = vae.downscale_ratio = (
+            8 if "z_dim" in config else 2 ** (len(config["block_out_channels"]) - 1)
+        )
         if "z_dim" in config:  # Wan's
             vae.latent_dim = 3
             vae.upscale_ratio = (lambda frames: 4 * frames - 3, 8, 8)

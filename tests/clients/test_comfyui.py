@@ -5,6 +5,7 @@ ComfyUI itself is a stand-in of what surrounds the model in its VAE; `comfyui_ru
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from handlers import MODELS
+from handlers.version import VERSION
 from remote_vae import RemoteVAEError
 from scripts.local_server import ROOT
 from tests.difficult_way import difficult_way
@@ -52,7 +55,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
         assert (folder / module.WEB_DIRECTORY / "settings.js").exists()
         yield module
         for name in list(sys.modules):
-            if name.split(".")[0] in ("custom_node", "comfy", "folder_paths"):
+            if name.split(".")[0] in ("custom_node", "comfy", "folder_paths", "nodes"):
                 del sys.modules[name]
 
 
@@ -165,11 +168,54 @@ def test_ltx_video_with_a_timestep(service: Service, load: Callable[[str], Any])
     assert torch.allclose(pixels, ((sample + 1) / 2).clamp(0, 1).movedim(1, -1), atol=1e-5)
 
 
+@pytest.mark.parametrize("key", ["tiny", "wan-2.1"])
+def test_another_device_is_selected(key: str, service: Service, load: Callable[[str], Any]) -> None:
+    """Select VAE Device, which takes the model of a copy from its patcher; on "default" that was the placeholder."""
+    vae = load(f"{service.url}/{key}")
+    selected = copy.copy(vae)
+    selected.patcher = vae.patcher.clone()
+    selected.first_stage_model = selected.patcher.model
+    side = MODELS[key].vae_scale_factor
+    latents = selected.encode(picture(1, 2 * side, 2 * side))
+    assert latents.shape[1] == MODELS[key].latent_channels
+    assert torch.equal(latents, vae.encode(picture(1, 2 * side, 2 * side)))
+    assert torch.equal(selected.decode(latents), vae.decode(latents))
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_statistics_of_ltx(key: str, service: Service, load: Callable[[str], Any]) -> None:
+    """LTXVLatentUpsampler takes normalised latents to the VAE's own range and back."""
+    remote = load(f"{service.url}/{key}").first_stage_model
+    if not key.startswith("ltx"):
+        assert not hasattr(remote, "per_channel_statistics")
+        return
+    statistics, latents = remote.per_channel_statistics, noise(1, 128, 2, 2, 2)
+    raw = statistics.un_normalize(latents)
+    assert torch.allclose(raw, to_raw(key, service.model(key), latents))
+    assert not torch.allclose(raw, latents)
+    assert torch.allclose(statistics.normalize(raw), latents, atol=1e-5)
+    assert statistics.un_normalize(latents.bfloat16()).dtype == torch.bfloat16
+
+
+def test_it_is_listed_beside_load_vae(node: ModuleType, load: Callable[[str], Any]) -> None:
+    assert node.NODE_CLASS_MAPPINGS["RemoteVAELoader"].CATEGORY == "model/loaders"
+
+
 def test_more_than_fits_one_request(service: Service, load: Callable[[str], Any]) -> None:
     vae = load(f"{service.url}/tiny")
     vae.first_stage_model.latents.config["limits"]["max_batch"] = 2
     latents = noise(5, 8, 2, 2)
     assert torch.allclose(vae.decode(latents), decoded("tiny", service.model("tiny"), latents), atol=1e-5)
+
+
+def test_the_registrys_metadata() -> None:
+    """By https://docs.comfy.org/registry/specifications."""
+    metadata = tomllib.loads((ROOT / "clients" / "comfyui" / "pyproject.toml").read_text())
+    project = metadata["project"]
+    assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", project["name"])
+    assert project["version"] == VERSION
+    assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
+    assert metadata["tool"]["comfy"].keys() == {"PublisherId", "DisplayName"}
 
 
 def test_it_cannot_be_saved(service: Service, load: Callable[[str], Any]) -> None:

@@ -28,7 +28,7 @@ PILOT = [
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("sed ")])
 def test_the_pilots_addresses_are_replaced(command: str, tmp_path: Path) -> None:
-    """As they stand in SD.Next and in kijai's nodes: with a slash after them and without."""
+    """As they stand in SD.Next, in kijai's nodes and in Visionatrix': with a slash after them and without."""
     file = tmp_path / shlex.split(command)[-1]
     file.parent.mkdir(parents=True)
     file.write_text("".join(f"    'sd': '{url}',\n            endpoint = \"{url}/\"\n" for url in PILOT))
@@ -38,7 +38,7 @@ def test_the_pilots_addresses_are_replaced(command: str, tmp_path: Path) -> None
 
 
 def test_every_command_is_one_of_these() -> None:
-    assert [command.split()[0] for command in COMMANDS] == ["pip", "remote-vae", "sed", "sed"]
+    assert [command.split()[0] for command in COMMANDS] == ["pip", "remote-vae", "sed", "sed", "sed"]
 
 
 def test_what_they_send_through_the_proxy(service: Service, tmp_path: Path) -> None:
@@ -71,3 +71,16 @@ def test_what_they_send_through_the_proxy(service: Service, tmp_path: Path) -> N
             ):
                 assert (answer - decoded).abs().mean() < error, endpoint
         assert torch.equal(send("/flux/", raw, **alike, do_scaling=False), decoded)
+
+
+def test_what_visionatrix_node_sends_through_the_proxy(service: Service, tmp_path: Path) -> None:
+    """Raw latents as ComfyUI has them. Of a video it takes the dimensions after the channels as height and width."""
+    headers = {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
+    alike = {"do_scaling": False, "output_type": "pt", "partial_postprocess": False, "dtype": "float32"}
+    with proxy(service.url, tmp_path) as address:
+        for key, shape in (("flux", (1, 16, 4, 6)), ("hunyuan-video", (1, 16, 2, 4, 6))):
+            raw = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            parameters = {**alike, "shape": list(shape), "height": shape[2] * 8, "width": shape[3] * 8}
+            body = raw.numpy().tobytes()
+            response = requests.post(f"{address}/{key}/", params=parameters, data=body, headers=headers, timeout=60)
+            assert torch.equal(as_tensor(response), service.model(key).decode(raw).sample)

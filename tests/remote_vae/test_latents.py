@@ -26,6 +26,7 @@ from remote_vae.latents.formats import FORMATS, Format
 from scripts.local_server import ROOT
 from tests import forked
 from tests.difficult_way import Way, difficult_way
+from tests.forked import killed_at_the_end
 from tests.small_service import Service
 
 SIZES = [(300, 200), (200, 300), (256, 256), (100, 90), (640, 200), (128, 128), (90, 100), (257, 255)]
@@ -226,11 +227,12 @@ def test_ctrl_c_ends_at_once(way: Way, folder: Path, tmp_path: Path) -> None:
     way.hangs = True
     process = subprocess.Popen(command(folder, tmp_path / "out", way.url, "kohya"), cwd=ROOT, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 30
-    while not any(method == "POST" for method, _, _ in way.seen) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
+    with killed_at_the_end(process):
+        while not any(method == "POST" for method, _, _ in way.seen) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=10)
     assert time.monotonic() - start < 2
     assert process.returncode == 130
     assert b"Traceback" not in said

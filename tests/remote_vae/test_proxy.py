@@ -27,6 +27,7 @@ from PIL import Image
 from remote_vae import RemoteVAE
 from scripts.local_server import ROOT, free_port
 from tests.difficult_way import Way, difficult_way
+from tests.forked import killed_at_the_end
 from tests.small_service import Service
 
 TOKEN = "hf_theTokenThatNobodyMaySee"
@@ -57,15 +58,16 @@ def proxy(target: str, folder: Path, *arguments: str, token: str | None = TOKEN)
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
     url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 30
-        while not answers(port) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
-        assert TOKEN not in log.read_text()
+    with killed_at_the_end(process):
+        try:
+            deadline = time.monotonic() + 30
+            while not answers(port) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+            assert TOKEN not in log.read_text()
 
 
 def test_the_released_client_reaches_a_protected_endpoint_that_starts(

@@ -8,13 +8,34 @@ import torch
 from torch import Tensor
 
 
+class Placeholder(torch.nn.Module):
+    """The model of a VAE without weights."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class Patcher:
+    """The object that holds a model for ComfyUI's memory management; its clones share the model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def clone(self) -> Patcher:
+        return Patcher(self.model)
+
+
 class VAE:
     """Pictures are `[B, H, W, C]` in [0, 1], the frames of a video as well; the model takes `[B, C, (F,) H, W]`."""
 
     def __init__(self, sd: dict[str, Tensor], device: Any = None, dtype: Any = None) -> None:
         assert set(sd) == {"pixel_space_vae"}  # the one without weights
         self.device, self.vae_dtype = device, dtype
-        self.first_stage_model: Any = torch.nn.Identity()
+        self.first_stage_model: Any = Placeholder()
+        self.patcher = Patcher(self.first_stage_model)
         self.latent_dim, self.latent_channels, self.output_channels = 2, 3, 3
         self.upscale_ratio: Any = 1
         self.downscale_ratio: Any = 1

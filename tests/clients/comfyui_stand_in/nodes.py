@@ -1,0 +1,5 @@
+"""ComfyUI's own nodes."""
+
+
+class VAELoader:
+    CATEGORY = "model/loaders"
