@@ -23,6 +23,7 @@ from handlers.serving import metrics
 from handlers.serving.access_log import NO_ANSWER
 from handlers.serving.errors import RequestError
 from handlers.serving.output import to_json
+from handlers.serving.payload import lost_bytes
 from handlers.serving.pipeline import Pipeline, Prepared, Result
 from handlers.serving.request import Request, media_type_of
 from handlers.serving.stream import Stream
@@ -190,8 +191,13 @@ class Exchange:
         if "shape" in values:
             values["shape"] = query.getlist("shape")
         content_type, accept = headers.get("content-type", ""), headers.get("accept")
-        request = self.pipeline.parse(body, content_type, accept, values, self.task)
-        return request, self.pipeline.prepare(request)
+        try:
+            request = self.pipeline.parse(body, content_type, accept, values, self.task)
+            return request, self.pipeline.prepare(request)
+        except RequestError as error:
+            if not lost_bytes(body, content_type):
+                raise
+            raise RequestError(f"{error}; curl's -d drops line breaks: use --data-binary", error.status) from error
 
     def render(self, request: Request, value: Any) -> Response:
         content = self.pipeline.render(request, value)
