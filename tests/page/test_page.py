@@ -43,13 +43,15 @@ def picture(tmp_path_factory: pytest.TempPathFactory, photograph: Image.Image) -
     return file
 
 
-def through_the_api(url: str, file: Path, scaled: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def through_the_api(
+    url: str, file: Path, scaled: bool = True, headers: dict[str, str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Encode an image to latents [1, C, h, w], normalized or raw, and decode them to pixels [H, W, 3]."""
     parameters = {"answer_dtype": "float32", "do_scaling": scaled}
-    encoded = requests.post(f"{url}/encode", data=file.read_bytes(), params=parameters, timeout=30)
+    encoded = requests.post(f"{url}/encode", file.read_bytes(), params=parameters, headers=headers, timeout=30)
     shape = json.loads(encoded.headers["shape"])
     parameters = {"shape": shape, "dtype": "float32", "image_format": "png", "do_scaling": scaled}
-    decoded = requests.post(f"{url}/decode", data=encoded.content, params=parameters, timeout=30)
+    decoded = requests.post(f"{url}/decode", encoded.content, params=parameters, headers=headers, timeout=30)
     latents = np.frombuffer(encoded.content, np.float32).reshape(shape)
     return latents, np.asarray(Image.open(io.BytesIO(decoded.content)))
 
@@ -493,6 +495,32 @@ class TestSeveralModels:
         with visit(browser, tiny) as opened:
             expect(opened.page.locator("#about")).to_contain_text("tiny")
             expect(opened.page.locator("#model")).to_be_hidden()
+
+
+class TestJavaScript:
+    """The example of docs/http-api.md, as it stands."""
+
+    SNIPPET = re.search(r"```js\n(.*?)```", (ROOT / "docs" / "http-api.md").read_text(), re.DOTALL)[1]
+    RUN = """async (data) => {
+        %s
+        const latents = await encode(new Blob([Uint8Array.from(data)]));
+        const image = new Uint8Array(await (await decode(latents)).arrayBuffer());
+        const refused = await decode({...latents, shape: [1, 2, 3]}).catch((error) => error.message);
+        return {shape: latents.shape, values: [...latents.values], image: [...image], refused};
+    }"""
+
+    @pytest.mark.parametrize("token", ["", TOKEN])
+    def test_an_image_there_and_back(self, browser: Browser, picture: Path, tmp_path: Path, token: str) -> None:
+        protected = {"API_TOKEN": token} if token else {}
+        with serve("--model", "tiny", "--device", "cpu", log=tmp_path / "log", **protected) as url:
+            script = self.SNIPPET.replace("http://127.0.0.1:8000", url).replace('TOKEN = ""', f'TOKEN = "{token}"')
+            with visit(browser, url) as opened:
+                got = opened.page.evaluate(self.RUN % script, list(picture.read_bytes()))
+            latents, expected = through_the_api(url, picture, headers={"Authorization": f"Bearer {token}"})
+        assert got["shape"] == list(latents.shape)
+        assert np.array_equal(np.array(got["values"], np.float32), latents.flatten())
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(bytes(got["image"])))), expected)
+        assert "is 24 bytes, but" in got["refused"]
 
 
 class TestLook:
