@@ -509,6 +509,7 @@ class TestJavaScript:
         return {shape: latents.shape, values: [...latents.values], image: [...image], refused};
     }"""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("token", ["", TOKEN])
     def test_an_image_there_and_back(self, browser: Browser, picture: Path, tmp_path: Path, token: str) -> None:
         protected = {"API_TOKEN": token} if token else {}
