@@ -1,5 +1,7 @@
 """The README and the guides are true: their Python runs, and their commands are there."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -83,17 +85,44 @@ def test_snippets_run_as_they_stand(
     assert left["image"].size > (256, 256) if MODELS[key].kind == "image" else len(left["video"]) > 1000
 
 
-def test_curl_takes_a_picture_there_and_back(dtype: str, service: Service, tmp_path: Path) -> None:
+def run_curl(commands: str, url: str, folder: Path, before: str = "") -> None:
+    """Run commands of the document in a shell, against the service at `url`."""
+    script = re.sub(r"^\$ ", "", commands, flags=re.MULTILINE).replace("http://127.0.0.1:8000", url)
+    script = f"{before}\n{script.replace('curl ', 'curl -sS ')}"
+    subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, env={**os.environ, "HF_TOKEN": "hf_x"}
+    )
+
+
+CURL = next(block for block in re.findall(r"```console\n(.*?)```", HTTP_API, re.DOTALL) if "@photo.jpg" in block)
+
+
+@pytest.mark.parametrize("auth", ["with a token", "without"])
+def test_curl_takes_an_image_there_and_back(dtype: str, auth: str, service: Service, tmp_path: Path) -> None:
     photograph = Image.effect_noise((72, 64), 50).convert("RGB")
     photograph.save(tmp_path / "photo.jpg")
-    (commands,) = re.findall(r"```console\n(\$ curl --data-binary @photo.*?)```", HTTP_API, re.DOTALL)
-    script = re.sub(r"^\$ ", "", commands, flags=re.MULTILINE).replace(
-        "http://127.0.0.1:8000", f"{service.url}/tiny{dtype}"
-    )
-    subprocess.run(["bash", "-euc", script.replace("curl ", "curl -sf ")], cwd=tmp_path, check=True)
+    commands = CURL if auth == "with a token" else re.sub("AUTH=.*", "AUTH=", CURL)
+    run_curl(commands, f"{service.url}/tiny{dtype}", tmp_path)
     assert "dtype: float32" in (tmp_path / "headers.txt").read_text()
+    assert not (tmp_path / "error.json").exists()
     with Image.open(tmp_path / "photo-again.png") as again:
         assert again.size == photograph.size
+
+
+def test_curl_keeps_an_error_out_of_the_image(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    commands = CURL[: CURL.index("$ shape=")]
+    run_curl(commands, f"{service.url}/tiny", tmp_path)
+    assert not (tmp_path / "latents.bin").exists()
+    assert "cannot be read" in json.loads((tmp_path / "error.json").read_text())["error"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_call_by_curl_sends_the_token_and_fails_on_an_error(document: Path) -> None:
+    blocks = re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL)
+    commands = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if " curl " in f" {line}"]
+    calls = [command for command in commands if re.search(r"\$URL|http|URL/", command)]
+    assert all('-H "$AUTH"' in call and "--fail-with-body" in call for call in calls), calls
 
 
 def test_a_half_precision_answer_is_widened_exactly(dtype: str, service: Service) -> None:
@@ -106,14 +135,11 @@ def test_a_half_precision_answer_is_widened_exactly(dtype: str, service: Service
 
 def test_curl_hands_a_stream_on(dtype: str, service: Service, tmp_path: Path) -> None:
     """To a player, which keeps what it gets."""
-    (command,) = re.findall(r"^\$ (curl -N .*)$", HTTP_API, re.MULTILINE)
+    (command,) = re.findall(r"^\$ (curl -N .*?)\n```", HTTP_API, re.MULTILINE | re.DOTALL)
     shape = [int(size) for size in re.search(r"shape=([\d,]+)", command)[1].split(",")]
     (tmp_path / "latents.bin").write_bytes(torch.randn(shape).numpy().tobytes())
-    script = command.replace("http://127.0.0.1:8000", f"{service.url}/hunyuan-video{dtype}").replace(
-        "curl ", "curl -sf "
-    )
-    player = "set -o pipefail; ffplay() { cat > video.mp4; }; "
-    subprocess.run(["bash", "-euc", player + script], cwd=tmp_path, check=True)
+    player = f"URL={service.url}/hunyuan-video{dtype} AUTH=; ffplay() {{ cat > video.mp4; }}"
+    run_curl(command, "", tmp_path, before=player)
     with av.open(str(tmp_path / "video.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == 4 * (shape[2] - 1) + 1
 

@@ -210,9 +210,11 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
     path = request.state.record["path"]
     models = list(getattr(request.app.state.handler, "models", {}))
     named = f", each also under the name of a model: {', '.join(f'/{model}/decode' for model in models)}"
+    allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+    hint = "; curl sends a file with `--data-binary @FILE`" if request.method == "GET" else ""
     detail = {
         404: f"there is no {path}; POST to /, /predict, /decode or /encode{named if models else ''}",
-        405: f"{path} does not take {request.method}",
+        405: f"{path} does not take {request.method}, it takes {allowed}{hint}",
     }.get(error.status_code, error.detail)
     return error_answer(request, detail, error.status_code, error.headers)
 

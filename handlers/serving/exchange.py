@@ -24,6 +24,7 @@ from handlers.serving.access_log import NO_ANSWER
 from handlers.serving.admission import Reservation
 from handlers.serving.errors import RequestError
 from handlers.serving.output import to_json
+from handlers.serving.payload import lost_bytes
 from handlers.serving.pipeline import Pipeline, Prepared, Result
 from handlers.serving.request import Request, media_type_of
 from handlers.serving.stream import Stream
@@ -185,11 +186,16 @@ class Exchange:
         if "shape" in values:
             values["shape"] = query.getlist("shape")
         content_type, accept = headers.get("content-type", ""), headers.get("accept")
-        with self.reservation:  # a thread that is left behind has its bytes until it ends
-            request = self.pipeline.parse(body, content_type, accept, values, self.task)
-            if request.body is not body:
-                body.clear()  # all of it was copied: the files of a form, the tensor in JSON
-            return request, self.pipeline.prepare(request, self.reservation.hold)
+        try:
+            with self.reservation:  # a thread that is left behind has its bytes until it ends
+                request = self.pipeline.parse(body, content_type, accept, values, self.task)
+                if request.body is not body:
+                    body.clear()  # all of it was copied: the files of a form, the tensor in JSON
+                return request, self.pipeline.prepare(request, self.reservation.hold)
+        except RequestError as error:
+            if not lost_bytes(body, content_type):
+                raise
+            raise RequestError(f"{error}; curl's -d drops line breaks: use --data-binary", error.status) from error
 
     def render(self, request: Request, value: Any) -> Response:
         content = self.pipeline.render(request, value)

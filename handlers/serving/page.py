@@ -1,4 +1,4 @@
-"""The page that a browser gets at the endpoint's root: one file, which may run nothing but what is in it."""
+"""The web demo, which a browser gets at the endpoint's root: one file, which may run nothing but what is in it."""
 
 from __future__ import annotations
 

@@ -31,6 +31,9 @@ DTYPES = {
     "uint8": torch.uint8,
 }
 
+NAME_LENGTH = 200
+"""Bytes of a body that may be the name of a file, sent in place of the file."""
+
 JSON_VALUES = 10_000
 """Lists, objects and their elements in a JSON body, which take 25 times their size; parameters are a few dozen."""
 
@@ -47,10 +50,21 @@ def sniff(body: Body) -> BodyKind:
         return "image"
     if body[4:8] == b"ftyp" and body[8:12] not in PICTURE_BRANDS:
         return "video"
+    seen = ""
+    if not body:
+        seen = ", it is empty"
+    elif len(body) <= NAME_LENGTH and body.isascii() and (name := body.decode()).isprintable():
+        seen = f", it is the text {name!r} (curl sends the content of a file with `--data-binary @FILE`)"
     raise RequestError(
-        "`shape` is missing, and the body is no PNG, JPEG, WebP or MP4 file; a tensor needs its shape and dtype as "
-        "parameters, e.g. ?shape=1&shape=4&shape=64&shape=64&dtype=float16"
+        f"`shape` is missing, and the body is no PNG, JPEG, WebP or MP4 file{seen}; a tensor needs its shape and dtype "
+        "as parameters, e.g. ?shape=1,4,64,64&dtype=float16"
     )
+
+
+def lost_bytes(body: Body, content_type: str) -> bool:
+    """Return whether a file was sent with curl's -d, which drops every line break and zero byte in it."""
+    sent_by_curl = content_type == "application/x-www-form-urlencoded"
+    return sent_by_curl and len(body) > NAME_LENGTH and not any(byte in body for byte in b"\n\r\0")
 
 
 def read_json(body: Body) -> tuple[bytes, dict[str, Any]]:

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from scripts.local_server import serve
 
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=120_000)  # a busy machine takes half a minute for one pass
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The page at the endpoint's root, in a browser: what a person drops on it, and what they see."""
+"""The web demo at the endpoint's root, in a browser: what a person gives it, and what they see."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ import requests
 import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from handlers.serving.output import write_mp4
 from scripts.local_server import ROOT, serve
-from tests.conftest import Endpoint, faulty_endpoint
+from tests.checkpoints import SMALL, model_of
+from tests.conftest import Endpoint, faulty_endpoint, same_video
 from tests.faulty_server import THIRD_SPAN_SLOW
-from tests.page.conftest import visit
+from tests.page.conftest import Visit, visit
+from tests.remote_vae.test_proxy import proxy
+from tests.small_service import Service
 
 TOKEN = "a-token-of-this-test"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -39,14 +43,24 @@ def picture(tmp_path_factory: pytest.TempPathFactory, photograph: Image.Image) -
     return file
 
 
-def through_the_api(url: str, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A picture's latents [1, C, h, w], and what is decoded of them, [H, W, 3]."""
-    encoded = requests.post(f"{url}/encode", data=file.read_bytes(), params={"answer_dtype": "float32"}, timeout=30)
+def through_the_api(
+    url: str, file: Path, scaled: bool = True, headers: dict[str, str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode an image to latents [1, C, h, w], normalized or raw, and decode them to pixels [H, W, 3]."""
+    parameters = {"answer_dtype": "float32", "do_scaling": scaled}
+    encoded = requests.post(f"{url}/encode", file.read_bytes(), params=parameters, headers=headers, timeout=30)
     shape = json.loads(encoded.headers["shape"])
-    parameters = {"shape": shape, "dtype": "float32", "image_format": "png"}
-    decoded = requests.post(f"{url}/decode", data=encoded.content, params=parameters, timeout=30)
+    parameters = {"shape": shape, "dtype": "float32", "image_format": "png", "do_scaling": scaled}
+    decoded = requests.post(f"{url}/decode", encoded.content, params=parameters, headers=headers, timeout=30)
     latents = np.frombuffer(encoded.content, np.float32).reshape(shape)
     return latents, np.asarray(Image.open(io.BytesIO(decoded.content)))
+
+
+def download(opened: Visit, button: str) -> tuple[str, bytes]:
+    """The name and the content of the file that a button saves."""
+    with opened.page.expect_download() as saved:
+        opened.page.click(button)
+    return saved.value.suggested_filename, saved.value.path().read_bytes()
 
 
 def as_array(pixels: list[int], height: int, width: int) -> np.ndarray:
@@ -79,12 +93,24 @@ class TestPicture:
             expect(opened.page.locator("#channels canvas")).to_have_count(8)
             expect(opened.page.locator("#shape")).to_have_text(f"Latents: 8 channels of 16 {TIMES} 24")
             for card in ("#encoding", "#decoding"):
-                for said in ("VAE", "reading the request", "waiting", "writing the answer", "in all"):
+                for said in ("VAE", "reading the request", "waiting in the queue", "writing the response", "total"):
                     expect(opened.page.locator(card)).to_contain_text(said)
             expect(opened.page.locator("#encoding")).to_contain_text(f"{latents.nbytes / 1000:.1f} kB")
-            with opened.page.expect_download() as download:
-                opened.page.click("#save")
-            assert np.array_equal(np.load(download.value.path()), latents)
+            expect(opened.page.locator("#facts")).to_contain_text("6 to 1")
+            name, saved = download(opened, "#save-npy")
+            assert name == "astronaut-latents.npy"
+            assert np.array_equal(np.load(io.BytesIO(saved)), latents)
+            name, saved = download(opened, "#save-decoded")
+            assert name == "astronaut-decoded.png"
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(saved))), expected)
+
+    def test_a_sample_needs_no_file(self, browser: Browser, tiny: str) -> None:
+        with visit(browser, tiny) as opened:
+            opened.page.click("text=Try a sample image")
+            expect(opened.page.locator("#psnr")).to_contain_text("dB")
+            expect(opened.page.locator("#facts")).to_contain_text(f"512 {TIMES} 512")
+            assert float(opened.page.locator("#psnr").text_content().removesuffix(" dB")) > 25
+            assert as_array(opened.pixels("original"), 512, 512).std() > 40
 
     @pytest.mark.slow
     def test_under_the_toolkit(self, browser: Browser, picture: Path, tmp_path: Path) -> None:
@@ -210,10 +236,13 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(
     with serve("--model", "sd-v1", "--weights", weights, log=tmp_path / "log", API_TOKEN=TOKEN) as url:
         with visit(browser, url) as opened:
             page = opened.page
-            expect(page.locator("#error")).to_contain_text("Authorization: Bearer")
+            expect(page.locator("#access")).to_contain_text("the value of API_TOKEN")
+            expect(page.locator("#access")).to_contain_text("stays in this browser tab")
+            expect(page.locator("#error")).to_be_hidden()
             expect(page.locator("#token")).to_be_focused()
             page.keyboard.type("another")
             page.keyboard.press("Enter")
+            expect(page.locator("#error")).to_have_text("The service did not accept this token.")
             expect(page.locator("#token")).to_be_focused()
             page.keyboard.type(TOKEN)
             page.keyboard.press("Enter")
@@ -228,12 +257,70 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(
             expect(other.page.locator("#token")).to_be_visible()
 
 
+class TestSavedLatents:
+    @pytest.mark.parametrize("save", ["#save-npy", "#save-safetensors"])
+    def test_dropped_again_they_give_the_same_image(
+        self, browser: Browser, tiny: str, picture: Path, tmp_path: Path, save: str
+    ) -> None:
+        with visit(browser, tiny) as opened:
+            opened.choose(picture)
+            expect(opened.page.locator("#psnr")).to_contain_text("dB")
+            _, direct = download(opened, "#save-decoded")
+            name, content = download(opened, save)
+            (tmp_path / name).write_bytes(content)
+            opened.choose(tmp_path / name)
+            expect(opened.page.locator("#facts")).to_contain_text(f"96 {TIMES} 64")
+            expect(opened.page.locator("#values option:checked")).to_have_text("normalized, as pipelines give them")
+            assert download(opened, "#save-decoded")[1] == direct
+
+    @pytest.mark.parametrize("save", ["#save-npy", "#save-safetensors"])
+    @pytest.mark.parametrize("key", [key for key in SMALL if model_of(key)])
+    def test_so_it_is_with_every_model(
+        self, browser: Browser, service: Service, picture: Path, clip: Path, tmp_path: Path, key: str, save: str
+    ) -> None:
+        """Whatever its factors, mean and deviation are, and whether its pipelines give raw latents."""
+        is_video = model_of(key).kind == "video"
+        with visit(browser, f"{service.url}/{key}/") as opened:
+            opened.choose(clip if is_video else picture)
+            expect(opened.page.locator("#facts")).to_contain_text("memory mode")
+            _, direct = download(opened, "#save-decoded")
+            name, content = download(opened, save)
+            (tmp_path / name).write_bytes(content)
+            opened.choose(tmp_path / name)
+            expect(opened.page.locator("#facts")).to_contain_text("memory mode")
+            _, again = download(opened, "#save-decoded")
+            assert same_video(again, direct) if is_video else again == direct
+
+    @pytest.mark.parametrize("key", ["sdxl", "flux2", "wan-2.1", "ltx-2"])
+    def test_they_are_what_a_pipeline_gives(
+        self, browser: Browser, service: Service, picture: Path, tmp_path: Path, key: str
+    ) -> None:
+        """Normalized; raw where the model's own pipeline gives raw ones in the same layout. The metadata says so."""
+        raw = key in ("flux2", "ltx-2")
+        with visit(browser, f"{service.url}/{key}/") as opened:
+            opened.choose(picture)
+            expect(opened.page.locator("#facts")).to_contain_text("memory mode")
+            _, content = download(opened, "#save-safetensors")
+        (tmp_path / "z.safetensors").write_bytes(content)
+        with safe_open(tmp_path / "z.safetensors", "pt") as file:
+            latents, about = file.get_tensor("latents"), file.metadata()
+        unit = model_of(key).vae_scale_factor
+        size = [side // unit * unit for side in (96, 64)]
+        sent = io.BytesIO()
+        Image.open(picture).resize(size).save(sent, "PNG")
+        parameters = {"answer_dtype": "float32", "do_scaling": not raw}
+        encoded = requests.post(f"{service.url}/{key}/encode", sent.getvalue(), params=parameters, timeout=60)
+        expected = torch.frombuffer(bytearray(encoded.content), dtype=torch.float32)
+        assert torch.equal(latents.flatten(), expected)
+        assert about["normalized"] == str(not raw).lower()
+
+
 class TestLatents:
     @pytest.mark.parametrize("name", ["z.npy", "half.npy", "z.safetensors", "bfloat.safetensors"])
     def test_a_file_is_decoded_as_by_the_api(
         self, browser: Browser, tiny: str, picture: Path, tmp_path: Path, name: str
     ) -> None:
-        latents, decoded = through_the_api(tiny, picture)
+        latents, decoded = through_the_api(tiny, picture, scaled=False)
         file = tmp_path / name
         if name == "z.npy":
             np.save(file, latents)
@@ -243,9 +330,12 @@ class TestLatents:
             dtype = torch.bfloat16 if "bfloat" in name else torch.float32
             save_file({"latents": torch.from_numpy(latents.copy()).to(dtype)}, file)
         with visit(browser, tiny) as opened:
-            opened.page.click("summary")
-            opened.page.uncheck("#scaled")
             opened.drop(file, "")
+            expect(opened.page.locator("#facts")).to_contain_text(f"96 {TIMES} 64")
+            expect(opened.page.locator("#values option:checked")).to_contain_text("normalized")
+            expect(opened.page.locator("#reading")).to_contain_text(f"Standard deviation {latents.std():.2f}")
+            with opened.page.expect_response("**/decode*"):
+                opened.page.select_option("#values", "raw")
             expect(opened.page.locator("#facts")).to_contain_text(f"96 {TIMES} 64")
             shown = as_array(opened.pixels("decoded"), 64, 96)
             assert np.abs(shown.astype(int) - decoded).mean() < (0.01 if name.startswith("z") else 2)
@@ -260,10 +350,11 @@ class TestLatents:
             f"{tiny}/decode", packed.numpy().tobytes(), params={**parameters, "image_format": "png"}, timeout=30
         )
         with visit(browser, tiny) as opened:
-            opened.page.click("summary")
+            opened.choose(tmp_path / "packed.safetensors")
+            expect(opened.page.locator("#error")).to_contain_text("packed")
             opened.page.fill("#height", "64")
             opened.page.fill("#width", "96")
-            opened.choose(tmp_path / "packed.safetensors")
+            opened.page.keyboard.press("Enter")
             expect(opened.page.locator("#facts")).to_contain_text(f"96 {TIMES} 64")
             shown = as_array(opened.pixels("decoded"), 64, 96)
             assert np.array_equal(shown, np.asarray(Image.open(io.BytesIO(answer.content))))
@@ -272,7 +363,9 @@ class TestLatents:
         ("name", "content", "said"),
         [
             ("text.npy", b"hello", "text.npy cannot be read: it is no .npy file"),
+            ("headless.npy", b"\x93NUMPY\1\0\2\0{}", "headless.npy cannot be read: its header is malformed"),
             ("short.safetensors", b"\1", "short.safetensors cannot be read: it is cut short"),
+            ("list.safetensors", struct.pack("<Q", 4) + b"null", "list.safetensors cannot be read: its header is"),
             ("long.safetensors", struct.pack("<Q", 2**40) + b"{}", "it is no .safetensors file, or cut short"),
             ("none.safetensors", struct.pack("<Q", 2) + b"{}", "it must hold one tensor, and holds none"),
         ],
@@ -361,36 +454,74 @@ class TestVideo:
             expect(opened.page.locator("#error")).to_contain_text("video")
 
 
-def test_a_choice_of_models(browser: Browser, tiny: str, picture: Path) -> None:
-    """Of an endpoint that lists several; they are reached at their names."""
-    about = requests.get(f"{tiny}/config", timeout=5).json()
-    with visit(browser, "about:blank") as opened:
-        page, asked = opened.page, []
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a service of two models with random weights."""
+    log = tmp_path_factory.mktemp("two") / "log"
+    with serve("--model", "tiny,taesd", "--weights", "random", "--device", "cpu", log=log) as url:
+        yield url
 
-        def answer(route: Route) -> None:
-            path = route.request.url.removeprefix(tiny)
-            asked.append(re.sub(r"\?.*", "", path))
-            if path == "/config":
-                return route.fulfill(json={"models": [{"name": "small"}, {"name": "other one"}]})
-            if path.endswith("/config"):
-                return route.fulfill(json={**about, "model": path.split("/")[1]})
-            return route.continue_(url=tiny + re.sub(r"^/[^/]+", "", path))
 
-        page.route(re.compile(r"/(config|encode|decode)(\?|$)"), answer)
-        page.goto(tiny)
-        expect(page.locator("#about")).to_contain_text("small")
-        assert page.locator("#model option").all_text_contents() == ["small", "other one"]
-        page.select_option("#model", "other one")
-        expect(page.locator("#about")).to_contain_text("other%20one")
-        opened.choose(picture)
-        expect(page.locator("#psnr")).to_contain_text("dB")
-        assert asked == [
-            "/config",
-            "/small/config",
-            "/other%20one/config",
-            "/other%20one/encode",
-            "/other%20one/decode",
-        ]
+class TestSeveralModels:
+    @pytest.mark.parametrize("path", ["", "/", "/tiny", "/tiny/", "/taesd", "/taesd/", "/taesd?a=b#c"])
+    def test_the_address_says_which(self, browser: Browser, two: str, picture: Path, path: str) -> None:
+        with visit(browser, two + path) as opened:
+            opened.choose(picture)
+            expect(opened.page.locator("#psnr")).to_contain_text("dB")
+            expected = "AutoencoderTiny" if "taesd" in path else "AutoencoderKL "
+            expect(opened.page.locator("#about")).to_contain_text(expected)
+            expect(opened.page.locator("#channels canvas")).to_have_count(4 if "taesd" in path else 8)
+
+    def test_through_a_proxy(self, browser: Browser, two: str, picture: Path, tmp_path: Path) -> None:
+        with proxy(two, tmp_path) as url, visit(browser, f"{url}/taesd") as opened:
+            opened.choose(picture)
+            expect(opened.page.locator("#psnr")).to_contain_text("dB")
+            expect(opened.page.locator("#channels canvas")).to_have_count(4)
+
+    def test_a_choice_of_them_runs_the_same_image_again(self, browser: Browser, two: str, picture: Path) -> None:
+        with visit(browser, two) as opened:
+            page = opened.page
+            opened.choose(picture)
+            expect(page.locator("#channels canvas")).to_have_count(8)
+            assert page.locator("#model option").all_text_contents() == ["tiny", "taesd"]
+            page.select_option("#model", "taesd")
+            expect(page.locator("#channels canvas")).to_have_count(4)
+            expect(page.locator("#psnr")).to_contain_text("dB")
+
+    def test_a_model_is_named_once(self, browser: Browser, two: str, tiny: str) -> None:
+        with visit(browser, two) as opened:
+            expect(opened.page.locator("#about")).to_contain_text("AutoencoderKL")
+            assert "tiny" not in opened.page.locator("#about").text_content()
+        with visit(browser, tiny) as opened:
+            expect(opened.page.locator("#about")).to_contain_text("tiny")
+            expect(opened.page.locator("#model")).to_be_hidden()
+
+
+class TestJavaScript:
+    """The example of docs/http-api.md, as it stands."""
+
+    SNIPPET = re.search(r"```js\n(.*?)```", (ROOT / "docs" / "http-api.md").read_text(), re.DOTALL)[1]
+    RUN = """async (data) => {
+        %s
+        const latents = await encode(new Blob([Uint8Array.from(data)]));
+        const image = new Uint8Array(await (await decode(latents)).arrayBuffer());
+        const refused = await decode({...latents, shape: [1, 2, 3]}).catch((error) => error.message);
+        return {shape: latents.shape, values: [...latents.values], image: [...image], refused};
+    }"""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("token", ["", TOKEN])
+    def test_an_image_there_and_back(self, browser: Browser, picture: Path, tmp_path: Path, token: str) -> None:
+        protected = {"API_TOKEN": token} if token else {}
+        with serve("--model", "tiny", "--device", "cpu", log=tmp_path / "log", **protected) as url:
+            script = self.SNIPPET.replace("http://127.0.0.1:8000", url).replace('TOKEN = ""', f'TOKEN = "{token}"')
+            with visit(browser, url) as opened:
+                got = opened.page.evaluate(self.RUN % script, list(picture.read_bytes()))
+            latents, expected = through_the_api(url, picture, headers={"Authorization": f"Bearer {token}"})
+        assert got["shape"] == list(latents.shape)
+        assert np.array_equal(np.array(got["values"], np.float32), latents.flatten())
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(bytes(got["image"])))), expected)
+        assert "is 24 bytes, but" in got["refused"]
 
 
 class TestLook:
@@ -401,7 +532,6 @@ class TestLook:
             page = opened.page
             opened.choose(picture)
             expect(page.locator("#psnr")).to_contain_text("dB")
-            page.click("summary")
             assert page.evaluate("document.documentElement.scrollWidth") <= 360
             parts = ("#stage", "#quality", "#latents", "#encoding", "#decoding")
             stage, *below = (page.locator(part).bounding_box() for part in parts)
@@ -411,6 +541,26 @@ class TestLook:
             page.touchscreen.tap(stage["x"] + stage["width"] * 0.8, stage["y"] + stage["height"] / 2)
             at = page.evaluate("parseFloat(document.getElementById('stage').style.getPropertyValue('--at'))")
             assert at == pytest.approx(80, abs=3)
+
+    def test_a_phone_shows_input_and_result_on_its_first_screen(self, browser: Browser, tiny: str) -> None:
+        with visit(browser, tiny, **{**PHONE, "viewport": {"width": 390, "height": 844}}) as opened:
+            page = opened.page
+            expect(page.locator("#invitation")).to_have_text("choose a file", use_inner_text=True, ignore_case=True)
+            page.tap("#sample")
+            expect(page.locator("#psnr")).to_contain_text("dB")
+            parts = ("#drop", "#stage", "#psnr")
+            boxes = [page.locator(part).bounding_box() for part in parts]
+            edges = [edge for box in boxes for edge in (box["y"], box["y"] + box["height"])]
+            assert edges == sorted(edges)
+            assert edges[-1] <= 844
+
+    def test_the_form_of_latents_fits_a_narrow_screen(self, browser: Browser, service: Service, tmp_path: Path) -> None:
+        np.save(tmp_path / "z.npy", np.zeros((1, 32, 8, 8), np.float32))
+        with visit(browser, f"{service.url}/flux2/", **PHONE) as opened:
+            opened.choose(tmp_path / "z.npy")
+            expect(opened.page.locator("#facts")).to_contain_text("image")
+            expect(opened.page.locator("#reading")).to_be_visible()
+            assert opened.page.evaluate("document.documentElement.scrollWidth") <= 360
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_text_stands_out_from_its_ground(self, browser: Browser, tiny: str, picture: Path, scheme: str) -> None:

@@ -394,6 +394,28 @@ class TestWhatPeopleTryFirst:
         expected = requests.post(f"{endpoint.url}/encode", data=(tmp_path / "photo.png").read_bytes(), timeout=30)
         assert answer == expected.content
 
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ("-d @photo.jpg {url}/encode", "curl's -d drops line breaks: use --data-binary"),
+            ("-d @latents.bin {url}/decode?shape=1,4,64,64&dtype=float32", "came; curl's -d drops line breaks"),
+            ("--data-binary photo.jpg {url}/encode", "the text 'photo.jpg' (curl sends the content of a file with"),
+            ("-X POST {url}/encode", "it is empty"),
+            ("{url}/encode", "it takes POST, PUT; curl sends a file with `--data-binary @FILE`"),
+            ("--data-binary @latents.bin {url}/decode", "e.g. ?shape=1,4,64,64&dtype=float16"),
+        ],
+    )
+    def test_a_mistake_with_curl_is_told(
+        self, running: Any, photograph: Image.Image, tmp_path: Path, options: str, said: str
+    ) -> None:
+        photograph.resize((512, 512)).save(tmp_path / "photo.jpg")
+        latents = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+        (tmp_path / "latents.bin").write_bytes(latents.numpy().tobytes())
+        command = ["curl", "-s", "--fail-with-body", *options.format(url=running("sd-v1").url).split()]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+        assert result.returncode == 22
+        assert said in json.loads(result.stdout)["error"]
+
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     def test_the_dtype_of_the_answer(self, endpoint: Endpoint, dtype: str) -> None:
         latents = endpoint.latents()
@@ -531,7 +553,7 @@ class TestWrongInput:
         response = requests.post(f"{endpoint.url}/nowhere", timeout=5)
         assert (response.status_code, response.json()["error"][:20]) == (404, "there is no /nowhere")
         response = requests.delete(endpoint.url, timeout=5)
-        assert (response.status_code, response.json()) == (405, {"error": "/ does not take DELETE"})
+        assert (response.status_code, response.json()["error"][:33]) == (405, "/ does not take DELETE, it takes ")
         assert {method.strip() for method in response.headers["Allow"].split(",")} == {"GET", "HEAD", "POST", "PUT"}
 
     def test_the_client_raises_with_the_message(self, image_endpoint: Endpoint) -> None:
