@@ -78,4 +78,6 @@ class Layout:
 
     def describe_pixels(self) -> str:
         """The shape of a batch in words, for messages."""
-        return "[B, 3, F, height, width]" if self.kind == "video" else "[B, 3, height, width]"
+        if self.kind == "video":
+            return "[B, 3, F, height, width]"
+        return "[B, 3, height, width]" + (" or [B, 3, 1, height, width]" if self.ndim == 5 else "")

@@ -98,7 +98,7 @@ def is_pixels(shape: tuple[int, ...], dtype: str | None, layout: Layout) -> bool
     """Whether a tensor of this shape holds pixels: 3 channels, first, or last in uint8 (as `to_answer` gives them)."""
     batched = len(shape) == layout.pixels_ndim and shape[1] == 3
     unbatched = len(shape) == layout.pixels_ndim - 1 and shape[0] == 3
-    return batched or unbatched or _is_channels_last(shape, dtype)
+    return batched or unbatched or _is_channels_last(shape, dtype) or _is_one_frame(shape, layout)
 
 
 def fits(shape: tuple[int, ...], layout: Layout) -> bool:
@@ -110,10 +110,16 @@ def _is_channels_last(shape: tuple[int, ...], dtype: str | None) -> bool:
     return dtype == "uint8" and len(shape) in (3, 4) and shape[-1] == 3
 
 
+def _is_one_frame(shape: tuple[int, ...], layout: Layout) -> bool:
+    """Whether these are images as an image VAE with frames takes them itself: [B, 3, 1, H, W]."""
+    return layout.kind == "image" and layout.ndim == 5 == len(shape) and shape[1:3] == (3, 1)
+
+
 def to_batch(pixels: Tensor, layout: Layout, exact: bool = False) -> Tensor:
     """A tensor of pixels to [B, 3, H, W] (image) or [B, 3, F, H, W] (video), in its own dtype.
 
-    uint8 may also be [H, W, 3], [B, H, W, 3] or, for a video, [F, H, W, 3].
+    uint8 may also be [H, W, 3], [B, H, W, 3] or, for a video, [F, H, W, 3]. An image of a VAE with frames may have its
+    one frame, [B, 3, 1, H, W].
 
     Args:
         exact: any size that diffusers' own pass takes will do, although that may leave out or pad the rest.
@@ -130,6 +136,8 @@ def to_batch(pixels: Tensor, layout: Layout, exact: bool = False) -> Tensor:
         pixels = pixels.movedim(-1, -3)
         if layout.kind == "video":  # frames, or a single one
             pixels = (pixels if pixels.ndim == 4 else pixels.unsqueeze(0)).movedim(1, 0)
+    if _is_one_frame(tuple(shape), layout):
+        pixels = pixels.squeeze(2)
     if pixels.ndim < layout.pixels_ndim:
         pixels = pixels.unsqueeze(0)
     if exact:

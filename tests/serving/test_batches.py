@@ -150,6 +150,24 @@ def test_moments_are_what_the_encoder_gave(service: Service, key: str) -> None:
     torch.testing.assert_close(moments[:, : mode.shape[1]], mode, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("task", ["encode", ""])
+@torch.no_grad()
+def test_pixels_of_an_image_may_have_the_one_frame_that_the_vae_takes(service: Service, task: str) -> None:
+    pixels = torch.rand((2, 3, 1, 32, 48), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = service.model("qwen-image").encode(pixels).latent_dist.mode()
+    torch.testing.assert_close(service.tensor("qwen-image", pixels, task), expected, atol=1e-5, rtol=1e-5)
+    bytes_of = (pixels * 127.5 + 127.5).round().to(torch.uint8)
+    expected = service.model("qwen-image").encode(bytes_of / 127.5 - 1).latent_dist.mode()
+    torch.testing.assert_close(service.tensor("qwen-image", bytes_of, task), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_of_two_frames_are_no_image(service: Service) -> None:
+    said = service.refusal("qwen-image", torch.zeros(1, 3, 2, 32, 48), "encode")
+    assert "expected [B, 3, height, width] or [B, 3, 1, height, width]" in said
+    said = service.refusal("flux", torch.zeros(1, 3, 1, 32, 48), "encode")
+    assert said.endswith("expected [B, 3, height, width]")
+
+
 @pytest.mark.parametrize("more", [{"do_scaling": True}, {"scaling_factor": 2}, {"latents_layout": "packed"}])
 def test_moments_come_raw(service: Service, more: dict[str, Any]) -> None:
     said = service.refusal("flux", torch.zeros(1, 3, 64, 64), "encode", sample_mode="moments", **more)

@@ -129,7 +129,7 @@ class TestOtherTracks:
 
     def test_fragments_of_video_and_sound(self) -> None:
         file = video(frames_of(9), sound=2, flags="frag_keyframe+empty_moov+default_base_moof", g="3")
-        assert file.count(b"moof") == 3
+        assert file.count(b"moof") > 3
         assert read_video(file, LIMITS) == shown(video(frames_of(9), g="3"))
 
 
