@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal
@@ -184,3 +184,5 @@ class Request:
     parameters: Parameters
     answer: Answer
     accept: Accept
+    hold: Callable[[int], None] = lambda size: None
+    """Counts bytes before they are taken for this request, and raises `RequestError` where they are too many."""
