@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -191,7 +192,8 @@ class Exchange:
                 request = self.pipeline.parse(body, content_type, accept, values, self.task)
                 if request.body is not body:
                     body.clear()  # all of it was copied: the files of a form, the tensor in JSON
-                return request, self.pipeline.prepare(request, self.reservation.hold)
+                request = replace(request, hold=self.reservation.hold)
+                return request, self.pipeline.prepare(request)
         except RequestError as error:
             if not lost_bytes(body, content_type):
                 raise

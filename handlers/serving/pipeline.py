@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -31,9 +31,6 @@ from handlers.serving.settings import Settings
 from handlers.serving.stream import BOUND, Stream
 from handlers.serving.vae import VAE, devices
 from handlers.serving.worker import JobFuture
-
-Hold = Callable[[int], None]
-"""Counts bytes of a request; see `Reservation.hold`."""
 
 FLOAT = torch.float32.itemsize
 
@@ -205,17 +202,13 @@ class Pipeline:
             )
         return not found
 
-    def prepare(self, request: Request, hold: Hold = lambda size: None) -> Prepared:
-        """What the VAE takes of a request.
-
-        Args:
-            hold: counts bytes before they are taken, and raises `RequestError` where they are too many.
-        """
+    def prepare(self, request: Request) -> Prepared:
+        """What the VAE takes of a request."""
         if request.task == "encode":
-            prepared = self._read_pixels(request, hold)
+            prepared = self._read_pixels(request)
         else:
             prepared = Prepared(self._read_latents(request))
-            hold(prepared.inputs.nbytes)
+            request.hold(prepared.inputs.nbytes)
         # the least and the greatest value are NaN where one is; `isfinite` of all would take another copy
         if request.body_kind == "tensor" and not all(value.isfinite() for value in prepared.inputs.aminmax()):
             dtype = str(prepared.inputs.dtype).removeprefix("torch.")
@@ -248,25 +241,25 @@ class Pipeline:
             return request.body
         return payload.read_tensor(request.body, request.parameters.shape, request.parameters.dtype)
 
-    def _read_pixels(self, request: Request, hold: Hold) -> Prepared:
+    def _read_pixels(self, request: Request) -> Prepared:
         if request.body_kind == "tensor":
             batch = pixels.to_batch(self._read_tensor(request), self.layout, request.parameters.exact)
             self._check_batch("encode", batch.shape)
             self._check_encode(request, batch.shape)
-            hold(batch.numel() * (FLOAT if batch.dtype == torch.uint8 else batch.dtype.itemsize))
+            request.hold(batch.numel() * (FLOAT if batch.dtype == torch.uint8 else batch.dtype.itemsize))
             return Prepared(pixels.normalize(batch))
         if request.body_kind == "video":
-            return self._read_video(request, hold)
-        return Prepared(self._read_images(request, hold))
+            return self._read_video(request)
+        return Prepared(self._read_images(request))
 
-    def _read_images(self, request: Request, hold: Hold) -> Tensor:
+    def _read_images(self, request: Request) -> Tensor:
         """Nothing is decoded before the whole batch is known, by its headers, to fit the limits and the memory."""
         files = request.body if isinstance(request.body, list) else [request.body]
         self.settings.check_files(len(files))
         images = [self._inspect_image(file, len(files)) for file in files]
         shape = pixels.shape_of_images([image.size for image in images], self.layout)
         size = FLOAT * math.prod(shape)
-        hold(size)
+        request.hold(size)
         self._check_encode(request, shape)
         decoding = max((image.peak for image in images if isinstance(image, ImageFile)), default=0)
         with HEAP.lend(decoding, held=size):
@@ -278,13 +271,13 @@ class Pipeline:
             return payload.upright_rgb(file)
         return payload.inspect_image(file, self.settings, batch)
 
-    def _read_video(self, request: Request, hold: Hold) -> Prepared:
+    def _read_video(self, request: Request) -> Prepared:
         """Its frames are counted as they are decoded. They make way, one after the other, for their floats."""
         held = 0
 
         def hold_frame(size: int) -> None:
             nonlocal held
-            hold(size)
+            request.hold(size)
             held += size
 
         frames = mp4.read_video(request.body, self.settings, hold_frame)
@@ -292,7 +285,7 @@ class Pipeline:
         shape = pixels.shape_of_images([frame.size for frame in frames], self.layout)
         self._check_encode(request, shape)
         more = max(0, FLOAT * math.prod(shape) - held)
-        hold(more)
+        request.hold(more)
         frames.reverse()
         with HEAP.lend(0, held=more):
             batch = pixels.from_images((frames.pop() for _ in range(count)), shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal
@@ -240,3 +240,5 @@ class Request:
     accept: Accept
     image_format: ImageFormat
     """Format of an image response."""
+    hold: Callable[[int], None] = lambda size: None
+    """Counts bytes before they are taken for this request, and raises `RequestError` where they are too many."""
