@@ -33,6 +33,9 @@ DECODERS = ("h264", "hevc", "libdav1d", "libaom-av1", "av1", "vp9", "mpeg4")
 """FFmpeg's decoders of the codecs that are taken. The other codecs that it reads in MP4 files are old, rare and less
 often tested."""
 
+BLOCK = 64
+"""Pixels of the largest block of a codec, each way; frames are stored as whole blocks."""
+
 CORES = 4
 """Cores that the process runs on, at most: FFmpeg starts two threads for each, which have memory of their own."""
 
@@ -67,6 +70,10 @@ def _write_frames(file: io.BytesIO) -> int:
             return OTHER_CODEC
         reformatter = VideoReformatter()  # one for all frames: each has threads of its own
         for frame in container.decode(stream):
+            if context.coded_width * context.coded_height > 4 * (frame.width + BLOCK) * (frame.height + BLOCK):
+                stored, seen = f"{context.coded_width}x{context.coded_height}", f"{frame.width}x{frame.height}"
+                print(f"its frames have {stored} pixels, but show {seen} of them", file=sys.stderr)
+                return UNREADABLE
             (rows,) = reformatter.reformat(frame, format="rgb24").planes
             matrix: Any = frame.side_data.get("DISPLAYMATRIX")
             turned = struct.unpack("=9i", matrix) if matrix else UPRIGHT
