@@ -26,12 +26,15 @@ HEADER = struct.Struct("=3I9i")
 UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 """The display matrix of a frame that is shown as it is stored."""
 
-UNREADABLE, OTHER_CODEC = 3, 4
-"""Exit statuses."""
+UNREADABLE, REFUSED, OTHER_CODEC = 3, 4, 5
+"""Exit statuses: FFmpeg or the limit of memory ended it, or it did not try."""
 
 DECODERS = ("h264", "hevc", "libdav1d", "libaom-av1", "av1", "vp9", "mpeg4")
 """FFmpeg's decoders of the codecs that are taken. The other codecs that it reads in MP4 files are old, rare and less
 often tested."""
+
+BLOCK = 64
+"""Pixels of the largest block of a codec, each way; frames are stored as whole blocks."""
 
 CORES = 4
 """Cores that the process runs on, at most: FFmpeg starts two threads for each, which have memory of their own."""
@@ -59,7 +62,7 @@ def _write_frames(file: io.BytesIO) -> int:
     with av.open(file, "r", format="mp4", metadata_errors="replace") as container:
         if not container.streams.video:
             print("FFmpeg finds no video stream in it", file=sys.stderr)
-            return UNREADABLE
+            return REFUSED
         stream = container.streams.video[0]
         context = stream.codec_context
         if context is None or context.codec.name not in DECODERS:
@@ -67,6 +70,10 @@ def _write_frames(file: io.BytesIO) -> int:
             return OTHER_CODEC
         reformatter = VideoReformatter()  # one for all frames: each has threads of its own
         for frame in container.decode(stream):
+            if context.coded_width * context.coded_height > 4 * (frame.width + BLOCK) * (frame.height + BLOCK):
+                stored, seen = f"{context.coded_width}x{context.coded_height}", f"{frame.width}x{frame.height}"
+                print(f"its frames have {stored} pixels, but show {seen} of them", file=sys.stderr)
+                return REFUSED
             (rows,) = reformatter.reformat(frame, format="rgb24").planes
             matrix: Any = frame.side_data.get("DISPLAYMATRIX")
             turned = struct.unpack("=9i", matrix) if matrix else UPRIGHT

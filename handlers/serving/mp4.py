@@ -153,9 +153,9 @@ def _decoder(body: Body, track: Track, limits: Limits) -> Iterator[IO[bytes]]:
         raise RequestError("the system has no memory free to decode the video; try again soon", 503)
     if status < 0:
         reason = f"the decoder crashes, {Signals(-status).name}"
-    elif status not in (0, frames.UNREADABLE):
+    elif status not in (0, frames.UNREADABLE, frames.REFUSED):
         raise RuntimeError(reason)
-    if status and memory < needed:
+    if status == frames.UNREADABLE and memory < needed:
         reason += f", or its frames take more than the {limits.max_held_mb:g} MB of VAE_MAX_HELD_MB"
     if status:
         raise RequestError(f"the video cannot be read ({reason}); send an MP4 file with a video stream")

@@ -18,6 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from handlers import MODELS
+from handlers.serving import mp4
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.mp4 import read_video
@@ -193,6 +194,14 @@ class TestWhatIsRead:
             read_video(video(frames_of(9)), Limits(timeout=0.01))
         assert refused.value.status == 504
 
+    @pytest.mark.parametrize("memory", [20_000_000, 30_000_000, 45_000_000])
+    def test_decoding_ends_at_its_limit_of_memory(self, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mp4, "BASE_MEMORY", memory)
+        monkeypatch.setattr(mp4, "SMALLEST_MEMORY", 0)
+        monkeypatch.setattr(mp4, "PIXEL_MEMORY", 0)
+        with pytest.raises(RequestError, match="the video cannot be read"):
+            read_video(video(frames_of(20, 1280, 720)), LIMITS)
+
 
 def many_boxes(count: int) -> bytes:
     return box("ftyp", b"isom\0\0\0\0") + box("free") * count
@@ -237,15 +246,12 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "boxes beside each other": (lambda: many_boxes(200_000), 400, "the MP4 file has more than 100000 boxes"),
     "boxes in each other": (lambda: nested_boxes(2000), 400, "the file holds no video"),
     "a frame that is shown in part": (
-        lambda: mp4_files.cropped(video(np.full((18, 2560, 2560, 3), 128, np.uint8), **LARGE), 64, 64),
+        lambda: mp4_files.cropped(video(np.full((4, 2048, 2048, 3), 128, np.uint8), preset="ultrafast"), 64, 64),
         400,
-        "the video cannot be read (",
+        "the video cannot be read (its frames have 2048x2048 pixels, but show 64x64 of them)",
     ),
 }
 """What makes a file that describes more than it holds, and the status and the error that it gets."""
-
-LARGE = {"preset": "ultrafast", "x264-params": "ref=16:scenecut=0:keyint=250:bframes=0"}
-"""x264's options for frames all of which the decoder keeps."""
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,12 @@ def cropped(file: bytes, width: int, height: int) -> bytes:
             for part in crop.filter(packet) if packet.dts is not None else ():
                 part.stream = copy
                 target.mux(part)
-    return buffer.getvalue()
+    sizes = struct.pack(">HH", width, height)
+    return change(
+        buffer.getvalue(),
+        "moov/trak/mdia/minf/stbl/stsd",
+        lambda content: content[: 8 + 32] + sizes + content[8 + 36 :],
+    )
 
 
 def compressed_header(size: int) -> bytes:
