@@ -99,7 +99,8 @@ async def send(http: httpx.AsyncClient, client: Client, request: Request, body: 
     Raises:
         RemoteVAEError: patience is over, or nobody is there.
     """
-    kept = {name: value for name, value in request.headers.items() if name not in (*HOP_BY_HOP, "host")}
+    dropped = (*HOP_BY_HOP, "host", "origin")  # which pages may call is decided here, not by the endpoint
+    kept = {name: value for name, value in request.headers.items() if name not in dropped and name[:10] != "sec-fetch-"}
     url = httpx.URL(client.url + request.url.path, query=request.url.query.encode())
     async for attempt in client.attempts(AsyncRetrying):
         with attempt, client.errors_of_the_way():
