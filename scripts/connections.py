@@ -51,13 +51,18 @@ class Connection(HttpToolsProtocol):
         """Whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def is_expendable(self) -> bool:
+        """Whether it may be closed without a loss: it is idle, and its last response is all on its way."""
+        return self.is_idle and not self.transport.get_write_buffer_size()
+
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.expect_head()
         if len(self.connections) <= self.most:
             return
         self.warn()
-        if idle := [other for other in self.connections if other.is_idle and other is not self]:
+        if idle := [other for other in self.connections if other.is_expendable and other is not self]:
             longest = min(idle, key=lambda other: other.idle_since)
             self.connections.discard(longest)
             longest.transport.abort()
@@ -103,7 +108,7 @@ class Connection(HttpToolsProtocol):
 
     def refuse(self, status: int, message: str) -> None:
         """Answer in JSON what never becomes a request for the app, and close the connection."""
-        if self.is_idle or not self.cycle.response_started:
+        if not self.pipeline and (self.is_idle or not self.cycle.response_started):  # not into another response
             body = json.dumps({"error": message})
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
             head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

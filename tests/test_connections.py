@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import threading
@@ -24,8 +25,14 @@ GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
 MOST = 4
 
 
+LARGE = 20_000_000
+"""Bytes of a response that no buffer of a socket takes."""
+
+
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """`/slow` takes until the client is gone."""
+    """`/slow` takes until the client is gone, `/large` gives much at once."""
+    if scope["path"] == "/large":
+        return await PlainTextResponse(bytes(LARGE))(scope, receive, send)
     if scope["path"] == "/slow":
         await Request(scope, receive).body()
         while not await Request(scope, receive).is_disconnected():
@@ -103,6 +110,20 @@ def test_another_connection_takes_the_place_of_the_one_that_is_idle_for_longest(
     assert answer(idle[1], GET % b"") == (200, "Ok")
 
 
+def test_a_response_that_is_still_read_is_not_cut_off(connect: Callable[[], socket.socket]) -> None:
+    slow = [connect() for _ in range(MOST - 1)]
+    for connection in slow:
+        connection.sendall(GET % b"large")
+    time.sleep(0.3)
+    for _ in range(MOST):
+        assert answer(connect(), GET % b"") == (200, "Ok")
+    for connection in slow:
+        with connection.makefile("rb") as response:
+            assert response.readline() == b"HTTP/1.1 200 OK\r\n"
+            http.client.parse_headers(response)
+            assert len(response.read(LARGE)) == LARGE
+
+
 def test_one_too_many_is_refused_in_json_and_the_next_one_works(connect: Callable[[], socket.socket]) -> None:
     busy = [connect() for _ in range(MOST)]
     for connection in busy:
@@ -133,8 +154,8 @@ def test_what_never_becomes_a_request_is_refused_in_json(
 def test_bytes_of_a_body_that_was_not_wanted_end_too(connect: Callable[[], socket.socket]) -> None:
     """An endless one would keep a connection whose request has its response."""
     endless = connect()
-    endless.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-    assert endless.recv(1 << 16).endswith(b"Ok")
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert answer(endless, head) == (200, "Ok")
     deadline = time.monotonic() + 10
     with suppress(OSError):  # a reset, or a broken pipe
         while time.monotonic() < deadline:

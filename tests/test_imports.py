@@ -69,7 +69,7 @@ def test_no_import_goes_in_a_circle() -> None:
 
 
 def test_http_knows_no_torch_and_the_vae_no_http() -> None:
-    http = {"app", "exchange", "access_log"}
+    http = {"app", "callers", "exchange", "access_log"}
     for stage in STAGES:
         text = (ROOT / "handlers" / "serving" / f"{stage}.py").read_text()
         assert ("starlette" in text) is (stage in http), stage

@@ -54,8 +54,8 @@ class CallerCheck:
         if name in {own.lower(), *(_split(origin)[0] for origin in self.origins)} or _is_local(name):
             return
         raise RequestError(
-            f"the Host {host[:100]!r} is no name of this server, which listens on {own}; call it there, or name the "
-            "origin of a reverse proxy in VAE_CORS_ORIGINS",
+            f"the Host {host[:100]!r} is no name of this server, which listens on {own}; call it there, or set "
+            f"VAE_CORS_ORIGINS=http://{host[:100]} if that is this server's name",
             403,
         )
 

@@ -315,6 +315,25 @@ class TestSavedLatents:
         assert about["normalized"] == str(not raw).lower()
 
 
+def test_a_page_of_another_origin_may_not_call(browser: Browser, tiny: str) -> None:
+    """Of another host, whether the browser asks first or not. A link to the service is open."""
+    call = "([url, mode]) => fetch(url, {method: 'POST', mode, body: 'x'}).then(() => 'sent', () => 'blocked')"
+
+    def refused() -> float:
+        lines = requests.get(f"{tiny}/metrics", timeout=10).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if "vae_requests_total" in line and 'status="403"' in line)
+
+    other = browser.new_page()
+    other.goto(tiny.replace("127.0.0.1", "localhost") + "/health")
+    before = refused()
+    assert other.evaluate(call, [f"{tiny}/decode", "no-cors"]) == "sent"
+    assert other.evaluate(call, [f"{tiny}/decode", "cors"]) == "blocked"
+    assert refused() == before + 2
+    other.evaluate("url => { location = url }", tiny)
+    expect(other.locator("#about")).to_contain_text("tiny")
+    other.close()
+
+
 class TestLatents:
     @pytest.mark.parametrize("name", ["z.npy", "half.npy", "z.safetensors", "bfloat.safetensors"])
     def test_a_file_is_decoded_as_by_the_api(

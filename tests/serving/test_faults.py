@@ -188,7 +188,7 @@ class TestOneRequest:
     def test_clients_that_leave_at_any_stage_leave_nothing_behind(self, faulty: Endpoint) -> None:
         latents = faulty.latents()
         query = "shape=1&shape=4&shape=8&shape=12&dtype=float32"
-        head = f"POST /?{query}&seed={{}} HTTP/1.1\r\nHost: x\r\nContent-Length: {latents.nbytes}\r\n\r\n"
+        head = f"POST /?{query}&seed={{}} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {latents.nbytes}\r\n\r\n"
         body = latents.numpy().tobytes()
         normal, slow = head.format(1).encode(), head.format(SLOW).encode()
         for sent, wait in (

@@ -283,10 +283,12 @@ class TestManyAtATime:
 
     def test_requests_in_a_row_on_one_connection_are_answered_in_order(self, narrow: Endpoint) -> None:
         body = bytes(4 * 4 * 8 * 8)
-        good = b"POST /?shape=1&shape=4&shape=8&shape=8&dtype=float32&output_type=pt HTTP/1.1\r\nHost: x\r\n"
+        good = b"POST /?shape=1&shape=4&shape=8&shape=8&dtype=float32&output_type=pt HTTP/1.1\r\nHost: localhost\r\n"
         good += b"Content-Length: %d\r\n\r\n" % len(body) + body
         wrong = good.replace(b"float32", b"float64")
-        foreign = good.replace(b"Host: x", b"Host: x\r\nContent-Type: text/html")  # refused before its body is read
+        foreign = good.replace(
+            b"Host: localhost", b"Host: localhost\r\nContent-Type: text/html"
+        )  # refused before its body is read
         with socket.create_connection(("127.0.0.1", urlsplit(narrow.url).port), timeout=20) as connection:
             connection.sendall(good + wrong + foreign + good)
             with connection.makefile("rb") as answers:

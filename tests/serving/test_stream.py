@@ -260,7 +260,7 @@ class TestBroken:
         latents = small(faulty)
         lines = [
             f"POST /decode?shape=1,16,7,4,6&dtype=float32&stream=true&seed={NOISE} HTTP/1.1",
-            "Host: x",
+            "Host: localhost",
             f"Content-Length: {latents.nbytes}",
             "X-Request-Id: stalls",
         ]
