@@ -21,12 +21,19 @@ def run(*command: object, folder: Path) -> str:
     return done.stdout
 
 
+def copy_package(project: Path) -> None:
+    """What the package is built from: a copy, as a build leaves files behind."""
+    for part in ("remote_vae", "handlers"):
+        shutil.copytree(ROOT / part, project / part)
+    for file in ("pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / file, project)
+    shutil.copytree(ROOT / "requirements", project / "requirements")
+
+
 @pytest.mark.timeout(600)
 def test_the_wheel_in_a_clean_environment(tmp_path: Path) -> None:
     """torch and diffusers are the user's: they are lent by the environment of the tests."""
-    for part in ("remote_vae", "handlers"):  # a copy, as a build leaves files behind
-        shutil.copytree(ROOT / part, tmp_path / "project" / part)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path / "project")
+    copy_package(tmp_path / "project")
     build = ("-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, tmp_path / "project")
     run(sys.executable, *build, folder=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
@@ -46,7 +53,7 @@ def test_the_wheel_in_a_clean_environment(tmp_path: Path) -> None:
 
 def test_make_install_brings_the_command(tmp_path: Path) -> None:
     """The last step of the target, of a copy of the project; the steps before it bring what the package needs."""
-    project_copy(tmp_path / "project")
+    copy_package(tmp_path / "project")
     venv.create(tmp_path / "venv", with_pip=True)
     rule = ("make", "--dry-run", "--always-make", "--no-print-directory", "install", f"VENV={tmp_path / 'venv'}")
     *_, step = (line for line in run(*rule, folder=tmp_path / "project").splitlines() if " pip install " in line)
