@@ -140,7 +140,9 @@ class Run:
         if made.several_resolutions:
             del settings["resolution"]
         state = self.out / OWN / f"{made.set_name}.json"
-        earlier = _settings(state) or _settings(self.out / STATE_OF_0_1)
+        earlier = _settings(state if state.exists() else self.out / STATE_OF_0_1)
+        if state.exists() and not earlier:
+            raise ValueError(f"{state} is damaged; delete it if the latents in {self.out} were made with these settings")
         if earlier.get("format") != settings["format"] or (made.models and earlier.get("model") != made.model):
             earlier = settings  # there are none
         other = ", ".join(f"{name}={earlier.get(name)}" for name in settings if earlier.get(name) != settings[name])
@@ -259,7 +261,7 @@ def _settings(state: Path) -> dict[str, Any]:
     """Return the settings that a run noted in this file; none if the file is missing, or is no run's."""
     try:
         made = json.loads(state.read_bytes())["made"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return made if isinstance(made, dict) else {}
 
