@@ -371,7 +371,7 @@ class WebDataset(Format):
         stored: dict[Path, Path] = {}
         for shard in sorted(out.glob("shard-*.tar")):
             try:
-                with tarfile.open(shard) as archive:
+                with tarfile.open(shard, "r:") as archive:
                     for member in archive:
                         if member.name.endswith(".json") and (file := archive.extractfile(member)):
                             with suppress(ValueError, KeyError, TypeError):  # another program's

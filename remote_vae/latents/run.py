@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -140,7 +141,9 @@ class Run:
         if made.several_resolutions:
             del settings["resolution"]
         state = self.out / OWN / f"{made.set_name}.json"
-        earlier = _settings(state) or _settings(self.out / STATE_OF_0_1)
+        earlier = _settings(state if state.exists() else self.out / STATE_OF_0_1)
+        if state.exists() and not earlier:
+            raise ValueError(f"{state} is damaged; delete it if the latents beside it were made with these settings")
         if earlier.get("format") != settings["format"] or (made.models and earlier.get("model") != made.model):
             earlier = settings  # there are none
         other = ", ".join(f"{name}={earlier.get(name)}" for name in settings if earlier.get(name) != settings[name])
@@ -164,7 +167,7 @@ class Run:
                     self.there += 1
                 else:
                     new.append(image)
-            except (OSError, ValueError) as error:  # such as a name that is too long
+            except (OSError, ValueError) as error:
                 self.failed[image.relative] = _reason(error)
         parts = [new[start : start + self.made.together] for start in range(0, len(new), self.made.together)]
         return sorted(parts, key=lambda part: part[0].placement.bucket)  # images of one size may be one batch there
@@ -236,9 +239,14 @@ class Run:
         order = {image.relative: index for index, image in enumerate(part)}
         encoded.sort(key=lambda each: order[each.image.relative])
         paths = [self.out / file for file in self.made.files(part)]
-        for path, data in zip(paths, self.made.contents(encoded, paths), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, data)
+        try:
+            for path, data in zip(paths, self.made.contents(encoded, paths), strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path, data)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            self.failed |= {image.relative: _reason(error) for image in part}
 
     def _list_failed(self) -> None:
         """Write a line for each image: its name and the reason. The names' bytes are kept, save for line ends."""
@@ -259,7 +267,7 @@ def _settings(state: Path) -> dict[str, Any]:
     """Return the settings that a run noted in this file; none if the file is missing, or is no run's."""
     try:
         made = json.loads(state.read_bytes())["made"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return made if isinstance(made, dict) else {}
 
