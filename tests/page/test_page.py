@@ -276,12 +276,12 @@ class TestSavedLatents:
     @pytest.mark.parametrize("save", ["#save-npy", "#save-safetensors"])
     @pytest.mark.parametrize("key", [key for key in SMALL if model_of(key)])
     def test_so_it_is_with_every_model(
-        self, browser: Browser, service: Service, picture: Path, clip: Path, tmp_path: Path, key: str, save: str
+        self, browser: Browser, service: Service, picture: Path, tmp_path: Path, key: str, save: str
     ) -> None:
         """Whatever its factors, mean and deviation are, and whether its pipelines give raw latents."""
         is_video = model_of(key).kind == "video"
         with visit(browser, f"{service.url}/{key}/") as opened:
-            opened.choose(clip if is_video else picture)
+            opened.choose(save_clip(tmp_path / "clip.mp4", 16) if is_video else picture)
             expect(opened.page.locator("#facts")).to_contain_text("memory mode")
             _, direct = download(opened, "#save-decoded")
             name, content = download(opened, save)
@@ -410,9 +410,12 @@ def video(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """37 frames of 64x48 pixels."""
-    file = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    frames = [np.roll(np.asarray(Image.linear_gradient("L").resize((64, 48)).convert("RGB")), i, 1) for i in range(37)]
-    file.write_bytes(write_mp4(np.stack(frames), 10))
+    return save_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", 37)
+
+
+def save_clip(file: Path, frames: int) -> Path:
+    gradient = np.asarray(Image.linear_gradient("L").resize((64, 48)).convert("RGB"))
+    file.write_bytes(write_mp4(np.stack([np.roll(gradient, frame, 1) for frame in range(frames)]), 10))
     return file
 
 
