@@ -9,7 +9,7 @@ import sys
 from starlette.routing import Mount
 
 from handlers import get_handler
-from handlers.serving.app import build_app, drain_on_sigterm, limit_reads
+from handlers.serving.http.app import build_app, drain_on_sigterm, limit_reads
 from handlers.serving.settings import Settings
 
 settings = Settings.load()

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.forward import Size, inputs
-from handlers.serving.vae import VAE
+from handlers.serving.vae.vae import VAE
 from remote_vae import Client, RemoteVAE, tensors
 from remote_vae.latents.formats import FORMATS
 from remote_vae.latents.run import Run

@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peak import allocated_peak, peak_bytes
 from handlers import MODELS
-from handlers.serving.autoencoder import has_frames
-from handlers.serving.fast import FastPass
-from handlers.serving.fast_check import fast_pass
-from handlers.serving.low_memory import reduce_peak, reduced_peak
 from handlers.serving.settings import Settings
-from handlers.serving.vae import VAE
+from handlers.serving.vae.autoencoder import has_frames
+from handlers.serving.vae.fast.check import fast_pass
+from handlers.serving.vae.fast.forward import FastPass
+from handlers.serving.vae.low_memory import reduce_peak, reduced_peak
+from handlers.serving.vae.vae import VAE
 
 Size = tuple[int, int, int | None]
 """Height, width, and a video's frames."""

@@ -25,13 +25,13 @@ from torch import Tensor
 from benchmarks.peak import peak_bytes
 from handlers import MODELS, get_model
 from handlers.model import Model, Task
-from handlers.serving.autoencoder import encode_at_once, has_frames
-from handlers.serving.coders import is_known
 from handlers.serving.layout import Layout
-from handlers.serving.low_memory import reduced_peak
-from handlers.serving.memory import Estimate, MemoryUse, Mode
-from handlers.serving.spans import decode_spans, join
-from handlers.serving.vae import _tile_pixels
+from handlers.serving.vae.autoencoder import encode_at_once, has_frames
+from handlers.serving.vae.blocks import is_known
+from handlers.serving.vae.chunks import decode_spans, join
+from handlers.serving.vae.low_memory import reduced_peak
+from handlers.serving.vae.memory import Estimate, MemoryUse, Mode
+from handlers.serving.vae.vae import _tile_pixels
 
 META = torch.device("meta")
 """A pass in reduced memory cuts its convolutions there as on a GPU."""

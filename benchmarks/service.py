@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
 from benchmarks.forward import Size, inputs, timed
-from handlers.serving.vae import VAE
+from handlers.serving.vae.vae import VAE
 
 FORMATS = {
     "jpg": {"image_format": "jpg"},

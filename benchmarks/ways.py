@@ -28,8 +28,8 @@ from benchmarks.forward import (
     time_ratio,
 )
 from benchmarks.peak import allocated_peak
-from handlers.serving.fast import FastPass
-from handlers.serving.low_memory import reduce_peak
+from handlers.serving.vae.fast.forward import FastPass
+from handlers.serving.vae.low_memory import reduce_peak
 
 Way = Callable[[Any, Tensor], Callable[[], Tensor]]
 """Changes a model that is its own and gives the call that decodes these latents; the first call may set things up."""

@@ -22,7 +22,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 from handlers import MODELS
-from handlers.serving.output import write_mp4
+from handlers.serving.media.output import write_mp4
 from scripts.local_server import ROOT, serve
 
 OUT = ROOT / "out"

@@ -25,7 +25,7 @@ from filelock import FileLock
 from PIL import Image
 
 from handlers import MODELS
-from handlers.serving.output import describe, tensor_bytes
+from handlers.serving.media.output import describe, tensor_bytes
 from scripts import local_server
 from scripts.local_server import serve
 from tests import forked

@@ -18,7 +18,7 @@ import typer
 import uvicorn
 
 from handlers.serving.pipeline import Pipeline
-from handlers.serving.vae import VAE
+from handlers.serving.vae.vae import VAE
 from scripts import serve
 
 SLOW, BUG, OUT_OF_MEMORY, NEVER_ENOUGH, THREAD_ENDS, DEVICE_LOST, NOT_FINITE = range(901, 908)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from handlers import MODELS
-from handlers.serving import vae as vae_module
-from handlers.serving.memory import Mode
 from handlers.serving.settings import Settings
-from handlers.serving.vae import VAE
+from handlers.serving.vae import vae as vae_module
+from handlers.serving.vae.memory import Mode
+from handlers.serving.vae.vae import VAE
 from tests.checkpoints import build, model_of
 from tests.serving.test_fast import inputs, outputs
 from tests.small_service import SERVED, Service, running_service

@@ -21,11 +21,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from handlers.serving import vae
-from handlers.serving.app import build_app
-from handlers.serving.memory import Mode, choose_modes
+from handlers.serving.http.app import build_app
 from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
+from handlers.serving.vae import vae
+from handlers.serving.vae.memory import Mode, choose_modes
 from tests.checkpoints import model_of, small_tiles
 
 forced: Mode | None = None

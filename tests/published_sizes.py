@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from handlers import MODELS
-from handlers.serving.output import tensor_bytes
+from handlers.serving.media.output import tensor_bytes
 from scripts.local_server import serve
 
 SIDE = 256

@@ -14,7 +14,7 @@ import requests
 import torch
 from torch import Tensor
 
-from handlers.serving.output import describe, tensor_bytes
+from handlers.serving.media.output import describe, tensor_bytes
 from scripts.local_server import ROOT, serve
 from tests.checkpoints import SMALL, model_of, save
 

@@ -6,9 +6,9 @@ import ast
 import re
 from collections.abc import Iterator
 
-from handlers.serving.app import build_app
-from handlers.serving.memory import Mode
+from handlers.serving.http.app import build_app
 from handlers.serving.settings import Settings
+from handlers.serving.vae.memory import Mode
 from scripts.local_server import ROOT
 
 DOCUMENT = ROOT / "docs" / "architecture.md"

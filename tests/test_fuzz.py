@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from handlers import MODELS
-from handlers.serving.output import tensor_bytes
+from handlers.serving.media.output import tensor_bytes
 from tests.traffic import report, soak
 from tests.traffic.clients import CLIENTS, Traffic
 from tests.traffic.fuzz import Fuzz, Target, send_case

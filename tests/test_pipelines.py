@@ -17,10 +17,10 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from handlers.model import Model
-from handlers.serving.autoencoder import DecodeOptions, decode_at_once, encode_at_once, has_frames
-from handlers.serving.coders import is_known
-from handlers.serving.output import write_mp4
-from handlers.serving.vae import VAE
+from handlers.serving.media.output import write_mp4
+from handlers.serving.vae.autoencoder import DecodeOptions, decode_at_once, encode_at_once, has_frames
+from handlers.serving.vae.blocks import is_known
+from handlers.serving.vae.vae import VAE
 from tests import pipelines
 from tests.checkpoints import SMALL, build, model_of, small_tiles
 from tests.pipelines import FIRST_FRAME, PIPELINES, Unavailable

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from handlers.serving.heap import HEAP
 from handlers.serving.limits import Limits
-from handlers.serving.vae import VAE
+from handlers.serving.vae.heap import HEAP
+from handlers.serving.vae.vae import VAE
 from handlers.serving.worker import Device, DeviceWorkers, JobFuture
 
 BATCH_PIXELS = 1024 * 1024

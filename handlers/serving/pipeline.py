@@ -18,18 +18,28 @@ from PIL import Image
 from torch import Tensor
 
 from handlers.model import Model, Task
-from handlers.serving import metrics, mp4, output, payload, pixels
-from handlers.serving.autoencoder import DecodeOptions, EncodeOptions
+from handlers.serving import metrics
 from handlers.serving.errors import RequestError
-from handlers.serving.heap import HEAP
-from handlers.serving.image_files import ImageFile
-from handlers.serving.latents import LatentsLayouts, add_noise, generator_of
 from handlers.serving.machine import Machine
-from handlers.serving.memory import Mode, free_memory, is_out_of_memory, total_memory
-from handlers.serving.request import Accept, Answer, Body, BodyKind, Parameters, Request, decode_answer, media_type_of
+from handlers.serving.media import mp4, output, payload, pixels
+from handlers.serving.media.image_files import ImageFile
+from handlers.serving.media.latents import LatentsLayouts, add_noise, generator_of
+from handlers.serving.media.request import (
+    Accept,
+    Answer,
+    Body,
+    BodyKind,
+    Parameters,
+    Request,
+    decode_answer,
+    media_type_of,
+)
+from handlers.serving.media.stream import BOUND, Stream
 from handlers.serving.settings import Settings
-from handlers.serving.stream import BOUND, Stream
-from handlers.serving.vae import VAE, devices
+from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions
+from handlers.serving.vae.heap import HEAP
+from handlers.serving.vae.memory import Mode, free_memory, is_out_of_memory, total_memory
+from handlers.serving.vae.vae import VAE, devices
 from handlers.serving.worker import JobFuture
 
 FLOAT = torch.float32.itemsize

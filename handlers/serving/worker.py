@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from handlers.serving import metrics
 from handlers.serving.errors import RequestError
-from handlers.serving.stop import PassStopped, stoppable
+from handlers.serving.vae.stop import PassStopped, stoppable
 
 T = TypeVar("T")
 

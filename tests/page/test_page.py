@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from handlers.serving.output import write_mp4
+from handlers.serving.media.output import write_mp4
 from scripts.local_server import ROOT, serve
 from tests.checkpoints import SMALL, model_of
 from tests.conftest import Endpoint, faulty_endpoint, same_video

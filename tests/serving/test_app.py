@@ -21,8 +21,8 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from starlette.applications import Starlette
 
-from handlers.serving.app import build_app
-from handlers.serving.output import tensor_bytes
+from handlers.serving.http.app import build_app
+from handlers.serving.media.output import tensor_bytes
 from tests.conftest import Endpoint, uint8_pixels
 
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from handlers.serving.app import build_app
+from handlers.serving.http.app import build_app
 from tests.conftest import Endpoint
 from tests.serving.test_page import ask
 

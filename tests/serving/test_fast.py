@@ -13,17 +13,19 @@ from torch import Tensor
 
 from benchmarks.peak import peak_bytes
 from handlers import MODELS
-from handlers.serving import coders, fast_check, kernels
-from handlers.serving.autoencoder import DecodeOptions, EncodeOptions, has_frames
 from handlers.serving.errors import RequestError
-from handlers.serving.fast import FastPass
-from handlers.serving.fast_check import FastPasses, fast_pass
-from handlers.serving.fused import FusedPass
-from handlers.serving.memory import Mode
 from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
-from handlers.serving.spans import decode_spans, join
-from handlers.serving.vae import VAE
+from handlers.serving.vae import blocks as coders
+from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, has_frames
+from handlers.serving.vae.chunks import decode_spans, join
+from handlers.serving.vae.fast import check as fast_check
+from handlers.serving.vae.fast import kernels
+from handlers.serving.vae.fast.check import FastPasses, fast_pass
+from handlers.serving.vae.fast.forward import FastPass
+from handlers.serving.vae.fast.fused import FusedPass
+from handlers.serving.vae.memory import Mode
+from handlers.serving.vae.vae import VAE
 from tests.checkpoints import build
 
 pytestmark = pytest.mark.slow
@@ -219,7 +221,7 @@ def test_what_overflows_runs_in_float32_as_diffusers_does(vae: VAE, monkeypatch:
 
 
 def test_exact_is_refused_where_it_does_not_fit(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handlers.serving.heap.HEAP.capacity", lambda: 1000)
+    monkeypatch.setattr("handlers.serving.vae.heap.HEAP.capacity", lambda: 1000)
     with pytest.raises(RequestError, match=r"in diffusers' own pass; without `exact` it may take less") as caught:
         modes(vae, exact=True)
     assert caught.value.status == 422

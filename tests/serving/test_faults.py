@@ -21,7 +21,7 @@ import psutil
 import pytest
 import requests
 
-from handlers.serving.output import tensor_bytes
+from handlers.serving.media.output import tensor_bytes
 from scripts import local_server
 from scripts.local_server import ROOT, clean_environment, free_port
 from tests.conftest import SERVERS, Endpoint, faulty_endpoint

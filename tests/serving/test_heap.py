@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from handlers.serving import heap
-from handlers.serving.heap import HOLES, KERNELS, LARGE_BLOCK, SMALL_BLOCK, Heap, map_gpu_memory
+from handlers.serving.vae import heap
+from handlers.serving.vae.heap import HOLES, KERNELS, LARGE_BLOCK, SMALL_BLOCK, Heap, map_gpu_memory
 from scripts.local_server import ROOT
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def run(code: str, *arguments: str) -> int:
 def test_memory_that_was_used_once_is_not_mapped_again() -> None:
     code = """
 import resource, threading, torch
-from handlers.serving.heap import HEAP
+from handlers.serving.vae.heap import HEAP
 HEAP.keep(pages=True)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -46,7 +46,7 @@ import random, sys, threading
 import psutil, torch
 from handlers import MODELS
 from handlers.serving.settings import Settings
-from handlers.serving.vae import VAE
+from handlers.serving.vae.vae import VAE
 
 torch.set_num_threads(2)
 vae = VAE.load(MODELS["tiny"], "", Settings(), "cpu")
@@ -80,7 +80,7 @@ IDLE = """
 import sys, time
 import psutil, torch
 from handlers.serving import worker
-from handlers.serving.heap import HEAP
+from handlers.serving.vae.heap import HEAP
 from handlers.serving.machine import Machine
 from handlers.serving.settings import Settings
 from handlers.serving.worker import JobFuture
@@ -111,7 +111,7 @@ def test_an_idle_server_gives_its_free_pages_back() -> None:
 
 SHAPES = """
 import sys, torch
-from handlers.serving.heap import HEAP
+from handlers.serving.vae.heap import HEAP
 HEAP.keep(pages=True)
 for size in map(int, sys.argv[1:]):
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):

@@ -16,7 +16,7 @@ from tests.hub_server import Hub, Repo, running_hub
 
 FETCH = """
 import json, sys
-from handlers.serving.hub import fetch
+from handlers.serving.vae.hub import fetch
 
 for checkpoint in json.loads(sys.argv[1]):
     try:

@@ -19,8 +19,8 @@ from PIL import Image, ImageOps
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
 from handlers.serving.limits import Limits
-from handlers.serving.payload import read_image, to_rgb
-from handlers.serving.pixels import from_images, shape_of_images
+from handlers.serving.media.payload import read_image, to_rgb
+from handlers.serving.media.pixels import from_images, shape_of_images
 
 LIMITS = Limits()
 

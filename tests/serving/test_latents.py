@@ -4,9 +4,9 @@ from torch.nn.functional import pixel_shuffle
 
 from handlers import MODELS
 from handlers.serving.errors import RequestError
-from handlers.serving.latents import LatentsLayouts, add_noise
 from handlers.serving.layout import Layout
-from handlers.serving.request import Parameters
+from handlers.serving.media.latents import LatentsLayouts, add_noise
+from handlers.serving.media.request import Parameters
 
 IMAGE = LatentsLayouts(Layout("image", 16, 8), MODELS["flux"])
 VIDEO = LatentsLayouts(Layout("video", 16, 8, (1, 5, 9), 5), MODELS["hunyuan-video"])

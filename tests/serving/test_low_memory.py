@@ -16,8 +16,8 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks.peak import peak_bytes
 from handlers import MODELS
-from handlers.serving import low_memory
-from handlers.serving.low_memory import reduce_peak
+from handlers.serving.vae import low_memory
+from handlers.serving.vae.low_memory import reduce_peak
 from tests.conftest import SMALL
 
 pytestmark = pytest.mark.slow

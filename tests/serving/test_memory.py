@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from handlers.model import Model, Peak
-from handlers.serving import memory
 from handlers.serving.layout import Layout
-from handlers.serving.memory import JOINING, Estimate, MemoryUse, Mode, choose_modes
+from handlers.serving.vae import memory
+from handlers.serving.vae.memory import JOINING, Estimate, MemoryUse, Mode, choose_modes
 
 IMAGE = Layout("image", 4, 8)
 VIDEO = Layout("video", 16, 8, (1, 5, 9), 5)

@@ -10,7 +10,7 @@ import torch
 from benchmarks.memory import Case, estimated, measured, offered, tile_side, weight_bytes
 from handlers import MODELS
 from handlers.model import ALL, Model, Task
-from handlers.serving.memory import Mode
+from handlers.serving.vae.memory import Mode
 from scripts.instances import HOURLY
 
 pytestmark = pytest.mark.slow

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from handlers import MODELS, EndpointHandler
-from handlers.serving import output
 from handlers.serving.errors import RequestError
-from handlers.serving.memory import Mode
-from handlers.serving.output import tensor_bytes, write_mp4
+from handlers.serving.media import output
+from handlers.serving.media.output import tensor_bytes, write_mp4
 from handlers.serving.pipeline import Work
+from handlers.serving.vae.memory import Mode
 from tests.conftest import same_video, uint8_pixels
 
 Steps = list[Callable[[], None]]

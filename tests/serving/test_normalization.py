@@ -6,8 +6,8 @@ from torch import Tensor
 
 from handlers import MODELS
 from handlers.serving.errors import RequestError
-from handlers.serving.normalization import Normalization, Scaling
-from handlers.serving.request import Parameters
+from handlers.serving.media.normalization import Normalization, Scaling
+from handlers.serving.media.request import Parameters
 
 MEAN, STD = torch.arange(16.0), torch.arange(1.0, 17.0)
 

@@ -11,9 +11,9 @@ import av
 import numpy as np
 import pytest
 
-from handlers.serving import output
 from handlers.serving.errors import RequestError
-from handlers.serving.output import Mp4Writer, write_mp4
+from handlers.serving.media import output
+from handlers.serving.media.output import Mp4Writer, write_mp4
 from tests.conftest import same_video
 
 SPANS = (13, 12, 8)

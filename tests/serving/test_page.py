@@ -12,8 +12,8 @@ import pytest
 import requests
 from starlette.applications import Starlette
 
-from handlers.serving.app import EXPOSED, build_app
-from handlers.serving.page import PAGE
+from handlers.serving.http.app import EXPOSED, build_app
+from handlers.serving.http.web_demo import PAGE
 from handlers.serving.settings import Settings
 from tests.conftest import Endpoint
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
-from handlers.serving.payload import read_image, read_json, sniff, upright_rgb
+from handlers.serving.media.payload import read_image, read_json, sniff, upright_rgb
 
 LIMITS = Limits()
 

@@ -14,12 +14,12 @@ from PIL import Image
 
 from handlers import MODELS, EndpointHandler
 from handlers.serving.errors import RequestError
-from handlers.serving.heap import HEAP
-from handlers.serving.memory import Mode
-from handlers.serving.output import tensor_bytes
+from handlers.serving.media.output import tensor_bytes
 from handlers.serving.pipeline import Work
 from handlers.serving.settings import Settings
-from handlers.serving.vae import VAE
+from handlers.serving.vae.heap import HEAP
+from handlers.serving.vae.memory import Mode
+from handlers.serving.vae.vae import VAE
 from tests.conftest import same_video, uint8_pixels
 
 
@@ -218,7 +218,7 @@ class TestMemory:
         def short(*_: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr("handlers.serving.pixels.to_answer", short)
+        monkeypatch.setattr("handlers.serving.media.pixels.to_answer", short)
         with pytest.raises(RequestError, match="no memory free for that now; try again soon") as refused:
             handler({"inputs": latents_of(handler)})
         assert refused.value.status == 503

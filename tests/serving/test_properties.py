@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from handlers import MODELS
 from handlers.base import EndpointHandler
-from handlers.serving import payload
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
+from handlers.serving.media import payload
+from handlers.serving.media.request import Parameters
 from handlers.serving.pipeline import Pipeline
-from handlers.serving.request import Parameters
 from handlers.serving.settings import Settings
-from handlers.serving.vae import VAE
+from handlers.serving.vae.vae import VAE
 
 LIMITS = Limits(max_pixels=100_000)
 EXAMPLES = settings(

@@ -18,10 +18,10 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from handlers import MODELS
-from handlers.serving import mp4
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
-from handlers.serving.mp4 import read_video
+from handlers.serving.media import mp4
+from handlers.serving.media.mp4 import read_video
 from tests.support import mp4_files
 from tests.support.memory_limit import LimitedServer, limited_server
 from tests.support.mp4_files import add, box, change, frames_of, table, video

@@ -1,7 +1,7 @@
 import pytest
 
 from handlers.serving.errors import RequestError
-from handlers.serving.request import Accept, Answer, Parameters, decode_answer
+from handlers.serving.media.request import Accept, Answer, Parameters, decode_answer
 
 
 def test_parameters_as_the_client_spells_them() -> None:

@@ -19,7 +19,7 @@ from handlers import MODELS, get_handler
 from handlers.serving.machine import Machine
 from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
-from handlers.serving.vae import VAE
+from handlers.serving.vae.vae import VAE
 from handlers.version import VERSION
 from scripts.local_server import ROOT, serve
 from tests.checkpoints import build

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.peak import peak_bytes
 from handlers import MODELS
-from handlers.serving.low_memory import reduced_peak
-from handlers.serving.spans import decode_spans
+from handlers.serving.vae.chunks import decode_spans
+from handlers.serving.vae.low_memory import reduced_peak
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from handlers import MODELS
-from handlers.serving import low_memory
-from handlers.serving import vae as vae_module
-from handlers.serving.autoencoder import has_frames
-from handlers.serving.fast import FastPass
-from handlers.serving.memory import Mode
-from handlers.serving.stop import PassStopped, stoppable
-from handlers.serving.vae import VAE
+from handlers.serving.vae import low_memory
+from handlers.serving.vae import vae as vae_module
+from handlers.serving.vae.autoencoder import has_frames
+from handlers.serving.vae.fast.forward import FastPass
+from handlers.serving.vae.memory import Mode
+from handlers.serving.vae.stop import PassStopped, stoppable
+from handlers.serving.vae.vae import VAE
 from tests.checkpoints import SMALL, build, model_of, small_tiles
 from tests.small_service import SERVED
 

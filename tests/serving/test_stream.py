@@ -19,8 +19,8 @@ import requests
 import torch
 
 from handlers.serving.errors import RequestError
-from handlers.serving.output import Mp4Writer, tensor_bytes
-from handlers.serving.stream import BOUND, Stream
+from handlers.serving.media.output import Mp4Writer, tensor_bytes
+from handlers.serving.media.stream import BOUND, Stream
 from tests.conftest import SERVERS, Endpoint, faulty_endpoint
 from tests.faulty_server import (
     BUG,

@@ -13,9 +13,9 @@ from prometheus_client import REGISTRY
 from handlers import MODELS
 from handlers.base import EndpointHandler
 from handlers.serving.errors import RequestError
-from handlers.serving.memory import Mode
 from handlers.serving.settings import Settings
-from handlers.serving.vae import VAE
+from handlers.serving.vae.memory import Mode
+from handlers.serving.vae.vae import VAE
 
 
 def bias_of(vae: VAE) -> torch.Tensor:

@@ -5,7 +5,7 @@ import pytest
 
 from handlers.serving import worker
 from handlers.serving.errors import RequestError
-from handlers.serving.stop import check_wanted
+from handlers.serving.vae.stop import check_wanted
 from handlers.serving.worker import DeviceWorkers
 
 

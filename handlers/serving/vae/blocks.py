@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handlers.serving.stop import check_wanted
+from handlers.serving.vae.stop import check_wanted
 
 Part = Any
 """A module of diffusers', or a part of one: which attributes it has no type tells, but the sets of names below do."""

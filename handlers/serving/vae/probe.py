@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from handlers.model import Model, Task
-from handlers.serving.autoencoder import decode_at_once, encode_at_once, forget, has_frames, posterior_of
 from handlers.serving.layout import Layout
+from handlers.serving.vae.autoencoder import decode_at_once, encode_at_once, forget, has_frames, posterior_of
 
 SIDE = 64
 """Pixels of the picture that is encoded: a multiple of what every known VAE shrinks by, 8 to 32."""

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from handlers.serving.errors import RequestError
-from handlers.serving.request import Body
+from handlers.serving.media.request import Body
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 

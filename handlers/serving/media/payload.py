@@ -15,9 +15,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from handlers.serving.errors import RequestError
-from handlers.serving.image_files import JPEG, PNG, ImageFile, inspect
 from handlers.serving.limits import Limits
-from handlers.serving.request import Body, BodyKind
+from handlers.serving.media.image_files import JPEG, PNG, ImageFile, inspect
+from handlers.serving.media.request import Body, BodyKind
 
 Image.MAX_IMAGE_PIXELS = None  # `Limits` has its own limit, and it is one for the whole request
 

@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from handlers.model import Model, Task
-from handlers.serving import hub, metrics
-from handlers.serving.autoencoder import DecodeOptions, EncodeOptions, encode_at_once, forget
-from handlers.serving.coders import is_known
+from handlers.serving import metrics
 from handlers.serving.errors import RequestError
-from handlers.serving.fast_check import FastPasses
-from handlers.serving.heap import HEAP, map_gpu_memory
-from handlers.serving.low_memory import reduced_peak
-from handlers.serving.memory import (
+from handlers.serving.media.normalization import Normalization
+from handlers.serving.settings import Settings
+from handlers.serving.vae import hub
+from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, encode_at_once, forget
+from handlers.serving.vae.blocks import is_known
+from handlers.serving.vae.chunks import decode_spans, join
+from handlers.serving.vae.fast.check import FastPasses
+from handlers.serving.vae.heap import HEAP, map_gpu_memory
+from handlers.serving.vae.low_memory import reduced_peak
+from handlers.serving.vae.memory import (
     Estimate,
     MemoryUse,
     Mode,
@@ -32,11 +36,8 @@ from handlers.serving.memory import (
     is_out_of_memory,
     total_memory,
 )
-from handlers.serving.normalization import Normalization
-from handlers.serving.probe import Probe, differs
-from handlers.serving.settings import Settings
-from handlers.serving.spans import decode_spans, join
-from handlers.serving.stop import PassStopped, make_stoppable
+from handlers.serving.vae.probe import Probe, differs
+from handlers.serving.vae.stop import PassStopped, make_stoppable
 
 T = TypeVar("T")
 

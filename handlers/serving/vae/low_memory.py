@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handlers.serving import coders
-from handlers.serving.coders import Part, Step, Way, attend
-from handlers.serving.stop import check_wanted
+from handlers.serving.vae import blocks as coders
+from handlers.serving.vae.blocks import Part, Step, Way, attend
+from handlers.serving.vae.stop import check_wanted
 
 Read = Callable[[int, int], Tensor]
 """Gives rows, from the first up to the second, of a picture that need not exist as a whole."""

@@ -21,14 +21,14 @@ from starlette.types import Receive, Scope, Send
 
 from handlers.model import Task
 from handlers.serving import metrics
-from handlers.serving.access_log import NO_ANSWER
 from handlers.serving.admission import Reservation
 from handlers.serving.errors import RequestError
-from handlers.serving.output import to_json
-from handlers.serving.payload import lost_bytes
+from handlers.serving.http.access_log import NO_ANSWER
+from handlers.serving.media.output import to_json
+from handlers.serving.media.payload import lost_bytes
+from handlers.serving.media.request import Request, media_type_of
+from handlers.serving.media.stream import Stream
 from handlers.serving.pipeline import Pipeline, Prepared, Result
-from handlers.serving.request import Request, media_type_of
-from handlers.serving.stream import Stream
 from handlers.serving.worker import JobFuture
 
 T = TypeVar("T")

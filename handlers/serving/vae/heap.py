@@ -33,7 +33,7 @@ import psutil
 import torch
 
 from handlers.serving.errors import RequestError
-from handlers.serving.memory import free_memory, total_memory
+from handlers.serving.vae.memory import free_memory, total_memory
 
 MARGIN = 1.1
 """What may be kept, in parts of what the largest pass took."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
-from handlers.serving.payload import to_rgb
-from handlers.serving.request import Answer
+from handlers.serving.media.payload import to_rgb
+from handlers.serving.media.request import Answer
 
 STRIP = 2**18
 """Pixels that are converted at a time."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from handlers.model import LatentsLayout, Model, Task
 from handlers.serving.errors import RequestError
-from handlers.serving.request import Parameters
+from handlers.serving.media.request import Parameters
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 
 from handlers.model import Task
 from handlers.serving.limits import Limits
+from handlers.serving.media.request import ImageFormat
 from handlers.serving.pipeline import Pipeline
-from handlers.serving.request import ImageFormat
 from handlers.version import VERSION
 
 BUFFER_NUMBERS = 4096

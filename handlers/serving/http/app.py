@@ -23,13 +23,13 @@ from starlette.types import Receive, Scope, Send
 
 from handlers.model import split_keys
 from handlers.serving import metrics
-from handlers.serving.access_log import NO_ANSWER, AccessLog
 from handlers.serving.admission import BytesInFlight
-from handlers.serving.callers import CallerCheck
-from handlers.serving.description import describe, public_name
 from handlers.serving.errors import RequestError
-from handlers.serving.exchange import Exchange, check_token
-from handlers.serving.page import HEADERS, PAGE, asks_for_page
+from handlers.serving.http.access_log import NO_ANSWER, AccessLog
+from handlers.serving.http.callers import CallerCheck
+from handlers.serving.http.config import describe, public_name
+from handlers.serving.http.request_handler import Exchange, check_token
+from handlers.serving.http.web_demo import HEADERS, PAGE, asks_for_page
 from handlers.serving.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor, uint8
 
 from handlers.serving.errors import RequestError
-from handlers.serving.request import Answer
-from handlers.serving.stream import Stream
+from handlers.serving.media.request import Answer
+from handlers.serving.media.stream import Stream
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from handlers.model import LatentsLayout, Model
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
-from handlers.serving.request import Parameters
+from handlers.serving.media.request import Parameters
 
 PATTERNS: dict[LatentsLayout, str] = {
     "BCHW": "b c h w",

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, Autoenc
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
-from handlers.serving.autoencoder import DecodeOptions, decode_at_once
+from handlers.serving.vae.autoencoder import DecodeOptions, decode_at_once
 
 
 def decode_spans(

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handlers.serving import coders, kernels
-from handlers.serving.autoencoder import has_frames
-from handlers.serving.coders import Part
-from handlers.serving.fast import FastPass
+from handlers.serving.vae import blocks as coders
+from handlers.serving.vae.autoencoder import has_frames
+from handlers.serving.vae.blocks import Part
+from handlers.serving.vae.fast import kernels
+from handlers.serving.vae.fast.forward import FastPass
 
 
 class FusedPass(FastPass):

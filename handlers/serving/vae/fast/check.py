@@ -20,11 +20,11 @@ from torch import Tensor
 
 from handlers.model import Model, Task
 from handlers.serving import metrics
-from handlers.serving.autoencoder import encode_at_once, forget, has_frames
-from handlers.serving.coders import is_known
-from handlers.serving.fast import FastPass
-from handlers.serving.low_memory import reduced_peak
-from handlers.serving.spans import decode_spans, join
+from handlers.serving.vae.autoencoder import encode_at_once, forget, has_frames
+from handlers.serving.vae.blocks import is_known
+from handlers.serving.vae.chunks import decode_spans, join
+from handlers.serving.vae.fast.forward import FastPass
+from handlers.serving.vae.low_memory import reduced_peak
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def fast_pass(model: Any) -> FastPass | None:
     if not is_known(model):
         return None
     if model.device.type == "cuda" and importlib.util.find_spec("triton"):
-        from handlers.serving.fused import FusedPass
+        from handlers.serving.vae.fast.fused import FusedPass
 
         return FusedPass(model)
     return FastPass(model)

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handlers.serving import coders
-from handlers.serving.coders import Part, Way, attend
+from handlers.serving.vae import blocks as coders
+from handlers.serving.vae.blocks import Part, Way, attend
 
 Phases = list[tuple[tuple[int, ...], Tensor]]
 """A folded convolution: for each position in the square, or cube, where it is, and the kernel of its pixels."""

@@ -21,10 +21,10 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 
-from handlers.serving import frames
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
-from handlers.serving.request import Body
+from handlers.serving.media import frames
+from handlers.serving.media.request import Body
 
 BOXES = 100_000
 """Boxes that are looked at, at most; a file in fragments has about ten for each."""

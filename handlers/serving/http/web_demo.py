@@ -7,7 +7,7 @@ import hashlib
 import re
 from pathlib import Path
 
-PAGE = (Path(__file__).parent / "page.html").read_bytes()
+PAGE = (Path(__file__).parent / "web_demo.html").read_bytes()
 
 
 def asks_for_page(accept: str | None) -> bool:
