@@ -17,7 +17,7 @@ class Limits(BaseModel):
 
     max_body_mb: Annotated[float, Field(gt=0)] = 512
     """Megabytes of a request's body; a minute of 720p video as uint8 pixels is about this much."""
-    max_held_mb: Annotated[float, Field(gt=0)] = 2048
+    max_in_flight_mb: Annotated[float, Field(gt=0)] = 2048
     """Megabytes of the bodies of all requests that are in the service at a time, and of what was made of them.
 
     Unless it is set, no more than an eighth of the machine's memory.
@@ -29,9 +29,9 @@ class Limits(BaseModel):
     max_batch: Annotated[int, Field(ge=1)] = 64
     """Pictures or videos in one request."""
     max_queue: Annotated[int, Field(ge=1)] = 64
-    """Requests in the service whose body is there, beside those on a device. One more waits for `patience`."""
-    patience: Annotated[float, Field(ge=0)] = 5
-    """Seconds that a request waits for one of these places before it is told to come back (503).
+    """Requests in the service whose body is there, beside those on a device. One more waits for `queue_timeout`."""
+    queue_timeout: Annotated[float, Field(ge=0)] = 5
+    """Seconds that a request waits for one of these slots before it is told to come back (503).
 
     The released clients do not come back. And those that do, at once or all after a second, would keep the service busy
     refusing them, or leave the device idle.
@@ -43,21 +43,25 @@ class Limits(BaseModel):
 
     def within(self, memory: int) -> Self:
         """These limits on a machine, or in a container, of so many bytes."""
-        if "max_held_mb" in self.model_fields_set:
+        if "max_in_flight_mb" in self.model_fields_set:
             return self
-        return self.model_copy(update={"max_held_mb": min(self.max_held_mb, memory // 8_000_000)})
+        return self.model_copy(update={"max_in_flight_mb": min(self.max_in_flight_mb, memory // 8_000_000)})
 
     def check_body(self, size: int) -> None:
         """Bytes of a body, counted as they come."""
         if size > self.max_body_mb * 1e6:
             raise _too_large(f"the body is larger than {self.max_body_mb:g} MB", "VAE_MAX_BODY_MB")
 
-    def check_held(self, size: int, own: int) -> None:
+    def check_in_flight(self, size: int, own: int) -> None:
         """Bytes of all requests together, and of one of them, which may be too much by itself."""
-        if own > self.max_held_mb * 1e6:
-            raise _too_large(f"the request takes {own / 1e6:.0f} MB; at most {self.max_held_mb:g}", "VAE_MAX_HELD_MB")
-        if size > self.max_held_mb * 1e6:
-            raise RequestError(f"requests hold {self.max_held_mb:g} MB already (VAE_MAX_HELD_MB); try again soon", 503)
+        if own > self.max_in_flight_mb * 1e6:
+            raise _too_large(
+                f"the request takes {own / 1e6:.0f} MB; at most {self.max_in_flight_mb:g}", "VAE_MAX_IN_FLIGHT_MB"
+            )
+        if size > self.max_in_flight_mb * 1e6:
+            raise RequestError(
+                f"requests hold {self.max_in_flight_mb:g} MB already (VAE_MAX_IN_FLIGHT_MB); try again soon", 503
+            )
 
     def check_picture(self, width: int, height: int, frames: int = 1, batch: int = 1) -> None:
         """A batch of such pictures, or the first so many frames of a video, before their pixels are decoded."""

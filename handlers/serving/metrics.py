@@ -24,7 +24,7 @@ STOPPED = Counter("vae_stopped_passes_total", "Passes that were ended early, as 
 BROKEN = Counter("vae_broken_streams_total", "Videos whose first bytes were sent, and whose last could not be.")
 FREE_MEMORY = Gauge("vae_device_free_bytes", "Memory that is free on a device.", ["device"])
 TOTAL_MEMORY = Gauge("vae_device_total_bytes", "Memory of a device.", ["device"])
-HELD = Gauge("vae_held_bytes", "Bytes of the bodies of requests that are in the service.")
+IN_FLIGHT = Gauge("vae_bytes_in_flight", "Bytes of requests in the service: their bodies, and what is made of them.")
 RUNNING = Gauge("inf_batch_current_size", "Requests on a device; the Inference Toolkit's name.")
 WAITING = Gauge("inf_queue_size", "Requests that wait for a device; the Inference Toolkit's name.")
 

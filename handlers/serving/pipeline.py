@@ -19,11 +19,13 @@ from torch import Tensor
 
 from handlers.model import Model, Task
 from handlers.serving import metrics
+from handlers.serving.admission import Admission
+from handlers.serving.devices import DevicePool, JobFuture, device_names
 from handlers.serving.errors import RequestError
-from handlers.serving.machine import Machine
 from handlers.serving.media import mp4, output, payload, pixels
 from handlers.serving.media.image_files import ImageFile
 from handlers.serving.media.latents import LatentsLayouts, add_noise, generator_of
+from handlers.serving.media.normalization import Normalization
 from handlers.serving.media.request import (
     Accept,
     Answer,
@@ -39,8 +41,7 @@ from handlers.serving.settings import Settings
 from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions
 from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.memory import Mode, free_memory, is_out_of_memory, total_memory
-from handlers.serving.vae.vae import VAE, devices
-from handlers.serving.worker import JobFuture
+from handlers.serving.vae.vae import VAE
 
 FLOAT = torch.float32.itemsize
 
@@ -87,16 +88,17 @@ def load_pipelines(models: Mapping[str, type[Model]], path: str) -> dict[str, Pi
         ValueError, OSError: a setting or weights are wrong, as `Settings.load` and `VAE.load` say.
     """
     settings = Settings.load().within(total_memory(torch.device("cpu")))
-    HEAP.reserve = int(settings.max_held_mb * 1e6)
+    HEAP.reserve = int(settings.max_in_flight_mb * 1e6)
     path = "" if settings.foreign_repository else path
-    names = devices(settings.device)
-    machine = Machine([torch.device(name) for name in names], settings)
+    names = device_names(settings.device)
+    admission = Admission(settings, len(names))
+    devices = DevicePool([torch.device(name) for name in names], settings.timeout)
 
     def load(key: str, declared: type[Model]) -> Pipeline:
         own, folder = settings, path
         if len(models) > 1:
             own, folder = settings.of(key), str(Path(path, "vae", key)) if path else ""
-        return Pipeline([VAE.load(declared, folder, own, name) for name in names], own, machine)
+        return Pipeline([VAE.load(declared, folder, own, name) for name in names], own, admission, devices)
 
     return {key: load(key, declared) for key, declared in models.items()}
 
@@ -105,26 +107,34 @@ class Pipeline:
     """The stages of a request around one VAE.
 
     They share nothing but the request, so different requests may be in different stages at the same time. Only
-    `forward` is bound to threads: those of the machine's `workers`, one for each device.
+    `forward` is bound to threads: those of the device queue, one for each device.
     """
 
-    def __init__(self, vaes: list[VAE], settings: Settings, machine: Machine | None = None) -> None:
-        """`vaes` are one for each device; the machine is that of other pipelines too, or one for this alone."""
+    def __init__(
+        self,
+        vaes: list[VAE],
+        settings: Settings,
+        admission: Admission | None = None,
+        devices: DevicePool | None = None,
+    ) -> None:
+        """`vaes` are one for each device. Other pipelines share `admission` and `devices`; None makes new ones."""
         self.vaes = vaes
         self.vae = vaes[0]
         self.layout = self.vae.layout
         self.latents_layouts = LatentsLayouts(self.layout, self.vae.declared)
         self.fps = self.vae.declared.fps
         self.settings = settings
-        self.machine = machine or Machine([vae.device for vae in vaes], settings)
-        self.workers = self.machine.workers
+        self.normalization = Normalization.of(self.vae.model, self.vae.declared)
+        self.admission = admission or Admission(settings, len(vaes))
+        self.devices = devices or DevicePool([vae.device for vae in vaes], settings.timeout)
+        self.device_queue = self.devices.queue
         for number, vae in enumerate(vaes):
             if vae.fast.fast:  # requests are served meanwhile, by diffusers' own pass
                 Thread(target=self._check_fast, args=(number, vae), name=f"fast-{number}", daemon=True).start()
 
     def _check_fast(self, number: int, vae: VAE) -> None:
         for check in vae.fast.checks():
-            self.workers.when_idle(number, check)
+            self.device_queue.when_idle(number, check)
 
     def parse(
         self,
@@ -240,7 +250,7 @@ class Pipeline:
             )
         width, height = (side * self.layout.vae_scale_factor for side in (batch.shape[-1], batch.shape[-2]))
         output.check_size(request.answer, request.image_format, width, height)
-        raw = self.vae.normalization.scaling(parameters, "decode", layout).unscale(batch, self.vae.dtype)
+        raw = self.normalization.scaling(parameters, "decode", layout).unscale(batch, self.vae.dtype)
         return add_noise(raw, parameters) if self.vae.config.get("timestep_conditioning") else raw
 
     def _check_batch(self, task: Task, shape: tuple[int, ...]) -> None:
@@ -320,7 +330,7 @@ class Pipeline:
         layout = request.parameters.latents_layout
         if request.parameters.sample_mode == "moments":
             return raw
-        scaled = self.vae.normalization.scaling(request.parameters, "encode", layout).scale(raw)
+        scaled = self.normalization.scaling(request.parameters, "encode", layout).scale(raw)
         return self.latents_layouts.write(scaled, layout)
 
     def _takes_batch(self, answer: Answer) -> bool:
@@ -339,7 +349,7 @@ class Pipeline:
         key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], self._decode_options(request), alone)
         size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
         future: JobFuture[Result] = JobFuture()
-        return self.machine.submit(self, Work(request, inputs, future if streamed else None), key, size, future)
+        return self.devices.submit(self, Work(request, inputs, future if streamed else None), key, size, future)
 
     def unsent(self, request: Request, inputs: Tensor) -> int:
         """Bytes, at most, that wait for the reader of a stream: frames for the encoder, and what it made of them."""
@@ -442,8 +452,9 @@ class Pipeline:
 
     def measure(self) -> None:
         """Sets what `/metrics` shows of this moment."""
-        metrics.RUNNING.set(self.workers.running)
-        metrics.WAITING.set(self.workers.waiting)
+        metrics.IN_FLIGHT.set(self.admission.bytes_in_flight)
+        metrics.RUNNING.set(self.device_queue.running)
+        metrics.WAITING.set(self.device_queue.waiting)
         for vae in self.vaes:
             metrics.FREE_MEMORY.labels(str(vae.device)).set(free_memory(vae.device))
             metrics.TOTAL_MEMORY.labels(str(vae.device)).set(total_memory(vae.device))

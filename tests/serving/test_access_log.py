@@ -108,7 +108,7 @@ def test_metrics_count_what_happened(endpoint: Endpoint) -> None:
     assert difference.pop("sent") > len(response.content)  # and the error, and /metrics itself
     assert difference.pop("received") == 2 * size
     assert set(difference.values()) == {1}
-    for name in ("vae_out_of_memory_total", "vae_upcast_total", "vae_held_bytes", "inf_queue_size"):
+    for name in ("vae_out_of_memory_total", "vae_upcast_total", "vae_bytes_in_flight", "inf_queue_size"):
         assert metric(endpoint, name) == 0
     assert (
         0

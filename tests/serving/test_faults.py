@@ -163,7 +163,7 @@ class TestOneRequest:
         message = {"error": f"the body did not arrive within {TIMEOUT} s (VAE_TIMEOUT)"}
         assert (response.status, json.loads(response.read())) == (408, message)
         connection.close()
-        assert metric(faulty, "vae_held_bytes") == 0
+        assert metric(faulty, "vae_bytes_in_flight") == 0
         self.assert_well(faulty)
 
     def test_out_of_memory_is_tried_one_step_down(self, faulty: Endpoint) -> None:
@@ -203,7 +203,7 @@ class TestOneRequest:
                 connection.sendall(sent)
                 time.sleep(wait)
         wait_for_metric(faulty, "inf_batch_current_size", 0)
-        wait_for_metric(faulty, "vae_held_bytes", 0)
+        wait_for_metric(faulty, "vae_bytes_in_flight", 0)
         self.assert_well(faulty)
 
     def assert_well(self, endpoint: Endpoint) -> None:
@@ -337,7 +337,7 @@ class TestSigterm:
         connection.putrequest("POST", "/")
         connection.putheader("Content-Length", "1000")
         connection.endheaders(b"\0" * 500)
-        wait_for_metric(endpoint, "vae_held_bytes", 500)
+        wait_for_metric(endpoint, "vae_bytes_in_flight", 500)
         server = self.terminate(endpoint)
         response = connection.getresponse()
         message = {"error": "the service is shutting down; try again soon"}

@@ -79,11 +79,9 @@ def test_many_shapes_leave_no_more_than_the_largest_of_them_alone() -> None:
 IDLE = """
 import sys, time
 import psutil, torch
-from handlers.serving import worker
+from handlers.serving import devices
+from handlers.serving.devices import DevicePool, JobFuture
 from handlers.serving.vae.heap import HEAP
-from handlers.serving.machine import Machine
-from handlers.serving.settings import Settings
-from handlers.serving.worker import JobFuture
 
 class Passes:
     vaes = [None]
@@ -93,11 +91,11 @@ class Passes:
             return [torch.ones(16 * 2**20).sum() for _ in batch]
 
 HEAP.keep(pages=True)
-worker.REST = float(sys.argv[1])
-machine = Machine([torch.device("cpu")], Settings())
+devices.IDLE_SECONDS = float(sys.argv[1])
+pool = DevicePool([torch.device("cpu")], 300)
 before = psutil.Process().memory_info().rss
 for _ in range(3):
-    machine.submit(Passes(), None, 0, 1, JobFuture()).result()
+    pool.submit(Passes(), None, 0, 1, JobFuture()).result()
 time.sleep(1)
 print(psutil.Process().memory_info().rss - before)
 """

@@ -37,10 +37,10 @@ def narrow(
     limits = {
         "MAX_BODY_MB": 1,
         "MAX_QUEUE": 16,
-        "PATIENCE": 0.5,
+        "QUEUE_TIMEOUT": 0.5,
         "MAX_PIXELS": 300_000,
         "MAX_BATCH": 4,
-        "MAX_HELD_MB": 1.5,
+        "MAX_IN_FLIGHT_MB": 1.5,
     }
     environment = {f"VAE_{name}": str(value) for name, value in limits.items()} | {"DEVICE_SECONDS": "0.2"}
     log = tmp_path_factory.mktemp("narrow") / "log"
@@ -89,9 +89,9 @@ def read_answer(answers: BinaryIO) -> tuple[int, bytes]:
 
 
 def test_what_is_held_is_an_eighth_of_the_memory_unless_it_is_set() -> None:
-    assert Limits().within(2 * 10**9).max_held_mb == 250
-    assert Limits().within(10**12).max_held_mb == 2048
-    assert Limits(max_held_mb=2048).within(2 * 10**9).max_held_mb == 2048
+    assert Limits().within(2 * 10**9).max_in_flight_mb == 250
+    assert Limits().within(10**12).max_in_flight_mb == 2048
+    assert Limits(max_in_flight_mb=2048).within(2 * 10**9).max_in_flight_mb == 2048
 
 
 class TestSizes:
@@ -136,9 +136,9 @@ class TestSizes:
         buffer = io.BytesIO()
         Image.new("RGB", (512, 512)).save(buffer, format="PNG")  # 3 MB as floats
         response = requests.post(narrow.url, data=buffer.getvalue(), timeout=10)
-        message = "the request takes 3 MB; at most 1.5, the limit here (VAE_MAX_HELD_MB)"
+        message = "the request takes 3 MB; at most 1.5, the limit here (VAE_MAX_IN_FLIGHT_MB)"
         assert (response.status_code, response.json()["error"]) == (413, message)
-        assert metric(narrow, "vae_held_bytes") == 0
+        assert metric(narrow, "vae_bytes_in_flight") == 0
 
     def test_bodies_count_together_while_they_come(self, narrow: Endpoint) -> None:
         halves = [open_connection(narrow) for _ in range(2)]
@@ -146,14 +146,14 @@ class TestSizes:
             connection.putrequest("POST", "/")
             connection.putheader("Content-Length", "1000000")
             connection.endheaders(b"\0" * 700_000)
-        wait_for_metric(narrow, "vae_held_bytes", 1_400_000)
+        wait_for_metric(narrow, "vae_bytes_in_flight", 1_400_000)
         response = requests.post(narrow.url, data=b"\0" * 200_000, timeout=10)
         assert response.status_code == 503
-        message = "requests hold 1.5 MB already (VAE_MAX_HELD_MB); try again soon"
+        message = "requests hold 1.5 MB already (VAE_MAX_IN_FLIGHT_MB); try again soon"
         assert (response.json(), response.headers["Retry-After"]) == ({"error": message}, "1")
         for connection in halves:
             connection.close()
-        wait_for_metric(narrow, "vae_held_bytes", 0)
+        wait_for_metric(narrow, "vae_bytes_in_flight", 0)
         assert narrow.post(narrow.latents()).ok
 
 

@@ -139,7 +139,7 @@ class TestBatches:
             torch.testing.assert_close(one.value, other.value, atol=tolerance, rtol=0)
 
     def test_many_different_requests_at_once_each_get_their_own_answer(self, handler: EndpointHandler) -> None:
-        handler.pipeline.workers._batch_limit = 4 * 32 * 48
+        handler.pipeline.device_queue._batch_limit = 4 * 32 * 48
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn((1, 16, 4, 6 + number % 2), generator=generator) for number in range(32)]
         with ThreadPoolExecutor(32) as clients:

@@ -16,7 +16,7 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 
 from handlers import MODELS, get_handler
-from handlers.serving.machine import Machine
+from handlers.serving.devices import DevicePool
 from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
 from handlers.serving.vae.vae import VAE
@@ -99,8 +99,8 @@ def test_one_that_is_not_there_is_404_and_lists_those_that_are(endpoints: dict[s
 
 def test_one_that_runs_out_of_memory_leaves_the_others_right(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings()
-    machine = Machine([torch.device("cpu")], settings)
-    broken, whole = (Pipeline([VAE(build(key), MODELS[key])], settings, machine) for key in ("sd-v1", "flux"))
+    devices = DevicePool([torch.device("cpu")], settings.timeout)
+    broken, whole = (Pipeline([VAE(build(key), MODELS[key])], settings, devices=devices) for key in ("sd-v1", "flux"))
 
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

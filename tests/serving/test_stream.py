@@ -40,7 +40,7 @@ from tests.serving.test_limits import metric, wait_for_metric
 
 TIMEOUT = 4
 DEVICE_SECONDS = 0.5
-HELD_MB = 14
+IN_FLIGHT_MB = 14
 
 
 class Broken(Exception):
@@ -53,7 +53,7 @@ def faulty(
 ) -> Iterator[Endpoint]:
     """An endpoint in which things go wrong on request, with a short deadline."""
     log = tmp_path_factory.mktemp("faulty") / "log"
-    environment = {"VAE_TIMEOUT": TIMEOUT, "DEVICE_SECONDS": DEVICE_SECONDS, "VAE_MAX_HELD_MB": HELD_MB}
+    environment = {"VAE_TIMEOUT": TIMEOUT, "DEVICE_SECONDS": DEVICE_SECONDS, "VAE_MAX_IN_FLIGHT_MB": IN_FLIGHT_MB}
     weights = checkpoint("hunyuan-video")
     texts = {name: str(value) for name, value in environment.items()}
     with faulty_endpoint(request.param, "hunyuan-video", weights, log, **texts) as endpoint:
@@ -112,7 +112,7 @@ def assert_well(endpoint: Endpoint) -> None:
     """The next stream is complete, and nothing is left of those before it."""
     response = ask(endpoint, latents=endpoint.latents(frames=2, height=32, width=32))
     assert is_complete(read(response))
-    wait_for_metric(endpoint, "vae_held_bytes", 0)
+    wait_for_metric(endpoint, "vae_bytes_in_flight", 0)
     wait_for_metric(endpoint, "inf_batch_current_size", 0)
 
 
@@ -191,7 +191,7 @@ class TestRefused:
         assert faulty.post(large[:, :, :1], stream="true").ok
         refused = faulty.post(large, stream="true")
         assert refused.status_code == 413
-        assert f"at most {HELD_MB}, the limit here (VAE_MAX_HELD_MB)" in refused.json()["error"]
+        assert f"at most {IN_FLIGHT_MB}, the limit here (VAE_MAX_IN_FLIGHT_MB)" in refused.json()["error"]
         assert_well(faulty)
 
     @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ class TestBroken:
             reader.connect(("127.0.0.1", urlsplit(faulty.url).port))
             reader.sendall(head.encode() + tensor_bytes(latents))
             assert reader.recv(12) == b"HTTP/1.1 200"
-            assert metric(faulty, "vae_held_bytes") > latents.nbytes
+            assert metric(faulty, "vae_bytes_in_flight") > latents.nbytes
             wait_for_metric(faulty, "inf_batch_current_size", 0)  # the device does not wait for it
             line = logged(faulty, "stalls")
             assert line["error"] == f"the stream broke: no answer within {TIMEOUT} s (VAE_TIMEOUT); send less at once"

@@ -3,7 +3,7 @@
 The server runs in a control group of its own (version 1 or 2) and in a private mount namespace that shows it the group
 where a container shows its own, so the service reads its limit and what it uses from the real files. The kernel kills
 it when it takes more. Both need root. Elsewhere the service is told what it would derive from the limit
-(`VAE_MAX_HELD_MB`), and `peak`, which the system measures either way, is what a test compares with the limit.
+(`VAE_MAX_IN_FLIGHT_MB`), and `peak`, which the system measures either way, is what a test compares with the limit.
 
 Started as a module, this file is the server's process: it enters the group and becomes `python <arguments>`.
 """
@@ -74,7 +74,7 @@ def limited_server(
     """
     group = _make_group(limit)
     if group is None:
-        environment = {"VAE_MAX_HELD_MB": str(limit // 8_000_000), **environment}
+        environment = {"VAE_MAX_IN_FLIGHT_MB": str(limit // 8_000_000), **environment}
     name = log.with_suffix(".pid")
     wrapper = ("-m", "tests.support.memory_limit", str(name), str(group or ""), *command)
     # A process from the start: one forked from the tests' has their pages, which no group counts.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import signal
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from starlette.types import Receive, Scope, Send
 
 from handlers.model import split_keys
 from handlers.serving import metrics
-from handlers.serving.admission import BytesInFlight
 from handlers.serving.errors import RequestError
 from handlers.serving.http.access_log import NO_ANSWER, AccessLog
 from handlers.serving.http.callers import CallerCheck
@@ -72,9 +70,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     )
     app.router.redirect_slashes = False
     app.state.handler = None
-    app.state.in_flight = BytesInFlight()
     app.state.loopback_host = None  # the standalone server's, where it listens on a loopback address
-    app.state.deadlines = set()
     return app
 
 
@@ -119,12 +115,12 @@ def drain_on_sigterm(app: Starlette) -> None:
     def drain(*arguments: Any) -> None:
         if app.state.handler is not None:
             pipeline = app.state.handler.pipeline
-            pipeline.workers.close()
+            pipeline.device_queue.close()
             server = getattr(stop, "__self__", None)
             if config := getattr(server, "config", None):  # uvicorn's, which else waits for ever
                 config.timeout_graceful_shutdown = int(pipeline.settings.grace) + 5
             loop = asyncio.get_running_loop()  # which this signal has interrupted
-            loop.call_soon_threadsafe(loop.call_later, pipeline.settings.grace, end_requests, app)
+            loop.call_soon_threadsafe(loop.call_later, pipeline.settings.grace, pipeline.admission.expire)
         stop(*arguments)
 
     signal.signal(signal.SIGTERM, drain)
@@ -136,11 +132,6 @@ def limit_reads() -> None:
     The HTTP chunks of one read are parsed before anything else runs. 256 kB hold 43,000 chunks of one byte.
     """
     asyncio.selector_events._SelectorSocketTransport.max_size = 1 << 16  # type: ignore[attr-defined]
-
-
-def end_requests(app: Starlette) -> None:
-    for deadline in list(app.state.deadlines):
-        deadline.deadline = -math.inf
 
 
 async def root(request: Request) -> Response:
@@ -165,7 +156,7 @@ async def encode(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """200 while requests are taken. 503 tells the platform to replace this replica, or to send it no more."""
-    if problem := _pipeline(request).workers.problem:
+    if problem := _pipeline(request).device_queue.problem:
         raise HTTPException(503, problem, headers={"Retry-After": "1"})
     return PlainTextResponse("Ok")
 
@@ -185,7 +176,6 @@ async def config(request: Request) -> Response:
 
 async def show_metrics(request: Request) -> Response:
     _pipeline(request).measure()
-    metrics.HELD.set(request.app.state.in_flight.total)
     return Response(metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 

@@ -73,7 +73,7 @@ def public_name(checkpoint: str) -> str:
 
 def _normalization(pipeline: Pipeline) -> dict[str, Any]:
     """``raw = scaled * std / factor + mean``, or ``scaled / factor + shift``; means and deviations a channel."""
-    found, declared = pipeline.vae.normalization, pipeline.vae.declared
+    found, declared = pipeline.normalization, pipeline.vae.declared
     named = {"mean": found.mean, "std": found.std}
     return {
         "factor": found.factor if declared.uses_scaling_factor or found.mean is None else None,

@@ -12,7 +12,6 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any, TypeVar
 
-import anyio
 from anyio import to_thread
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -21,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from handlers.model import Task
 from handlers.serving import metrics
-from handlers.serving.admission import Reservation
+from handlers.serving.devices import JobFuture
 from handlers.serving.errors import RequestError
 from handlers.serving.http.access_log import NO_ANSWER
 from handlers.serving.media.output import to_json
@@ -29,7 +28,6 @@ from handlers.serving.media.payload import lost_bytes
 from handlers.serving.media.request import Request, media_type_of
 from handlers.serving.media.stream import Stream
 from handlers.serving.pipeline import Pipeline, Prepared, Result
-from handlers.serving.worker import JobFuture
 
 T = TypeVar("T")
 
@@ -64,8 +62,9 @@ class Exchange:
         """Milliseconds of each stage that is over."""
         self.held = AsyncExitStack()
         """What is given back at the end, whatever that is: the work, the place, the bytes that count, the deadline."""
-        self.reservation: Reservation = http.app.state.in_flight.reservation(pipeline.settings)
-        """Its bytes in flight."""
+        self.admission = pipeline.admission
+        self.reservation = self.admission.reservation()
+        """The bytes in flight of this request."""
         self.arrived = False
         """Whether the body is there."""
         self.queued_at = 0.0
@@ -88,16 +87,16 @@ class Exchange:
         check_token(self.http, self.settings.api_token)
         check_content_type(self.http)
         check_content_encoding(self.http)
-        self.pipeline.workers.check_open()
+        self.pipeline.device_queue.check_open()
         self.held.enter_context(self.deadline())
         self.held.enter_context(self.reservation)
         body = await self.receive()
-        await self.take_place()
+        await self.held.enter_async_context(self.admission.slot())
         return body
 
     async def read(self, body: bytearray) -> tuple[Request, Prepared]:
         """Payload: what is asked for, and what the VAE takes of it."""
-        async with self.pipeline.machine.readers:
+        async with self.admission.readers:
             request, prepared = await self.on_thread("payload", self.parse, body)
         self.record.update(task=request.task, shape=list(prepared.inputs.shape), answer=request.answer.name.lower())
         self.reservation.hold(self.pipeline.unsent(request, prepared.inputs))
@@ -140,16 +139,11 @@ class Exchange:
         Raises:
             RequestError: it was ended: status 408 where the body did not arrive, 503 where the service stops, else 504.
         """
-        deadlines = self.http.app.state.deadlines
         try:
-            with anyio.fail_after(self.settings.timeout) as deadline:
-                deadlines.add(deadline)
-                try:
-                    yield
-                finally:
-                    deadlines.discard(deadline)
+            with self.admission.deadline():
+                yield
         except TimeoutError:
-            self.pipeline.workers.check_open()
+            self.pipeline.device_queue.check_open()
             limit = f"within {self.settings.timeout:g} s (VAE_TIMEOUT)"
             if not self.arrived:
                 raise RequestError(f"the body did not arrive {limit}", 408) from None
@@ -166,20 +160,6 @@ class Exchange:
             self.reservation.hold(len(chunk))
         self.arrived = True
         return body
-
-    async def take_place(self) -> None:
-        """One of those in the service, first come, first served.
-
-        Raises:
-            RequestError: none became free in time; status 503.
-        """
-        places = self.pipeline.machine.places
-        with anyio.move_on_after(self.settings.patience) as waiting:
-            await places.acquire()
-        if waiting.cancelled_caught:
-            limit = self.settings.max_queue
-            raise RequestError(f"{limit} requests are waiting already (VAE_MAX_QUEUE); try again soon", 503)
-        self.held.callback(places.release)
 
     def parse(self, body: bytearray) -> tuple[Request, Prepared]:
         query, headers = self.http.query_params, self.http.headers

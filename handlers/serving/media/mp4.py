@@ -124,7 +124,7 @@ def turn_of(matrix: Sequence[int]) -> Image.Transpose | None:
 def _decoder(body: Body, track: Track, limits: Limits) -> Iterator[IO[bytes]]:
     """Run frames.py on a file and give its output. An error that it ends with is raised after the block."""
     needed = max(PIXEL_MEMORY * track.width * track.height, SMALLEST_MEMORY)
-    memory = min(needed, max(int(limits.max_held_mb * 1e6), SMALLEST_MEMORY))
+    memory = min(needed, max(int(limits.max_in_flight_mb * 1e6), SMALLEST_MEMORY))
     command = [sys.executable, "-P", frames.__file__, str(len(body)), str(BASE_MEMORY + len(body) + memory)]
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}  # no token is among them
     process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment)
@@ -156,7 +156,7 @@ def _decoder(body: Body, track: Track, limits: Limits) -> Iterator[IO[bytes]]:
     elif status not in (0, frames.UNREADABLE, frames.REFUSED):
         raise RuntimeError(reason)
     if status == frames.UNREADABLE and memory < needed:
-        reason += f", or its frames take more than the {limits.max_held_mb:g} MB of VAE_MAX_HELD_MB"
+        reason += f", or its frames take more than the {limits.max_in_flight_mb:g} MB of VAE_MAX_IN_FLIGHT_MB"
     if status:
         raise RequestError(f"the video cannot be read ({reason}); send an MP4 file with a video stream")
 

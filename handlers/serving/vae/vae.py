@@ -18,14 +18,13 @@ from torch import Tensor
 from handlers.model import Model, Task
 from handlers.serving import metrics
 from handlers.serving.errors import RequestError
-from handlers.serving.media.normalization import Normalization
 from handlers.serving.settings import Settings
 from handlers.serving.vae import hub
 from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, encode_at_once, forget
 from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.chunks import decode_spans, join
 from handlers.serving.vae.fast.check import FastPasses
-from handlers.serving.vae.heap import HEAP, map_gpu_memory
+from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.low_memory import reduced_peak
 from handlers.serving.vae.memory import (
     Estimate,
@@ -55,7 +54,6 @@ class VAE:
         self.declared = declared
         self.probe = Probe(model)
         self.layout = self.probe.layout(declared)
-        self.normalization = Normalization.of(model, declared)
         self.memory = MemoryUse(declared, is_known(model), _tile_pixels(model))
         self.fast = FastPasses(self.model, declared, wanted=fast, name=name)
         make_stoppable(self.model)
@@ -277,25 +275,6 @@ def _needed(shape: Sequence[int], estimate: Estimate, least: Mode, exact: bool) 
     if exact:
         return f"{needed} in diffusers' own pass; without `exact` it may take less"
     return needed + (" even in tiles" if least is Mode.TILED else ", and there are no tiles for it")
-
-
-def devices(device: str | None) -> list[str]:
-    """The devices to run on: the one that is named, or every GPU, or the CPU.
-
-    Raises:
-        ValueError: it is no device of this machine.
-    """
-    map_gpu_memory()
-    if device:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"VAE_DEVICE: torch cannot use {device!r} here ({reason})") from None
-        return [device]
-    if torch.cuda.is_available():
-        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return ["mps" if torch.backends.mps.is_available() else "cpu"]
 
 
 def _tile_pixels(model: Any) -> int:

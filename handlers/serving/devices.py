@@ -1,4 +1,4 @@
-"""The threads that run the VAE, one a device, and the queue in front of them."""
+"""The devices of a process: one queue of jobs for all models, and one thread for each device."""
 
 from __future__ import annotations
 
@@ -9,21 +9,32 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from time import monotonic
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
 
 from handlers.serving import metrics
 from handlers.serving.errors import RequestError
+from handlers.serving.vae.heap import HEAP, map_gpu_memory
 from handlers.serving.vae.stop import PassStopped, stoppable
+from handlers.serving.vae.vae import VAE
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 
-REST = 10.0
-"""Seconds without work after which a device gives back what it keeps for the next."""
+IDLE_SECONDS = 10.0
+"""Seconds without work after which a device gives back the memory that it keeps for the next batch."""
+
+BATCH_PIXELS = 1024 * 1024
+"""Pixels of a batch on a GPU, at most: four images of 512x512, each of which alone leaves a large GPU partly idle.
+
+A CPU is busy with one image, so its batches hold one request.
+"""
 
 
 class Device(NamedTuple):
@@ -31,8 +42,8 @@ class Device(NamedTuple):
     """Runs a batch of work and gives its results in order."""
     is_alive: Callable[[], bool]
     """Whether it can still compute anything; asked when a batch failed."""
-    rest: Callable[[], None]
-    """Gives back what it keeps for the next batch."""
+    on_idle: Callable[[], None]
+    """Gives back the memory that it keeps for the next batch."""
 
 
 class JobFuture(Future[T]):
@@ -59,7 +70,7 @@ class Job:
     future: JobFuture[Any] = field(default_factory=JobFuture)
 
 
-class DeviceWorkers:
+class DeviceQueue:
     """Runs jobs on devices, each one batch at a time.
 
     A batch is what waits when a device becomes free, so no job ever waits for company.
@@ -78,7 +89,7 @@ class DeviceWorkers:
         self._arrival = threading.Condition()
         self._batches: dict[int, tuple[float, list[Job]]] = {}
         """By device: what it runs, and since when."""
-        self._chores: list[deque[Callable[[], None]]] = [deque() for _ in devices]
+        self._idle_tasks: list[deque[Callable[[], None]]] = [deque() for _ in devices]
         """By device: what it does by itself while nothing waits."""
         self._alive = set(range(len(devices)))
         self._problem: str | None = None
@@ -106,7 +117,7 @@ class DeviceWorkers:
             return "the service is shutting down"
         started = [start for start, _ in list(self._batches.values())]
         if started and monotonic() - min(started) > 2 * self._timeout:
-            return "a device does not come to an end"
+            return "a device is stuck"
         return self._problem
 
     def check_open(self) -> None:
@@ -132,10 +143,10 @@ class DeviceWorkers:
             self._arrival.notify()
         return job.future
 
-    def when_idle(self, number: int, chore: Callable[[], None]) -> None:
+    def when_idle(self, number: int, idle_task: Callable[[], None]) -> None:
         """Has a device do something of its own as soon as no job waits."""
         with self._arrival:
-            self._chores[number].append(chore)
+            self._idle_tasks[number].append(idle_task)
             self._arrival.notify_all()
 
     def close(self) -> None:
@@ -147,12 +158,12 @@ class DeviceWorkers:
 
     def _serve(self, number: int, device: Device) -> None:
         """A device's thread: a batch at a time, for as long as the device lives."""
-        rested = True
+        is_idle = True
         try:
             while True:
-                batch = self._next(number, None if rested else REST)
-                if rested := batch is None:
-                    device.rest()
+                batch = self._next(number, None if is_idle else IDLE_SECONDS)
+                if is_idle := batch is None:
+                    device.on_idle()
                 elif isinstance(batch, list):
                     is_whole = _run(device, batch)
                     start, _ = self._batches.pop(number)
@@ -174,16 +185,16 @@ class DeviceWorkers:
             for job in jobs:
                 _fail(job, RequestError(f"{self._problem}; try again soon", 503))
 
-    def _next(self, number: int, patience: float | None) -> list[Job] | Callable[[], None] | None:
-        """The job that is due first, and those that go with it, marked as running; a chore where none waits.
+    def _next(self, number: int, timeout: float | None) -> list[Job] | Callable[[], None] | None:
+        """The job that is due first, and those that go with it, marked as running; an idle task where none waits.
 
         None where neither came within so many seconds.
         """
         with self._arrival:
-            if not self._arrival.wait_for(lambda: self._waiting or self._chores[number], patience):
+            if not self._arrival.wait_for(lambda: self._waiting or self._idle_tasks[number], timeout):
                 return None
             if not self._waiting:
-                return self._chores[number].popleft()
+                return self._idle_tasks[number].popleft()
             self._waiting.sort(key=lambda job: job.due)
             first, size = self._waiting[0], 0
             batch = []
@@ -244,3 +255,61 @@ _is_given_up = attrgetter("given_up")
 def _fail(job: Job, error: Exception) -> None:
     with suppress(InvalidStateError):
         job.future.set_exception(error)
+
+
+class DevicePipeline(Protocol):
+    """A pipeline, as far as devices are concerned."""
+
+    vaes: list[VAE]
+    """One for each device."""
+
+    def forward(self, vae: VAE, batch: list[Any]) -> list[Any]:
+        """Run the work of a batch. Return its results in order."""
+
+
+class DevicePool:
+    """All devices. Each runs one batch of one model at a time, so passes never compete for a device's memory."""
+
+    def __init__(self, devices: Sequence[torch.device], timeout: float) -> None:
+        """`timeout` are the seconds that a request may take; see `DeviceQueue`."""
+        self.queue = DeviceQueue(
+            [
+                Device(partial(self._run, number), partial(self._is_alive, number), HEAP.trim)
+                for number in range(len(devices))
+            ],
+            0 if devices[0].type == "cpu" else BATCH_PIXELS,
+            timeout,
+        )
+        self._running: dict[int, DevicePipeline] = {}
+
+    def submit(
+        self, pipeline: DevicePipeline, work: Any, key: Hashable, size: int, future: JobFuture[Any]
+    ) -> JobFuture[Any]:
+        """Queue work for `pipeline.forward`. Jobs of one pipeline and key may be one batch."""
+        return self.queue.submit((pipeline, work), (id(pipeline), key), size, future)
+
+    def _run(self, number: int, batch: list[tuple[DevicePipeline, Any]]) -> list[Any]:
+        pipeline = self._running[number] = batch[0][0]
+        return pipeline.forward(pipeline.vaes[number], [work for _, work in batch])
+
+    def _is_alive(self, number: int) -> bool:
+        return self._running[number].vaes[number].is_alive()
+
+
+def device_names(device: str | None) -> list[str]:
+    """Return the names of the devices to run on: `device`, or every GPU, or the CPU.
+
+    Raises:
+        ValueError: it is no device of this machine.
+    """
+    map_gpu_memory()
+    if device:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"VAE_DEVICE: torch cannot use {device!r} here ({reason})") from None
+        return [device]
+    if torch.cuda.is_available():
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["mps" if torch.backends.mps.is_available() else "cpu"]

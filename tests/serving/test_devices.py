@@ -3,10 +3,10 @@ import time
 
 import pytest
 
-from handlers.serving import worker
+from handlers.serving import devices
 from handlers.serving.errors import RequestError
 from handlers.serving.vae.stop import check_wanted
-from handlers.serving.worker import DeviceWorkers
+from handlers.serving.devices import DeviceQueue
 
 
 class Device:
@@ -31,7 +31,7 @@ class Device:
     def is_alive(self) -> bool:
         return self.alive
 
-    def rest(self) -> None:
+    def on_idle(self) -> None:
         self.rests += 1
 
 
@@ -48,39 +48,39 @@ def device() -> Device:
 
 
 def test_what_waits_together_goes_as_one_batch_in_order_and_within_the_limit(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=3, timeout=60)
-    first = workers.submit(0, "a", 1)
-    wait_until(lambda: workers.running == 1)
-    futures = [workers.submit(number, key, 1) for number, key in ((1, "a"), (2, "b"), (3, "a"), (4, "a"), (5, "a"))]
-    assert workers.waiting == 5
+    queue = DeviceQueue([device], batch_limit=3, timeout=60)
+    first = queue.submit(0, "a", 1)
+    wait_until(lambda: queue.running == 1)
+    futures = [queue.submit(number, key, 1) for number, key in ((1, "a"), (2, "b"), (3, "a"), (4, "a"), (5, "a"))]
+    assert queue.waiting == 5
     device.go.release(4)
     assert [future.result(10) for future in (first, *futures)] == [0, 2, 4, 6, 8, 10]
     assert device.batches == [[0], [1, 3, 4], [2], [5]]
-    wait_until(lambda: workers.running == 0)
+    wait_until(lambda: queue.running == 0)
 
 
 def test_a_device_rests_once_when_nothing_has_come_for_a_while(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "REST", 0.05)
-    workers = DeviceWorkers([device], batch_limit=0, timeout=60)
+    monkeypatch.setattr(devices, "IDLE_SECONDS", 0.05)
+    queue = DeviceQueue([device], batch_limit=0, timeout=60)
     device.go.release(2)
     for times in (1, 2):
-        assert workers.submit(times, "a", 1).result(10) == 2 * times
+        assert queue.submit(times, "a", 1).result(10) == 2 * times
         wait_until(lambda times=times: device.rests == times)
         time.sleep(0.2)
         assert device.rests == times
 
 
 def test_a_job_over_the_limit_goes_alone(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=3, timeout=60)
+    queue = DeviceQueue([device], batch_limit=3, timeout=60)
     device.go.release(3)
-    assert [workers.submit(number, "a", 9).result(10) for number in (1, 2)] == [2, 4]
+    assert [queue.submit(number, "a", 9).result(10) for number in (1, 2)] == [2, 4]
 
 
 def test_one_that_fails_does_not_fail_its_batch(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=3, timeout=60)
-    workers.submit(0, "a", 1)
-    wait_until(lambda: workers.running == 1)
-    good, bad, good_too = (workers.submit(number, "a", 1) for number in (1, 13, 2))
+    queue = DeviceQueue([device], batch_limit=3, timeout=60)
+    queue.submit(0, "a", 1)
+    wait_until(lambda: queue.running == 1)
+    good, bad, good_too = (queue.submit(number, "a", 1) for number in (1, 13, 2))
     device.go.release(5)
     assert (good.result(10), good_too.result(10)) == (2, 4)
     with pytest.raises(ValueError, match="thirteen"):
@@ -88,10 +88,10 @@ def test_one_that_fails_does_not_fail_its_batch(device: Device) -> None:
 
 
 def test_cancelled_work_never_reaches_the_device(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=0, timeout=60)
-    workers.submit(0, "a", 1)
-    wait_until(lambda: workers.running == 1)
-    gone, here = workers.submit(1, "a", 1), workers.submit(2, "a", 1)
+    queue = DeviceQueue([device], batch_limit=0, timeout=60)
+    queue.submit(0, "a", 1)
+    wait_until(lambda: queue.running == 1)
+    gone, here = queue.submit(1, "a", 1), queue.submit(2, "a", 1)
     assert gone.cancel()
     device.go.release(3)
     assert here.result(10) == 4
@@ -125,40 +125,40 @@ class TestGivenUp:
         return Passes()
 
     @pytest.fixture
-    def workers(self, passes: Passes) -> DeviceWorkers:
-        workers = DeviceWorkers([worker.Device(passes.run, passes.is_alive, lambda: None)], batch_limit=9, timeout=60)
+    def queue(self, passes: Passes) -> DeviceQueue:
+        queue = DeviceQueue([devices.Device(passes.run, passes.is_alive, lambda: None)], batch_limit=9, timeout=60)
         passes.go.set()
-        assert workers.submit(0, "first", 1).result(10) == 0
+        assert queue.submit(0, "first", 1).result(10) == 0
         passes.go.clear()
-        return workers
+        return queue
 
-    def batch(self, workers: DeviceWorkers, passes: Passes) -> list[worker.JobFuture[int]]:
+    def batch(self, queue: DeviceQueue, passes: Passes) -> list[devices.JobFuture[int]]:
         """Two jobs that run as one."""
-        busy = workers.submit(1, "busy", 1)
+        busy = queue.submit(1, "busy", 1)
         wait_until(lambda: [1] in passes.batches)
-        jobs = [workers.submit(number, "batch", 1) for number in (2, 3)]
+        jobs = [queue.submit(number, "batch", 1) for number in (2, 3)]
         busy.cancel()
         wait_until(lambda: [2, 3] in passes.batches)
         return jobs
 
-    def test_a_batch_stops_when_nobody_waits_for_any_of_it(self, workers: DeviceWorkers, passes: Passes) -> None:
-        speed = workers._seconds_per_size
-        for job in self.batch(workers, passes):
+    def test_a_batch_stops_when_nobody_waits_for_any_of_it(self, queue: DeviceQueue, passes: Passes) -> None:
+        speed = queue._seconds_per_size
+        for job in self.batch(queue, passes):
             job.cancel()
-        late = workers.submit(4, "late", 1)
+        late = queue.submit(4, "late", 1)
         wait_until(lambda: [4] in passes.batches)
-        assert workers._seconds_per_size == speed  # of a pass that was not cut short
+        assert queue._seconds_per_size == speed  # of a pass that was not cut short
         passes.go.set()
         assert late.result(10) == 4
         assert passes.batches == [[0], [1], [2, 3], [4]]  # and none again, alone
         assert not passes.asked_alive
-        assert workers.problem is None
+        assert queue.problem is None
 
-    def test_it_runs_on_for_those_who_wait(self, workers: DeviceWorkers, passes: Passes) -> None:
-        gone, here = self.batch(workers, passes)
+    def test_it_runs_on_for_those_who_wait(self, queue: DeviceQueue, passes: Passes) -> None:
+        gone, here = self.batch(queue, passes)
         gone.cancel()
         time.sleep(0.05)
-        assert workers.running == 2
+        assert queue.running == 2
         passes.go.set()
         assert here.result(10) == 3
         assert passes.batches == [[0], [1], [2, 3]]
@@ -173,16 +173,16 @@ def test_work_is_never_compared() -> None:
         def __eq__(self, other: object) -> bool:
             raise RuntimeError("ambiguous")
 
-    workers = DeviceWorkers([worker.Device(lambda work: work, lambda: True, lambda: None)], batch_limit=9, timeout=60)
-    futures = [workers.submit(Incomparable(number), number % 2, 1) for number in range(20)]
+    queue = DeviceQueue([devices.Device(lambda work: work, lambda: True, lambda: None)], batch_limit=9, timeout=60)
+    futures = [queue.submit(Incomparable(number), number % 2, 1) for number in range(20)]
     assert [int(future.result(10)) for future in futures] == list(range(20))
 
 
 def test_every_device_works() -> None:
     devices = [Device(), Device()]
-    workers = DeviceWorkers(devices, batch_limit=9, timeout=60)
-    futures = [workers.submit(1, object(), 1) for _ in range(2)]
-    wait_until(lambda: workers.running == 2)
+    queue = DeviceQueue(devices, batch_limit=9, timeout=60)
+    futures = [queue.submit(1, object(), 1) for _ in range(2)]
+    wait_until(lambda: queue.running == 2)
     for device in devices:
         device.go.release()
     assert [future.result(10) for future in futures] == [2, 2]
@@ -198,17 +198,17 @@ def test_small_work_passes_large_work_that_came_just_before_and_large_work_gets_
         time.sleep(work[0] * 1e-3)
         return work
 
-    workers = DeviceWorkers([worker.Device(run, lambda: True, lambda: None)], batch_limit=0, timeout=60)
+    queue = DeviceQueue([devices.Device(run, lambda: True, lambda: None)], batch_limit=0, timeout=60)
     go.set()
-    workers.submit(100, object(), 100).result(10)  # from here on a size of 1 is known to take a millisecond
+    queue.submit(100, object(), 100).result(10)  # from here on a size of 1 is known to take a millisecond
     go.clear()
     order.clear()
-    first = workers.submit(1, "first", 1)
-    wait_until(lambda: workers.running == 1)
-    large = workers.submit(300, "large", 300)
-    small = workers.submit(2, "small", 2)
+    first = queue.submit(1, "first", 1)
+    wait_until(lambda: queue.running == 1)
+    large = queue.submit(300, "large", 300)
+    small = queue.submit(2, "small", 2)
     time.sleep(0.4)
-    late = workers.submit(3, "late", 3)
+    late = queue.submit(3, "late", 3)
     go.set()
     for future in (first, large, small, late):
         future.result(10)
@@ -217,11 +217,11 @@ def test_small_work_passes_large_work_that_came_just_before_and_large_work_gets_
 
 @pytest.mark.parametrize("batch_limit", [0, 9])
 def test_a_lost_device_is_a_problem_and_nobody_waits_for_it(device: Device, batch_limit: int) -> None:
-    workers = DeviceWorkers([device], batch_limit, timeout=60)
-    assert workers.problem is None
-    workers.submit(0, "a", 1)
-    wait_until(lambda: workers.running == 1)
-    futures = [workers.submit(number, "a", 1) for number in (1, 666, 2)]
+    queue = DeviceQueue([device], batch_limit, timeout=60)
+    assert queue.problem is None
+    queue.submit(0, "a", 1)
+    wait_until(lambda: queue.running == 1)
+    futures = [queue.submit(number, "a", 1) for number in (1, 666, 2)]
     device.go.release(9)
     answers = []
     for future in futures:
@@ -231,43 +231,43 @@ def test_a_lost_device_is_a_problem_and_nobody_waits_for_it(device: Device, batc
             answers.append((str(error), error.status))
     lost = ("device 0 is lost; try again soon", 503)
     assert answers == ([2, lost, lost] if batch_limit == 0 else [lost, lost, lost])
-    assert workers.problem == "device 0 is lost"
+    assert queue.problem == "device 0 is lost"
     with pytest.raises(RequestError, match="device 0 is lost"):
-        workers.submit(3, "a", 1)
+        queue.submit(3, "a", 1)
 
 
 def test_a_thread_that_ends_is_a_lost_device() -> None:
     def leave(work: list[int]) -> list[int]:
         raise SystemExit
 
-    workers = DeviceWorkers([worker.Device(leave, lambda: True, lambda: None)], batch_limit=0, timeout=60)
+    queue = DeviceQueue([devices.Device(leave, lambda: True, lambda: None)], batch_limit=0, timeout=60)
     with pytest.raises(RequestError, match="device 0 is lost"):
-        workers.submit(1, "a", 1).result(10)
-    assert workers.problem == "device 0 is lost"
+        queue.submit(1, "a", 1).result(10)
+    assert queue.problem == "device 0 is lost"
 
 
 def test_the_other_devices_go_on() -> None:
     devices = [Device(), Device()]
-    workers = DeviceWorkers(devices, batch_limit=0, timeout=60)
-    futures = {number: workers.submit(number, object(), 1) for number in (1, 666)}
-    wait_until(lambda: workers.running == 2)
+    queue = DeviceQueue(devices, batch_limit=0, timeout=60)
+    futures = {number: queue.submit(number, object(), 1) for number in (1, 666)}
+    wait_until(lambda: queue.running == 2)
     for device in devices:
         device.go.release(9)
     assert futures[1].result(10) == 2
     with pytest.raises(RequestError, match="is lost"):
         futures[666].result(10)
-    assert workers.problem in ("device 0 is lost", "device 1 is lost")
-    assert [workers.submit(number, object(), 1).result(10) for number in (2, 3)] == [4, 6]
+    assert queue.problem in ("device 0 is lost", "device 1 is lost")
+    assert [queue.submit(number, object(), 1).result(10) for number in (2, 3)] == [4, 6]
 
 
 def test_a_device_that_does_not_come_to_an_end_is_a_problem(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=0, timeout=0.01)
-    future = workers.submit(1, "a", 1)
-    wait_until(lambda: workers.problem)
-    assert workers.problem == "a device does not come to an end"
+    queue = DeviceQueue([device], batch_limit=0, timeout=0.01)
+    future = queue.submit(1, "a", 1)
+    wait_until(lambda: queue.problem)
+    assert queue.problem == "a device is stuck"
     device.go.release()
     assert future.result(10) == 2
-    wait_until(lambda: workers.problem is None)
+    wait_until(lambda: queue.problem is None)
 
 
 def test_small_work_does_not_starve_large_work() -> None:
@@ -279,39 +279,39 @@ def test_small_work_does_not_starve_large_work() -> None:
         time.sleep(0.002)
         return work
 
-    workers = DeviceWorkers([worker.Device(run, lambda: True, lambda: None)], batch_limit=0, timeout=2)
+    queue = DeviceQueue([devices.Device(run, lambda: True, lambda: None)], batch_limit=0, timeout=2)
     go.set()
-    workers.submit(1, object(), 1).result(10)
-    large = workers.submit(0, "large", 10**6)
+    queue.submit(1, object(), 1).result(10)
+    large = queue.submit(0, "large", 10**6)
     end = time.monotonic() + 10
     while not large.done():
-        small = [workers.submit(1, object(), 1) for _ in range(5)]
+        small = [queue.submit(1, object(), 1) for _ in range(5)]
         small[0].result(10)
         assert time.monotonic() < end
     assert large.result() == 0
 
 
 def test_when_it_is_closed_it_lets_nothing_in_and_finishes_what_is_in(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=0, timeout=60)
-    futures = [workers.submit(0, "a", 1)]
-    wait_until(lambda: workers.running == 1)
-    workers.close()
-    assert workers.problem == "the service is shutting down"
+    queue = DeviceQueue([device], batch_limit=0, timeout=60)
+    futures = [queue.submit(0, "a", 1)]
+    wait_until(lambda: queue.running == 1)
+    queue.close()
+    assert queue.problem == "the service is shutting down"
     with pytest.raises(RequestError, match="the service is shutting down; try again soon") as refused:
-        workers.check_open()
+        queue.check_open()
     assert refused.value.status == 503
-    futures.append(workers.submit(1, "a", 1))  # of a request that was let in before
+    futures.append(queue.submit(1, "a", 1))  # of a request that was let in before
     device.go.release(2)
     assert [future.result(10) for future in futures] == [0, 2]
 
 
 def test_a_device_does_its_chores_while_nothing_waits(device: Device) -> None:
-    workers = DeviceWorkers([device], batch_limit=1, timeout=60)
+    queue = DeviceQueue([device], batch_limit=1, timeout=60)
     done: list[str] = []
-    running, waiting = (workers.submit(number, "a", 1) for number in (1, 2))
-    wait_until(lambda: workers.running == 1)
+    running, waiting = (queue.submit(number, "a", 1) for number in (1, 2))
+    wait_until(lambda: queue.running == 1)
     for name in ("first", "second"):
-        workers.when_idle(0, lambda name=name: done.append(name))
+        queue.when_idle(0, lambda name=name: done.append(name))
     device.go.release(1)
     running.result(10)
     wait_until(lambda: len(device.batches) == 2)
@@ -320,4 +320,4 @@ def test_a_device_does_its_chores_while_nothing_waits(device: Device) -> None:
     waiting.result(10)
     wait_until(lambda: done == ["first", "second"])
     device.go.release(1)
-    assert workers.submit(3, "a", 1).result(10) == 6
+    assert queue.submit(3, "a", 1).result(10) == 6
