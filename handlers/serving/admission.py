@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock
-from typing import Self
 
 from handlers.serving.limits import Limits
 
@@ -21,15 +22,18 @@ class BytesInFlight:
 
 
 class Reservation:
-    """The bytes in flight of one request, given back when the last `with` block of it ends.
+    """The bytes in flight of one request.
 
-    An exchange is in one such block, and the thread that reads its payload in another. So the bytes of a thread that
-    a deadline left behind count until it ends.
+    The exchange gives them back at its end. What a thread has made of the body stays counted until the thread ends,
+    which may be later where a deadline left it behind.
     """
 
     def __init__(self, in_flight: BytesInFlight, limits: Limits) -> None:
         self.size = 0
-        self._in_flight, self._limits, self._users = in_flight, limits, 0
+        self._in_flight, self._limits = in_flight, limits
+        self._made = 0
+        """Bytes that were counted within `reading`."""
+        self._is_read = self._is_released = False
 
     def hold(self, size: int) -> None:
         """Count so many more bytes of this request, before they are taken.
@@ -39,17 +43,27 @@ class Reservation:
         """
         with self._in_flight.lock:
             self._limits.check_held(self._in_flight.total + size, self.size + size)
-            self._in_flight.total += size
-            self.size += size
+            self._count(size)
+            self._made += size if self._is_read else 0
 
-    def __enter__(self) -> Self:
-        with self._in_flight.lock:
-            self._users += 1
-        return self
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around the thread that reads the payload."""
+        self._is_read = True
+        try:
+            yield
+        finally:
+            with self._in_flight.lock:
+                self._is_read = False
+                if self._is_released:
+                    self._count(-self.size)
 
-    def __exit__(self, *error: object) -> None:
+    def release(self) -> None:
+        """Give back the request's bytes, but those of a thread that still runs."""
         with self._in_flight.lock:
-            self._users -= 1
-            if not self._users:
-                self._in_flight.total -= self.size
-                self.size = 0
+            self._is_released = True
+            self._count(-(self.size - self._made if self._is_read else self.size))
+
+    def _count(self, size: int) -> None:
+        self.size += size
+        self._in_flight.total += size

@@ -87,7 +87,7 @@ class Exchange:
         check_content_type(self.http)
         self.pipeline.workers.check_open()
         self.held.enter_context(self.deadline())
-        self.held.enter_context(self.reservation)
+        self.held.callback(self.reservation.release)
         body = await self.receive()
         await self.take_place()
         return body
@@ -184,7 +184,7 @@ class Exchange:
         if "shape" in values:
             values["shape"] = query.getlist("shape")
         content_type, accept = headers.get("content-type", ""), headers.get("accept")
-        with self.reservation:  # a thread that is left behind has its bytes until it ends
+        with self.reservation.reading():
             request = self.pipeline.parse(body, content_type, accept, values, self.task)
             if request.body is not body:
                 body.clear()  # all of it was copied: the files of a form, the tensor in JSON
