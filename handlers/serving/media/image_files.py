@@ -161,18 +161,18 @@ def _inspect_png(body: Body) -> ImageFile:
 
 
 def _png_text(body: Body, kind: bytes, start: int, stop: int) -> bytes:
-    """The text of a chunk after its keyword, or its beginning."""
+    """The text of a chunk after its keyword, or its beginning; none where it cannot be read."""
+    data = _text(body, start, stop)
     compressed = kind == b"zTXt"
-    if kind == b"iTXt":  # a flag, a method, a language and a translated keyword
-        compressed = body[start] == 1
-        start = body.index(b"\0", body.index(b"\0", start + 2, stop) + 1, stop) + 1 if stop - start > 3 else stop
-    elif compressed:
-        start += 1  # the method
-    text = _text(body, start, stop)
+    if compressed:
+        data = data[1:]  # after the method
+    elif kind == b"iTXt":  # a flag, a method, a language and a translated keyword
+        compressed = data[:1] == b"\1"
+        data = b"".join(data[2:].split(b"\0", 2)[2:])
     if not compressed:
-        return text
+        return data
     try:
-        return zlib.decompressobj().decompress(text, MAX_TEXT)
+        return zlib.decompressobj().decompress(data, MAX_TEXT)
     except zlib.error:
         return b""
 
