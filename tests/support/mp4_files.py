@@ -71,6 +71,7 @@ def video(
     frames: np.ndarray,
     sound: int = 0,
     codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
     audio_codec: str = "aac",
     flags: str = "",
     **options: str,
@@ -80,7 +81,7 @@ def video(
     with av.open(buffer, "w", format="mp4", options={"movflags": flags} if flags else {}) as container:
         stream = container.add_stream(codec, rate=24, options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         tracks = [container.add_stream(audio_codec, rate=48_000, layout="mono") for _ in range(sound)]
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")

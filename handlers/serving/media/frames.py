@@ -47,11 +47,13 @@ def main(size: int, memory: int) -> int:
     if hasattr(os, "sched_setaffinity"):
         cores = list(os.sched_getaffinity(0))
         os.sched_setaffinity(0, random.sample(cores, min(CORES, len(cores))))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     try:
         return _write_frames(io.BytesIO(sys.stdin.buffer.read(size)))
     except MemoryError:
-        print("decoding it needs more memory than a video of its size and codec does", file=sys.stderr)
+        print("decoding it takes more memory than a video of its size may", file=sys.stderr)
     except (av.FFmpegError, ValueError) as error:
         print(error, file=sys.stderr)
     return UNREADABLE

@@ -53,14 +53,14 @@ subtitles, chapters, covers, indices, encryption, compressed headers, references
 HIDDEN = b"skip"
 """The type of a box that every reader passes over. (FFmpeg looks into `free`.)"""
 
-TABLES = {b"stts": 4, b"ctts": 4, b"stsc": 4, b"stco": 4, b"co64": 4, b"stss": 4, b"stps": 4}
-"""Where the number of entries is, in tables that have no more entries than there are samples."""
+TABLES = (b"stts", b"ctts", b"stsc", b"stco", b"co64", b"stss", b"stps")
+"""Tables that begin with the number of their entries, which are no more than there are samples."""
 
 BASE_MEMORY = 160_000_000
 """Bytes that the decoding process may take beside its frames: Python, FFmpeg, its threads' stacks, tables, packets."""
-PIXEL_MEMORY = 100
-"""Bytes for each pixel of a frame: the 17 frames of 8 bits that H.264 may refer to, their motion vectors, and two
-frames in RGB; or the fewer frames of 10 bits of the other codecs."""
+PIXEL_MEMORY = 160
+"""Bytes for each pixel of a frame: the 17 frames that H.264 may keep, in the largest format that it has (10 bits,
+4:4:4), their motion vectors, and two frames in RGB."""
 SMALLEST_MEMORY = 64_000_000
 """Bytes for the frames, at least."""
 
@@ -174,7 +174,7 @@ class Track:
     def pieces(self, body: Body) -> Iterator[memoryview]:
         """Yield the file, with another type for the boxes that are hidden."""
         file, start = memoryview(body), 0
-        for place in sorted(self.hidden):
+        for place in sorted(set(self.hidden)):
             yield file[start:place]
             yield memoryview(HIDDEN)
             start = place + 4
