@@ -281,7 +281,7 @@ class TestSavedLatents:
         """Whatever its factors, mean and deviation are, and whether its pipelines give raw latents."""
         is_video = model_of(key).kind == "video"
         with visit(browser, f"{service.url}/{key}/") as opened:
-            opened.choose(save_clip(tmp_path / "clip.mp4", 16) if is_video else picture)
+            opened.choose(save_clip(tmp_path / "clip.mp4", 16, height=64) if is_video else picture)
             expect(opened.page.locator("#facts")).to_contain_text("memory mode")
             _, direct = download(opened, "#save-decoded")
             name, content = download(opened, save)
@@ -413,8 +413,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", 37)
 
 
-def save_clip(file: Path, frames: int) -> Path:
-    gradient = np.asarray(Image.linear_gradient("L").resize((64, 48)).convert("RGB"))
+def save_clip(file: Path, frames: int, height: int = 48) -> Path:
+    gradient = np.asarray(Image.linear_gradient("L").resize((64, height)).convert("RGB"))
     file.write_bytes(write_mp4(np.stack([np.roll(gradient, frame, 1) for frame in range(frames)]), 10))
     return file
 
