@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -21,37 +22,47 @@ MAY_IMPORT = {
     "tests": {"handlers", "remote_vae", "clients", "scripts", "benchmarks"},
 }
 """What each part of the project knows of the others: what is deployed or installed by itself, nothing around it."""
-STAGES = [line.split()[0] for line in serving.__doc__.splitlines()[2:] if line.strip()]
+SERVING = ROOT / "handlers" / "serving"
+ROOMS = [line.split()[0] for line in serving.__doc__.splitlines()[2:] if re.match(r"[a-z]+ {2,}", line)]
 
 
-def imported_stages(stage: str) -> set[str]:
-    tree = ast.parse((ROOT / "handlers" / "serving" / f"{stage}.py").read_text())
+def room_of(path: Path) -> str:
+    return path.relative_to(SERVING).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, at its top or inside a function, each by its full name."""
     names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "handlers.serving":
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module.startswith("handlers.serving."):
-            names.add(node.module.split(".")[2])
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def test_the_list_of_stages_is_the_folder() -> None:
-    assert set(STAGES) == {path.stem for path in (ROOT / "handlers" / "serving").glob("*.py")} - {"__init__"}
+FILES = [path for path in SERVING.rglob("*.py") if path.parent != SERVING or path.stem != "__init__"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_imports_only_from_those_below_it(stage: str) -> None:
-    assert imported_stages(stage) <= set(STAGES[STAGES.index(stage) + 1 :])
+def test_the_list_of_rooms_is_the_folder() -> None:
+    assert set(ROOMS) == {path.stem for path in SERVING.iterdir()} - {"__init__", "__pycache__"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_no_stage_needs_the_handlers_that_use_it(stage: str) -> None:
-    tree = ast.parse((ROOT / "handlers" / "serving" / f"{stage}.py").read_text())
-    at_run_time = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    modules = {node.module for node in at_run_time if isinstance(node, ast.ImportFrom)}
-    modules |= {alias.name for node in at_run_time if isinstance(node, ast.Import) for alias in node.names}
-    outside = {name for name in modules if name.startswith("handlers") and not name.startswith("handlers.serving")}
-    assert outside <= {"handlers.model", "handlers.version"}  # what a model declares, and of which version it all is
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SERVING).as_posix())
+def test_a_room_imports_only_from_the_rooms_below_it(path: Path) -> None:
+    rooms = {name.split(".")[2] for name in imported(path) if name.startswith("handlers.serving.")}
+    assert rooms <= set(ROOMS[ROOMS.index(room_of(path)) :])
+    outside = {name.split(".")[1] for name in imported(path) if name.startswith("handlers.")} - {"serving"}
+    assert outside <= {"model", "version"}  # what a model declares, and of which version it all is
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SERVING).as_posix())
+def test_http_knows_no_torch_and_only_http_knows_http(path: Path) -> None:
+    libraries = {name.split(".")[0] for name in imported(path)}
+    if room_of(path) == "http":
+        assert not libraries & {"torch", "diffusers", "numpy", "PIL"}
+    else:
+        assert not libraries & {"starlette", "uvicorn", "httptools"}
 
 
 def test_no_import_goes_in_a_circle() -> None:
@@ -66,14 +77,6 @@ def test_no_import_goes_in_a_circle() -> None:
         imports[module] = (names | {node.module for node in found}) & modules.keys()
     assert len(list(TopologicalSorter(imports).static_order())) == len(modules)
     assert imports["handlers.base"] == {"handlers.model", "handlers.serving.pipeline"}
-
-
-def test_http_knows_no_torch_and_the_vae_no_http() -> None:
-    http = {"app", "callers", "exchange", "access_log"}
-    for stage in STAGES:
-        text = (ROOT / "handlers" / "serving" / f"{stage}.py").read_text()
-        assert ("starlette" in text) is (stage in http), stage
-        assert stage not in http or "torch" not in text
 
 
 def test_of_torchs_private_modules_there_is_one_that_the_image_has_too() -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
-
-import diffusers
-import torch
 
 from handlers.model import Task
 from handlers.serving.limits import Limits
@@ -32,7 +30,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "revision": settings.revision,
         "weights": settings.weights if settings.weights in (None, "random") else "local",
         "vae_class": declared.vae_class,
-        "diffusers": diffusers.__version__,
+        "diffusers": version("diffusers"),
         "vae_config": {name: value for name, value in stored.items() if name != "_name_or_path"},
         "buffers": _buffers(vae.model),
         "dtype": str(vae.dtype).removeprefix("torch."),
@@ -88,7 +86,7 @@ def _buffers(model: Any) -> dict[str, Any]:
     """Those that are part of the checkpoint: statistics of a BatchNorm, or the latents' mean and deviation."""
     state = model.state_dict()
     return {
-        name: buffer.to("cpu", torch.float64).tolist()
+        name: buffer.cpu().double().tolist()
         for name, buffer in model.named_buffers()
         if name in state and buffer.numel() <= BUFFER_NUMBERS
     }

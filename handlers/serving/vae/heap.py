@@ -10,7 +10,7 @@ grows with each new shape. So:
 - `make_room`, before a pass: where it may not find enough beside the pages that are kept, they go back first. Where
   even then there is less than `HOLES` times what its tensors take, each block of a MB and more is mapped by itself for
   this pass: slower, but without holes.
-- `trim`, when nothing has come for some seconds (`worker.REST`): all free pages go back.
+- `trim`, when nothing has come for some seconds (`devices.IDLE_SECONDS`): all free pages go back.
 
 - oneDNN's compiled kernels, which no trim reaches, are kept for the last shapes alone (`KERNELS`).
 
