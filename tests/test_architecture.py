@@ -32,7 +32,8 @@ def defined(node: ast.AST, owner: str = "") -> Iterator[str]:
 
 def known() -> set[str]:
     names = {"handlers/", "endpoint.json", *(mode.value for mode in Mode)}
-    for path in [*(ROOT / "handlers").rglob("*.py"), ROOT / "scripts" / "instances.py"]:
+    scripts = [ROOT / "scripts" / name for name in ("connections.py", "instances.py")]
+    for path in [*(ROOT / "handlers").rglob("*.py"), *scripts]:
         names |= {path.name, *defined(ast.parse(path.read_text()))}
     names |= {f"VAE_{name.upper()}" for name in Settings.model_fields}
     names |= {route.path for route in build_app().routes}

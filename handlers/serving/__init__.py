@@ -12,5 +12,5 @@ layout     the shapes of a VAE's tensors
 limits     what a request may cost
 errors     the one exception for a wrong request
 
-`http` is the only room that knows HTTP, and it knows no torch. docs/architecture.md follows a request through the rooms.
+`http` alone knows HTTP, and it knows no torch. docs/architecture.md follows a request through the rooms.
 """

@@ -4,9 +4,9 @@ import time
 import pytest
 
 from handlers.serving import devices
+from handlers.serving.devices import DeviceQueue
 from handlers.serving.errors import RequestError
 from handlers.serving.vae.stop import check_wanted
-from handlers.serving.devices import DeviceQueue
 
 
 class Device:
