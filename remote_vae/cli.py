@@ -21,7 +21,7 @@ from remote_vae.text import visible
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
 
-Url = Annotated[str, typer.Argument(help="Of the endpoint.", metavar="URL", show_default=False)]
+Url = Annotated[str, typer.Argument(help="Of the endpoint.", show_default=False)]
 Token = Annotated[
     str | None,
     typer.Option(
