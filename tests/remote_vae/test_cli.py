@@ -46,7 +46,7 @@ def test_the_documented_commands_run_as_they_stand(dtype: str, service: Service,
         "latents",
         "proxy",
     ]
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for picture in ("photo.jpg", "pictures/a.png"):
         Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / picture)
     for command in commands[:-1]:
@@ -59,7 +59,7 @@ def test_the_documented_commands_run_as_they_stand(dtype: str, service: Service,
         status, _, error = forked.run("-m", "remote_vae", *arguments, folder=tmp_path, PYTHONPATH=str(ROOT))
         assert status == 0, error
     assert {"image.png", "video.mp4", "latents.safetensors"} < {path.name for path in tmp_path.iterdir()}
-    assert len(list((tmp_path / "pictures").glob("*.npz"))) == 1
+    assert len(list((tmp_path / "images").glob("*.npz"))) == 1
 
 
 def test_info(service: Service) -> None:
