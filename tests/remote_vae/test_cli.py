@@ -47,7 +47,7 @@ def test_the_documented_commands_run_as_they_stand(dtype: str, service: Service,
         "proxy",
     ]
     (tmp_path / "images").mkdir()
-    for picture in ("photo.jpg", "pictures/a.png"):
+    for picture in ("photo.jpg", "images/a.png"):
         Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / picture)
     for command in commands[:-1]:
         video = ".mp4" in command or "--stream" in command
