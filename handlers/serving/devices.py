@@ -230,10 +230,10 @@ def _run(device: Device, batch: list[Job]) -> bool:
         with stoppable(lambda: all(map(_is_given_up, futures))):
             results = device.run([job.work for job in batch])
         assert len(results) == len(batch)
-    except PassStopped as stop:
+    except PassStopped:
         metrics.STOPPED.inc()
         for job in batch:
-            _fail(job, stop)
+            _fail(job, PassStopped())  # a new one: the traceback of the other holds this batch
         return False
     except Exception as error:
         if not isinstance(error, RequestError) and not device.is_alive():

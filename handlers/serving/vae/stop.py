@@ -1,8 +1,8 @@
-"""The end of a pass whose result nobody waits for any more: between two modules of the model, or two chunks of rows.
+"""Stop a pass whose result nobody waits for any more: between two modules of the model, or two chunks of rows.
 
-A pass runs on a thread of its own and cannot be interrupted from outside, so it looks itself. Between two looks it
-runs one operation of torch, which ends by itself. Nothing is asked of the device: a look costs about a microsecond, and
-the values stay the same.
+A thread cannot be interrupted from outside, so a pass looks by itself whether it is wanted. Between two looks it runs
+one operation of torch, or a few, which end by themselves. A look asks nothing of the device and takes a few
+microseconds of a core. The values stay the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _is_unwanted: ContextVar[Callable[[], bool]] = ContextVar("is_unwanted", default
 
 @contextmanager
 def stoppable(is_unwanted: Callable[[], bool]) -> Iterator[None]:
-    """Has a pass in the `with` block end with `PassStopped` soon after `is_unwanted` becomes true."""
+    """End a pass in the `with` block with `PassStopped`, soon after `is_unwanted` becomes true."""
     token = _is_unwanted.set(is_unwanted)
     try:
         yield
@@ -40,6 +40,6 @@ def check_wanted(*_: Any) -> None:
 
 
 def make_stoppable(model: nn.Module) -> None:
-    """Have every module of a model look before it runs, in whichever mode it is called; for good."""
+    """Have every module of a model look before each of its calls, in all modes."""
     for module in model.modules():
         module.register_forward_pre_hook(check_wanted)
