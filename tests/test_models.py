@@ -63,8 +63,11 @@ def test_tiny_gives_back_a_photograph_that_it_was_not_trained_on(tiny: EndpointH
     assert peak_signal_noise_ratio(photograph, np.asarray(image)) >= 32
 
 
+@pytest.mark.slow
 def test_tiny_is_as_good_in_half_precision() -> None:
-    photograph = torch.from_numpy(data.astronaut()).permute(2, 0, 1)[None] / 127.5 - 1
+    """A small crop: a processor without float16 instructions takes 200 times as long in float16."""
+    crop = data.astronaut()[80:176, 180:276]
+    photograph = torch.from_numpy(crop).permute(2, 0, 1)[None] / 127.5 - 1
     single, *others = (psnr(photograph, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
     assert single >= 32
     assert others == pytest.approx([single, single], abs=0.3)
