@@ -28,7 +28,7 @@ from handlers.model import Model, Task
 from handlers.serving.layout import Layout
 from handlers.serving.vae.autoencoder import encode_at_once, has_frames
 from handlers.serving.vae.blocks import is_known
-from handlers.serving.vae.chunks import decode_spans, join
+from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.low_memory import reduced_peak
 from handlers.serving.vae.memory import Estimate, MemoryUse, Mode
 from handlers.serving.vae.vae import _tile_pixels
@@ -134,7 +134,7 @@ def _measured(vae_class: str, layers: str, latents_shape: tuple[int, ...], case:
         if model.encoder and latents.ndim == 4 and has_frames(model):
             latents = latents.unsqueeze(2)
         items = latents.split(1) if one_by_one else [latents]
-        parts = [join(_finite(span) for span in decode_spans(model, item)) for item in items]
+        parts = [join(_finite(chunk) for chunk in decode_chunks(model, item)) for item in items]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     model.use_tiling = case.mode is Mode.TILED

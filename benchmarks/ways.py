@@ -31,7 +31,7 @@ from benchmarks.peak import allocated_peak
 from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.low_memory import reduce_peak
 
-Way = Callable[[Any, Tensor], Callable[[], Tensor]]
+BlockOps = Callable[[Any, Tensor], Callable[[], Tensor]]
 """Changes a model that is its own and gives the call that decodes these latents; the first call may set things up."""
 
 
@@ -79,7 +79,7 @@ def data_movement_only(model: Any, latents: Tensor) -> Callable[[], Tensor]:
 class TransposedPass(FastPass):
     """An upsampling and its convolution as one transposed convolution: 4 multiplications instead of 9 too."""
 
-    def _upsample_picture(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    def _upsample_image(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         a, b, c = conv.weight.float().unbind(-1)
         wide = torch.stack([c, b + c, a + b, a], dim=-1)
         a, b, c = wide.unbind(-2)
@@ -120,14 +120,14 @@ def cuda_graph(model: Any, latents: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-WAYS: dict[str, Way] = {
+WAYS: dict[str, BlockOps] = {
     "fast": fast,
     "data movement only": data_movement_only,
     "channels_last": channels_last,
     "reduced memory": reduced,
     "compiled up blocks": compiled_blocks,
 }
-CUDA_WAYS: dict[str, Way] = {
+CUDA_WAYS: dict[str, BlockOps] = {
     "fast, torch's operators alone": fast_in_torch,
     "the same, upsampling by a transposed convolution": transposed,
     "compiled decoder": compiled,
@@ -138,7 +138,7 @@ CUDA_WAYS: dict[str, Way] = {
 """On a CPU a whole decoder compiles three times as long as its up blocks and is no quicker: benchmarks/NOTES.md."""
 
 
-def ways(device: str) -> dict[str, Way]:
+def ways(device: str) -> dict[str, BlockOps]:
     """Those worth a comparison on a device."""
     return WAYS | (CUDA_WAYS if torch.device(device).type == "cuda" else {})
 
@@ -175,7 +175,7 @@ class Eager:
             "eager_psnr_db": peak_signal_noise_ratio(result, self.exact),
         }
 
-    def compare(self, name: str, way: Way) -> dict[str, Any]:
+    def compare(self, name: str, way: BlockOps) -> dict[str, Any]:
         """Time, peak and PSNR of a way; where it does not run here, one line that says why, as `failed`."""
         row = {**self.about, "way": name}
         try:
@@ -187,7 +187,7 @@ class Eager:
             torch.compiler.reset()
             self._reserved()
 
-    def _measure(self, way: Way) -> dict[str, Any]:
+    def _measure(self, way: BlockOps) -> dict[str, Any]:
         start = perf_counter()
         call = way(deepcopy(self.model), self.latents)
         before = self._reserved()

@@ -127,7 +127,7 @@ def test_each_call_by_curl_sends_the_token_and_fails_on_an_error(document: Path)
 
 def test_a_half_precision_answer_is_widened_exactly(dtype: str, service: Service) -> None:
     pixels = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    own, wide = (service.tensor(f"tiny{dtype}", pixels, "encode", answer_dtype=asked) for asked in (None, "float32"))
+    own, wide = (service.tensor(f"tiny{dtype}", pixels, "encode", output_dtype=asked) for asked in (None, "float32"))
     assert own.dtype == getattr(torch, dtype.strip("-") or "float32")
     assert wide.dtype == torch.float32
     assert torch.equal(wide, own.float())

@@ -63,7 +63,7 @@ class Limits(BaseModel):
                 f"requests hold {self.max_in_flight_mb:g} MB already (VAE_MAX_IN_FLIGHT_MB); try again soon", 503
             )
 
-    def check_picture(self, width: int, height: int, frames: int = 1, batch: int = 1) -> None:
+    def check_image(self, width: int, height: int, frames: int = 1, batch: int = 1) -> None:
         """A batch of such pictures, or the first so many frames of a video, before their pixels are decoded."""
         self._check_frames(frames)
         what = f"{width}x{height} pixels" + _of_frames(frames) + (f" in each of {batch} pictures" if batch > 1 else "")

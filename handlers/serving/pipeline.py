@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from handlers.model import Model, Task
+from handlers.model import Model, SampleMode, Task
 from handlers.serving import metrics
 from handlers.serving.admission import Admission
 from handlers.serving.devices import DevicePool, JobFuture, device_names
@@ -28,12 +28,12 @@ from handlers.serving.media.latents import LatentsLayouts, add_noise, generator_
 from handlers.serving.media.normalization import Normalization
 from handlers.serving.media.request import (
     Accept,
-    Answer,
     Body,
     BodyKind,
+    OutputKind,
     Parameters,
     Request,
-    decode_answer,
+    decode_output_kind,
     media_type_of,
 )
 from handlers.serving.media.stream import BOUND, Stream
@@ -65,6 +65,17 @@ class Result:
     mode: Mode
     milliseconds: float
     """Of the batch that the request was in; of a stream until its first bytes."""
+
+
+class BatchKey(NamedTuple):
+    """What the requests of one batch have in common."""
+
+    task: Task
+    shape: tuple[int, ...]
+    """Of one item of the inputs."""
+    is_mp4: bool
+    sample_mode: SampleMode
+    options: DecodeOptions
 
 
 class Work(NamedTuple):
@@ -178,17 +189,19 @@ class Pipeline:
             raise RequestError(f"the body is {body_kind} data, but decoding takes latents; POST it to /encode")
         if self.layout.kind == "image" and body_kind == "video":
             raise RequestError("the body is a video, but this is an image model; send PNG, JPEG or WebP", 422)
-        answer = Answer.LATENTS if task == "encode" else decode_answer(self.layout.kind, parameters, accept)
+        output_kind = (
+            OutputKind.LATENTS if task == "encode" else decode_output_kind(self.layout.kind, parameters, accept)
+        )
         if task == "encode" and parameters.sample_mode == "moments":
             self._check_moments(parameters)
-        if parameters.stream and (answer is not Answer.MP4 or accept.json):
+        if parameters.stream and (output_kind is not OutputKind.MP4 or accept.json):
             raise RequestError(
                 "`stream`: only a video that is decoded to an MP4 file is streamed, not inside JSON", 422
             )
         image_format: Any = parameters.image_format or "jpg"
-        if not parameters.image_format and answer in (Answer.IMAGE, Answer.IMAGES):
+        if not parameters.image_format and output_kind in (OutputKind.IMAGE, OutputKind.IMAGES):
             image_format = accept.image_format("png" if accept.json else "jpg")  # inside JSON a PNG, as in the toolkit
-        return Request(task, body, body_kind, parameters, answer, accept, image_format)
+        return Request(task, body, body_kind, parameters, output_kind, accept, image_format)
 
     def _check_moments(self, parameters: Parameters) -> None:
         """Raises `RequestError` where there are none, or where they are asked for in a way that they do not come in."""
@@ -242,14 +255,15 @@ class Pipeline:
         parameters = request.parameters
         batch, layout = self.latents_layouts.read(self._read_tensor(request), parameters)
         self._check_batch("decode", batch.shape)
-        if len(batch) > 1 and not self._takes_batch(request.answer):
+        if len(batch) > 1 and not self._takes_batch(request.output_kind):
             raise RequestError(
-                f"`shape`: a batch of {len(batch)} cannot be answered as {request.answer.value}; send one at a time "
+                f"`shape`: a batch of {len(batch)} cannot be answered as {request.output_kind.value}; "
+                "send one at a time "
                 "(in a UI: a batch size of 1, and a larger batch count), or ask for output_type=pt"
                 + (", or for pictures with Accept: application/zip" if self.layout.kind == "image" else "")
             )
         width, height = (side * self.layout.vae_scale_factor for side in (batch.shape[-1], batch.shape[-2]))
-        output.check_size(request.answer, request.image_format, width, height)
+        output.check_size(request.output_kind, request.image_format, width, height)
         raw = self.normalization.scaling(parameters, "decode", layout).unscale(batch, self.vae.dtype)
         return add_noise(raw, parameters) if self.vae.config.get("timestep_conditioning") else raw
 
@@ -313,7 +327,7 @@ class Pipeline:
 
     def _check_encode(self, request: Request, shape: tuple[int, ...]) -> None:
         """Refuse here what would be refused when pixels of this shape are decoded, or even encoded."""
-        self._to_answer(request, self._no_latents(shape))
+        self._to_output(request, self._no_latents(shape))
         for vae in self.vaes:
             vae.check_capacity("encode", shape, self._encode_options(request).exact)
 
@@ -325,7 +339,7 @@ class Pipeline:
         sizes = (*frames[: layout.ndim - 4], shape[-2] // side, shape[-1] // side)
         return torch.empty((shape[0], layout.latent_channels, *sizes), dtype=self.vae.dtype, device="meta")
 
-    def _to_answer(self, request: Request, raw: Tensor) -> Tensor:
+    def _to_output(self, request: Request, raw: Tensor) -> Tensor:
         """Raw latents, scaled and laid out as was asked for; moments as they are."""
         layout = request.parameters.latents_layout
         if request.parameters.sample_mode == "moments":
@@ -333,20 +347,26 @@ class Pipeline:
         scaled = self.normalization.scaling(request.parameters, "encode", layout).scale(raw)
         return self.latents_layouts.write(scaled, layout)
 
-    def _takes_batch(self, answer: Answer) -> bool:
+    def _takes_batch(self, output_kind: OutputKind) -> bool:
         if self.layout.kind == "video":
-            return answer is Answer.DECODED
-        return answer is not Answer.IMAGE
+            return output_kind is OutputKind.DECODED
+        return output_kind is not OutputKind.IMAGE
 
     def submit(self, request: Request, inputs: Tensor) -> JobFuture[Result]:
-        """Queues the prepared request for a device; what waits together and has one shape goes as one batch.
+        """Queue the prepared request for a device. Requests that wait with an equal `BatchKey` are one batch.
 
-        A stream goes alone: where a batch fails its requests are run again one by one, and what was sent stays sent.
+        A stream goes alone: where a batch fails, its requests are run again one by one, and sent bytes stay sent.
         """
-        drawn, streamed = request.parameters.sample_mode, request.parameters.stream
-        apart = drawn == "sample" or streamed or not self.vae.declared.runs_batches
-        alone = object() if apart else drawn
-        key = (request.task, request.answer is Answer.MP4, inputs.shape[1:], self._decode_options(request), alone)
+        parameters, streamed = request.parameters, request.parameters.stream
+        key: Hashable = BatchKey(
+            request.task,
+            tuple(inputs.shape[1:]),
+            request.output_kind is OutputKind.MP4,
+            parameters.sample_mode,
+            self._decode_options(request),
+        )
+        if streamed or parameters.sample_mode == "sample" or not self.vae.declared.runs_batches:
+            key = object()
         size = len(inputs) * self.layout.pixels(request.task, inputs.shape)
         future: JobFuture[Result] = JobFuture()
         return self.devices.submit(self, Work(request, inputs, future if streamed else None), key, size, future)
@@ -386,7 +406,7 @@ class Pipeline:
         options = self._decode_options(requests[0])
         outputs: Tensor
         values: Sequence[Tensor | output.Mp4Writer | Stream]
-        if requests[0].answer is Answer.MP4:
+        if requests[0].output_kind is OutputKind.MP4:
             values, mode = vae.decode(inputs, partial(self._write_videos, vae, batch, start), options)
         else:
             if requests[0].task == "decode":
@@ -400,7 +420,7 @@ class Pipeline:
         return [Result(value, mode, milliseconds) for value in values]
 
     def _write_videos(
-        self, vae: VAE, batch: list[Work], start: float, spans: Iterator[Tensor]
+        self, vae: VAE, batch: list[Work], start: float, chunks: Iterator[Tensor]
     ) -> list[output.Mp4Writer | Stream]:
         """Gives each request's frames to an encoder, which works on them while the device decodes the next.
 
@@ -413,9 +433,9 @@ class Pipeline:
                 stack.enter_context(output.Mp4Writer(work.request.parameters.fps or self.fps, stream))
                 for work, stream in zip(batch, streams, strict=True)
             ]
-            for frames in spans:
+            for frames in chunks:
                 for writer, part in zip(writers, frames.split(1), strict=True):
-                    writer.add(vae.to_cpu(pixels.to_answer(part, Answer.MP4)).numpy())
+                    writer.add(vae.to_cpu(pixels.to_output(part, OutputKind.MP4)).numpy())
         return [stream or writer for stream, writer in zip(streams, writers, strict=True)]
 
     def _stream(self, vae: VAE, work: Work, start: float) -> Stream | None:
@@ -436,19 +456,19 @@ class Pipeline:
         return stream
 
     def _finish(self, request: Request, output: Tensor) -> Tensor:
-        dtype, decodes = request.parameters.answer_dtype, request.task == "decode"
-        answer = pixels.to_answer(output, request.answer) if decodes else self._to_answer(request, output)
+        dtype, decodes = request.parameters.output_dtype, request.task == "decode"
+        answer = pixels.to_output(output, request.output_kind) if decodes else self._to_output(request, output)
         if dtype and answer.is_floating_point():
             answer = answer.to(payload.DTYPES[dtype])
         if (dtype or not decodes) and not answer.isfinite().all():
             raise RequestError(
-                "`scaling_factor`, `shift_factor`, `answer_dtype`: they take the answer out of its dtype's range", 422
+                "`scaling_factor`, `shift_factor`, `output_dtype`: they take the answer out of its dtype's range", 422
             )
         return answer
 
     def render(self, request: Request, value: Tensor | output.Mp4Writer) -> output.Content:
         """The answer's bytes."""
-        return output.render(value, request.answer, request.image_format, request.parameters.quality)
+        return output.render(value, request.output_kind, request.image_format, request.parameters.quality)
 
     def measure(self) -> None:
         """Sets what `/metrics` shows of this moment."""
@@ -468,11 +488,11 @@ class Pipeline:
             result: Any = work.result(self.settings.timeout).value
         finally:
             work.cancel()  # at the deadline; else it is done
-        if request.answer is Answer.IMAGE:
+        if request.output_kind is OutputKind.IMAGE:
             return output.to_image(result[0])
-        if request.answer is Answer.UINT8 and request.parameters.output_type == "pil":
+        if request.output_kind is OutputKind.UINT8 and request.parameters.output_type == "pil":
             return [output.to_image(frame) for frame in result]
-        if not request.accept.json and request.answer is not Answer.MP4:
+        if not request.accept.json and request.output_kind is not OutputKind.MP4:
             return result
         content = self.render(request, result)
         return output.to_json(content) if request.accept.json else content.body
@@ -488,6 +508,6 @@ class Pipeline:
         elif not isinstance(inputs, bytes | bytearray):
             inputs = payload.read_base64(inputs)
         request = self._request(inputs, kind or payload.sniff(inputs), Parameters.parse(values), accept, task=None)
-        if request.answer is Answer.PIXELS:  # a video's frames, which are given as PIL images
-            request = replace(request, answer=Answer.UINT8)
+        if request.output_kind is OutputKind.PIXELS:  # a video's frames, which are given as PIL images
+            request = replace(request, output_kind=OutputKind.UINT8)
         return request

@@ -47,7 +47,7 @@ def through_the_api(
     url: str, file: Path, scaled: bool = True, headers: dict[str, str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode an image to latents [1, C, h, w], normalized or raw, and decode them to pixels [H, W, 3]."""
-    parameters = {"answer_dtype": "float32", "do_scaling": scaled}
+    parameters = {"output_dtype": "float32", "do_scaling": scaled}
     encoded = requests.post(f"{url}/encode", file.read_bytes(), params=parameters, headers=headers, timeout=30)
     shape = json.loads(encoded.headers["shape"])
     parameters = {"shape": shape, "dtype": "float32", "image_format": "png", "do_scaling": scaled}
@@ -308,7 +308,7 @@ class TestSavedLatents:
         size = [side // unit * unit for side in (96, 64)]
         sent = io.BytesIO()
         Image.open(picture).resize(size).save(sent, "PNG")
-        parameters = {"answer_dtype": "float32", "do_scaling": not raw}
+        parameters = {"output_dtype": "float32", "do_scaling": not raw}
         encoded = requests.post(f"{service.url}/{key}/encode", sent.getvalue(), params=parameters, timeout=60)
         expected = torch.frombuffer(bytearray(encoded.content), dtype=torch.float32)
         assert torch.equal(latents.flatten(), expected)

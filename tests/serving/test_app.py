@@ -421,14 +421,14 @@ class TestWhatPeopleTryFirst:
         latents = endpoint.latents()
         for path, tensor in (("/decode", latents), ("/encode", torch.zeros(1, 3, *(1,) * (latents.ndim - 4), 64, 64))):
             own = as_tensor(endpoint.post(tensor, path, output_type="pt"))
-            asked = as_tensor(endpoint.post(tensor, path, output_type="pt", answer_dtype=dtype))
+            asked = as_tensor(endpoint.post(tensor, path, output_type="pt", output_dtype=dtype))
             assert torch.equal(asked, own.to(getattr(torch, dtype)))
-        uint8 = endpoint.post(latents, output_type="pt", partial_postprocess=True, answer_dtype=dtype)
+        uint8 = endpoint.post(latents, output_type="pt", partial_postprocess=True, output_dtype=dtype)
         assert uint8.headers["dtype"] == "uint8"
 
     def test_what_the_dtype_cannot_hold(self, running: Any) -> None:
-        response = running("sd-v1").post(torch.rand(1, 3, 64, 64), scaling_factor=1e6, answer_dtype="float16")
-        assert (response.status_code, "`answer_dtype`" in response.json()["error"]) == (422, True)
+        response = running("sd-v1").post(torch.rand(1, 3, 64, 64), scaling_factor=1e6, output_dtype="float16")
+        assert (response.status_code, "`output_dtype`" in response.json()["error"]) == (422, True)
 
     def test_several_pictures_of_a_ui(self, running: Any) -> None:
         """SD.Next with a batch of 2, packed."""

@@ -18,7 +18,7 @@ from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
 from handlers.serving.vae import blocks as coders
 from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, has_frames
-from handlers.serving.vae.chunks import decode_spans, join
+from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.fast import check as fast_check
 from handlers.serving.vae.fast import kernels
 from handlers.serving.vae.fast.check import FastPasses, fast_pass
@@ -58,7 +58,7 @@ def inputs(key: str, frames: int | None, dtype: torch.dtype) -> dict[str, Tensor
 @torch.no_grad()
 def outputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     encoded = model.encode(inputs["encode"], return_dict=False)[0]
-    return {"decode": join(decode_spans(model, inputs["decode"])), "encode": getattr(encoded, "parameters", encoded)}
+    return {"decode": join(decode_chunks(model, inputs["decode"])), "encode": getattr(encoded, "parameters", encoded)}
 
 
 def both(key: str, frames: int | None, dtype: torch.dtype, fast_class: type[FastPass] = FastPass) -> Any:

@@ -40,7 +40,7 @@ def no_encoder_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def before_spans(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """What is to happen before the first span is decoded, before the second, and so on."""
+    """What is to happen before the first chunk is decoded, before the second, and so on."""
     steps: Steps = []
     layer = handler.pipeline.vae.model.post_quant_conv
     forward = layer.forward
@@ -67,7 +67,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[int]:
 
 
 def latents(seed: int = 0) -> torch.Tensor:
-    """Of 25 frames, which are decoded in two spans."""
+    """Of 25 frames, which are decoded in two chunks."""
     return torch.randn((1, 16, 7, 2, 3), generator=torch.Generator().manual_seed(seed))
 
 

@@ -16,13 +16,13 @@ from handlers.serving.media import output
 from handlers.serving.media.output import Mp4Writer, write_mp4
 from tests.conftest import same_video
 
-SPANS = (13, 12, 8)
+CHUNKED_DECODERS = (13, 12, 8)
 
 
 @pytest.fixture
 def frames() -> np.ndarray:
     """Noise, uint8 [33, 32, 48, 3]."""
-    return np.random.default_rng(0).integers(0, 256, (sum(SPANS), 32, 48, 3), np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (sum(CHUNKED_DECODERS), 32, 48, 3), np.uint8)
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,8 @@ def encoder_threads() -> list[threading.Thread]:
 
 
 def add_spans(writer: Mp4Writer, frames: np.ndarray) -> None:
-    for span in np.split(frames, np.cumsum(SPANS)[:-1]):
-        writer.add(span)
+    for chunk in np.split(frames, np.cumsum(CHUNKED_DECODERS)[:-1]):
+        writer.add(chunk)
 
 
 def test_the_file_is_that_of_all_frames_at_once(frames: np.ndarray) -> None:

@@ -112,7 +112,7 @@ def test_a_wrong_request_leaves_the_next_one_unharmed(handler: EndpointHandler) 
     assert handler({"inputs": latents_of(handler)}).size == (48, 32)
 
 
-# A convolution over a batch may add up in another order than over one item; the output spans about [-4, 4] here.
+# A convolution over a batch may add up in another order than over one item; the output chunks about [-4, 4] here.
 BATCH_TOLERANCE = 1e-4
 
 
@@ -218,7 +218,7 @@ class TestMemory:
         def short(*_: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr("handlers.serving.media.pixels.to_answer", short)
+        monkeypatch.setattr("handlers.serving.media.pixels.to_output", short)
         with pytest.raises(RequestError, match="no memory free for that now; try again soon") as refused:
             handler({"inputs": latents_of(handler)})
         assert refused.value.status == 503

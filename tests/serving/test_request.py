@@ -1,7 +1,7 @@
 import pytest
 
 from handlers.serving.errors import RequestError
-from handlers.serving.media.request import Accept, Answer, Parameters, decode_answer
+from handlers.serving.media.request import Accept, OutputKind, Parameters, decode_output_kind
 
 
 def test_parameters_as_the_client_spells_them() -> None:
@@ -28,17 +28,17 @@ def test_every_wrong_parameter_is_named() -> None:
 @pytest.mark.parametrize(
     ("kind", "accept", "expected"),
     [
-        ("image", None, Answer.IMAGE),
-        ("image", "image/webp", Answer.IMAGE),
-        ("image", "tensor/binary", Answer.DECODED),
-        ("video", None, Answer.MP4),
-        ("video", "text/plain", Answer.MP4),
-        ("image", "application/json, text/plain, */*", Answer.IMAGE),
-        ("video", "tensor/binary", Answer.DECODED),
+        ("image", None, OutputKind.IMAGE),
+        ("image", "image/webp", OutputKind.IMAGE),
+        ("image", "tensor/binary", OutputKind.DECODED),
+        ("video", None, OutputKind.MP4),
+        ("video", "text/plain", OutputKind.MP4),
+        ("image", "application/json, text/plain, */*", OutputKind.IMAGE),
+        ("video", "tensor/binary", OutputKind.DECODED),
     ],
 )
-def test_without_an_output_type_accept_decides(kind: str, accept: str | None, expected: Answer) -> None:
-    assert decode_answer(kind, Parameters(), Accept.parse(accept)) is expected
+def test_without_an_output_type_accept_decides(kind: str, accept: str | None, expected: OutputKind) -> None:
+    assert decode_output_kind(kind, Parameters(), Accept.parse(accept)) is expected
 
 
 def test_a_json_request_that_accepts_anything_is_answered_in_json() -> None:

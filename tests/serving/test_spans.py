@@ -1,4 +1,4 @@
-"""Frames that come span by span are those that diffusers gives at the end."""
+"""Frames that come chunk by chunk are those that diffusers gives at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.peak import peak_bytes
 from handlers import MODELS
-from handlers.serving.vae.chunks import decode_spans
+from handlers.serving.vae.chunks import decode_chunks
 from handlers.serving.vae.low_memory import reduced_peak
 
 
@@ -38,10 +38,10 @@ def latents(latent_frames: int, batch: int = 1, height: int = 16, width: int = 2
 
 @pytest.fixture
 def decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Latent frames of each span that the model has decoded."""
-    spans, forward = [], model.decoder.forward
-    monkeypatch.setattr(model.decoder, "forward", lambda z: spans.append(z.shape[2]) or forward(z))
-    return spans
+    """Latent frames of each chunk that the model has decoded."""
+    chunks, forward = [], model.decoder.forward
+    monkeypatch.setattr(model.decoder, "forward", lambda z: chunks.append(z.shape[2]) or forward(z))
+    return chunks
 
 
 @pytest.fixture(params=["full", "reduced", "sliced", "tiled"])
@@ -57,7 +57,7 @@ def mode(request: pytest.FixtureRequest, model: Any, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("latent_frames", "spans"),
+    ("latent_frames", "chunks"),
     [
         (1, [1]),
         (2, [5]),
@@ -69,23 +69,23 @@ def mode(request: pytest.FixtureRequest, model: Any, monkeypatch: pytest.MonkeyP
     ],
 )
 @torch.inference_mode()
-def test_bit_for_bit_what_diffusers_gives(model: Any, mode: str, latent_frames: int, spans: list[int]) -> None:
+def test_bit_for_bit_what_diffusers_gives(model: Any, mode: str, latent_frames: int, chunks: list[int]) -> None:
     z = latents(latent_frames, batch=2 if mode == "sliced" else 1)
     expected = model.decode(z, return_dict=False)[0]
-    result = list(decode_spans(model, z))
-    assert [frames.shape[2] for frames in result] == spans
+    result = list(decode_chunks(model, z))
+    assert [frames.shape[2] for frames in result] == chunks
     assert torch.equal(torch.cat(result, dim=2), expected)
 
 
 @torch.inference_mode()
 def test_frames_are_there_before_the_next_are_decoded(model: Any, decoded: list[int]) -> None:
-    there = [(frames.shape[2], list(decoded)) for frames in decode_spans(model, latents(7))]
+    there = [(frames.shape[2], list(decoded)) for frames in decode_chunks(model, latents(7))]
     assert there == [(13, [5]), (12, [5, 4])]
 
 
 @torch.inference_mode()
 def test_a_span_without_frames_of_its_own_is_not_decoded(model: Any, decoded: list[int]) -> None:
-    list(decode_spans(model, latents(7)))
+    list(decode_chunks(model, latents(7)))
     ours = decoded.copy()
     model.decode(latents(7))
     assert (ours, decoded[len(ours) :]) == ([5, 4], [5, 4, 1])
@@ -94,12 +94,12 @@ def test_a_span_without_frames_of_its_own_is_not_decoded(model: Any, decoded: li
 @torch.inference_mode()
 def test_a_failure_midway_leaves_the_model_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model.decode(latents(6)).sample
-    spans = decode_spans(model, latents(6))
-    next(spans)
+    chunks = decode_chunks(model, latents(6))
+    next(chunks)
     with monkeypatch.context() as patch:
         patch.setattr(model.decoder, "forward", lambda z: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            next(spans)
+            next(chunks)
     assert torch.equal(model.decode(latents(6)).sample, expected)
 
 
@@ -109,15 +109,15 @@ def test_a_picture_is_one_span(key: str) -> None:
     handler = MODELS[key]
     model = getattr(diffusers, handler.vae_class).from_config(handler.published_config).eval()
     z = torch.zeros(1, handler.published_config["latent_channels"], 4, 4)
-    (pixels,) = decode_spans(model, z)
+    (pixels,) = decode_chunks(model, z)
     assert torch.equal(pixels, model.decode(z).sample)
 
 
 def test_the_peak_does_not_grow_with_the_video(model: Any) -> None:
-    """Of what lives on the device, where each span is made into uint8 and taken away."""
+    """Of what lives on the device, where each chunk is made into uint8 and taken away."""
 
     def peak(z: torch.Tensor) -> int:
-        return peak_bytes(lambda: [len((frames * 255).to(torch.uint8)) for frames in decode_spans(model, z)])
+        return peak_bytes(lambda: [len((frames * 255).to(torch.uint8)) for frames in decode_chunks(model, z)])
 
     with torch.inference_mode():
         assert peak(latents(16)) == peak(latents(9))

@@ -63,7 +63,7 @@ def small(key: str) -> VAE:
 
 
 def inputs(vae: VAE, task: str, batch: int) -> Tensor:
-    """Larger than a tile; a video of several spans, where its class has them."""
+    """Larger than a tile; a video of several chunks, where its class has them."""
     generator, video = torch.Generator().manual_seed(0), vae.layout.kind == "video"
     if task == "decode":
         frames = (6,) if video else (1,) if has_frames(vae.model) and vae.layout.ndim == 5 else ()

@@ -74,7 +74,7 @@ def ask(endpoint: Endpoint, latents: torch.Tensor | None = None, **parameters: o
 
 
 def small(endpoint: Endpoint) -> torch.Tensor:
-    """Of 25 frames, which are decoded in two spans."""
+    """Of 25 frames, which are decoded in two chunks."""
     return endpoint.latents(frames=7, height=32, width=48)
 
 

@@ -22,7 +22,7 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 """Ids that are taken from a client; for others, which might forge lines of a log, a new one is made."""
 
 
-NO_ANSWER = 499
+CLIENT_CLOSED = 499
 """What nginx logs where the client was gone first."""
 
 OnCrash = Callable[[Request, Exception], Awaitable[Response]]
@@ -50,7 +50,7 @@ class AccessLog:
             "request_id": request_id,
             "method": scope["method"][:20],
             "path": scope["path"][:100],
-            "status": NO_ANSWER,
+            "status": CLIENT_CLOSED,
         }
         model, path = self._split(scope["path"])
         scope = {**scope, "path": path, "state": {**scope.get("state", {}), "record": record, "model": model}}
@@ -75,7 +75,7 @@ class AccessLog:
         try:
             await self.app(scope, counted, observed)
         except Exception as error:
-            if record["status"] != NO_ANSWER:  # it has begun, and cannot be taken back
+            if record["status"] != CLIENT_CLOSED:  # it has begun, and cannot be taken back
                 raise
             response = await self.on_crash(Request(scope), error)
             await response(scope, counted, observed)

@@ -23,10 +23,10 @@ from starlette.types import Receive, Scope, Send
 from handlers.model import split_keys
 from handlers.serving import metrics
 from handlers.serving.errors import RequestError
-from handlers.serving.http.access_log import NO_ANSWER, AccessLog
+from handlers.serving.http.access_log import CLIENT_CLOSED, AccessLog
 from handlers.serving.http.callers import CallerCheck
 from handlers.serving.http.config import describe, public_name
-from handlers.serving.http.request_handler import Exchange, check_token
+from handlers.serving.http.request_handler import RequestHandler, check_token
 from handlers.serving.http.web_demo import HEADERS, PAGE, asks_for_page
 from handlers.serving.pipeline import Pipeline
 
@@ -57,7 +57,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     ]
     access_log = Middleware(AccessLog, split_keys(model), {route.path for route in routes}, on_crash)
     caller_check = Middleware(CallerCheck, cors_origins, on_request_error)
-    error_answers: dict[Any, Any] = {
+    error_handlers: dict[Any, Any] = {
         RequestError: on_request_error,
         HTTPException: on_http_error,
         ClientDisconnect: on_disconnect,
@@ -65,7 +65,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     app = Starlette(
         routes=routes,
         middleware=[*cross_origin(cors_origins), access_log, caller_check],
-        exception_handlers=error_answers,
+        exception_handlers=error_handlers,
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
@@ -143,15 +143,15 @@ async def root(request: Request) -> Response:
 
 
 async def predict(request: Request) -> Response:
-    return await Exchange(request, _pipeline(request), task=None).run()
+    return await RequestHandler(request, _pipeline(request), task=None).run()
 
 
 async def decode(request: Request) -> Response:
-    return await Exchange(request, _pipeline(request), "decode").run()
+    return await RequestHandler(request, _pipeline(request), "decode").run()
 
 
 async def encode(request: Request) -> Response:
-    return await Exchange(request, _pipeline(request), "encode").run()
+    return await RequestHandler(request, _pipeline(request), "encode").run()
 
 
 async def health(request: Request) -> Response:
@@ -188,12 +188,12 @@ def _pipeline(request: Request) -> Pipeline:
 
 async def on_request_error(request: Request, error: RequestError) -> Response:
     headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
-    return error_answer(request, str(error), error.status, headers)
+    return error_response(request, str(error), error.status, headers)
 
 
 async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
     """Nobody reads this."""
-    return Response(status_code=NO_ANSWER)
+    return Response(status_code=CLIENT_CLOSED)
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -206,17 +206,17 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
         404: f"there is no {path}; POST to /, /predict, /decode or /encode{named if models else ''}",
         405: f"{path} does not take {request.method}, it takes {allowed}{hint}",
     }.get(error.status_code, error.detail)
-    return error_answer(request, detail, error.status_code, error.headers)
+    return error_response(request, detail, error.status_code, error.headers)
 
 
 async def on_crash(request: Request, error: Exception) -> Response:
     """A fault of ours. In the middleware, as starlette would run a handler of `Exception` outside of it."""
     request_id = request.state.record["request_id"]
     logger.error("request %s failed", request_id, exc_info=error)
-    return error_answer(request, "the service failed on this request; its log says why", 500, request_id=request_id)
+    return error_response(request, "the service failed on this request; its log says why", 500, request_id=request_id)
 
 
-def error_answer(
+def error_response(
     request: Request, message: str, status: int, headers: Mapping[str, str] | None = None, **more: str
 ) -> JSONResponse:
     """Every error's JSON. The message may quote what no UTF-8 is: half of a surrogate pair, out of JSON."""

@@ -1,4 +1,4 @@
-"""A request over HTTP and its answer: `Exchange.run` is the way from one to the other."""
+"""A request over HTTP and its answer: `RequestHandler.run` is the way from one to the other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from handlers.model import Task
 from handlers.serving import metrics
 from handlers.serving.devices import JobFuture
 from handlers.serving.errors import RequestError
-from handlers.serving.http.access_log import NO_ANSWER
+from handlers.serving.http.access_log import CLIENT_CLOSED
 from handlers.serving.media.output import to_json
 from handlers.serving.media.payload import lost_bytes
 from handlers.serving.media.request import Request, media_type_of
@@ -49,7 +49,7 @@ CONTENT_TYPES = {
 }
 
 
-class Exchange:
+class RequestHandler:
     """One request and its answer. Its stages are methods, in their order; what it holds is in `held`."""
 
     def __init__(self, http: HttpRequest, pipeline: Pipeline, task: Task | None) -> None:
@@ -98,7 +98,9 @@ class Exchange:
         """Payload: what is asked for, and what the VAE takes of it."""
         async with self.admission.readers:
             request, prepared = await self.on_thread("payload", self.parse, body)
-        self.record.update(task=request.task, shape=list(prepared.inputs.shape), answer=request.answer.name.lower())
+        self.record.update(
+            task=request.task, shape=list(prepared.inputs.shape), answer=request.output_kind.name.lower()
+        )
         self.reservation.hold(self.pipeline.unsent(request, prepared.inputs))
         return request, prepared
 
@@ -111,7 +113,7 @@ class Exchange:
 
     async def wait_for(self, work: JobFuture[Result]) -> Result:
         """VAE: what a device has made of it, or of a stream the beginning."""
-        result = await self.unless_gone(asyncio.wrap_future(work))
+        result = await self.unless_disconnected(asyncio.wrap_future(work))
         self.timing["queue"] = milliseconds_since(self.queued_at) - result.milliseconds
         return result
 
@@ -119,7 +121,7 @@ class Exchange:
         """Output: the answer, with its bytes, or with the first of those that a stream will send."""
         response: Response
         if isinstance(result.value, Stream):
-            first = await self.unless_gone(asyncio.wrap_future(result.value.read()))
+            first = await self.unless_disconnected(asyncio.wrap_future(result.value.read()))
             self.timing["first"] = milliseconds_since(self.queued_at) - self.timing["queue"]
             response = StreamedVideo(self, first, result.value)
         else:
@@ -196,9 +198,9 @@ class Exchange:
         result, self.timing[stage] = await to_thread.run_sync(timed, abandon_on_cancel=True)
         return result
 
-    async def unless_gone(self, work: asyncio.Future[T]) -> T:
+    async def unless_disconnected(self, work: asyncio.Future[T]) -> T:
         """Return its result. Work whose client is gone, or whose time is over, is cancelled."""
-        watch: asyncio.Future[Any] = asyncio.ensure_future(self.gone())
+        watch: asyncio.Future[Any] = asyncio.ensure_future(self.disconnected())
         try:
             await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -208,7 +210,7 @@ class Exchange:
             watch.cancel()
             work.cancel()
 
-    async def gone(self) -> None:
+    async def disconnected(self) -> None:
         """Ends when the client is."""
         while (await self.http.receive())["type"] != "http.disconnect":
             pass
@@ -227,23 +229,23 @@ class StreamedVideo(StreamingResponse):
     exchange holds, its place and its deadline among it, it holds until the last byte is sent.
     """
 
-    def __init__(self, exchange: Exchange, first: bytes, stream: Stream) -> None:
+    def __init__(self, handler: RequestHandler, first: bytes, stream: Stream) -> None:
         super().__init__(self._chunks(first, stream), media_type="video/mp4")
-        self.exchange, self.held = exchange, exchange.held.pop_all()
+        self.handler, self.held = handler, handler.held.pop_all()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record, start = self.exchange.record, perf_counter()
+        record, start = self.handler.record, perf_counter()
         try:
             async with self.held:
-                await self.exchange.unless_gone(asyncio.ensure_future(self.stream_response(send)))
+                await self.handler.unless_disconnected(asyncio.ensure_future(self.stream_response(send)))
         except ClientDisconnect:
-            record["status"] = NO_ANSWER
+            record["status"] = CLIENT_CLOSED
         except Exception as error:
             metrics.BROKEN.inc()
             if not isinstance(error, RequestError):
                 logger.error("request %s failed", record["request_id"], exc_info=error)
             record["error"] = f"the stream broke: {str(error) or type(error).__name__}"[:200]
-        self.exchange.observe({"stream": milliseconds_since(start)})
+        self.handler.observe({"stream": milliseconds_since(start)})
 
     async def _chunks(self, first: bytes, stream: Stream) -> AsyncIterator[bytes]:
         chunk = first

@@ -91,12 +91,12 @@ def read_video(body: Body, limits: Limits, hold: Callable[[int], None] = lambda 
         RequestError: the file is broken, holds no video of a codec that is taken, or more than `limits` allow.
     """
     track = find_video(body, limits)
-    limits.check_picture(track.width, track.height)
+    limits.check_image(track.width, track.height)
     images: list[Image.Image] = []
     with _decoder(body, track, limits) as output:
         while len(header := output.read(frames.HEADER.size)) == frames.HEADER.size:
             width, height, row, *matrix = frames.HEADER.unpack(header)
-            limits.check_picture(width, height, len(images) + 1)
+            limits.check_image(width, height, len(images) + 1)
             hold(row * height)
             rows = output.read(row * height)
             if len(rows) < row * height:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, uint8
 
 from handlers.serving.errors import RequestError
-from handlers.serving.media.request import Answer
+from handlers.serving.media.request import OutputKind
 from handlers.serving.media.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,9 @@ MAX_SIDE = {"jpg": 65500, "webp": 16383, "png": 65535, "mp4": 16384}
 """Pixels of width or height that a format, or its encoder, takes."""
 
 
-def check_size(answer: Answer, image_format: str, width: int, height: int) -> None:
+def check_size(output_kind: OutputKind, image_format: str, width: int, height: int) -> None:
     """Raises `RequestError` where the answer's file cannot be that large."""
-    name = {Answer.IMAGE: image_format, Answer.IMAGES: image_format, Answer.MP4: "mp4"}.get(answer)
+    name = {OutputKind.IMAGE: image_format, OutputKind.IMAGES: image_format, OutputKind.MP4: "mp4"}.get(output_kind)
     if name and max(width, height) > MAX_SIDE[name]:
         raise RequestError(
             f"`shape`: {width}x{height} pixels do not fit in a {name} file, which takes {MAX_SIDE[name]} each way; "
@@ -53,13 +53,13 @@ def check_size(answer: Answer, image_format: str, width: int, height: int) -> No
         )
 
 
-def render(value: Tensor | Mp4Writer, answer: Answer, image_format: str, quality: int) -> Content:
+def render(value: Tensor | Mp4Writer, output_kind: OutputKind, image_format: str, quality: int) -> Content:
     """The answer's tensor, on the CPU, or its video, as bytes."""
     if isinstance(value, Mp4Writer):
         return Content(value.finish(), "video/mp4")
-    if answer is Answer.IMAGE:
+    if output_kind is OutputKind.IMAGE:
         return write_image(to_image(value[0]), image_format, quality)
-    if answer is Answer.IMAGES:
+    if output_kind is OutputKind.IMAGES:
         return write_zip([write_image(to_image(pixels), image_format, quality) for pixels in value], image_format)
     shape, dtype = describe(value)
     return Content(tensor_bytes(value), "tensor/binary", {"shape": json.dumps(shape), "dtype": dtype})

@@ -21,7 +21,7 @@ from handlers.serving.media.request import Body, BodyKind
 
 Image.MAX_IMAGE_PIXELS = None  # `Limits` has its own limit, and it is one for the whole request
 
-PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")
+IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")
 """Of files that have an MP4's structure and hold a still picture."""
 
 DTYPES = {
@@ -48,7 +48,7 @@ def sniff(body: Body) -> BodyKind:
     """What a body without a shape holds, from its first bytes. Raises `RequestError` when they are no known file's."""
     if body.startswith((PNG, JPEG)) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP"):
         return "image"
-    if body[4:8] == b"ftyp" and body[8:12] not in PICTURE_BRANDS:
+    if body[4:8] == b"ftyp" and body[8:12] not in IMAGE_BRANDS:
         return "video"
     seen = ""
     if not body:
@@ -173,7 +173,7 @@ def inspect_image(body: Body, limits: Limits, batch: int = 1) -> ImageFile:
         RequestError: the file has no image (400), more pixels than the limit (413), or too many parts (422).
     """
     file = inspect(body)
-    limits.check_picture(*file.size, batch=batch)
+    limits.check_image(*file.size, batch=batch)
     return file
 
 

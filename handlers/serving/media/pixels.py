@@ -13,7 +13,7 @@ from torch import Tensor
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
 from handlers.serving.media.payload import to_rgb
-from handlers.serving.media.request import Answer
+from handlers.serving.media.request import OutputKind
 
 STRIP = 2**18
 """Pixels that are converted at a time."""
@@ -95,7 +95,7 @@ def _rgb_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def is_pixels(shape: tuple[int, ...], dtype: str | None, layout: Layout) -> bool:
-    """Whether a tensor of this shape holds pixels: 3 channels, first, or last in uint8 (as `to_answer` gives them)."""
+    """Whether a tensor of this shape holds pixels: 3 channels, first, or last in uint8 (as `to_output` gives them)."""
     batched = len(shape) == layout.pixels_ndim and shape[1] == 3
     unbatched = len(shape) == layout.pixels_ndim - 1 and shape[0] == 3
     return batched or unbatched or _is_channels_last(shape, dtype) or _is_one_frame(shape, layout)
@@ -162,16 +162,16 @@ def normalize(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels
 
 
-def to_answer(decoded: Tensor, answer: Answer) -> Tensor:
+def to_output(decoded: Tensor, output_kind: OutputKind) -> Tensor:
     """What the decoder gave ([B, 3, H, W] or [B, 3, F, H, W]) in the form that was asked for, on the same device.
 
     IMAGE and MP4 give the uint8 pixels that their encoders take.
     """
-    if answer is Answer.DECODED:
+    if output_kind is OutputKind.DECODED:
         return decoded
     pixels = VaeImageProcessor.denormalize(decoded)
     if pixels.ndim == 5:  # a video has a batch of one here: [1, 3, F, H, W] to [F, 3, H, W]
         pixels = pixels[0].movedim(1, 0)
-    if answer is Answer.PIXELS:
+    if output_kind is OutputKind.PIXELS:
         return pixels
     return (pixels.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)

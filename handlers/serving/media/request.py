@@ -62,7 +62,7 @@ class Parameters(BaseModel):
     width: Any = None
     output_type: Literal["pil", "pt", "mp4"] | None = None
     partial_postprocess: bool = False
-    answer_dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    output_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Of an answer in floats; None for the VAE's own. JavaScript and numpy have no bfloat16."""
     image_format: Annotated[Literal[ImageFormat, "jpeg"], AfterValidator(_image_format)] | None = None
     stream: bool = False
@@ -102,7 +102,7 @@ def _describe(error: Any) -> str:
     return f"`{name}{position}`: {error['msg']}, got {str(error['input'])[:100]!r}"
 
 
-class Answer(Enum):
+class OutputKind(Enum):
     """The form of an answer."""
 
     IMAGE = "one encoded image"
@@ -203,15 +203,15 @@ def media_type_of(content_type: str) -> str:
     return content_type.split(";")[0].strip().lower()
 
 
-def decode_answer(kind: Kind, parameters: Parameters, accept: Accept) -> Answer:
+def decode_output_kind(kind: Kind, parameters: Parameters, accept: Accept) -> OutputKind:
     """The answer to a decode request: the table of `docs/http-api.md`. Raises `RequestError` where it has no row."""
     output_type = parameters.output_type or _default_output_type(kind, accept)
     answers = {
-        ("image", "pil"): Answer.PIXELS if accept.tensor else Answer.IMAGES if accept.zip else Answer.IMAGE,
-        ("image", "pt"): Answer.UINT8 if parameters.partial_postprocess else Answer.DECODED,
-        ("video", "pil"): Answer.PIXELS,
-        ("video", "pt"): Answer.UINT8 if parameters.partial_postprocess else Answer.DECODED,
-        ("video", "mp4"): Answer.MP4,
+        ("image", "pil"): OutputKind.PIXELS if accept.tensor else OutputKind.IMAGES if accept.zip else OutputKind.IMAGE,
+        ("image", "pt"): OutputKind.UINT8 if parameters.partial_postprocess else OutputKind.DECODED,
+        ("video", "pil"): OutputKind.PIXELS,
+        ("video", "pt"): OutputKind.UINT8 if parameters.partial_postprocess else OutputKind.DECODED,
+        ("video", "mp4"): OutputKind.MP4,
     }
     if (kind, output_type) not in answers:
         message = "`output_type`: 'mp4' needs a video model, and this is an image model; use 'pil' or 'pt'"
@@ -236,7 +236,7 @@ class Request:
     """Bytes, or several files' in a list; a tensor or PIL image where the request came as a plain object."""
     body_kind: BodyKind
     parameters: Parameters
-    answer: Answer
+    output_kind: OutputKind
     accept: Accept
     image_format: ImageFormat
     """Format of an image response."""

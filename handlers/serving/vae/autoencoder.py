@@ -53,14 +53,14 @@ def has_frames(model: Any) -> bool:
 def decode_at_once(model: Any, latents: Tensor, options: DecodeOptions = DecodeOptions()) -> Tensor:
     """Raw latents [B, C, H, W] or [B, C, F, H, W] to pixels [B, 3, H, W] or [B, 3, F, H, W]."""
     if latents.ndim == 5 and not has_frames(model):
-        return torch.stack([_decode_pictures(model, video, options) for video in latents])
+        return torch.stack([_decode_images(model, video, options) for video in latents])
     arguments = {}
     if model.config.get("timestep_conditioning"):
         arguments["temb"] = torch.full((len(latents),), options.timestep, device=latents.device, dtype=latents.dtype)
     return model.decode(latents, return_dict=False, **arguments)[0]
 
 
-def _decode_pictures(model: Any, video: Tensor, options: DecodeOptions) -> Tensor:
+def _decode_images(model: Any, video: Tensor, options: DecodeOptions) -> Tensor:
     """Latents [C, F, H, W] to [3, F, H, W], the frames as a batch. Most such models mix the frames of a batch."""
     mixes = "num_frames" in inspect.signature(model.decoder.forward).parameters
     chunks = video.movedim(0, 1).split(options.chunk_frames or video.shape[1])

@@ -35,7 +35,7 @@ BLOCKS = {
 """Those whose steps are known here; others have other parts, or a `forward` with other arguments."""
 
 
-class Way(NamedTuple):
+class BlockOps(NamedTuple):
     """How each step is run; what it is given, a tensor [B, C, H, W] or [B, C, F, H, W], nobody else holds."""
 
     residual: Callable[[Part, Tensor], Tensor]
@@ -65,9 +65,9 @@ def is_causal(coders: list[Any]) -> bool:
 
 
 @torch.no_grad()
-def run(coder: Part, way: Way, sample: Tensor, latent_embeds: None = None) -> Tensor:
+def run(coder: Part, ops: BlockOps, sample: Tensor, latent_embeds: None = None) -> Tensor:
     """What `forward` of the coder gives. No step's input outlives it: nothing else refers to it."""
-    for step in _steps(coder, way):
+    for step in _steps(coder, ops):
         check_wanted()
         sample = step(sample)
     return sample
@@ -79,24 +79,24 @@ def _blocks(coder: Part) -> list[Part]:
     return [getattr(coder, "mid_block", None), *getattr(coder, "up_blocks", ())]
 
 
-def _steps(coder: Part, way: Way) -> Iterator[Step]:
+def _steps(coder: Part, ops: BlockOps) -> Iterator[Step]:
     yield coder.conv_in
     for block in _blocks(coder):
-        yield from _block_steps(block, way)
-    yield partial(way.finish, coder)
+        yield from _block_steps(block, ops)
+    yield partial(ops.finish, coder)
 
 
-def _block_steps(block: Part, way: Way) -> Iterator[Step]:
+def _block_steps(block: Part, ops: BlockOps) -> Iterator[Step]:
     """A residual block, then what comes between two of them or after the last."""
     between = getattr(block, "attentions", ())
     for index, resnet in enumerate(block.resnets):
         if 0 < index <= len(between) and between[index - 1] is not None:
-            yield partial(way.attend, between[index - 1])
-        yield partial(way.residual, resnet)
+            yield partial(ops.attend, between[index - 1])
+        yield partial(ops.residual, resnet)
     for layer in getattr(block, "upsamplers", None) or ():
-        yield partial(way.upsample, layer)
+        yield partial(ops.upsample, layer)
     for layer in getattr(block, "downsamplers", None) or ():
-        yield partial(way.downsample, layer)
+        yield partial(ops.downsample, layer)
 
 
 def attend(attention: Part, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from handlers.serving.vae.autoencoder import DecodeOptions, decode_at_once
 
 
-def decode_spans(
+def decode_chunks(
     model: Any,
     latents: Tensor,
     options: DecodeOptions = DecodeOptions(),  # noqa: B008
@@ -23,16 +23,16 @@ def decode_spans(
     Together they are what `decode_at_once` gives, bit for bit. Where the model is set to tiles, each tile has all
     frames, so they are finished together; but AutoencoderKLHunyuanVideo cuts time before space.
     """
-    for model_class, spans in SPANS.items():
-        if isinstance(model, model_class) and (spans is _blended_spans or not model.use_tiling):
-            yield from spans(model, latents)
+    for model_class, chunks in CHUNKED_DECODERS.items():
+        if isinstance(model, model_class) and (chunks is _blended_chunks or not model.use_tiling):
+            yield from chunks(model, latents)
             return
     yield decode_at_once(model, latents, options)
 
 
-def join(spans: Iterator[Tensor]) -> Tensor:
+def join(chunks: Iterator[Tensor]) -> Tensor:
     """All pixels at once."""
-    parts = list(spans)
+    parts = list(chunks)
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
@@ -60,10 +60,10 @@ def _in_small_batches(model: AutoencoderKLCogVideoX, latents: Tensor) -> Iterato
             yield frames
 
 
-def _blended_spans(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterator[Tensor]:
+def _blended_chunks(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterator[Tensor]:
     """Up to 17 frames at a time, the last 4 of them again with the 12 that follow, and the two blended.
 
-    diffusers blends when all is decoded; here a span's frames are given before the next span is decoded.
+    diffusers blends when all is decoded; here a chunk's frames are given before the next chunk is decoded.
     """
     length, stride = model.tile_sample_min_num_frames, model.tile_sample_stride_num_frames
     factor = model.temporal_compression_ratio
@@ -71,9 +71,9 @@ def _blended_spans(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterato
         yield decode_at_once(model, latents)
         return
     before = None
-    # a span that starts with the last latent frame has no new frames: diffusers decodes it, and drops the result
+    # a chunk that starts with the last latent frame has no new frames: diffusers decodes it, and drops the result
     for start in range(0, latents.shape[2] - 1, stride // factor):
-        frames = _decode_one_span(model, latents[:, :, start : start + length // factor + 1])
+        frames = _decode_one_chunk(model, latents[:, :, start : start + length // factor + 1])
         if before is None:
             yield frames[:, :, : stride + 1]
         else:
@@ -82,7 +82,7 @@ def _blended_spans(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Iterato
         before = frames
 
 
-def _decode_one_span(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
+def _decode_one_chunk(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
     """All its frames, in tiles where the model is set to them."""
     model.use_framewise_decoding = False
     try:
@@ -91,9 +91,9 @@ def _decode_one_span(model: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tenso
         model.use_framewise_decoding = True
 
 
-SPANS: dict[type[Any], Callable[[Any, Tensor], Iterator[Tensor]]] = {
+CHUNKED_DECODERS: dict[type[Any], Callable[[Any, Tensor], Iterator[Tensor]]] = {
     AutoencoderKLWan: _frame_by_frame,
     AutoencoderKLCogVideoX: _in_small_batches,
-    AutoencoderKLHunyuanVideo: _blended_spans,
+    AutoencoderKLHunyuanVideo: _blended_chunks,
 }
 """How each class that does not need all latents for the first frame is run; all others decode at once."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handlers.serving.vae import blocks as coders
-from handlers.serving.vae.blocks import Part, Step, Way, attend
+from handlers.serving.vae.blocks import BlockOps, Part, Step, attend
 from handlers.serving.vae.stop import check_wanted
 
 Read = Callable[[int, int], Tensor]
@@ -136,7 +136,7 @@ def _downsample(layer: Part, x: Tensor) -> Tensor:
     return _convolve(layer.conv, lambda first, last: x[..., first:last, :], x.shape[-2], _row_bytes(x), padding)
 
 
-BY_ROWS = Way(_residual, _upsample, _downsample, attend, _finish)
+BY_ROWS = BlockOps(_residual, _upsample, _downsample, attend, _finish)
 
 
 def _reduce_causal(coder: Part) -> Iterator[Part]:

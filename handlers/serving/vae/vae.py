@@ -22,7 +22,7 @@ from handlers.serving.settings import Settings
 from handlers.serving.vae import hub
 from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, encode_at_once, forget
 from handlers.serving.vae.blocks import is_known
-from handlers.serving.vae.chunks import decode_spans, join
+from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.fast.check import FastPasses
 from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.low_memory import reduced_peak
@@ -105,14 +105,14 @@ class VAE:
         frames [B, 3, f, H, W] as soon as they are finished. Where a pass fails and another is tried, so is `gather`.
         """
 
-        def spans(z: Tensor, one_by_one: bool) -> Iterator[Tensor]:
+        def chunks(z: Tensor, one_by_one: bool) -> Iterator[Tensor]:
             if one_by_one and len(z) > 1:
-                yield torch.cat([join(spans(item, False)) for item in z.split(1)])
+                yield torch.cat([join(chunks(item, False)) for item in z.split(1)])
                 return
-            for pixels in decode_spans(self.model, z, options):
+            for pixels in decode_chunks(self.model, z, options):
                 yield self._finite(pixels.squeeze(2) if pixels.ndim > self.layout.pixels_ndim else pixels)
 
-        return self._run("decode", latents, lambda z, one_by_one: gather(spans(z, one_by_one)), options.exact)
+        return self._run("decode", latents, lambda z, one_by_one: gather(chunks(z, one_by_one)), options.exact)
 
     def encode(self, pixels: Tensor, options: EncodeOptions = EncodeOptions()) -> tuple[Tensor, Mode]:  # noqa: B008
         """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents, of pictures [B, C, 1, H, W] by some."""

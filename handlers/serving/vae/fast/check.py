@@ -22,7 +22,7 @@ from handlers.model import Model, Task
 from handlers.serving import metrics
 from handlers.serving.vae.autoencoder import encode_at_once, forget, has_frames
 from handlers.serving.vae.blocks import is_known
-from handlers.serving.vae.chunks import decode_spans, join
+from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.low_memory import reduced_peak
 
@@ -141,7 +141,7 @@ def _compare(fast: FastPass, task: Task, inputs: Tensor) -> tuple[float, float]:
     """The fast pass's time in parts of diffusers' own, and by how many dB it is nearer to the exact result."""
 
     def run(inputs: Tensor = inputs) -> Tensor:
-        return join(decode_spans(fast.model, inputs)) if task == "decode" else encode_at_once(fast.model, inputs)
+        return join(decode_chunks(fast.model, inputs)) if task == "decode" else encode_at_once(fast.model, inputs)
 
     fast.model.use_tiling = False  # the last request may have left it on
     passes: dict[str, Callable[[], Any]] = {"own": nullcontext, "fast": fast.installed}

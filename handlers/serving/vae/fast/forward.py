@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handlers.serving.vae import blocks as coders
-from handlers.serving.vae.blocks import Part, Way, attend
+from handlers.serving.vae.blocks import BlockOps, Part, attend
 
-Phases = list[tuple[tuple[int, ...], Tensor]]
+FoldedKernels = list[tuple[tuple[int, ...], Tensor]]
 """A folded convolution: for each position in the square, or cube, where it is, and the kernel of its pixels."""
 
 
@@ -42,7 +42,7 @@ class FastPass:
         """
         self.model = model
         self.dtype: torch.dtype = model.dtype
-        self._folded: dict[nn.Module, Phases] = {}
+        self._folded: dict[nn.Module, FoldedKernels] = {}
         for layer in self._parts if fold else ():
             if type(layer).__name__ in ("Upsample2D", "HunyuanVideoUpsampleCausal3D"):
                 self._fold(layer.conv, *getattr(layer, "upsample_factor", ()))
@@ -75,11 +75,11 @@ class FastPass:
         """What may take long and needs no turn on the device. To be called before the first pass, on any thread."""
 
     def _run(self, coder: Part, sample: Tensor, latent_embeds: None = None) -> Tensor:
-        return coders.run(coder, self._way, sample)
+        return coders.run(coder, self._ops, sample)
 
     @cached_property
-    def _way(self) -> Way:
-        return Way(self._residual, self._upsample, _as_it_is, attend, self._finish)
+    def _ops(self) -> BlockOps:
+        return BlockOps(self._residual, self._upsample, _as_it_is, attend, self._finish)
 
     def _normalize(self, norm: Part, activation: Part, x: Tensor) -> Tensor:
         x = type(norm).forward(norm, x)  # not `norm(x)`: the last one's forward may be this
@@ -101,9 +101,9 @@ class FastPass:
     def _upsample(self, layer: Part, x: Tensor) -> Tensor:
         if layer.conv not in self._folded:
             return layer(x)
-        return self._upsample_video(layer.conv, x) if x.ndim == 5 else self._upsample_picture(layer.conv, x)
+        return self._upsample_video(layer.conv, x) if x.ndim == 5 else self._upsample_image(layer.conv, x)
 
-    def _upsample_picture(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    def _upsample_image(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, 2 * H, 2 * W], convolved."""
         height, width = x.shape[-2:]
         out = None
@@ -145,7 +145,7 @@ class FastPass:
             elif hasattr(module, "_padding"):
                 yield module, partial(_causal_convolve, module)
             elif getattr(module, "mode", "").startswith("upsample") and module.resample[1] in self._folded:
-                yield module.resample, partial(self._upsample_picture, module.resample[1])
+                yield module.resample, partial(self._upsample_image, module.resample[1])
         yield coder.norm_out, partial(self._normalize, coder.norm_out, coder.nonlinearity)
         yield coder.nonlinearity, _unchanged
 
@@ -186,7 +186,7 @@ def _as_it_is(layer: Part, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def _fold(weight: Tensor, doubled: list[int]) -> Phases:
+def _fold(weight: Tensor, doubled: list[int]) -> FoldedKernels:
     """A kernel of 3 in each of the doubled dimensions, as kernels of 2 on what is not doubled yet, one for each phase.
 
     Of ``a b c`` the first of two equal pixels sees ``a`` in the pixel before and ``b + c`` in its own, the second ``a +

@@ -56,7 +56,7 @@ class FusedPass(FastPass):
     def _run(self, coder: Part, sample: Tensor, latent_embeds: None = None) -> Tensor:
         if not self._weights:
             return super()._run(coder, sample)
-        return coders.run(coder, self._way, _channels_last(sample)).contiguous()
+        return coders.run(coder, self._ops, _channels_last(sample)).contiguous()
 
     def _normalize(self, norm: Part, activation: Part, x: Tensor) -> Tensor:
         if isinstance(activation, nn.SiLU):
