@@ -275,7 +275,7 @@ class Client:
             words = f"it redirects to {response.headers.get('location', 'nowhere')[:300]}, which is not followed"
         else:
             try:
-                words = str(json.loads(response.content)["error"])
+                words = str(json.loads(response.content)["error"])[:1000]
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = "" if "content-encoding" in response.headers else response.content.decode(errors="replace")
                 words = " ".join(text.split())[:300] or _phrase(response.status)
@@ -327,11 +327,14 @@ def _scheme_and_host(url: str) -> tuple[str, str]:
     found = HOST.fullmatch(authority)
     if not found:
         raise ValueError(wrong + f"{authority!r} is no name of a host, with or without a port")
-    if found["ipv6"]:
-        ipaddress.IPv6Address(found["ipv6"])
     address = urlsplit(url)
-    if address.port == 0 or not address.hostname:  # `port` raises ValueError above 65535
-        raise ValueError(wrong + "its port is none")
+    try:
+        if found["ipv6"]:
+            ipaddress.IPv6Address(found["ipv6"])
+        if address.port == 0 or not address.hostname:  # `port` raises ValueError above 65535
+            raise ValueError("there is no port 0")
+    except ValueError as error:
+        raise ValueError(wrong + str(error)) from None
     return address.scheme, address.hostname
 
 

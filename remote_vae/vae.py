@@ -189,9 +189,8 @@ class Connection:
 
         if not as_uint8:
             layout = self.config["pixels"]["layout"]
-            return torch.cat([decode(piece, layout) for piece in latents.split(limit)]).to(
-                latents.device, latents.dtype
-            )
+            pixels = torch.cat([decode(piece, layout) for piece in latents.split(limit)])
+            return pixels.to(latents.device, latents.dtype)
         parameters = {**parameters, "partial_postprocess": True}
         if video:
             pixels = torch.stack([decode(piece, "FHWC") for piece in latents.split(1)]).movedim(-1, 1)

@@ -163,7 +163,7 @@ ODD = [
 @pytest.mark.parametrize("url", ODD)
 def test_no_url_of_an_endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(ValueError, match=r"endpoint|Port|hex digits") as caught:
+    with pytest.raises(ValueError, match="endpoint") as caught:
         Client(url)
     assert "secret" not in str(caught.value)
     assert str(caught.value).isprintable()

@@ -46,7 +46,7 @@ def test_a_line_says_what_was_asked_and_how_it_went(endpoint: Endpoint) -> None:
         "status": 200,
         "task": "decode",
         "shape": [1, 4, 8, 12],
-        "answer": "image",
+        "output": "image",
         "mode": "full",
         "received_bytes": 4 * 4 * 8 * 12,
         "sent_bytes": len(response.content),

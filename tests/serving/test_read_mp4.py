@@ -187,7 +187,7 @@ class TestWhatIsRead:
 
         with pytest.raises(RequestError, match="no more"):
             read_video(video(frames_of(9)), LIMITS, hold)
-        assert sizes == [64 * 32 * 3] * 3
+        assert sizes == [64 * 32 * 4] * 3
 
     def test_decoding_ends_at_the_deadline(self) -> None:
         with pytest.raises(RequestError, match=r"takes longer to decode than 0.01 s \(VAE_TIMEOUT\)") as refused:

@@ -19,22 +19,26 @@ from handlers.serving import metrics
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-"""Ids that are taken from a client; for others, which might forge lines of a log, a new one is made."""
+"""Request ids that are taken from a client. Any other id could forge log lines, so it is replaced by a new one."""
 
 
 CLIENT_CLOSED = 499
-"""What nginx logs where the client was gone first."""
+"""The status that nginx logs where the client disconnected first."""
 
 OnCrash = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class AccessLog:
-    """ASGI middleware. What `request.state.record` (a dictionary) gathers on the way is part of the line."""
+    """ASGI middleware that logs one line for each request. Handlers add fields to `request.state.record`, a dict."""
 
     def __init__(self, app: ASGIApp, models: Sequence[str], routes: Collection[str], on_crash: OnCrash) -> None:
-        """`routes` are the paths that are counted by name; `on_crash` gives the answer when there is none.
+        """Create the middleware.
 
-        Of several models, the name of one at the beginning of a path is taken off it and left in `request.state.model`.
+        Args:
+            models: keys of the models. With several, the key at the beginning of a path is moved from the path to
+                `request.state.model`.
+            routes: paths that the metrics count by name.
+            on_crash: makes the response to a request that failed without one.
         """
         self.app = app
         self.models = models

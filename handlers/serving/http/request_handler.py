@@ -1,4 +1,4 @@
-"""A request over HTTP and its answer: `RequestHandler.run` is the way from one to the other."""
+"""One HTTP request and its response: `RequestHandler.run` leads from one to the other."""
 
 from __future__ import annotations
 
@@ -50,28 +50,28 @@ CONTENT_TYPES = {
 
 
 class RequestHandler:
-    """One request and its answer. Its stages are methods, in their order; what it holds is in `held`."""
+    """One request and its response. The stages are methods, in their order."""
 
     def __init__(self, http: HttpRequest, pipeline: Pipeline, task: Task | None) -> None:
-        """Without a `task`, the payload tells which it is."""
+        """`task` is None where the payload tells the task."""
         self.http, self.pipeline, self.task = http, pipeline, task
         self.settings = pipeline.settings
         self.record: dict[str, Any] = http.state.record
-        """Of the log's line."""
+        """The fields of the log line."""
         self.timing: dict[str, float] = {}
-        """Milliseconds of each stage that is over."""
-        self.held = AsyncExitStack()
-        """What is given back at the end, whatever that is: the work, the place, the bytes that count, the deadline."""
+        """Milliseconds of each finished stage."""
+        self.resources = AsyncExitStack()
+        """The job, the slot, the bytes in flight and the deadline. They are released when the request ends."""
         self.admission = pipeline.admission
         self.reservation = self.admission.reservation()
         """The bytes in flight of this request."""
         self.arrived = False
-        """Whether the body is there."""
+        """Whether the whole body was received."""
         self.queued_at = 0.0
 
     async def run(self) -> Response:
-        """The way of a request. Nothing heavy happens on the event loop: that runs on threads."""
-        async with self.held:
+        """Run all stages. Heavy work runs on threads, never on the event loop."""
+        async with self.resources:
             body = await self.admit()
             request, prepared = await self.read(body)
             work = self.queue(request, prepared)
@@ -79,46 +79,46 @@ class RequestHandler:
             return await self.write(request, prepared, result)
 
     async def admit(self) -> bytearray:
-        """Admission: the headers are looked at, the body is received, and one of the places is taken.
+        """Check the headers, receive the body, take a slot.
 
         Raises:
-            RequestError: status 401, 415, 413; 408 without a body in time; 503 without room for it, or for any more.
+            RequestError: status 401, 413 or 415; 408 where the body is late; 503 where no slot or memory is free.
         """
         check_token(self.http, self.settings.api_token)
         check_content_type(self.http)
         check_content_encoding(self.http)
         self.pipeline.device_queue.check_open()
-        self.held.enter_context(self.deadline())
-        self.held.enter_context(self.reservation)
+        self.resources.enter_context(self.deadline())
+        self.resources.enter_context(self.reservation)
         body = await self.receive()
-        await self.held.enter_async_context(self.admission.slot())
+        await self.resources.enter_async_context(self.admission.slot())
         return body
 
     async def read(self, body: bytearray) -> tuple[Request, Prepared]:
-        """Payload: what is asked for, and what the VAE takes of it."""
+        """Parse the request and make the input of the VAE, on a thread."""
         async with self.admission.readers:
             request, prepared = await self.on_thread("payload", self.parse, body)
         self.record.update(
-            task=request.task, shape=list(prepared.inputs.shape), answer=request.output_kind.name.lower()
+            task=request.task, shape=list(prepared.inputs.shape), output=request.output_kind.name.lower()
         )
         self.reservation.hold(self.pipeline.unsent(request, prepared.inputs))
         return request, prepared
 
     def queue(self, request: Request, prepared: Prepared) -> JobFuture[Result]:
-        """Queue: the work for a device, which is given up at the end of this exchange if it is not over by then."""
+        """Queue the job. It is given up if the request ends first."""
         self.queued_at = perf_counter()
         work = self.pipeline.submit(request, prepared.inputs)
-        self.held.callback(give_up, work)
+        self.resources.callback(give_up, work)
         return work
 
     async def wait_for(self, work: JobFuture[Result]) -> Result:
-        """VAE: what a device has made of it, or of a stream the beginning."""
+        """Wait for the result of the job, or for the beginning of a stream."""
         result = await self.unless_disconnected(asyncio.wrap_future(work))
         self.timing["queue"] = milliseconds_since(self.queued_at) - result.milliseconds
         return result
 
     async def write(self, request: Request, prepared: Prepared, result: Result) -> Response:
-        """Output: the answer, with its bytes, or with the first of those that a stream will send."""
+        """Encode the response. Of a stream, wait for the first bytes."""
         response: Response
         if isinstance(result.value, Stream):
             first = await self.unless_disconnected(asyncio.wrap_future(result.value.read()))
@@ -136,10 +136,10 @@ class RequestHandler:
 
     @contextmanager
     def deadline(self) -> Iterator[None]:
-        """Ends what is within, when its time is over or the service stops.
+        """End a `with` block at the deadline, or when the service stops.
 
         Raises:
-            RequestError: it was ended: status 408 where the body did not arrive, 503 where the service stops, else 504.
+            RequestError: 408 where the body did not arrive, 503 where the service stops, else 504.
         """
         try:
             with self.admission.deadline():
@@ -152,7 +152,7 @@ class RequestHandler:
             raise RequestError(f"no answer {limit}; send less at once", 504) from None
 
     async def receive(self) -> bytearray:
-        """The body, within the limits, whatever its Content-Length says."""
+        """Receive the body. Count its bytes as they arrive, whatever Content-Length says."""
         declared = self.http.headers.get("content-length", "")
         self.settings.check_body(int(declared[:20]) if declared.isdecimal() else 0)
         body = bytearray()
@@ -170,7 +170,7 @@ class RequestHandler:
             values["shape"] = query.getlist("shape")
         content_type, accept = headers.get("content-type", ""), headers.get("accept")
         try:
-            with self.reservation:  # a thread that is left behind has its bytes until it ends
+            with self.reservation:  # an abandoned thread keeps its bytes until it ends
                 request = self.pipeline.parse(body, content_type, accept, values, self.task)
                 if request.body is not body:
                     body.clear()  # all of it was copied: the files of a form, the tensor in JSON
@@ -188,7 +188,7 @@ class RequestHandler:
         return Response(content.body, media_type=content.media_type, headers=content.headers)
 
     async def on_thread(self, stage: str, function: Callable[..., T], *arguments: Any) -> T:
-        """What the function gives; what it takes is the stage's time. Where the exchange ends, it is left behind."""
+        """Run a function on a thread and measure it. A thread whose request ends is abandoned and runs on."""
 
         def timed() -> tuple[T, float]:
             start = perf_counter()
@@ -199,7 +199,7 @@ class RequestHandler:
         return result
 
     async def unless_disconnected(self, work: asyncio.Future[T]) -> T:
-        """Return its result. Work whose client is gone, or whose time is over, is cancelled."""
+        """Return the result of `work`. Cancel it when the client disconnects or the deadline passes."""
         watch: asyncio.Future[Any] = asyncio.ensure_future(self.disconnected())
         try:
             await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
@@ -211,32 +211,31 @@ class RequestHandler:
             work.cancel()
 
     async def disconnected(self) -> None:
-        """Ends when the client is."""
+        """Return when the client disconnects."""
         while (await self.http.receive())["type"] != "http.disconnect":
             pass
 
     def observe(self, timing: dict[str, float]) -> None:
-        """Milliseconds of stages, for the log and the metrics."""
+        """Add the milliseconds of stages to the log line and the metrics."""
         for stage, milliseconds in timing.items():
             metrics.STAGES.labels(stage).observe(milliseconds / 1000)
             self.record[f"{stage}_ms"] = round(milliseconds, 1)
 
 
 class StreamedVideo(StreamingResponse):
-    """A video that is sent while it is made.
+    """A video that is sent while it is encoded. It keeps the request's resources until the last byte is sent.
 
-    A failure breaks the connection: the last chunk of the answer is missing then, and the file's last box. What the
-    exchange holds, its place and its deadline among it, it holds until the last byte is sent.
+    A failure breaks the connection: the last HTTP chunk is missing then, and the last box of the file.
     """
 
     def __init__(self, handler: RequestHandler, first: bytes, stream: Stream) -> None:
         super().__init__(self._chunks(first, stream), media_type="video/mp4")
-        self.handler, self.held = handler, handler.held.pop_all()
+        self.handler, self.resources = handler, handler.resources.pop_all()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record, start = self.handler.record, perf_counter()
         try:
-            async with self.held:
+            async with self.resources:
                 await self.handler.unless_disconnected(asyncio.ensure_future(self.stream_response(send)))
         except ClientDisconnect:
             record["status"] = CLIENT_CLOSED
@@ -255,19 +254,19 @@ class StreamedVideo(StreamingResponse):
 
 
 def give_up(work: JobFuture[Result]) -> None:
-    """Drop a job that waits, stop its pass, end the encoder of its stream. Does nothing to what is over."""
+    """Drop a waiting job, stop its pass, end the encoder of its stream. A finished job stays as it is."""
     work.cancel()
     work.add_done_callback(close_stream)  # the encoder may have all its frames, and wait for a reader
 
 
 def close_stream(work: Future[Result]) -> None:
-    """End the encoder of a video that nobody reads any more."""
+    """End the encoder of a stream without a reader."""
     if not work.cancelled() and not work.exception() and isinstance(stream := work.result().value, Stream):
         stream.close()
 
 
 def check_token(http: HttpRequest, token: str | None) -> None:
-    """Raises `RequestError`, status 401, unless the request has this token, where there is one."""
+    """Raise `RequestError`, status 401, unless the request has `token`. None lets every request in."""
     if token:
         scheme, _, given = http.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(
@@ -277,14 +276,14 @@ def check_token(http: HttpRequest, token: str | None) -> None:
 
 
 def check_content_type(http: HttpRequest) -> None:
-    """Raises `RequestError`, status 415, for one that is not taken."""
+    """Raise `RequestError`, status 415, for a Content-Type that the service does not take."""
     if (media_type := media_type_of(http.headers.get("content-type", ""))) not in CONTENT_TYPES:
         known = ", ".join(sorted(CONTENT_TYPES - {""}))
         raise RequestError(f"Content-Type {media_type[:100]!r} is not taken; send none, or one of {known}", 415)
 
 
 def check_content_encoding(http: HttpRequest) -> None:
-    """Raise `RequestError`, status 415, for a body that is compressed as a whole."""
+    """Raise `RequestError`, status 415, for a compressed body."""
     codings = ",".join(http.headers.getlist("content-encoding")).lower().split(",")
     if coding := next((one.strip() for one in codings if one.strip() not in ("", "identity")), None):
         raise RequestError(f"Content-Encoding {coding[:100]!r} is not taken; send the body as it is, without it", 415)

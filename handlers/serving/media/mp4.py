@@ -64,6 +64,9 @@ PIXEL_MEMORY = 160
 SMALLEST_MEMORY = 64_000_000
 """Bytes for the frames, at least."""
 
+IMAGE_BYTES = 4
+"""Bytes that Pillow takes for a pixel of an RGB image."""
+
 ENVIRONMENT = ("PATH", "HOME", "PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH")
 """Variables that the decoding process gets: what it needs to find its libraries."""
 
@@ -97,7 +100,7 @@ def read_video(body: Body, limits: Limits, hold: Callable[[int], None] = lambda 
         while len(header := output.read(frames.HEADER.size)) == frames.HEADER.size:
             width, height, row, *matrix = frames.HEADER.unpack(header)
             limits.check_image(width, height, len(images) + 1)
-            hold(row * height)
+            hold(width * height * IMAGE_BYTES)
             rows = output.read(row * height)
             if len(rows) < row * height:
                 break
