@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -19,7 +15,6 @@ from handlers.model import Model, Task
 from handlers.serving import metrics
 from handlers.serving.errors import RequestError
 from handlers.serving.settings import Settings
-from handlers.serving.vae import hub
 from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, encode_at_once, forget
 from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.chunks import decode_chunks, join
@@ -37,6 +32,7 @@ from handlers.serving.vae.memory import (
 )
 from handlers.serving.vae.probe import Probe, differs
 from handlers.serving.vae.stop import PassStopped, make_stoppable
+from handlers.serving.vae.weights import load_model
 
 T = TypeVar("T")
 
@@ -62,25 +58,17 @@ class VAE:
 
     @classmethod
     def load(cls, declared: type[Model], path: str, settings: Settings, device: str) -> VAE:
-        """Loads the weights of a model: from `settings.weights`, the repository at `path`, or its checkpoint.
+        """Load a model onto a device. `load_model` says where its weights come from.
 
         Raises:
             OSError: `settings.weights` names a folder that holds no VAE of the model's class, or the Hub does not give
                 the checkpoint.
             ValueError: the weights are not what the model declares, or diffusers does not have its class.
         """
-        HEAP.keep(pages=torch.device(device).type == "cpu")
-        dtype = getattr(torch, settings.dtype or ("float32" if torch.device(device).type == "cpu" else declared.dtype))
-        vae_class = _diffusers_class(declared)
-        if settings.weights == "random":
-            logger.warning("the weights are RANDOM: good for speed and memory, not for pictures")
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = vae_class.from_config(declared.published_config).to(dtype)
-        else:
-            folder = _find_weights(declared, path, settings)
-            logger.info("loading %s from %s", declared.vae_class, folder)
-            model = vae_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        is_cpu = torch.device(device).type == "cpu"
+        HEAP.keep(pages=is_cpu)
+        dtype = getattr(torch, settings.dtype or ("float32" if is_cpu else declared.dtype))
+        model = load_model(declared, path, settings, dtype)
         vae = cls(model.to(device), declared, settings.fast, settings.model or "")
         if difference := differs(vae.layout, declared):
             if settings.weights in (None, "random"):
@@ -285,41 +273,3 @@ def _tile_pixels(model: Any) -> int:
     if height is None or width is None:  # one that knows no tiles
         return sys.maxsize
     return height * width
-
-
-def _diffusers_class(declared: type[Model]) -> Any:
-    """Raises `ValueError` where the installed diffusers, or the module that is named, does not have it."""
-    module, _, name = declared.vae_class.rpartition(":")
-    try:
-        return getattr(importlib.import_module(module or "diffusers"), name)
-    except AttributeError:
-        version = f"diffusers {diffusers.__version__}"
-        missing = f"{version} has no {name}; it needs {declared.diffusers} or later"
-        raise ValueError(f"{module} has no {name}" if module else missing) from None
-
-
-def _find_weights(declared: type[Model], path: str, settings: Settings) -> Path:
-    """Find the folder to load from. Files of a checkpoint on the Hub are downloaded."""
-    if settings.weights:
-        folder = _vae_folder(Path(settings.weights), declared.vae_class)
-        if folder is None:
-            raise FileNotFoundError(
-                f"VAE_WEIGHTS={settings.weights} holds no {declared.vae_class}: neither the folder nor its vae/ has a "
-                "config.json of that class"
-            )
-        return folder
-    if path and (folder := _vae_folder(Path(path), declared.vae_class)):
-        return folder
-    if (folder := Path(declared.checkpoint)).is_dir():
-        return folder / (declared.subfolder or "")
-    logger.info("looking for %s on the Hub", declared.checkpoint)
-    return hub.fetch(declared.checkpoint, declared.subfolder, settings.revision)
-
-
-def _vae_folder(folder: Path, vae_class: str) -> Path | None:
-    for candidate in (folder, folder / "vae"):
-        file = candidate / "config.json"
-        config = json.loads(file.read_text()) if file.is_file() else None
-        if isinstance(config, dict) and config.get("_class_name") == vae_class.rpartition(":")[2]:
-            return candidate
-    return None
