@@ -2,5 +2,6 @@
 `tests/soak.py`.
 
 `samples` are good requests, `mutations` makes malformed ones of them, `images` and `videos` make mutated files, `files`
-reads files without the service, `truth` knows what is a right answer, `clients` send them well and badly, `fuzz` and `soak` are the two runs, and `report` is what they print and write.
+reads files without the service, `truth` knows what is a right answer, `clients` send them well and badly, `fuzz` and
+`soak` are the two runs, and `report` is what they print and write.
 """

@@ -179,7 +179,9 @@ def png_size(rng: Random, parts: Parts) -> None:
 
 def png_format(rng: Random, parts: Parts) -> None:
     position = place(rng, parts, b"IHDR")
-    form = bytes((rng.choice((0, 1, 2, 4, 8, 16, 32)), rng.choice((0, 2, 3, 4, 6, 7)), *rng.choices((0, 0, 0, 1, 2), k=3)))
+    form = bytes(
+        (rng.choice((0, 1, 2, 4, 8, 16, 32)), rng.choice((0, 2, 3, 4, 6, 7)), *rng.choices((0, 0, 0, 1, 2), k=3))
+    )
     edit(parts, position, data=parts[position].data[:8] + form)
 
 
@@ -207,14 +209,16 @@ def png_black(rng: Random, parts: Parts) -> None:
     """A large image, whose data is there, or more or less of it."""
     side = rng.choice((300, 1000, 5000, 11_313))
     data = bomb(rng.choice((1_000_000, 40_000_000, 100_000_000)))
-    parts[:] = [Part(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, rng.choice((0, 2, 6)), 0, 0, rng.choice((0, 0, 1)))),
-                Part(b"IDAT", data), Part(b"IEND", b"")]  # fmt: skip
+    header = struct.pack(">IIBBBBB", side, side, 8, rng.choice((0, 2, 6)), 0, 0, rng.choice((0, 0, 1)))
+    parts[:] = [Part(b"IHDR", header), Part(b"IDAT", data), Part(b"IEND", b"")]
 
 
 def png_ancillary(rng: Random, parts: Parts) -> None:
-    kind = rng.choice((b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"pHYs", b"gAMA", b"sBIT", b"iCCP", b"cICP"))
+    kind = rng.choice(
+        (b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"pHYs", b"gAMA", b"sBIT", b"iCCP", b"cICP")
+    )
     data = rng.choice((exif(rng), rng.randbytes(rng.choice((0, 1, 2, 6, 8, 13, 26, 256, 768, 771)))))
-    parts.insert(rng.randrange(1, len(parts) + 1), Part(kind, data))
+    parts.insert(rng.randrange(1, len(parts) + 1), Part(rng.choice(kinds), data))
 
 
 PNG_CHANGES: list[Change] = [
@@ -302,12 +306,21 @@ def jpeg_fill(rng: Random, parts: Parts) -> None:
 
 
 def jpeg_many(rng: Random, parts: Parts) -> None:
-    marker = rng.choice((0xE0, 0xE1, 0xE2, 0xE5, 0xED, 0xEE, 0xFE, 0xDB, 0xC4, 0xDD, 0xDC, 0x01, 0xD0, 0xD8, 0xF0, 0xC8))
-    starts = (b"", b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"MPF\0II*\0", b"ICC_PROFILE\0\1\1", b"Adobe\0d\0\0\0\0\2")
+    marker = rng.choice(
+        (0xE0, 0xE1, 0xE2, 0xE5, 0xED, 0xEE, 0xFE, 0xDB, 0xC4, 0xDD, 0xDC, 0x01, 0xD0, 0xD8, 0xF0, 0xC8)
+    )
+    starts = (
+        b"",
+        b"Exif\0\0",
+        b"http://ns.adobe.com/xap/1.0/\0",
+        b"MPF\0II*\0",
+        b"ICC_PROFILE\0\1\1",
+        b"Adobe\0d\0\0\0\0\2",
+    )
     data = rng.choice(starts) + rng.choice((b"", b"", rng.randbytes(20), bytes(60_000)))
     copies = rng.choice(COUNTS) if len(data) > 1000 else rng.choice((*COUNTS, *MANY))
     position = rng.randrange(len(parts) + 1)
-    parts[position:position] = [Part(bytes((marker,)), data)] * copies
+    parts[position:position] = [Part(bytes((rng.choice(markers),)), data)] * copies
 
 
 def jpeg_scans(rng: Random, parts: Parts) -> None:
