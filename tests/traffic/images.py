@@ -214,9 +214,7 @@ def png_black(rng: Random, parts: Parts) -> None:
 
 
 def png_ancillary(rng: Random, parts: Parts) -> None:
-    kind = rng.choice(
-        (b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"pHYs", b"gAMA", b"sBIT", b"iCCP", b"cICP")
-    )
+    kinds = (b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"pHYs", b"gAMA", b"sBIT", b"iCCP", b"cICP")
     data = rng.choice((exif(rng), rng.randbytes(rng.choice((0, 1, 2, 6, 8, 13, 26, 256, 768, 771)))))
     parts.insert(rng.randrange(1, len(parts) + 1), Part(rng.choice(kinds), data))
 
@@ -306,17 +304,10 @@ def jpeg_fill(rng: Random, parts: Parts) -> None:
 
 
 def jpeg_many(rng: Random, parts: Parts) -> None:
-    marker = rng.choice(
-        (0xE0, 0xE1, 0xE2, 0xE5, 0xED, 0xEE, 0xFE, 0xDB, 0xC4, 0xDD, 0xDC, 0x01, 0xD0, 0xD8, 0xF0, 0xC8)
-    )
+    markers = b"\xe0\xe1\xe2\xe5\xed\xee\xfe\xdb\xc4\xdd\xdc\x01\xd0\xd8\xf0\xc8"
     starts = (
-        b"",
-        b"Exif\0\0",
-        b"http://ns.adobe.com/xap/1.0/\0",
-        b"MPF\0II*\0",
-        b"ICC_PROFILE\0\1\1",
-        b"Adobe\0d\0\0\0\0\2",
-    )
+        b"", b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"MPF\0II*\0", b"ICC_PROFILE\0\1\1", b"Adobe\0d\0\0\0\0\2",
+    )  # fmt: skip
     data = rng.choice(starts) + rng.choice((b"", b"", rng.randbytes(20), bytes(60_000)))
     copies = rng.choice(COUNTS) if len(data) > 1000 else rng.choice((*COUNTS, *MANY))
     position = rng.randrange(len(parts) + 1)
