@@ -28,7 +28,7 @@ TAKES_test := ARGS
 TAKES_test-endpoint := ARGS
 TAKES_test-page := PAGE_ARGS TOOLKIT
 TAKES_bench := DEVICE MODELS
-TAKES_fuzz := COUNT SEED ONLY TOOLKIT
+TAKES_fuzz := COUNT SEED KIND MEMORY_MB ONLY TOOLKIT
 TAKES_soak := MINUTES SEED TOOLKIT
 
 takes := $(sort $(foreach goal,$(MAKECMDGOALS),$(TAKES_$(goal))))
@@ -188,7 +188,7 @@ bench: install  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [
 TRAFFIC_VENV := $(if $(filter TOOLKIT,$(set)),$(ENDPOINT_VENV),$(VENV))
 
 .PHONY: fuzz
-fuzz: $(TRAFFIC_VENV)/bin/.installed  ## malformed requests against servers here [COUNT=10000] [SEED=0] [ONLY=n] [TOOLKIT=checkout]
+fuzz: $(TRAFFIC_VENV)/bin/.installed  ## malformed requests against servers here [COUNT=10000] [SEED=0] [KIND=files] [MEMORY_MB=2000] [ONLY=n] [TOOLKIT=checkout]
 	exec $(TRAFFIC_VENV)/bin/python -m tests.fuzz $(options)
 
 .PHONY: soak

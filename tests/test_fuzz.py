@@ -22,7 +22,7 @@ from tests.traffic.fuzz import Fuzz, Target, send_case
 from tests.traffic.ledger import Ledger
 from tests.traffic.memory import Memory
 from tests.traffic.messages import Answer, Hang, Message, NoAnswer, exchange
-from tests.traffic.mutations import MUTATIONS, WIRE_MUTATIONS, Case, case
+from tests.traffic.mutations import FILES, MUTATIONS, WIRE_MUTATIONS, Case, case
 from tests.traffic.samples import Sample, samples
 from tests.traffic.servers import TRACEBACK, server
 from tests.traffic.truth import Truth, Wrong, check, check_refusal
@@ -50,6 +50,24 @@ def test_malformed_requests_over_http(tmp_path: Path) -> None:
     assert_nothing_broke(fuzz.ledger)
     assert fuzz.ledger.sent.total() == COUNT + COUNT // 20
     assert {"200", "400", "404", "405", "413", "plain 400", "closed"} <= set(report.rows(fuzz.ledger)[0])
+
+
+@pytest.mark.slow
+def test_mutated_files_within_a_memory_limit(tmp_path: Path) -> None:
+    with (
+        server("tiny", tmp_path / "tiny", memory=2 * 10**9) as tiny,
+        server("hunyuan-video", tmp_path / "video", memory=2 * 10**9) as video,
+    ):
+        fuzz = Fuzz([Target(tiny), Target(video)], seed=1, files=True)
+        fuzz.warm_up()
+        fuzz.run(range(42))
+        lines = fuzz.check_limits(idle=2)
+        fuzz.check_logs()
+    assert_nothing_broke(fuzz.ledger)
+    assert fuzz.ledger.slowest[0] > 0
+    assert [line.partition(":")[0] for line in lines] == ["tiny", "hunyuan-video"]
+    assert set(FILES) <= set(fuzz.ledger.sent)
+    assert {"200", "400"} <= set(report.rows(fuzz.ledger)[0])
 
 
 def assert_nothing_broke(ledger: Ledger) -> None:
@@ -219,7 +237,7 @@ def test_a_request_follows_from_its_seed_and_number() -> None:
     cases = [case(good, 0, number) for number in range(500)]
     assert cases[123] == case(samples("tiny"), 0, 123)
     assert cases[123] != case(good, 1, 123)
-    assert {made.kind for made in cases} == {*MUTATIONS, *WIRE_MUTATIONS}
+    assert {made.kind for made in cases} == {*MUTATIONS, *WIRE_MUTATIONS, *FILES}
 
 
 def test_what_has_no_outcome_is_lost() -> None:

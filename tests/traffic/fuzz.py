@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from tests.traffic.images import IMAGES
 from tests.traffic.ledger import Ledger
 from tests.traffic.memory import Memory
 from tests.traffic.messages import Address, Answer, Hang, NoAnswer, exchange
@@ -12,9 +14,12 @@ from tests.traffic.mutations import Case, case
 from tests.traffic.samples import Sample, samples
 from tests.traffic.servers import Server
 from tests.traffic.truth import Truth, Wrong, check, check_refusal
+from tests.traffic.videos import VIDEOS
 
 TIMEOUT = 5.0
 """Seconds in which every request is answered."""
+FILE_TIMEOUT = 30.0
+"""Seconds in which every file is answered by a server with the service's own limits."""
 GOOD_EVERY = 20
 """Requests from one good one to the next."""
 WARM_UP = 0.5
@@ -22,6 +27,10 @@ SPAN = 0.1
 """Of the run; memory is compared between the span after the warm-up and the last one."""
 GROWTH = 0.05
 """Of the resident memory, at most."""
+IDLE = 10.0
+"""Seconds without a request, after which a server in a memory limit has given back what it took."""
+KEPT = 100_000_000
+"""Bytes that such a server may keep then, beside those that it took for one good request of each sample."""
 
 
 @dataclass
@@ -32,6 +41,8 @@ class Target:
     truth: Truth = field(init=False)
     samples: list[Sample] = field(init=False)
     memory: Memory = field(default_factory=Memory)
+    start: int = 0
+    """Resident bytes after one good request of each sample."""
 
     def __post_init__(self) -> None:
         self.truth = Truth(self.server.key, self.server.weights[self.server.key])
@@ -41,15 +52,27 @@ class Target:
 @dataclass
 class Fuzz:
     targets: list[Target]
-    """The first takes nine requests of ten, the last the others."""
+    """The first takes nine requests of ten and the last the others; of files, two of three."""
     seed: int
+    files: bool = False
+    """Whether every request is a file with a mutated structure: an image to the first target, a video to the last."""
     ledger: Ledger = field(default_factory=Ledger)
 
     def target(self, number: int) -> Target:
-        return self.targets[-1] if number % 10 == 9 else self.targets[0]
+        turn = 3 if self.files else 10
+        return self.targets[-1] if number % turn == turn - 1 else self.targets[0]
 
     def case(self, number: int) -> Case:
-        return case(self.target(number).samples, self.seed, number)
+        target = self.target(number)
+        kinds = (list(VIDEOS) if target.truth.kind == "video" else list(IMAGES)) if self.files else None
+        return case(target.samples, self.seed, number, kinds)
+
+    def warm_up(self) -> None:
+        """Sends one good request of each sample, and notes what memory the servers have then."""
+        for target in self.targets:
+            for sample in target.samples:
+                self._send_good(target, sample, 0)
+            target.start = target.server.memory
 
     def run(self, numbers: Iterable[int], advance: Callable[[], None] = lambda: None) -> None:
         """Sends the requests with these numbers, and a good one after every `GOOD_EVERY`, to each target by turns.
@@ -70,31 +93,64 @@ class Fuzz:
 
     def send(self, number: int) -> Answer | None:
         """Sends one; None where nothing came back, or something wrong."""
-        target = self.target(number)
-        return send_case(self.ledger, target.server.address, target.truth, self.case(number), TIMEOUT)
+        target, made = self.target(number), self.case(number)
+        return send_case(self.ledger, target.server.address, target.truth, made, self._timeout(target))
+
+    def _timeout(self, target: Target) -> float:
+        return FILE_TIMEOUT if target.server.limited else TIMEOUT
 
     def _send_good(self, target: Target, sample: Sample, number: int) -> None:
         kind = "good, in between"
         self.ledger.send(kind)
         try:
-            answer = exchange(target.server.address, sample.message.wire(), TIMEOUT)
+            answer = exchange(target.server.address, sample.message.wire(), self._timeout(target))
             check(answer, sample.message, target.truth.of_sample(sample), good=True)
         except (NoAnswer, Hang, Wrong, ConnectionError) as error:
             self.ledger.fail(kind, f"{sample.name}: {error}", number)
         else:
             self.ledger.end(kind, "200")
 
-    def memory_of(self, target: Target) -> tuple[float, float]:
-        """Bytes after the warm-up and at the end."""
-        end = target.memory.samples[-1][0]
-        return target.memory.medians(WARM_UP * end, SPAN * end)
+    def check_memory(self, growth: float = GROWTH) -> list[str]:
+        """Notes it where a server's memory grew by more than this share.
 
-    def check_memory(self, growth: float = GROWTH) -> None:
-        """Notes it where a server's memory grew by more than this share."""
+        Returns:
+            A line for each server, of its memory after the first half of the run and at the end.
+        """
+        lines = []
         for target in self.targets:
-            before, after = self.memory_of(target)
+            end = target.memory.samples[-1][0]
+            before, after = target.memory.medians(WARM_UP * end, SPAN * end)
+            lines.append(
+                f"{target.server.key}: resident memory {before / 1e6:.0f} MB after the warm-up, {after / 1e6:.0f} MB "
+                "at the end"
+            )
             if after > before * (1 + growth):
                 self.ledger.find("memory", f"{target.server.key}: {before / 1e6:.0f} MB grew to {after / 1e6:.0f} MB")
+        return lines
+
+    def check_limits(self, idle: float = IDLE) -> list[str]:
+        """Notes it where a server in a memory limit has died, took more than its limit, or keeps what it took.
+
+        Returns:
+            A line for each such server, of the memory it had.
+        """
+        time.sleep(idle)
+        lines = []
+        for target in self.targets:
+            if (limited := target.server.limited) is None:
+                continue
+            key = target.server.key
+            if not limited.is_alive:
+                self.ledger.find("memory", f"{key}: the server has died; its log is {target.server.log}")
+                continue
+            line = (
+                f"{key}: resident memory {target.start / 1e6:.0f} MB after the warm-up, {limited.peak / 1e6:.0f} MB at "
+                f"its peak (limit {limited.limit / 1e6:.0f} MB), {limited.resident / 1e6:.0f} MB after {idle:g} s idle"
+            )
+            lines.append(line)
+            if limited.peak > limited.limit or limited.resident > target.start + KEPT:
+                self.ledger.find("memory", line)
+        return lines
 
     def check_logs(self) -> None:
         """Notes the stack traces in the servers' logs."""
@@ -113,11 +169,19 @@ def send_case(
     """
     ledger.send(made.kind)
     try:
-        answer = exchange(address, made.wire, timeout, method=made.method, ends=made.ends)
+        start = time.monotonic()
+        try:
+            answer = exchange(address, made.wire, timeout, method=made.method, ends=made.ends)
+        finally:
+            ledger.took(time.monotonic() - start, made.number)
         if busy and answer.status == 503:
             check_refusal(answer)
         else:
-            check(answer, made.message, truth.of_message(made.message), method=made.method, http=made.http)
+            if made.is_file:
+                expected = truth.of_file(made.message.body) if answer.status == 200 else None
+            else:
+                expected = truth.of_message(made.message)
+            check(answer, made.message, expected, method=made.method, http=made.http)
     except NoAnswer as error:
         if made.http:
             ledger.fail(made.kind, str(error), made.number)

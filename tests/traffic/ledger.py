@@ -28,6 +28,8 @@ class Ledger:
         self.sent: Counter[str] = Counter()
         self.outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.findings: list[Finding] = []
+        self.slowest = (0.0, 0)
+        """Seconds of the malformed request that took longest, and its number."""
 
     def send(self, kind: str) -> None:
         with self._lock:
@@ -43,6 +45,11 @@ class Ledger:
         with self._lock:
             self.outcomes[kind]["broken"] += 1
             self.findings.append(Finding(kind, text, number))
+
+    def took(self, seconds: float, number: int) -> None:
+        """A malformed request has taken so long."""
+        with self._lock:
+            self.slowest = max(self.slowest, (seconds, number))
 
     def find(self, kind: str, text: str) -> None:
         """Something else than a request broke."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+from tests.traffic.images import IMAGES
 from tests.traffic.messages import Message
 from tests.traffic.samples import Sample
+from tests.traffic.videos import VIDEOS
 
 TEXTS = (
     "", "0", "1", "-1", "-0", "+8", " 8", "8 ", "08", "0x10", "1_000", "1.0", "1.5", "1e3", "1e-400", "1e309",
@@ -83,13 +85,22 @@ class Case:
     """Whether it is HTTP, so that the service itself must answer."""
     ends: bool
     """Whether it is shorter than it says, so that the sending side has to be ended behind it."""
+    is_file: bool = False
+    """Whether it is a good request to encode a file, which alone is mutated."""
 
 
-def case(samples: Sequence[Sample], seed: int, number: int) -> Case:
-    """The request with this number: a good one, mutated in one way or in two."""
+def case(samples: Sequence[Sample], seed: int, number: int, kinds: Sequence[str] | None = None) -> Case:
+    """The request with this number: a good one, mutated in one way or in two, or a mutated file.
+
+    Args:
+        kinds: names in `MUTATIONS`, `WIRE_MUTATIONS` and `FILES`, of one of which it is; None for all of them.
+    """
     rng = Random(f"{seed}-{number}")
     message = rng.choice(samples).message
-    kind = rng.choice([*MUTATIONS, *WIRE_MUTATIONS])
+    kind = rng.choice(kinds or [*MUTATIONS, *WIRE_MUTATIONS, *FILES])
+    if kind in FILES:
+        message = Message(path="/encode", body=FILES[kind](rng))
+        return Case(number, kind, message.wire(), message, message.method, http=True, ends=False, is_file=True)
     if rng.random() < 0.5:
         message = rng.choice(list(MUTATIONS.values()))(rng, message)
     if kind in MUTATIONS:
@@ -444,6 +455,10 @@ WIRE_MUTATIONS: dict[str, Callable[[Random, Message], Wire]] = {
     "not HTTP: bad first line": bad_start,
     "not HTTP: something else": garbage,
 }
+
+
+FILES: dict[str, Callable[[Random], bytes]] = {**IMAGES, **VIDEOS}
+"""Each makes a file whose structure is mutated, to be encoded."""
 
 
 def _with_header(message: Message, name: str, value: str) -> Message:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from handlers import MODELS
 from scripts.local_server import ROOT, serve
+from tests.support.memory_limit import LimitedServer, limited_server
 from tests.traffic.messages import Address, address_of
 
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
@@ -39,6 +41,8 @@ class Server:
     """Of each model that it serves, by its key."""
     log: Path
     process: psutil.Process
+    limited: LimitedServer | None = None
+    """The same server where it runs in a memory limit."""
 
     @property
     def address(self) -> Address:
@@ -60,25 +64,31 @@ class Server:
 
 
 @contextmanager
-def server(models: str, folder: Path, toolkit: Path | None = None, **environment: str) -> Iterator[Server]:
+def server(
+    models: str, folder: Path, toolkit: Path | None = None, memory: int | None = None, **environment: str
+) -> Iterator[Server]:
     """A server of the model with this key, or of several, as in "tiny,flux"; its files go into `folder`.
 
     `tiny` has its own weights; another model has its published architecture with few channels and random weights.
 
     Args:
         toolkit: a checkout of the Inference Toolkit, which then serves a repository as it is deployed.
+        memory: bytes that the server may take, as in a container of that size; it then has the service's own limits
+            in place of `LIMITS`.
         environment: of the server, over `LIMITS`.
     """
     keys, all_weights = models.split(","), folder / "weights"
     weights = {key: all_weights / key if len(keys) > 1 else all_weights for key in keys}
     for key, place in weights.items():
         make_checkpoint(key, place)
-    options: dict[str, Any] = {"log": folder / "server.log", **LIMITS, "VAE_CORS_ORIGINS": ORIGIN, **environment}
+    options: dict[str, Any] = {"log": folder / "server.log", "VAE_CORS_ORIGINS": ORIGIN}
+    options |= environment if memory else {**LIMITS, **environment}
+    start = serve if memory is None else partial(limited_server, memory)
     if toolkit is None:
-        running = serve("--model", models, "--weights", str(all_weights), "--device", "cpu", **options)
+        running = start("--model", models, "--weights", str(all_weights), "--device", "cpu", **options)
     else:
         path = os.pathsep.join([str(toolkit / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        running = serve(
+        running = start(
             command=("-m", "uvicorn", "huggingface_inference_toolkit.webservice_starlette:app"),
             HF_MODEL_DIR=str(_repository(keys, all_weights, folder / "repository")),
             PYTHONPATH=path,
@@ -86,8 +96,11 @@ def server(models: str, folder: Path, toolkit: Path | None = None, **environment
             VAE_DEVICE="cpu",
             **options,
         )
-    with running as url:
-        yield Server(keys[0], url, weights, options["log"], listening(address_of(url)[1]))
+    with running as started:
+        limited = started if isinstance(started, LimitedServer) else None
+        url = limited.url if limited else started
+        process = limited.process if limited else listening(address_of(url)[1])
+        yield Server(keys[0], url, weights, options["log"], process, limited)
 
 
 def listening(port: int) -> psutil.Process:

@@ -13,10 +13,13 @@ import av
 import diffusers
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
 from handlers import MODELS
+from tests.traffic.files import read_pixels
 from tests.traffic.messages import Answer, Message
 from tests.traffic.samples import Sample
 
@@ -51,6 +54,7 @@ class Truth:
         self.vae = getattr(diffusers, model.vae_class).from_pretrained(weights).eval().requires_grad_(False)
         self.kind = model.kind
         self.channels = model.latent_channels
+        self.scale = model.vae_scale_factor
 
     @torch.inference_mode()
     def of_sample(self, sample: Sample) -> Tensor:
@@ -64,6 +68,19 @@ class Truth:
         """What the decoder gives for a request that is a plain decode of a tensor; None for every other request."""
         latents = None if message is None else self._latents(message)
         return None if latents is None else self.vae.decode(latents, return_dict=False)[0]
+
+    @torch.inference_mode()
+    def of_file(self, file: bytes) -> Tensor | None:
+        """Latents of an image or a video by Pillow, FFmpeg and diffusers; None where they read no such file."""
+        images = read_pixels(file, self.kind)
+        if images is None or min(images[0].size) < self.scale:
+            return None
+        if self.kind == "video":
+            frames = images[: (len(images) - 1) // 4 * 4 + 1]  # as many as the VAE encodes without dropping one
+            pixels = VideoProcessor(vae_scale_factor=self.scale).preprocess_video(frames)
+        else:
+            pixels = VaeImageProcessor(vae_scale_factor=self.scale).preprocess(images[0])
+        return self.vae.encode(pixels, return_dict=False)[0].mode()
 
     def _latents(self, message: Message) -> Tensor | None:
         plain = message.method == "POST" and message.path in ("/", "/predict", "/decode")

@@ -1,0 +1,99 @@
+"""Pixels of image and video files, read by Pillow and FFmpeg without the service: what is true of an encoded file.
+
+Run as a module, it reads an MP4 file from standard input and writes its frames, as numpy saves them, in a process of
+its own, which a crafted file may crash.
+"""
+
+from __future__ import annotations
+
+import io
+import resource
+import subprocess
+import sys
+import warnings
+from itertools import islice
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+MOST_BYTES = 300_000
+"""Bytes of a file that is compared. Pillow takes seconds for the segments of a longer one."""
+MOST_PIXELS = 300_000
+"""Pixels of an image that is compared, or of all frames of a video."""
+MOST_MEMORY = 2 * 10**9
+"""Bytes that reading a video may take."""
+MOST_SECONDS = 20
+
+
+def read_pixels(file: bytes, kind: str) -> list[Image.Image] | None:
+    """Return the images of a file in RGB on white, upright: the one of an image file, or the frames of a video.
+
+    None where the reader refuses the file, or shows an image of which it is not known how it is right.
+    """
+    if len(file) > MOST_BYTES:
+        return None
+    return _frames(file) if kind == "video" else _image(file)
+
+
+def _image(file: bytes) -> list[Image.Image] | None:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP"))
+            if image.width * image.height > MOST_PIXELS:
+                return None
+            image.load()
+            if file[24:26] == b"\x10\2" and b"tRNS" in file:  # Pillow drops the low bytes that tell what is transparent
+                return None
+            return [_on_white(ImageOps.exif_transpose(image))]
+    except Exception:  # a dozen types
+        return None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        gray = np.asarray(image).astype(np.float64)
+        gray[gray == image.info.get("transparency", -1)] = 65_535
+        return Image.fromarray(np.round(gray / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _frames(file: bytes) -> list[Image.Image] | None:
+    command = [sys.executable, "-m", "tests.traffic.files"]
+    try:
+        read = subprocess.run(command, input=file, capture_output=True, timeout=MOST_SECONDS, check=True)
+    except subprocess.SubprocessError:
+        return None
+    return [Image.fromarray(frame) for frame in np.load(io.BytesIO(read.stdout))]
+
+
+def _write_frames() -> None:
+    """Write uint8 [F, H, W, 3] of the file on standard input, each frame turned as its display matrix says."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+    with av.open(io.BytesIO(sys.stdin.buffer.read()), format="mp4", metadata_errors="replace") as container:
+        stream = container.streams.video[0]
+        frames = list(islice(container.decode(stream), 1 + MOST_PIXELS // max(1, stream.width * stream.height)))
+    if sum(frame.width * frame.height for frame in frames) > MOST_PIXELS:
+        sys.exit("these are too many pixels")
+    np.save(sys.stdout.buffer, np.stack([_upright(frame) for frame in frames]))
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    array, side_data = frame.to_ndarray(format="rgb24"), frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return array
+    a, b, _, c, d = np.frombuffer(side_data, np.int32)[:5] / 65_536
+    if sorted(map(abs, (a, b, c, d))) != [0, 0, 1, 1] or abs(a) != abs(d):
+        sys.exit("the matrix is none of the eight orientations")
+    if b:  # x and y change places
+        array = array.transpose(1, 0, 2)
+    flip_x, flip_y = (c < 0, b < 0) if b else (a < 0, d < 0)
+    return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+
+
+if __name__ == "__main__":
+    _write_frames()
