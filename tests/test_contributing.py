@@ -44,7 +44,7 @@ def test_a_form_is_one_that_github_takes(form: Path) -> None:
 def test_the_forms_ask_for_what_there_is() -> None:
     """The headers, as the service names them, and the commands."""
     text = "".join(form.read_text() for form in FORMS)
-    code = "".join(path.read_text() for path in (ROOT / "handlers" / "serving").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "handlers" / "serving").rglob("*.py"))
     assert [name for name in re.findall(r"`([A-Z][a-zA-Z-]+)`", text) if name not in code] == []
     for target in re.findall(r"make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

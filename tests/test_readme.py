@@ -188,7 +188,8 @@ def test_variables_of_make_serve_reach_the_server() -> None:
         check=True,
     )
     command = " ".join(result.stdout.splitlines()[-1].split())
-    options = '--model "flux" --port "9" --host "::" --weights "random" --device "cpu" --dtype "float32"'
+    names = ("MODEL", "PORT", "HOST", "WEIGHTS", "DEVICE", "DTYPE")
+    options = " ".join(f'--{name.lower()}="${name}"' for name in names)
     assert command.endswith(f"-m scripts.serve {options}")
 
 
