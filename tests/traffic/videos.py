@@ -272,7 +272,7 @@ compressed_header = cache(mp4_files.compressed_header)
 
 def compressed(rng: Random, file: Node) -> None:
     """A header that is compressed."""
-    crafted = tree(compressed_header(rng.choice((1000, 100_000_000))))
+    crafted = tree(compressed_header(rng.choice((1000, 50_000_000))))
     moov = next(box for box in crafted.boxes if box.kind == b"moov")
     file.boxes.insert(rng.randrange(len(file.boxes) + 1), moov)
 
