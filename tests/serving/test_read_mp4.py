@@ -182,12 +182,12 @@ class TestWhatIsRead:
 
         def hold(size: int) -> None:
             sizes.append(size)
-            if len(sizes) == 3:
+            if len(sizes) == 4:
                 raise RequestError("no more", 413)
 
         with pytest.raises(RequestError, match="no more"):
-            read_video(video(frames_of(9)), LIMITS, hold)
-        assert sizes == [64 * 32 * 4] * 3
+            read_video(file := video(frames_of(9)), LIMITS, hold)
+        assert sizes == [len(file)] + [64 * 32 * 4] * 3
 
     def test_decoding_ends_at_the_deadline(self) -> None:
         with pytest.raises(RequestError, match=r"takes longer to decode than 0.01 s \(VAE_TIMEOUT\)") as refused:

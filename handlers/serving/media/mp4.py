@@ -88,13 +88,15 @@ SKEW = math.sin(math.radians(1))
 def read_video(body: Body, limits: Limits, hold: Callable[[int], None] = lambda size: None) -> list[Image.Image]:
     """Read the frames of an MP4 file's first video track, in the order and the orientation in which they are shown.
 
-    `hold` is called with the bytes of each frame before it is kept, and may raise `RequestError`.
+    `hold` is called with the bytes of the file, of which the decoding process has a copy, and with those of each frame
+    before it is kept. It may raise `RequestError`.
 
     Raises:
         RequestError: the file is broken, holds no video of a codec that is taken, or more than `limits` allow.
     """
     track = find_video(body, limits)
     limits.check_image(track.width, track.height)
+    hold(len(body))
     images: list[Image.Image] = []
     with _decoder(body, track, limits) as output:
         while len(header := output.read(frames.HEADER.size)) == frames.HEADER.size:
