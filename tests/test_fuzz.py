@@ -45,7 +45,7 @@ def test_malformed_requests_over_http(tmp_path: Path) -> None:
     with server("tiny", tmp_path / "tiny") as tiny, server("hunyuan-video", tmp_path / "video") as video:
         fuzz = Fuzz([Target(tiny), Target(video)], seed=1)
         fuzz.run(range(COUNT))
-        fuzz.check_memory(growth=0.25)  # of a run as short as this
+        fuzz.check_memory(growth=1)  # the pages of a large image late in so short a run stay until the device is idle
         fuzz.check_logs()
     assert_nothing_broke(fuzz.ledger)
     assert fuzz.ledger.sent.total() == COUNT + COUNT // 20
