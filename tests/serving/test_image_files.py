@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
 from handlers.serving.limits import Limits
+from handlers.serving.media.image_files import PNG, inspect
 from handlers.serving.media.payload import read_image, to_rgb
 from handlers.serving.media.pixels import from_images, shape_of_images
 
@@ -153,6 +154,15 @@ class TestMetadata:
     def test_an_animated_png_is_its_first_image(self, photo: Image.Image) -> None:
         body = saved(photo, "PNG", save_all=True, append_images=[Image.new("RGB", photo.size, "red")])
         assert (rgb(body) == np.asarray(photo)).all()
+
+
+class TestOrder:
+    def test_a_png_that_does_not_begin_with_its_header_is_refused(self) -> None:
+        """Pillow does not apply a transparent color from before the header; other readers refuse the file."""
+        file = png((2, 1), 8, 0, [b"\1\2"])
+        early = PNG + chunk(b"tRNS", b"\0\2") + file[len(PNG) :]
+        with pytest.raises(RequestError, match="the image cannot be read"):
+            inspect(early)
 
 
 class TestLoops:

@@ -143,7 +143,9 @@ def _most_chunks(body: Body) -> int:
 def _inspect_png(body: Body) -> ImageFile:
     size, exif, texts = None, b"", {}
     for kind, start, stop in _png_chunks(body):
-        if kind == b"IHDR" and size is None:
+        if size is None:
+            if kind != b"IHDR":
+                break  # readers disagree on what chunks before the header mean
             size = struct.unpack_from(">II", body, start)
         elif kind == b"eXIf":
             exif = _text(body, start, stop)
