@@ -22,7 +22,7 @@ TARGETS = ("deploy", "deploy-all", "endpoints", "smoke", "pause", "pause-all", "
 
 
 def documented_commands(text: str) -> list[str]:
-    """The lines of code that call one of the deploying targets, without their prompts and comments."""
+    """Return the lines of code that call one of the deploying targets, without their prompts and comments."""
     lines = re.findall(rf"^\s*(?:\$ )?(make (?:{'|'.join(TARGETS)})(?= |$)[^#\n]*)", text, re.MULTILINE)
     return [line.strip() for line in lines]
 
@@ -34,7 +34,7 @@ def test_the_documents_show_every_target() -> None:
 
 @pytest.fixture
 def make(deploy: Runner, tmp_path: Path) -> list[str]:
-    """`make`, with this test's Python in place of a virtual environment of its own."""
+    """Return a `make` command that uses this test's Python instead of creating a virtual environment."""
     venv = tmp_path / "venv" / "bin"
     venv.mkdir(parents=True)
     (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -64,7 +64,7 @@ def test_every_command_of_the_guide_works_in_its_order(hub: Hub, deploy: Runner,
 
 
 def test_every_command_of_the_readme_works(hub: Hub, deploy: Runner, make: list[str]) -> None:
-    """Each block of code by itself: they are alternatives."""
+    """Run each block of code by itself: blocks are alternatives."""
     blocks = [
         block
         for block in re.findall(r"^```.*?^```", (PROJECT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -122,5 +122,5 @@ def test_the_documented_prices_are_the_tables_own() -> None:
     assert set(instances) == {model.instance for model in MODELS.values()}
     assert [MODELS[key].instance for key in ("tiny", "sdxl", "flux")] == instances[:3]
     published = [table_price("aws", MODELS[key].instance, "x1") for key in PUBLISHED]
-    cost = f"${min(published):.2f} to ${max(published):.2f} an hour for the published models"
-    assert cost in (PROJECT / "README.md").read_text()
+    (range_,) = re.findall(r"\$([\d.]+) to \$([\d.]+) an hour", (PROJECT / "README.md").read_text())
+    assert [float(price) for price in range_] == [min(published), max(published)]
