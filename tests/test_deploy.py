@@ -263,7 +263,7 @@ def test_an_endpoint_with_a_token_prints_code_that_sends_it(
     result = deploy("deploy", "--model", "sd-v1")
 
     assert result.status == 0
-    assert "whose `remote_decode` sends no token, and so needs an endpoint with ACCESS=public" in result.out
+    assert "which sends no token and needs an endpoint with ACCESS=public" in result.out
     with_token, with_diffusers = printed_code(result)
     assert "remote_decode(" in with_diffusers
     monkeypatch.chdir(tmp_path)
