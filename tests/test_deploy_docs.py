@@ -137,5 +137,5 @@ def test_the_documented_prices_are_the_tables_own() -> None:
     assert set(instances) == {model.instance for model in MODELS.values()}
     assert [MODELS[key].instance for key in ("tiny", "sdxl", "flux")] == instances[:3]
     published = [table_price("aws", MODELS[key].instance, "x1") for key in PUBLISHED]
-    (range_,) = re.findall(r"\$([\d.]+) to \$([\d.]+) an hour", (PROJECT / "README.md").read_text())
-    assert [float(price) for price in range_] == [min(published), max(published)]
+    (prices,) = re.findall(r"\$([\d.]+) to \$([\d.]+) an hour", (PROJECT / "README.md").read_text())
+    assert [float(price) for price in prices] == [min(published), max(published)]
