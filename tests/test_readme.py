@@ -69,7 +69,7 @@ def run_snippets(text: str, key: str, url: str) -> dict[str, Any]:
     return namespace
 
 
-@pytest.fixture(params=["", "-float16", "-bfloat16"], ids=["float32", "float16", "bfloat16"])
+@pytest.fixture(params=["", "-bfloat16"], ids=["float32", "bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> str:
     """Return the end of the URL of a model in this dtype: a GPU runs most in half precision, a CPU in float32."""
     return request.param
@@ -78,10 +78,10 @@ def dtype(request: pytest.FixtureRequest) -> str:
 @pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(DIFFUSERS)))
 def test_snippets_run_as_they_stand(
-    key: str, dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    variables = run_snippets(DIFFUSERS, key, f"{service.url}/{key}{dtype}")
+    variables = run_snippets(DIFFUSERS, key, f"{service.url}/{key}")
     assert variables["image"].size > (256, 256) if MODELS[key].kind == "image" else len(variables["video"]) > 1000
 
 
