@@ -31,6 +31,9 @@ BODIES: dict[Task | None, str] = {
     None: f"{TENSOR}, or {FILE}.",
 }
 
+SUCCESS = "The result. With `Accept: application/json` it is base64 inside JSON."
+"""JSON is not listed as a content type: generated clients would take it for the only one that they can read."""
+
 ERRORS = {
     400: "The request is malformed: a parameter, JSON, base64, the number of bytes, or a file.",
     401: "The service has an `API_TOKEN`, and the request has another token or none.",
@@ -135,7 +138,6 @@ def _operation(task: Task | None, summary: str) -> dict[str, Any]:
     if task != "encode":
         successes |= {media_type: {"schema": BINARY} for media_type in FILES}
     bodies["application/json"] = {"schema": {"$ref": "#/components/schemas/Base64Request"}}
-    successes["application/json"] = {"schema": {}}
     headers = {name: {"schema": {"type": kind}, "description": text} for name, (kind, text) in RESPONSE_HEADERS.items()}
     return {
         "operationId": task or "predict",
@@ -143,7 +145,7 @@ def _operation(task: Task | None, summary: str) -> dict[str, Any]:
         "parameters": [_query_parameter(name, schema) for name, schema in _schema().items() if name in names],
         "requestBody": {"description": BODIES[task], "required": True, "content": bodies},
         "responses": {
-            "200": {"description": "Success.", "content": successes, "headers": headers},
+            "200": {"description": SUCCESS, "content": successes, "headers": headers},
             **{str(status): _error(text) for status, text in ERRORS.items()},
         },
     }
