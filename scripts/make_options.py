@@ -1,8 +1,8 @@
 """Turn the variables of `make` into options: `make deploy MODEL=flux DRY_RUN=1` into `--model="$MODEL" --dry-run`.
 
 The Makefile runs this file before any recipe, as `make_options.py TARGET GOALS NAME=VALUE ...`. TARGET is the target
-whose options are wanted, or empty. GOALS are the targets of the command line, and the others are its variables. The output
-is `ok` and the options, or `error:` and a message. An option names its variable, so no shell parses the value.
+whose options are wanted, or empty. GOALS are the targets of the command line, and the others are its variables. The
+output is `ok` and the options, or `error:` and a message. An option names its variable, so no shell parses the value.
 """
 
 from __future__ import annotations
