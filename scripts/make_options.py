@@ -39,29 +39,32 @@ EXPORTED_BY_SYSTEMS = {"NAME", "HOST"}
 
 
 def check(goals: list[str], variables: dict[str, str]) -> None:
-    """Raise `ValueError` for a variable that none of the goals takes, a value that cannot be, an exported variable."""
+    """Raise `ValueError` for a variable that no goal takes, a value that is not valid, or an exported variable."""
     command = f"make {' '.join(goals)}".strip()
     taken = sorted({name for goal in goals for name in TAKES.get(goal, "").split()})
     for name in PATHS & variables.keys():
         if re.fullmatch(r"[\w./+-]*", variables[name], re.ASCII) is None:
             raise ValueError(f"{name} is a path of letters, digits and _ . / + -")
-    unknown = sorted(variables.keys() - PATHS - {"OMP_WAIT_POLICY"} - set(taken))
-    for name in unknown:
-        if name in ("API_TOKEN", "HF_TOKEN") or name.startswith("VAE_"):
-            raise ValueError(f"{name} is an environment variable: write it before make, as in `{name}=... {command}`")
-    if unknown:
-        close = [match for name in unknown for match in difflib.get_close_matches(name.upper(), taken, 1)]
-        meant = f" (did you mean {' '.join(close)}?)" if close else ""
-        takes = f"; it takes {' '.join(taken)}" if taken else ""
-        raise ValueError(f"`{command}` takes no {' '.join(unknown)}{meant}{takes}")
+    if unknown := sorted(variables.keys() - PATHS - {"OMP_WAIT_POLICY"} - set(taken)):
+        raise ValueError(describe_unknown(unknown, taken, command))
     for name in sorted(SWITCHES & variables.keys()):
         if variables[name] not in ("", "0", "1"):
             raise ValueError(f"{name}={variables[name]} is neither 1, for on, nor 0")
-    # Without DRY_RUN a plan would be a deployment, so a variable that the environment has is not ignored.
-    exported = [name for name in taken if name in os.environ.keys() - variables.keys() - EXPORTED_BY_SYSTEMS]
-    if exported:
+    # `DRY_RUN=1 make deploy` must not deploy, so an exported variable is an error.
+    if exported := [name for name in taken if name in os.environ.keys() - variables.keys() - EXPORTED_BY_SYSTEMS]:
         names = " ".join(exported)
         raise ValueError(f"the environment has {names}, and is not read: write it after `{command}`, or unset it")
+
+
+def describe_unknown(unknown: list[str], taken: list[str], command: str) -> str:
+    """Return the error for variables that no goal takes, with the names that were perhaps meant."""
+    for name in unknown:
+        if name in ("API_TOKEN", "HF_TOKEN") or name.startswith("VAE_"):
+            return f"{name} is an environment variable: write it before make, as in `{name}=... {command}`"
+    close = [match for name in unknown for match in difflib.get_close_matches(name.upper(), taken, 1)]
+    meant = f" (did you mean {' '.join(close)}?)" if close else ""
+    takes = f"; it takes {' '.join(taken)}" if taken else ""
+    return f"`{command}` takes no {' '.join(unknown)}{meant}{takes}"
 
 
 def options(target: str, variables: dict[str, str]) -> list[str]:

@@ -80,7 +80,7 @@ def test_make_passes_every_variable(deploy: Runner, make: list[str]) -> None:
     variables = {
         "MODEL": "sdxl", "NAMESPACE": "lab", "NAME": "mine", "INSTANCE": "nvidia-a100", "SIZE": "x2", "VENDOR": "aws",
         "REGION": "eu-west-1", "ACCESS": "private", "MIN_REPLICA": "1", "MAX_REPLICA": "5", "SCALE_TO_ZERO": "20",
-        "WEIGHTS": "hub", "TIMEOUT": "3", "DRY_RUN": "1",
+        "TIMEOUT": "3", "DRY_RUN": "1",
     }  # fmt: skip
     done = subprocess.run(
         [*make, "deploy", *(f"{name}={value}" for name, value in variables.items())],
@@ -93,7 +93,7 @@ def test_make_passes_every_variable(deploy: Runner, make: list[str]) -> None:
     assert done.returncode == 0
     for text in (
         "MODEL=sdxl NAMESPACE=lab NAME=mine", "huggingface.co/lab/mine", "nvidia-a100 x2, aws eu-west-1", "private: ",
-        "1 to 5", "at most $25.00 an hour", "No weights",
+        "1 to 5", "at most $25.00 an hour",
     ):  # fmt: skip
         assert text in done.stdout
 

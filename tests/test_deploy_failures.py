@@ -21,7 +21,7 @@ KEY = f"{NAMESPACE}/{NAME}"
 CHECKPOINT = MODELS["flux"].checkpoint
 TOKENS = "https://huggingface.co/settings/tokens"
 HF = os.path.relpath(Path(sys.executable).with_name("hf"))
-MAY_IT = f"; is the token expired, or may it not? See {TOKENS}"
+MAY_IT = f"; the token may be expired or lack a permission, see {TOKENS}"
 PAUSED = f"; the endpoint {NAME} is paused and costs nothing; `make resume MODEL=flux` starts it"
 RUNS = f"the endpoint {NAME} is running and costs $0.80 an hour for each replica; `make pause MODEL=flux` stops it"
 NOTHING = f"; there is no endpoint {NAME}, and nothing that costs"
@@ -130,11 +130,11 @@ def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--name", "Flux_1"], "NAME=Flux_1 cannot be: at most 32 of a-z, 0-9 and -, with no - at either end"),
-        (["--name", "a" * 33], f"NAME={'a' * 33} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end"),
-        (["--access", "open"], "ACCESS=open cannot be: it is one of authenticated, private, public"),
-        (["--min-replica", "3"], "MIN_REPLICA=3 MAX_REPLICA=1 cannot be: 0 <= MIN <= MAX >= 1"),
-        (["--scale-to-zero", "0"], "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 never sleeps"),
+        (["--name", "Flux_1"], "NAME=Flux_1 is not valid: use 1 to 32 of a-z, 0-9 and -, with no - at either end"),
+        (["--name", "a" * 33], f"NAME={'a' * 33} is not valid: use 1 to 32 of a-z, 0-9 and -, with no - at either end"),
+        (["--access", "open"], "ACCESS=open is not valid: choose one of authenticated, private, public"),
+        (["--min-replica", "3"], "MIN_REPLICA=3 MAX_REPLICA=1 is not valid: 0 <= MIN <= MAX, and MAX >= 1"),
+        (["--scale-to-zero", "0"], "SCALE_TO_ZERO is in minutes, 1 or more; MIN_REPLICA=1 never scales to zero"),
         (["--weights", "/nowhere"], "WEIGHTS=/nowhere has no config.json and no diffusion_pytorch_model.safetensors"),
     ],
 )
@@ -148,7 +148,7 @@ def test_weights_of_another_class(deploy: Runner, tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors").touch()
     check(
         deploy(*FLUX, "--weights", str(tmp_path)),
-        f"error: WEIGHTS={tmp_path} is an AutoencoderTiny, and this model an AutoencoderKL",
+        f"error: WEIGHTS={tmp_path} is an AutoencoderTiny, and flux needs an AutoencoderKL",
     )
 
 
@@ -156,7 +156,7 @@ def test_weights_of_another_class(deploy: Runner, tmp_path: Path) -> None:
     ("namespace", "message"),
     [
         ("acme", "NAMESPACE=acme is not yours: this token's are ana, lab, museum"),
-        ("museum", "NAMESPACE=museum: you may only read there; ask an admin of it for the role write"),
+        ("museum", "NAMESPACE=museum: you may only read there; ask an admin for the role write"),
     ],
 )
 def test_a_namespace_without_rights(hub: Hub, deploy: Runner, namespace: str, message: str) -> None:
@@ -239,7 +239,7 @@ def test_smoke_of_no_url(deploy: Runner, url: str) -> None:
 def test_pausing_all_takes_no_model(hub: Hub, deploy: Runner) -> None:
     check(
         deploy("pause", "--all", "--model", "flux"),
-        "error: --all is every endpoint of this project: name no model, and no endpoint",
+        "error: --all pauses every endpoint of this project: name no model and no endpoint",
     )
     assert hub.requests == []
 
@@ -292,7 +292,7 @@ def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
     ):
         check(
             deploy(*FLUX, f"--{option}", new, *more),
-            f"error: {option.upper()}={new} was asked for and the endpoint {NAME} has {old}, which never changes: "
+            f"error: {option.upper()}={new} was requested and the endpoint {NAME} has {old}, which never changes: "
             f"choose another NAME=..., or `make undeploy` it first. Nothing was sent to it; {RUNS}",
         )
     check_untouched(hub)
@@ -388,7 +388,7 @@ def test_ctrl_c_while_uploading(hub: Hub, deploy: Runner) -> None:
     check(
         deploy(*FLUX),
         f"stopped: the repository {KEY} stays, it may be incomplete and costs nothing; "
-        "the same command again goes on from there",
+        "run the same command again to continue",
         status=130,
     )
     check_rerun(hub, deploy)
@@ -399,7 +399,7 @@ def test_ctrl_c_while_waiting(hub: Hub, deploy: Runner) -> None:
     hub.script = ["pending"]
     check(
         deploy.interrupt(*FLUX, when="POST /v2/endpoint"),
-        f"stopped: {PAUSED[2:]}; the same command again goes on from there",
+        f"stopped: {PAUSED[2:]}; run the same command again to continue",
         status=130,
     )
     hub.script = ["running"]
@@ -418,7 +418,7 @@ def test_ctrl_c_before_anything(hub: Hub, deploy: Runner) -> None:
     hub.interrupt("GET", f"/api/models/{CHECKPOINT}")
     check(
         deploy(*FLUX),
-        "stopped: nothing was changed; the same command again goes on from there",
+        "stopped: nothing was changed; run the same command again to continue",
         status=130,
     )
     check_untouched(hub)
@@ -445,8 +445,8 @@ def test_an_endpoint_that_is_not_there(deploy: Runner) -> None:
     for command in ("smoke", "pause", "resume"):
         check(
             deploy(command, "--model", "flux"),
-            f"error: there is no endpoint {NAME} in {NAMESPACE}; `make endpoints` lists what there is, "
-            "`make deploy MODEL=flux` makes it",
+            f"error: there is no endpoint {NAME} in {NAMESPACE}; `make endpoints` lists yours, "
+            "`make deploy MODEL=flux` creates it",
         )
 
 
