@@ -2,9 +2,9 @@
 PYTHON ?= python3
 
 # Values on the command line are data: make does not expand them. Recipes get them in the environment, so no shell parses them.
-given := $(strip $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
-$(foreach name,$(given) PYTHON,$(eval override $(name) := $$(value $(name))))
-$(foreach name,$(given),$(eval export $(name)))
+overrides := $(strip $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+$(foreach name,$(overrides) PYTHON,$(eval override $(name) := $$(value $(name))))
+$(foreach name,$(overrides),$(eval export $(name)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ SOURCES := handler.py handlers models remote_vae clients scripts benchmarks test
 # scripts/make_options.py has the variables that each target takes. Any other variable is an error before a recipe runs.
 quoted = '$(subst ','\'',$(1))'
 checked = $(shell $(call quoted,$(PYTHON)) scripts/make_options.py $(call quoted,$(1)) $(call quoted,$(MAKECMDGOALS)) \
-	$(foreach name,PYTHON $(filter-out PYTHON,$(given)),$(call quoted,$(name)=$($(name)))))
+	$(foreach name,PYTHON $(filter-out PYTHON,$(overrides)),$(call quoted,$(name)=$($(name)))))
 options = $(wordlist 2,99,$(call checked,$@))
 verdict := $(call checked)
 no_python = PYTHON=$(PYTHON) does not run: PYTHON is a path of letters, digits and _ . / + -

@@ -1,4 +1,4 @@
-"""The canary against the local platform, and the local platform against a recording of the real record."""
+"""The canary against the local platform, and the local platform against a recording of the real platform."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ RECORDED = Path(__file__).parent / "platform_answers.json"
 
 
 def unlike(local: Any, real: Any, where: str = "") -> list[str]:
-    """Return the fields of the local platform that the real record does not have, or has with another type."""
+    """Return the fields of the local platform that the real platform does not have, or has with another type."""
     if isinstance(local, dict) and isinstance(real, dict):
-        missing = [f"{where}.{key}: not in the real record" for key in local.keys() - real.keys()]
+        missing = [f"{where}.{key}: not in the real platform" for key in local.keys() - real.keys()]
         both = local.keys() & real.keys()
         return missing + [line for key in sorted(both) for line in unlike(local[key], real[key], f"{where}.{key}")]
     if isinstance(local, list) and isinstance(real, list):
         return unlike(local[0], real[0], f"{where}[0]") if local and real else []
     if local is None or real is None or type(local) is type(real) or {type(local), type(real)} == {int, float}:
         return []
-    return [f"{where}: {type(local).__name__}, and {type(real).__name__} in the real record"]
+    return [f"{where}: {type(local).__name__}, and {type(real).__name__} in the real platform"]
 
 
 def compare(local: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[str]:
@@ -72,7 +72,7 @@ def test_the_canary_deletes_everything_and_records_without_names(hub: Hub, deplo
     for record in other:
         if record["path"].startswith("/v2/endpoint/") and record["body"]:
             record["body"]["type"] = 1
-    assert any("type: str, and int in the real record" in line for line in compare(local, other))
+    assert any("type: str, and int in the real platform" in line for line in compare(local, other))
 
 
 @pytest.mark.parametrize("path", ["/live/", "/commit/"])

@@ -1,4 +1,4 @@
-"""`scripts/deploy.py` from the first command to the last, against the tests' own Hugging Face."""
+"""`scripts/deploy.py` from the first command to the last, against the local Hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["deploy", "hub"]  # fixtures
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
-    """The environment of a machine without torch, diffusers and numpy."""
+    """Return the environment of a machine without torch, diffusers and numpy."""
     folder = tmp_path / "bare"
     folder.mkdir()
     for module in ("torch", "diffusers", "numpy"):
@@ -45,12 +45,12 @@ def bare(tmp_path: Path) -> dict[str, str]:
 
 
 def listed_files(plan: str) -> dict[str, str]:
-    """Path and size of each file in a printed plan; of the folder of the code in one."""
+    """Return the size of each file in a printed plan, by path. The folder of the code is one entry."""
     return dict(re.findall(r"^   (\S+) +([\d.]+ (?:bytes|[kMG]B)|\?)$", plan, re.MULTILINE))
 
 
 def listing(files: dict[str, bytes]) -> dict[str, str]:
-    """What a plan lists where these are uploaded."""
+    """Return the list of a plan that uploads these files."""
     sizes = Counter()
     for path, content in files.items():
         sizes["handlers/" if path.startswith("handlers/") else path] += len(content)
@@ -62,7 +62,7 @@ def repository(hub: Hub, name: str) -> dict[str, bytes]:
 
 
 def printed_code(result: Result) -> list[str]:
-    """The Python code that was printed."""
+    """Return the printed Python code."""
     return re.findall(r"^```python\n(.*?)^```", result.out, re.MULTILINE | re.DOTALL)
 
 
@@ -88,7 +88,7 @@ def test_dry_run_prints_the_plan_with_no_torch_no_token_and_no_network(
     assert {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} < files.keys()
 
 
-def test_dry_run_shows_what_was_asked_for(deploy: Runner) -> None:
+def test_dry_run_shows_the_options(deploy: Runner) -> None:
     result = deploy(
         *(
             "deploy",
@@ -142,7 +142,7 @@ def test_an_unknown_price_is_said(deploy: Runner) -> None:
 def test_the_whole_life_of_an_endpoint(
     hub: Hub, deploy: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a copy of the project that is full of other files, to a real server that runs what was uploaded alone."""
+    """A copy of the project with many other files is deployed to a real server, which has only the uploaded files."""
     hub.serve = "process"
     deploy.project = copy_project(tmp_path)
     name, key = "remote-vae-tiny", f"{NAMESPACE}/remote-vae-tiny"
@@ -401,7 +401,7 @@ def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:
 
 
 def test_a_model_whose_class_is_too_new_for_an_endpoint_is_refused(deploy: Runner, tmp_path: Path) -> None:
-    """The service says so too, where diffusers is too old for it."""
+    """`make serve` refuses it too, with an older diffusers."""
     deploy.project = copy_project(tmp_path)
     (deploy.project / "endpoint.json").unlink()
     file = deploy.project / "handlers" / "sdxl.py"

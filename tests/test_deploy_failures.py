@@ -1,4 +1,4 @@
-"""What goes wrong for users of `scripts/deploy.py`: a clear line, a status that is not 0, a rerun that succeeds."""
+"""Failures of `scripts/deploy.py`: one clear line, a status that is not 0, a second run that succeeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTHING = f"; there is no endpoint {NAME}, and nothing that costs"
 
 
 def check(result: Result, message: str, status: int = 1) -> None:
-    """The last line on standard error is the message, and there is no traceback."""
+    """Check that the last line on standard error is the message, without a traceback."""
     assert result.status == status
     assert result.lines[-1] == message
     assert "Traceback" not in result.err
@@ -39,7 +39,7 @@ def check_untouched(hub: Hub) -> None:
 
 
 def check_rerun(hub: Hub, deploy: Runner, *arguments: str) -> None:
-    """The same command now goes through, and leaves one endpoint of the newest commit."""
+    """Check that the same command now succeeds, with one endpoint at the newest commit."""
     hub.faults.clear()
     result = deploy(*(arguments or FLUX))
     assert (result.status, result.lines) == (0, [])
@@ -138,7 +138,7 @@ def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: st
         (["--weights", "/nowhere"], "WEIGHTS=/nowhere has no config.json and no diffusion_pytorch_model.safetensors"),
     ],
 )
-def test_an_option_that_cannot_be(hub: Hub, deploy: Runner, arguments: list[str], message: str) -> None:
+def test_an_option_that_is_not_valid(hub: Hub, deploy: Runner, arguments: list[str], message: str) -> None:
     check(deploy(*FLUX, *arguments), f"error: {message}")
     assert hub.requests == []
 
@@ -215,7 +215,7 @@ def test_a_gated_checkpoint(hub: Hub, deploy: Runner) -> None:
 
 
 def test_a_gated_checkpoint_that_the_token_may_not_open(hub: Hub, deploy: Runner) -> None:
-    """Whose conditions are accepted: then the token is at fault."""
+    """Its conditions are accepted, so the token is the cause."""
     hub.repos[CHECKPOINT].gated = True
     refusal = "Please enable access to public gated repositories in your fine-grained token settings"
     hub.fail("GET", "auth-check", 403, refusal)
@@ -282,7 +282,7 @@ def test_an_endpoint_that_is_not_ours(hub: Hub, deploy: Runner) -> None:
         check_untouched(hub)
 
 
-def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
+def test_immutable_settings(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     hub.requests.clear()
     for option, old, new, *more in (
@@ -311,8 +311,8 @@ def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
         ("POST", "^/v2/endpoint/ana$", f"create the endpoint {NAME}", 500),
     ],
 )
-def test_refusals_that_pass(hub: Hub, deploy: Runner, method: str, path: str, task: str, status: int) -> None:
-    """Each is tried five times, then said; the next run needs but two."""
+def test_transient_errors(hub: Hub, deploy: Runner, method: str, path: str, task: str, status: int) -> None:
+    """A request is tried five times. The next run needs two attempts."""
     hub.fail(method, path, status, "busy")
     result = deploy(*FLUX)
     message = f"Hugging Face answered {status}: busy"
@@ -395,7 +395,7 @@ def test_ctrl_c_while_uploading(hub: Hub, deploy: Runner) -> None:
 
 
 def test_ctrl_c_while_waiting(hub: Hub, deploy: Runner) -> None:
-    """As its users press it, in a terminal."""
+    """A user presses Ctrl-C in a terminal."""
     hub.script = ["pending"]
     check(
         deploy.interrupt(*FLUX, when="POST /v2/endpoint"),

@@ -1,4 +1,4 @@
-"""What the real platform does that surprises, each against a local one that does the same (`endpoints_server.py`)."""
+"""Surprises of the real platform, each with a local platform that behaves the same (`endpoints_server.py`)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_permission_to_call_is_asked_for_before_anything_is_made(hub: Hub, d
 
 
 def test_the_platforms_own_words_when_a_call_is_refused(hub: Hub, deploy: Runner) -> None:
-    """A login whose permissions whoami does not tell is refused by the proxy alone."""
+    """Only the proxy refuses a login whose permissions are not in whoami."""
     hub.fail("POST", "/live/", 403, "missing permissions: inference.endpoints.infer.write")
     result = deploy(*FLUX)
     assert result.status == 1
@@ -194,7 +194,7 @@ def test_no_leave_to_upload(hub: Hub, deploy: Runner) -> None:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """A server that takes connections and never answers."""
+    """Yield the URL of a server that takes connections and never responds."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -358,7 +358,7 @@ def test_a_place_that_cannot_be_is_refused_without_a_network(deploy: Runner, arg
 
 
 def test_a_plan_says_that_nobody_was_asked(deploy: Runner) -> None:
-    """A list in this project would not know what the platform has tomorrow."""
+    """A list in this project does not know the platform's hardware of tomorrow."""
     told = "not checked: deploying first asks the platform whether it has this instance"
     listed = deploy(*FLUX, "--region", "ap-south-1", "--dry-run", token=None)
     assert f"nvidia-l4 x1, aws ap-south-1\n                  {told}\n" in listed.out

@@ -42,7 +42,7 @@ def render(name: str, plan: Plan, **values: Any) -> str:
 def model_card(plan: Plan, revisions: dict[str, str]) -> str:
     """Return Markdown with the Hub's metadata. `revisions` are the commits of checkpoints on the Hub, by model."""
     first, *others = (MODELS[key].license for key in plan.models)
-    # The Hub knows these licences by name. Any other one is `other`, with a name and a link.
+    # The Hub knows these licenses by name. Any other one is `other`, with a name and a link.
     is_known = first in ("apache-2.0", "mit") and set(others) <= {first}
     data = ModelCardData(
         license=first if is_known else "other",
