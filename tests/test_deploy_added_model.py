@@ -19,8 +19,8 @@ def test_it_can_be_deployed_once_all_is_declared(project: Path) -> None:
     declare(project, "    latent_channels = 4\n", "")
     refused = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert refused.stderr.splitlines() == [
-        f"error: {KEY} does not declare latent_channels; handlers/model.py explains them"
+        f"error: {KEY} does not declare latent_channels; handlers/model.py says what that is"
     ]
     declare(project, '    dtype = "float32"\n', "")
     refused = subprocess.run(command, cwd=project, capture_output=True, text=True)
-    assert refused.stderr.splitlines() == [f"error: {KEY} does not declare dtype; handlers/model.py explains them"]
+    assert refused.stderr.splitlines() == [f"error: {KEY} does not declare dtype; handlers/model.py says what that is"]

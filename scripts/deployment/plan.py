@@ -125,7 +125,7 @@ def find_models(model: str | None) -> tuple[str, ...]:
         raise DeployError(str(error)) from None
     for key, handler in models.items():
         if missing := [name for name in Model.__annotations__ if not hasattr(handler, name)]:
-            raise DeployError(f"{key} does not declare {', '.join(missing)}; handlers/model.py explains them")
+            raise DeployError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")
     return tuple(models)
 
 
