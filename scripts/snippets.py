@@ -1,4 +1,4 @@
-"""The code that calls a model's endpoint: what `make deploy` prints and writes into the repository's card."""
+"""The code that calls a model's endpoint. `make deploy` prints it and writes it into the model card."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from handlers.model import Model
 from scripts.models import gives_raw_latents, scaling_factors
 
 SIZE = 512
-"""Pixels, height and width, of the picture that the code decodes."""
+"""Height and width, in pixels, of the image that the code decodes."""
 LATENT_FRAMES = 3
-"""Of a video."""
+"""Latent frames of a video."""
 
 
-def calling(addresses: Mapping[str, str]) -> str:
-    """In Markdown, for each model at its address."""
+def calling_code(addresses: Mapping[str, str]) -> str:
+    """Return Markdown with the code for each model at its URL."""
     return "\n".join(
         f"{key}, with a token:\n\n```python\n{token_snippet(MODELS[key], address)}```\n\n"
-        "With diffusers, whose `remote_decode` sends no token, and so needs an endpoint with ACCESS=public:\n\n"
+        "With diffusers. Its `remote_decode` sends no token, so it needs an endpoint with ACCESS=public:\n\n"
         f"```python\n{diffusers_snippet(MODELS[key], address)}```\n"
         for key, address in addresses.items()
     )
 
 
 def diffusers_snippet(model: type[Model], url: str) -> str:
-    """With the released client. What it has no argument for goes into the address."""
+    """Return code with diffusers' client. A parameter without an argument goes into the URL."""
     sent, save = sent_parameters(model), 'decoded.save("decoded.jpg")'
     if "num_frames" in sent:
         url += f"?num_frames={sent.pop('num_frames')}"
-    if sent.get("do_scaling"):  # as it sends by itself
+    if sent.get("do_scaling"):  # the default of remote_decode
         del sent["do_scaling"]
     if model.kind == "video":
         sent |= {"output_type": "mp4", "return_type": "mp4"}
@@ -47,24 +47,24 @@ decoded = remote_decode("{url}", latents{arguments})
 
 
 def token_snippet(model: type[Model], url: str) -> str:
-    """For an endpoint of any access."""
+    """Return code that sends a token, for an endpoint of any access."""
     sent, accept, file = {"output_type": "pil", "image_format": "png"}, "image/png", "decoded.png"
     if model.kind == "video":
         sent, accept, file = {"output_type": "mp4"}, "text/plain", "decoded.mp4"
     sent = {"dtype": "float16", **sent_parameters(model), **sent}
-    also = ", ".join(f'"{name}": {literal(value)}' for name, value in sent.items())
+    parameters = ", ".join(f'"{name}": {literal(value)}' for name, value in sent.items())
     return f"""\
 import requests
 import torch
 from huggingface_hub import get_token
 
 latents = torch.randn({latents_shape(model)}, dtype=torch.float16)  # yours come from a pipeline
-parameters = {{"shape": list(latents.shape), {also}}}
+parameters = {{"shape": list(latents.shape), {parameters}}}
 headers = {{
     "Authorization": f"Bearer {{get_token()}}",
     "Content-Type": "tensor/binary",
     "Accept": "{accept}",
-    "X-Scale-Up-Timeout": "600",  # waits for an endpoint that has scaled to zero
+    "X-Scale-Up-Timeout": "600",  # waits while an endpoint starts
 }}
 body = latents.numpy().tobytes()
 response = requests.post("{url}", body, params=parameters, headers=headers, timeout=660)
@@ -80,7 +80,7 @@ def literal(value: Any) -> str:
 
 
 def latents_shape(model: type[Model]) -> list[int]:
-    """As the model's pipelines lay them out: of one picture, or of a few frames."""
+    """Return the shape of latents as the model's pipelines give them, for one image or a few frames."""
     side, channels, patch = SIZE // model.vae_scale_factor, model.latent_channels, model.patch
     frames = [LATENT_FRAMES] if model.kind == "video" else []
     if model.pipeline_layout == "packed":
@@ -91,7 +91,7 @@ def latents_shape(model: type[Model]) -> list[int]:
 
 
 def sent_parameters(model: type[Model]) -> dict[str, Any]:
-    """What goes along with the pipeline's latents."""
+    """Return the parameters that a client sends with the pipeline's latents."""
     sent: dict[str, Any] = {"height": SIZE, "width": SIZE} if model.pipeline_layout == "packed" else {}
     if sent and model.kind == "video":
         sent["num_frames"] = (LATENT_FRAMES - 1) * model.frame_factor + 1
