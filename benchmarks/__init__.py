@@ -1,6 +1,5 @@
-"""The benchmark, beside its results: `make bench` runs `bench`, the plan and the order of what is measured.
+"""The benchmark, beside its results: `make bench` runs `bench`, which has the plan and the order of the measurements.
 
-`forward` is the VAE itself beside plain diffusers, `ways` the ways to run it, `service` and `clients` the service over
-HTTP, `streams` a video that is streamed, `pilot` the plain handler that the service is compared with; `peak` and
-`memory` count bytes. `report` writes a machine's page, with `seeds` for what the pilot measured.
+`forward` compares the VAE with plain diffusers. `service` and `clients` measure the service over HTTP. `peak` and
+`memory` count bytes. `report` writes the page of a machine.
 """

@@ -1,6 +1,6 @@
-"""The benchmark: `make bench [DEVICE=...] [MODELS=...]`. Needs no network; writes `benchmarks/<device>/`.
+"""The benchmark: `make bench [DEVICE=...] [MODELS=...]`. It needs no network and writes `benchmarks/<device>/`.
 
-What is measured is written down after each step, so that a run which is stopped leaves the part that it did.
+The results are written after each step, so a run that is stopped leaves the results so far.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from time import sleep
@@ -26,10 +27,13 @@ from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import clients, forward, report, service, streams, ways
+from benchmarks import clients, forward, report, service
 from benchmarks.forward import Size
+from benchmarks.report import pixels
 from benchmarks.service import Load
 from handlers import MODELS, get_model
+from handlers.model import Task
+from handlers.serving.vae.vae import VAE
 from scripts.local_server import ROOT, serve
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -38,75 +42,56 @@ console = Console()
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure on a kind of device."""
+    """The measurements on one kind of device."""
 
     decode: tuple[int, ...]
-    """Heights and widths."""
+    """Heights and widths of images, in pixels."""
     encode: tuple[int, ...]
     video: tuple[Size, ...]
-    own: dict[str, Size]
-    """A further decode of some models."""
+    more_decodes: dict[str, Size]
+    """One further decode for some models."""
     repeats: int
     fast: bool
-    """Whether what is served runs the fast pass."""
-    ways: dict[str, Size]
-    """The decode of each model that the ways to run it are compared on."""
-    served: tuple[Load, ...]
-    pilot: Load
-    """What the plain handler is asked for; a load of the same model, size and format is in `served`."""
+    """Whether the service runs the fast pass."""
+    loads: tuple[Load, ...]
     latency: tuple[str, int]
-    """Model and size of the latency over HTTP."""
+    """Model, and height and width of the latency over HTTP."""
     latency_count: int
     queue: tuple[str, Size, int]
-    """Model, size and pictures of the queue against decoding in place."""
+    """Model, size and number of images for the queue against decoding in place."""
     data_set: tuple[str, int, int]
-    """Model, side and pictures of a data set whose latents are made."""
-    stream: tuple[str, Size]
-    """Model and size of the video that is streamed; of few channels on every device."""
-    fake: tuple[tuple[str, str, Size], ...]
-    """Peaks that are computed, not measured, as this device would take too long."""
+    """Model, height and width, and number of images of a data set."""
+    fake: tuple[tuple[str, Task, Size], ...]
+    """Peaks that are computed, because this device would take too long to measure them."""
 
 
-WAN: Size = (480, 832, 33)
 GPU = Plan(
     decode=(512, 1024, 2048),
     encode=(256, 512, 1024, 2048),
     video=((320, 512, 9), (320, 512, 61)),
-    own={"wan-2.1": WAN},
+    more_decodes={"wan-2.1": (480, 832, 33)},
     repeats=10,
     fast=True,
-    ways={
-        "sd-v1": (1024, 1024, None),
-        "sdxl": (1024, 1024, None),
-        "flux": (1024, 1024, None),
-        "flux2": (1024, 1024, None),
-        "qwen-image": (1024, 1024, None),
-        "hunyuan-video": (320, 512, 9),
-        "wan-2.1": WAN,
-    },
-    served=tuple(
+    loads=tuple(
         Load("sd-v1", size, image_format, clients, 128)
         for size in (512, 1024)
         for image_format in ("jpg", "png", "uint8")
         for clients in (1, 8, 32)
     ),
-    pilot=Load("sd-v1", 512, "png", 8, 64, rounds=1),
     latency=("sd-v1", 1024),
     latency_count=100,
     queue=("sd-v1", (1024, 1024, None), 16),
     data_set=("sd-v1", 512, 512),
-    stream=("hunyuan-video", (320, 512, 61)),
     fake=(),
 )
 CPU = Plan(
     decode=(256,),
     encode=(256,),
     video=(),
-    own={"sd-v1": (512, 512, None), "flux": (512, 512, None)},
+    more_decodes={"sd-v1": (512, 512, None), "flux": (512, 512, None)},
     repeats=2,
     fast=False,
-    ways={"sd-v1": (256, 256, None)},
-    served=(
+    loads=(
         Load("sd-v1", 256, "jpg", 8, 12),
         Load("tiny", 512, "jpg", 1, 16, rounds=1),
         Load("tiny", 512, "jpg", 8, 16, rounds=1),
@@ -114,12 +99,10 @@ CPU = Plan(
         Load("tiny", 512, "png", 8, 16, rounds=1),
         Load("tiny", 512, "uint8", 8, 16, rounds=1),
     ),
-    pilot=Load("tiny", 512, "png", 8, 16, rounds=1),
     latency=("tiny", 1024),
     latency_count=10,
     queue=("tiny", (512, 512, None), 8),
     data_set=("tiny", 256, 128),
-    stream=("hunyuan-video", (320, 512, 61)),
     fake=(
         ("sd-v1", "decode", (1024, 1024, None)),
         ("sd-v1", "encode", (1024, 1024, None)),
@@ -135,156 +118,145 @@ TINY = 512
 
 
 def main(
-    device: Annotated[str | None, typer.Option(help="A torch device; default: the best that is there.")] = None,
-    models: Annotated[str | None, typer.Option(help="Keys, separated by commas; default: all that fit.")] = None,
+    device: Annotated[str | None, typer.Option(help="A torch device; default: CUDA where it exists, else cpu.")] = None,
+    models: Annotated[str | None, typer.Option(help="Keys of models, separated by commas; default: all.")] = None,
 ) -> None:
+    """Measure speed and memory, and write the results into a folder for this device."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     plan = GPU if torch.device(device).type == "cuda" else CPU
     try:
-        keys = [key for key in MODELS if key in models.split(",")] if models else list(MODELS)
         for key in models.split(",") if models else ():
             get_model(key)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    keys = [key for key in keys if is_here(key)]
+    keys = [key for key in MODELS if has_weights(key) and (not models or key in models.split(","))]
     diffusers_logging.set_verbosity_error()
-    results = {"about": about(device) | {"fast": plan.fast}}
-    results |= {
-        name: []
-        for name in ("forward", "fake_peaks", "ways", "latency", "throughput", "pilot", "queue", "data_set", "stream")
-    }
-    folder = BENCHMARKS / slug(results["about"]["device"])
+    benchmark = Benchmark(plan, keys, device)
+    folder = BENCHMARKS / slug(benchmark.about["device"])
     folder.mkdir(parents=True, exist_ok=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with ExitStack() as servers, Progress(*columns, console=console, auto_refresh=False) as progress:
-        # no thread of the bar's own beside what is measured
-        steps = list(all_steps(plan, keys, device, results, servers))
+    # A thread of the progress bar would disturb the measurements, so the bar is drawn between them.
+    with benchmark.servers, Progress(*columns, console=console, auto_refresh=False) as progress:
+        steps = list(benchmark.steps())
         task = progress.add_task("", total=len(steps))
         for description, step in steps:
             progress.update(task, description=description, refresh=True)
             step()
             progress.advance(task)
-            results["about"]["seconds"] = round((datetime.now(UTC) - START).total_seconds())
-            report.write(results, folder)
-    report.plots(results, folder)
+            benchmark.about["seconds"] = round((datetime.now(UTC) - START).total_seconds())
+            report.write(benchmark.results, folder)
+    report.plots(benchmark.results, folder)
     console.print(f"Written to [bold]{folder}/[/]: README.md, results.json, time.png, memory.png")
 
 
 START = datetime.now(UTC)
 
 
-def is_here(key: str) -> bool:
-    """`tiny` is served with its own weights, the others with random ones."""
+def has_weights(key: str) -> bool:
+    """Whether the weights are here: `tiny` runs with its own, the other models with random ones."""
     return key != "tiny" or (Path(MODELS["tiny"].checkpoint) / "config.json").is_file()
 
 
-def all_steps(
-    plan: Plan, keys: list[str], device: str, results: dict[str, Any], servers: ExitStack
-) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What is measured, in order, each with its line for the progress bar. The server that runs is in `servers`."""
-    loaded: dict[str, Any] = {}
-    eager: dict[str, ways.Eager] = {}
-    urls: dict[str, str] = {}
+class Benchmark:
+    """The measurements of a plan, and their results. One model is loaded and one server runs at a time."""
 
-    def vae(key: str) -> Any:
-        if key not in loaded:
-            loaded.clear(), eager.clear()  # one model at a time
-            loaded[key] = forward.load(key, device, plan.fast)
-        return loaded[key]
+    def __init__(self, plan: Plan, keys: list[str], device: str) -> None:
+        self.plan, self.keys, self.device = plan, keys, device
+        self.about = about(device) | {"fast": plan.fast}
+        names = ("forward", "fake_peaks", "latency", "throughput", "queue", "data_set")
+        self.results: dict[str, Any] = {"about": self.about, **{name: [] for name in names}}
+        self.servers = ExitStack()
+        self.loaded: tuple[str, Any, VAE] | None = None
+        self.running: tuple[str, str] | None = None
 
-    def url(key: str, pilot: bool = False) -> str:
-        name = f"{key}, the pilot's way" if pilot else key
-        if name not in urls:
-            urls.clear(), servers.close()  # and one server
-            urls[name] = servers.enter_context(server(key, device, pilot, plan.fast))
-        return urls[name]
-
-    def matrix() -> None:
-        for name in ("float32",) if torch.device(device).type == "cpu" else ("float32", "float16", "bfloat16"):
-            results["about"]["matrix_tflops"][name] = forward.matrix_rate(device, getattr(torch, name)) / 1e12
-
-    def compare(key: str, task: str, size: Size) -> None:
-        row = forward.compare(key, *vae(key), task, size, plan.repeats)
-        row["share_of_floor"] = row["tflop"] / results["about"]["matrix_tflops"][row["dtype"]] / row["seconds"]["fast"]
-        if max(size[:2]) > MODELS[key].published_config.get("sample_size", 256):
-            row |= forward.tiled(key, vae(key)[1], task, size, plan.repeats)
-        results["forward"].append(row)
-
-    def fake(key: str, task: str, size: Size) -> None:
-        results["fake_peaks"].append(forward.fake_peaks(key, task, size))
-
-    def way(key: str, size: Size, name: str) -> None:
-        model = vae(key)[0]
-        if key not in eager:
-            eager[key] = ways.Eager(key, model, size, plan.repeats)
-        results["ways"].append(eager[key].compare(name, ways.ways(device)[name]))
-
-    def latency(key: str, size: Size, image_format: str) -> None:
-        results["latency"].append(service.latency(url(key), key, vae(key)[1], size, image_format, plan.latency_count))
-
-    def served(load: Load) -> None:
-        results["throughput"].append(service.throughput(url(load.model), vae(load.model)[1], load))
-
-    def queued(key: str, size: Size, count: int) -> None:
-        results["queue"].append(clients.queue(url(key), key, vae(key)[1], size, count))
-
-    def data_set(key: str, side: int, count: int) -> None:
-        results["data_set"].append(clients.data_set(url(key), key, side, count))
-
-    def streamed(key: str, size: Size) -> None:
-        with streams.small_server(key, device) as address:
-            results["stream"].append(streams.first_bytes(address, key, size))
-
-    def pilot(load: Load) -> None:
-        results["pilot"].append(service.throughput(url(load.model, pilot=True), vae(load.model)[1], load))
-
-    yield "matrix rate", matrix
-    for key in keys:
-        if MODELS[key].kind == "video" and not plan.video:
-            continue
-        sizes = {"decode": plan.decode, "encode": plan.encode}
-        for task in ("decode", "encode"):
-            chosen = [(TINY, TINY, None)] if key == "tiny" else [(size, size, None) for size in sizes[task]]
-            for size in plan.video if MODELS[key].kind == "video" else chosen:
-                yield f"{key} {task} {describe(size)}", lambda key=key, task=task, size=size: compare(key, task, size)
-        if size := plan.own.get(key):
-            yield f"{key} decode {describe(size)}", lambda key=key, size=size: compare(key, "decode", size)
-        if size := plan.ways.get(key):
-            for name in ways.ways(device):
-                line = f"{key} decode {describe(size)}: {name}"
-                yield line, lambda key=key, size=size, name=name: way(key, size, name)
-    for key, task, size in (peak for peak in plan.fake if peak[0] in keys):
-        yield f"{key} {task} {describe(size)}: peak", lambda key=key, task=task, size=size: fake(key, task, size)
-    key, size = plan.latency
-    if key in keys:
-        for name in ("uint8", "jpg"):
+    def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Yield the measurements in order, each with its line for the progress bar."""
+        plan = self.plan
+        yield "matrix rate", self.measure_matrix_rate
+        for key in self.keys:
+            for task, size in passes(plan, key):
+                yield f"{key} {task} {pixels(size)}", partial(self.compare_passes, key, task, size)
+        for key, task, size in plan.fake:
+            if key in self.keys:
+                yield f"{key} {task} {pixels(size)}: peak", partial(self.compute_peaks, key, task, size)
+        key, side = plan.latency
+        for image_format in ("uint8", "jpg") if key in self.keys else ():
+            yield f"{key} over HTTP: latency, {image_format}", partial(self.measure_latency, key, side, image_format)
+        for load in plan.loads:
+            if load.model in self.keys:
+                line = f"{load.model} {load.size} over HTTP: {load.clients} x {load.format}"
+                yield line, partial(self.measure_throughput, load)
+        if (key := plan.queue[0]) in self.keys:
+            yield f"{key} {pixels(plan.queue[1])}: the queue", partial(self.measure_queue, *plan.queue)
+        if (key := plan.data_set[0]) in self.keys:
             yield (
-                f"{key} over HTTP: latency, {name}",
-                lambda key=key, size=(size, size, None), name=name: latency(key, size, name),
+                f"{key} {plan.data_set[1]}: {plan.data_set[2]} latents",
+                partial(self.measure_data_set, *plan.data_set),
             )
-    for load in (load for load in plan.served if load.model in keys):
-        yield f"{load.model} {load.size} over HTTP: {load.clients} x {load.format}", lambda load=load: served(load)
-    key, size, count = plan.queue
-    if key in keys:
-        yield f"{key} {describe(size)}: the queue", lambda: queued(*plan.queue)
-    key, side, count = plan.data_set
-    if key in keys:
-        yield f"{key} {side}: {count} latents", lambda: data_set(*plan.data_set)
-    key, size = plan.stream
-    if key in keys:
-        yield f"{key} {describe(size)}: streamed", lambda: streamed(*plan.stream)
-    if plan.pilot.model in keys:
-        yield f"{plan.pilot.model} {plan.pilot.size}: the pilot's way", lambda: pilot(plan.pilot)
+
+    def measure_matrix_rate(self) -> None:
+        is_cpu = torch.device(self.device).type == "cpu"
+        for name in ("float32",) if is_cpu else ("float32", "float16", "bfloat16"):
+            self.about["matrix_tflops"][name] = forward.matrix_rate(self.device, getattr(torch, name)) / 1e12
+
+    def compare_passes(self, key: str, task: Task, size: Size) -> None:
+        plain, vae = self.models(key)
+        row = forward.compare(key, plain, vae, task, size, self.plan.repeats)
+        row["share_of_floor"] = row["tflop"] / self.about["matrix_tflops"][row["dtype"]] / row["seconds"]["fast"]
+        if max(size[:2]) > MODELS[key].published_config.get("sample_size", 256):
+            row |= forward.tiled(key, vae, task, size, self.plan.repeats)
+        self.results["forward"].append(row)
+
+    def compute_peaks(self, key: str, task: Task, size: Size) -> None:
+        self.results["fake_peaks"].append(forward.fake_peaks(key, task, size))
+
+    def measure_latency(self, key: str, side: int, image_format: str) -> None:
+        size, count = (side, side, None), self.plan.latency_count
+        row = service.latency(self.url(key), key, self.models(key)[1], size, image_format, count)
+        self.results["latency"].append(row)
+
+    def measure_throughput(self, load: Load) -> None:
+        url, (_, vae) = self.url(load.model), self.models(load.model)
+        self.results["throughput"].append(service.throughput(url, vae, load))
+
+    def measure_queue(self, key: str, size: Size, count: int) -> None:
+        self.results["queue"].append(clients.queue(self.url(key), key, self.models(key)[1], size, count))
+
+    def measure_data_set(self, key: str, side: int, count: int) -> None:
+        self.results["data_set"].append(clients.data_set(self.url(key), key, side, count))
+
+    def models(self, key: str) -> tuple[Any, VAE]:
+        """Return the model in plain diffusers and in this project."""
+        if self.loaded is None or self.loaded[0] != key:
+            self.loaded = None  # frees its memory first
+            self.loaded = (key, *forward.load(key, self.device, self.plan.fast))
+        return self.loaded[1:]
+
+    def url(self, key: str) -> str:
+        """Return the address of a server of the model."""
+        if self.running is None or self.running[0] != key:
+            self.servers.close()
+            self.running = key, self.servers.enter_context(server(key, self.device, self.plan.fast))
+        return self.running[1]
+
+
+def passes(plan: Plan, key: str) -> Iterator[tuple[Task, Size]]:
+    """Yield the passes of a model that are compared with plain diffusers."""
+    is_video = MODELS[key].kind == "video"
+    if is_video and not plan.video:
+        return
+    for task, sides in (("decode", plan.decode), ("encode", plan.encode)):
+        images = [(side, side, None) for side in ((TINY,) if key == "tiny" else sides)]
+        for size in plan.video if is_video else images:
+            yield task, size
+    if key in plan.more_decodes:
+        yield "decode", plan.more_decodes[key]
 
 
 @contextmanager
-def server(key: str, device: str, pilot: bool, fast: bool) -> Iterator[str]:
-    """The service's URL; or that of the pilot's way to run one."""
+def server(key: str, device: str, fast: bool) -> Iterator[str]:
+    """Serve the model, and yield its URL when the fast pass has been checked."""
     log = Path(tempfile.mkdtemp()) / "server.log"
-    if pilot:
-        with serve("--model", key, "--device", device, log=log, command=("-m", "benchmarks.pilot")) as url:
-            yield url
-        return
     weights = () if key == "tiny" else ("--weights", "random")
     with serve("--model", key, "--device", device, *weights, log=log, VAE_FAST=str(int(fast))) as url:
         while "not checked yet" in httpx2.get(f"{url}/config").json()["fast"].values():
@@ -292,12 +264,8 @@ def server(key: str, device: str, pilot: bool, fast: bool) -> Iterator[str]:
         yield url
 
 
-def describe(size: Size) -> str:
-    height, width, frames = size
-    return f"{width}x{height}" + (f", {frames} frames" if frames else "")
-
-
 def about(device: str) -> dict[str, Any]:
+    """Return the device, the versions and the commit of a run."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     packages = ("torch", "diffusers", "starlette", "uvicorn", "pillow")
     return {

@@ -1,4 +1,4 @@
-"""The package `remote_vae` against what one does without it: the queue, and the latents of a data set."""
+"""The package `remote_vae` against the same work without it: the queue, and the latents of a data set."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ WORKERS = 8
 
 
 def queue(url: str, key: str, vae: VAE, size: Size, count: int) -> dict[str, Any]:
-    """Pictures decoded in place after each is generated, and by `decode_async` while the next is.
+    """Compare decoding each image in place with `decode_async`, which decodes while the next image is generated.
 
-    Generating is a wait, as long as a decode here takes: it is another device's work.
+    Another device generates, so generating is a wait here. It is as long as a decode in this process.
     """
     latents, remote = inputs(key, "decode", size), RemoteVAE(url)
 
@@ -52,25 +52,25 @@ def queue(url: str, key: str, vae: VAE, size: Size, count: int) -> dict[str, Any
         "model": key,
         "size": size,
         "count": count,
-        "in_place_seconds": [place for place, _ in rounds],
+        "in_place_seconds": [in_place for in_place, _ in rounds],
         "queued_seconds": [queued for _, queued in rounds],
-        "ratio": statistics.mean(queued / place for place, queued in rounds),
+        "ratio": statistics.mean(queued / in_place for in_place, queued in rounds),
     }
 
 
 def data_set(url: str, key: str, side: int, count: int) -> dict[str, Any]:
-    """Pictures a second, of a loop of `remote_encode`, of `remote-vae latents`, and of the service by itself.
+    """Measure images a second, for a loop of `remote_encode`, for `remote-vae latents`, and for the service alone.
 
-    The service by itself gets as many tensors at a time as `latents` sends, which are ready before it begins.
+    The service alone gets as many tensors at a time as `latents` sends. They are ready before it begins.
     """
     client = Client(url)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "pictures"
+        folder = Path(temporary) / "images"
         folder.mkdir()
         small = rng.integers(0, 255, (count, side // 8, side // 8, 3), dtype=np.uint8)
-        for index, picture in enumerate(small):
-            Image.fromarray(picture).resize((side, side)).save(folder / f"{index}.png")
+        for index, pixels in enumerate(small):
+            Image.fromarray(pixels).resize((side, side)).save(folder / f"{index}.png")
         files = sorted(folder.iterdir())
 
         def loop() -> None:
@@ -79,16 +79,16 @@ def data_set(url: str, key: str, side: int, count: int) -> dict[str, Any]:
                     np.save(io.BytesIO(), remote_encode(url, image).float().numpy())
 
         def latents(name: str) -> None:
-            made = FORMATS["webdataset"](key, (side, side), sample_mode="argmax")
-            Run(client, client.config(), folder, Path(temporary) / name, made, 0, WORKERS).go(
+            writer = FORMATS["webdataset"](key, (side, side), sample_mode="argmax")
+            Run(client, client.config(), folder, Path(temporary) / name, writer, 0, WORKERS).go(
                 Console(file=io.StringIO())
             )
 
-        pixels = [torch.from_numpy(np.array(Image.open(file)))[None] for file in files]
+        images = [torch.from_numpy(np.array(Image.open(file)))[None] for file in files]
 
         def service() -> None:
             with ThreadPoolExecutor(WORKERS) as threads:
-                list(threads.map(lambda each: tensors.encode(client, each), pixels))
+                list(threads.map(lambda each: tensors.encode(client, each), images))
 
         service()
         rates = [

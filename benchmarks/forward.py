@@ -1,4 +1,4 @@
-"""The VAE itself: plain diffusers, this project and its reduced-memory pass side by side."""
+"""The VAE itself: plain diffusers, this project, its fast pass and its reduced-memory pass."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ from handlers import MODELS
 from handlers.serving.settings import Settings
 from handlers.serving.vae.autoencoder import has_frames
 from handlers.serving.vae.fast.check import fast_pass
-from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.low_memory import reduce_peak, reduced_peak
 from handlers.serving.vae.vae import VAE
 
 Size = tuple[int, int, int | None]
-"""Height, width, and a video's frames."""
+"""Height and width in pixels, and the frames of a video."""
 
 
 def load(key: str, device: str, fast: bool = False) -> tuple[Any, VAE]:
-    """The model in plain diffusers, and in this project, with the same seeded random weights (`tiny` with its own).
+    """Load the model in plain diffusers and in this project, with the same seeded random weights (`tiny`: its own).
 
     Args:
-        fast: whether the latter runs the fast pass, where its check finds it right and quicker.
+        fast: whether this project runs the fast pass, when its check finds it accurate and quicker.
     """
     handler = MODELS[key]
     vae = VAE.load(handler, "", Settings(weights=None if key == "tiny" else "random", fast=fast), device)
@@ -45,20 +44,20 @@ def load(key: str, device: str, fast: bool = False) -> tuple[Any, VAE]:
 
 
 def inputs(key: str, task: str, size: Size) -> Tensor:
-    """Seeded latents or pixels for pictures of this size, float32, on the CPU."""
+    """Return seeded latents or pixels for an image or video of this size: float32, on the CPU."""
     height, width, frames = size
     generator = torch.Generator().manual_seed(0)
     model = MODELS[key]
-    shrink = model.vae_scale_factor
+    factor = model.vae_scale_factor
     if task == "decode":
         time = () if frames is None else ((frames - 1) // model.frame_factor + 1,)
-        return torch.randn(1, model.latent_channels, *time, height // shrink, width // shrink, generator=generator)
+        return torch.randn(1, model.latent_channels, *time, height // factor, width // factor, generator=generator)
     time = () if frames is None else (frames,)
     return torch.rand(1, 3, *time, height, width, generator=generator) * 2 - 1
 
 
 def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int) -> dict[str, Any]:
-    """Plain diffusers, this project, its fast and its reduced-memory pass; ratios are against plain diffusers."""
+    """Compare plain diffusers with this project, its fast and its reduced-memory pass, by ratios."""
     data = inputs(key, task, size).to(vae.device, vae.dtype)
     calls = {
         "plain": plain_call(plain, task, data),
@@ -68,12 +67,12 @@ def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int)
     }
     results: dict[str, Tensor] = {}
     peaks: dict[str, int] = {}
-    for side, call in calls.items():
+    for name, call in calls.items():
         if vae.device.type == "cuda":
             call()  # a first call sets up what later ones use
-        peaks[side] = allocated_peak(lambda side=side, call=call: results.update({side: call()}), vae.device)
+        peaks[name] = allocated_peak(lambda name=name, call=call: results.update({name: call()}), vae.device)
     exact = results["plain"] if vae.dtype == torch.float32 else exact_result(plain, task, data)
-    psnr = {side: peak_signal_noise_ratio(result, exact) for side, result in results.items()}
+    psnr = {name: peak_signal_noise_ratio(result, exact) for name, result in results.items()}
     results.clear()
     del exact
     times = by_turns(calls, vae.device, repeats)
@@ -83,11 +82,11 @@ def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int)
         "task": task,
         "size": size,
         "dtype": str(vae.dtype).removeprefix("torch."),
-        "seconds": {side: statistics.median(values) for side, values in times.items()},
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
         "times": times,
-        "time_ratio": {side: time_ratio(times[side], times["plain"]) for side in calls if side != "plain"},
-        "peak_mb": {side: peak / 2**20 for side, peak in peaks.items()},
-        "peak_ratio": {side: peak / peaks["plain"] for side, peak in peaks.items() if side != "plain"},
+        "time_ratio": {name: time_ratio(times[name], times["plain"]) for name in calls if name != "plain"},
+        "peak_mb": {name: peak / 2**20 for name, peak in peaks.items()},
+        "peak_ratio": {name: peak / peaks["plain"] for name, peak in peaks.items() if name != "plain"},
         "memory_percent": 100 * peaks["project"] / total_memory(vae.device),
         "psnr_db": psnr,
         "tflop": flop / 1e12,
@@ -95,7 +94,7 @@ def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int)
 
 
 def tiled(key: str, vae: VAE, task: str, size: Size, repeats: int) -> dict[str, Any]:
-    """Time and memory in tiles of the model's own size, each in reduced memory, as the service runs them."""
+    """Measure time and memory in tiles of the model's own size, each in reduced memory, as in the service."""
     call = reduced_call(vae.model, task, inputs(key, task, size).to(vae.device, vae.dtype))
     vae.model.use_tiling = True
     try:
@@ -109,7 +108,7 @@ def tiled(key: str, vae: VAE, task: str, size: Size, repeats: int) -> dict[str, 
 
 
 def fake_peaks(key: str, task: str, size: Size) -> dict[str, Any]:
-    """Peaks of live tensors without running the model: for sizes that take this device too long. In float32."""
+    """Compute the peaks of live tensors in float32 without running the model, for sizes that take too long here."""
     with FakeTensorMode(), torch.inference_mode():
         model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
         data = inputs(key, task, size)
@@ -122,7 +121,7 @@ def fake_peaks(key: str, task: str, size: Size) -> dict[str, Any]:
 
 
 def with_frames(model: Any, data: Tensor) -> Tensor:
-    """A picture as a video of one frame, for the models that take it so."""
+    """Return an image as a video of one frame, for models that take videos."""
     return data.unsqueeze(2) if data.ndim == 4 and has_frames(model) else data
 
 
@@ -138,7 +137,7 @@ def plain_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
 
 
 def reduced_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
-    """The pass that the service runs where the plain one does not fit."""
+    """Return the pass that the service runs when the plain one does not fit into memory."""
     call = plain_call(model, task, data)
 
     def reduced() -> Tensor:
@@ -148,9 +147,9 @@ def reduced_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
     return reduced
 
 
-def fast_call(model: Any, task: str, data: Tensor, fast: FastPass | None = None) -> Callable[[], Tensor]:
-    """The pass that the service runs with `VAE_FAST=1`; of a model that it does not know, diffusers' own."""
-    call, fast = plain_call(model, task, data), fast or fast_pass(model)
+def fast_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
+    """Return the pass that the service runs with `VAE_FAST=1`: diffusers' own for an unknown architecture."""
+    call, fast = plain_call(model, task, data), fast_pass(model)
 
     def installed() -> Tensor:
         with fast.installed() if fast else nullcontext():
@@ -160,7 +159,7 @@ def fast_call(model: Any, task: str, data: Tensor, fast: FastPass | None = None)
 
 
 def exact_result(model: Any, task: str, data: Tensor) -> Tensor:
-    """What the model gives in float32, on weights that are exact in its own dtype, to which it returns."""
+    """Return the result in float32 with weights rounded to the model's dtype, and restore that dtype."""
     dtype = model.dtype
     try:
         return plain_call(model.float(), task, data.float())()
@@ -169,21 +168,21 @@ def exact_result(model: Any, task: str, data: Tensor) -> Tensor:
 
 
 def by_turns(calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, one of each at a time, so that what else the machine does hits all of them."""
-    times: dict[str, list[float]] = {side: [] for side in calls}
+    """Return the seconds of each call. The calls take turns, so other load on the machine affects all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for side, call in calls.items():
-            times[side].append(timed(call, device))
+        for name, call in calls.items():
+            times[name].append(timed(call, device))
     return times
 
 
 def time_ratio(times: Sequence[float], against: Sequence[float]) -> float:
-    """The median of the turns' own ratios: a turn that something else slowed down slowed both."""
+    """Return the median of the ratios of the turns: other load in a turn slows both calls."""
     return statistics.median(a / b for a, b in zip(times, against, strict=True))
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds; what the call queued on a GPU is waited for."""
+    """Return the seconds of a call, including the work that it queued on a GPU."""
     synchronize(device)
     start = perf_counter()
     call()
@@ -197,13 +196,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_signal_noise_ratio(result: Tensor, exact: Tensor) -> float | None:
-    """In dB, for values of a range of 2 ([-1, 1]); None where nothing differs."""
+    """Return the PSNR in dB for values in [-1, 1], or None where nothing differs."""
     error = (result.float() - exact.float()).square().mean().item()
     return 10 * math.log10(4 / error) if error else None
 
 
 def flops(key: str, task: str, size: Size) -> int:
-    """Multiplications and additions of plain diffusers' convolutions and matrix products, without running them."""
+    """Count the multiplications and additions of plain diffusers' convolutions and matrix products."""
     with FakeTensorMode(), torch.no_grad():  # in inference mode torch 2.5 counts nothing
         model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
         with FlopCounterMode(display=False) as counter:
@@ -212,7 +211,7 @@ def flops(key: str, task: str, size: Size) -> int:
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second in a product of two large matrices: the most that this device reaches in this dtype."""
+    """Measure the operations a second in a product of two large matrices, the most that this device reaches."""
     size = 8192 if torch.device(device).type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All that only a GPU can tell, on a machine that has one, in the project's root: `benchmarks/gpu.sh [tests|bench]`.
+# The tests and the benchmark that need a GPU. Run it in the project's root: `benchmarks/gpu.sh [tests|bench]`.
 #
-# Takes the Python that is there (PYTHON=...) with its torch, and wheels of what else is needed from the folder `wheels`
-# where there is one. For a machine without a network, with torch, Triton, transformers and huggingface_hub, it is made by
+# It uses the installed Python (PYTHON=...) with its torch, and installs wheels from the folder `wheels` if that exists. A
+# machine without a network needs torch, Triton, transformers and huggingface_hub, and this folder:
 #
 #   pip download -d wheels --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 #     --only-binary=:all: --no-deps diffusers==0.42.1 av isal starlette uvicorn h11 pydantic pydantic-core annotated-types \
@@ -10,7 +10,7 @@
 #     prometheus-client typer annotated-doc shellingham click httpx2 httpcore2 truststore idna anyio python-multipart \
 #     einops pytest pytest-timeout pluggy iniconfig
 #
-# Results are written to benchmarks/<name of the GPU>/; copies go to $OUT where that is set.
+# The results are in benchmarks/<name of the GPU>/. Copies go to $OUT if that is set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

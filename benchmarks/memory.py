@@ -1,9 +1,9 @@
-"""What each way to run each published architecture takes, beside what the service plans for it.
+"""The peak memory of each published architecture in each mode, beside the service's estimate of it.
 
     python -m benchmarks.memory [MODEL ...]
 
-Computed on torch's meta device: the passes run operator by operator, on tensors that have a shape and no numbers. It
-takes neither memory nor weights nor a GPU.
+The passes run on torch's meta device, operator by operator, on tensors that have a shape and no values. This takes
+neither memory nor weights nor a GPU.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from handlers.serving.vae.memory import Estimate, MemoryUse, Mode
 from handlers.serving.vae.vae import _tile_pixels
 
 META = torch.device("meta")
-"""A pass in reduced memory cuts its convolutions there as on a GPU."""
+"""A device where a pass in reduced memory splits its convolutions as on a GPU."""
 
 
 class Case(NamedTuple):
-    """A request."""
+    """One request."""
 
     task: Task
     mode: Mode
@@ -50,21 +50,20 @@ class Case(NamedTuple):
 
 
 def measured(declared: type[Model], case: Case) -> int:
-    """Bytes of all tensors that are alive at the peak: the inputs and the result among them, the weights not.
+    """Return the bytes of all tensors at the peak, with the inputs and the result and without the weights.
 
-    Attention counts as one kernel, which holds no scores, as it does on a GPU; what operators take inside themselves
-    is not seen.
+    Attention counts as one kernel without scores, as on a GPU. Memory inside operators does not count.
     """
     return _measured(declared.vae_class, _layers(declared), _latents_shape(declared, case), case)
 
 
 def estimated(declared: type[Model], case: Case) -> int:
-    """Bytes that the service plans for it."""
+    """Return the bytes that the service plans for a request."""
     return _estimate(declared, case).of(case.mode, case.batch)
 
 
 def offered(declared: type[Model], task: Task, batch: int = 1) -> list[Mode]:
-    """The modes that a batch can be run in, without the fast pass, which takes less than diffusers' own."""
+    """Return the modes for a batch, without the fast pass, which takes less memory than diffusers' own."""
     whole = batch == 1 or declared.runs_batches
     has = {
         Mode.FULL: whole,
@@ -76,7 +75,7 @@ def offered(declared: type[Model], task: Task, batch: int = 1) -> list[Mode]:
 
 
 def tile_side(declared: type[Model]) -> int:
-    """Of a square with the pixels of one of its tiles."""
+    """Return the side of a square with as many pixels as one tile of the model."""
     return round(_tile_pixels(_model(declared.vae_class, _layers(declared), torch.float32)) ** 0.5)
 
 
@@ -100,21 +99,21 @@ def _pixels_shape(declared: type[Model], case: Case) -> tuple[int, ...]:
     return case.batch, 3, *((case.frames,) if declared.kind == "video" else ()), case.height, case.width
 
 
-NUMBERS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
-"""Of a config: those that no layer is made by."""
+NO_LAYERS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+"""Entries of a config that no layer depends on."""
 
 
 def _layers(declared: type[Model]) -> str:
-    """The config, as far as the passes depend on it."""
-    return json.dumps({name: value for name, value in declared.published_config.items() if name not in NUMBERS})
+    """Return the entries of the config that the passes depend on, as JSON."""
+    return json.dumps({name: value for name, value in declared.published_config.items() if name not in NO_LAYERS})
 
 
 @cache
 def _model(vae_class: str, layers: str, dtype: torch.dtype) -> Any:
     with META:
         model = getattr(diffusers, vae_class).from_config(json.loads(layers)).eval().requires_grad_(False)
-    torch.nn.Module.to(model, META, dtype)  # some parameters were made without asking for the device
-    for blend in ("blend_v", "blend_h"):  # they write row by row into the second tile: much time, no memory
+    torch.nn.Module.to(model, META, dtype)  # some parameters ignore the default device
+    for blend in ("blend_v", "blend_h"):  # blending row by row takes much time and no memory
         if hasattr(model, blend):
             setattr(model, blend, lambda first, second, extent: second)
     return model
@@ -134,8 +133,8 @@ def _measured(vae_class: str, layers: str, latents_shape: tuple[int, ...], case:
         if model.encoder and latents.ndim == 4 and has_frames(model):
             latents = latents.unsqueeze(2)
         items = latents.split(1) if one_by_one else [latents]
-        parts = [join(_finite(chunk) for chunk in decode_chunks(model, item)) for item in items]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        decoded = [join(_finite(chunk) for chunk in decode_chunks(model, item)) for item in items]
+        return torch.cat(decoded) if len(decoded) > 1 else decoded[0]
 
     model.use_tiling = case.mode is Mode.TILED
     try:
@@ -150,13 +149,13 @@ def _case_pixels(latents_shape: tuple[int, ...], case: Case) -> tuple[int, ...]:
 
 
 def _finite(result: Tensor) -> Tensor:
-    result.isfinite()  # the service asks whether all are
+    result.isfinite()  # the service checks that all values are
     return result
 
 
 @contextmanager
 def _quick() -> Iterator[None]:
-    """Attention in one kernel, and the mask of HunyuanVideo 1.5, which diffusers fills row by row, at once."""
+    """Replace attention by one kernel, and fill the mask of HunyuanVideo 1.5 at once instead of row by row."""
 
     def attention(query: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.empty_like(query)
@@ -174,13 +173,13 @@ def _quick() -> Iterator[None]:
 
 
 def weight_bytes(declared: type[Model], dtype: torch.dtype) -> int:
-    """Of the model's weights in this dtype."""
+    """Return the bytes of the model's weights in this dtype."""
     model = _model(declared.vae_class, _layers(declared), torch.float32)
     return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
 
 
 def table(keys: list[str]) -> Iterator[str]:
-    """Markdown, a row as soon as it is there: numbers per pixel of one frame, of models with the same layers once."""
+    """Yield the rows of a Markdown table: values per pixel of one frame, once for models with the same layers."""
     yield "| model | task | frames | full | half precision | reduced | in tiles | estimates |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     seen: dict[tuple[str, str], str] = {}
@@ -215,7 +214,8 @@ def _row(key: str, task: Task, frames: int) -> str:
     return " | ".join((f"| {key}", task, str(frames), *cells, f"{min(ratios):.2f} to {max(ratios):.2f} |"))
 
 
-def main(models: Annotated[list[str] | None, typer.Argument(help="Keys; default: all.")] = None) -> None:
+def main(models: Annotated[list[str] | None, typer.Argument(help="Keys of models; default: all.")] = None) -> None:
+    """Print the table of the peak memory of models."""
     for key in models or ():
         get_model(key)
     for line in table(models or list(MODELS)):

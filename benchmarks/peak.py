@@ -1,4 +1,4 @@
-"""The peak of memory in a call: exact, in bytes."""
+"""The peak memory of a call, in bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import torch
 from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells stderr whenever it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler logs each start and stop
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes that the tensors which `call` makes take at a time, its result among them; not those it is given.
+    """Return the most bytes that the new tensors of `call` take at a time, including its result.
 
-    Follows each tensor from the operator that makes it to its end, so that the figure is the same in each run; what
-    operators take inside themselves is not in it. Works on fake tensors too (`torch._subclasses.FakeTensorMode`), which
-    take neither memory nor time.
+    Each tensor counts from the operator that creates it to its end, so the figure is the same in each run. Memory
+    inside operators does not count. Fake tensors (`torch._subclasses.FakeTensorMode`) work too, without memory or time.
     """
     with _LiveTensors() as live:
         call()
@@ -28,10 +27,9 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 def allocated_peak(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that the allocator of `device` gives out at a time while `call` runs.
+    """Return the most bytes that the allocator of `device` gives out at a time while `call` runs.
 
-    The workspaces of kernels and the buffers of compiled code are in it. On other devices than CUDA's and the CPU: the
-    tensors alone.
+    This includes the workspaces of kernels. On a device that is neither CUDA nor a CPU, only tensors count.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -54,7 +52,7 @@ class _LiveTensors(TorchDispatchMode):
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs or {})):  # what was there before is not counted
+        for tensor in _tensors((args, kwargs or {})):  # earlier tensors do not count
             if tensor.untyped_storage() not in self.seen:
                 self.seen.add(tensor.untyped_storage())
         result = function(*args, **(kwargs or {}))

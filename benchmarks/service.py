@@ -26,20 +26,20 @@ FORMATS = {
 
 
 class Load(NamedTuple):
-    """Requests of the service."""
+    """Requests to the service."""
 
     model: str
     size: int
-    """Height and width."""
+    """Height and width in pixels."""
     format: str
     clients: int
     count: int
-    """In each round."""
+    """Requests in each round."""
     rounds: int = 2
 
 
 class Client:
-    """One connection; `http.client`, so that it takes as little of a small machine's CPU as Python can."""
+    """One connection. It uses `http.client`, which takes little CPU on a small machine."""
 
     def __init__(self, url: str, key: str, size: Size, image_format: str) -> None:
         latents = inputs(key, "decode", size)
@@ -56,9 +56,9 @@ class Client:
         self.connection.close()
 
     def post(self) -> tuple[float, float]:
-        """Milliseconds that one request took, and of those the ones in the VAE, as the service says in its answer."""
+        """Send one request. Return its milliseconds, and those in the VAE according to the response."""
         start = perf_counter()
-        if start - self.last_use > 2:  # the server closes a connection that was idle for 5 s; this opens a new one
+        if start - self.last_use > 2:  # the server closes an idle connection after 5 s
             self.connection.close()
         self.connection.request("POST", self.path, self.body, {"Content-Type": "tensor/binary"})
         response = self.connection.getresponse()
@@ -71,7 +71,7 @@ class Client:
 
 
 def latency(url: str, key: str, vae: VAE, size: Size, image_format: str, count: int) -> dict[str, Any]:
-    """One client's requests and bare calls of the VAE by turns; milliseconds."""
+    """Measure the requests of one client in turns with bare calls of the VAE, in milliseconds."""
     latents = inputs(key, "decode", size).to(vae.device, vae.dtype)
     with Client(url, key, size, image_format) as client:
         client.post(), vae.decode(latents)
@@ -90,9 +90,9 @@ def latency(url: str, key: str, vae: VAE, size: Size, image_format: str, count: 
 
 
 def throughput(url: str, vae: VAE, load: Load) -> dict[str, Any]:
-    """Answers a second with so many clients, and of a bare loop of the VAE, by turns.
+    """Measure responses a second with several clients, in turns with a bare loop of the VAE.
 
-    The clients run here, on the same machine. `client_cpu` is the share of its cores that they took meanwhile.
+    The clients run in this process. `client_cpu` is the share of the machine's cores that they take.
     """
     key, size, count = load.model, (load.size, load.size, None), load.count
     latents = inputs(key, "decode", size).to(vae.device, vae.dtype)
@@ -127,19 +127,19 @@ def throughput(url: str, vae: VAE, load: Load) -> dict[str, Any]:
 
 
 def run(pool: list[Client], count: int) -> list[float]:
-    """`count` requests from these clients, each sending its next when it has its answer; milliseconds of each."""
+    """Send `count` requests from these clients, each one after its last response. Return the milliseconds of each."""
 
     def work(client: Client, requests: int) -> list[float]:
         return [client.post()[0] for _ in range(requests)]
 
     share = [count // len(pool) + (index < count % len(pool)) for index in range(len(pool))]
     with ThreadPoolExecutor(len(pool)) as threads:
-        return [ms for part in threads.map(work, pool, share) for ms in part]
+        return [ms for times in threads.map(work, pool, share) for ms in times]
 
 
 @contextmanager
-def polled(url: str, into: list[float]) -> Iterator[None]:
-    """Asks for `/health` ten times a second meanwhile; milliseconds go `into` the list."""
+def polled(url: str, times: list[float]) -> Iterator[None]:
+    """Request `/health` ten times a second inside the block, and append the milliseconds to `times`."""
     stop = threading.Event()
 
     def poll() -> None:
@@ -148,7 +148,7 @@ def polled(url: str, into: list[float]) -> Iterator[None]:
                 start = perf_counter()
                 connection.request("GET", "/health")
                 connection.getresponse().read()
-                into.append((perf_counter() - start) * 1000)
+                times.append((perf_counter() - start) * 1000)
                 sleep(0.1)
 
     thread = threading.Thread(target=poll)

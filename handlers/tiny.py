@@ -7,7 +7,7 @@ WEIGHTS = Path(__file__).parent.parent / "models" / "tiny"
 
 
 class Tiny(EndpointHandler):
-    """The VAE shipped in this repository (`scripts/train_tiny.py` made it): works with no GPU and no Hub."""
+    """The VAE shipped in this repository (`models/tiny/train.py` trains it): works with no GPU and no Hub."""
 
     checkpoint = str(WEIGHTS)
     vae_class = "AutoencoderKL"

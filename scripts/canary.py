@@ -1,7 +1,7 @@
-"""Tries the real platform for a few cents: `make canary` deploys `tiny` under a name of its own, and leaves nothing.
+"""Test the real platform for a few cents: `make canary` deploys `tiny` under its own name, and leaves nothing.
 
-It measures the cold start, sends pictures through both clients, pauses, resumes and deletes, and writes every answer of
-Hugging Face's APIs, without token and names, where the tests can compare the local platform with them.
+It measures the cold start, sends latents through both clients, pauses, resumes and deletes. It records every response
+of Hugging Face's APIs without token and names, so the tests can compare the local platform with them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
 import torch
@@ -28,8 +28,8 @@ from handlers import MODELS
 from remote_vae import Client, RemoteVAE
 from remote_vae.proxy import LOOPBACK, build_proxy
 from scripts.console import DeployError, if_stopped, say
-from scripts.deploy import command, deploy_plan, try_models
-from scripts.deployment.account import PERMISSIONS, open_account
+from scripts.deploy import Namespace, Timeout, command, deploy_plan, smoke_test
+from scripts.deployment.account import PERMISSIONS, Account, open_account
 from scripts.deployment.endpoint import Endpoint
 from scripts.deployment.plan import Plan
 from scripts.deployment.repository import Repository
@@ -37,17 +37,17 @@ from scripts.instances import dollars
 
 NAME = "remote-vae-canary"
 PERSONAL = re.compile(r"email|fullname|avatar|displayName|orgs|^_?id$|periodEnd", re.IGNORECASE)
-"""Keys of an answer whose values are of the user, and not of the platform."""
+"""Keys of a response whose values are personal."""
 APIS = re.compile(r"^/(api|v2)/")
 
 
 class Recorder:
-    """Every answer of the APIs: method, path, status, headers of rate limits, JSON."""
+    """The responses of the APIs: method, path, status, headers of rate limits, JSON."""
 
     def __init__(self) -> None:
-        self.answers: list[dict[str, Any]] = []
+        self.responses: list[dict[str, Any]] = []
         self.names: list[str] = []
-        """What is replaced by `X` wherever it stands: the token, the namespace."""
+        """The token and the namespace, which `X` replaces everywhere."""
 
     def __call__(self, response: httpx2.Response) -> None:
         request = response.request
@@ -59,12 +59,12 @@ class Recorder:
         except ValueError:
             body = None
         limits = {name: value for name, value in response.headers.items() if "ratelimit" in name.lower()}
-        answer = {"method": request.method, "path": request.url.path, "status": response.status_code}
-        self.answers.append({**answer, "headers": limits, "body": body})
+        record = {"method": request.method, "path": request.url.path, "status": response.status_code}
+        self.responses.append({**record, "headers": limits, "body": body})
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """While huggingface_hub's requests come by here."""
+        """Record the requests of huggingface_hub inside the block."""
         set_client_factory(self.client)
         try:
             yield
@@ -78,7 +78,7 @@ class Recorder:
         return client
 
     def save(self, file: Path) -> None:
-        text = json.dumps(self.answers, indent=1)
+        text = json.dumps(self.responses, indent=1)
         for name in self.names:
             text = text.replace(name, "X")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,17 +86,17 @@ class Recorder:
 
 
 def without_names(value: Any, key: str = "") -> Any:
-    """The same with every string of the user's own replaced, and lists of them empty."""
+    """Return `value` with personal strings replaced, and with personal lists empty."""
     if isinstance(value, dict):
-        return {name: without_names(one, name) for name, one in value.items()}
+        return {name: without_names(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [] if PERSONAL.search(key) else [without_names(one, key) for one in value]
+        return [] if PERSONAL.search(key) else [without_names(item, key) for item in value]
     return "X" if isinstance(value, str) and PERSONAL.search(key) else value
 
 
 @contextmanager
 def proxied(client: Client) -> Iterator[str]:
-    """The address of `remote-vae proxy`: the released client sends no token."""
+    """Run `remote-vae proxy` and yield its URL. The client in diffusers sends no token."""
     server = uvicorn.Server(uvicorn.Config(build_proxy(client, LOOPBACK), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -110,7 +110,7 @@ def proxied(client: Client) -> Iterator[str]:
 
 
 def try_clients(url: str, token: str) -> None:
-    """The same latents through `RemoteVAE` and through the released `remote_decode`: the same pixels."""
+    """Check that `RemoteVAE` and diffusers' `remote_decode` decode the same latents to the same pixels."""
     latents = torch.randn(1, MODELS["tiny"].latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     ours = RemoteVAE(url, token).decode(latents).sample
     with proxied(Client(url, token)) as local:
@@ -121,6 +121,7 @@ def try_clients(url: str, token: str) -> None:
 
 
 def timed(what: str, function: Callable[[], Any]) -> Any:
+    """Call a function and print the time that it took."""
     start = time.monotonic()
     result = function()
     say(f"{what}: {timedelta(seconds=int(time.monotonic() - start))}")
@@ -128,38 +129,42 @@ def timed(what: str, function: Callable[[], Any]) -> Any:
 
 
 @command
-def canary(namespace: str | None = None, timeout: float = 30, record: Path = Path("out/canary.json")) -> None:
-    """Deploy `tiny`, try it, pause, resume, delete it, and say what it cost."""
+def canary(
+    namespace: Namespace = None,
+    timeout: Timeout = 30,
+    record: Annotated[Path, typer.Option(help="File for the responses of the APIs.")] = Path("out/canary.json"),
+) -> None:
+    """Deploy `tiny`, test it, pause, resume and delete it, and print its cost."""
     recorder = Recorder()
-    with recorder.recording(), if_stopped("what the canary had made is deleted"):
+    with recorder.recording(), if_stopped("the endpoint and the repository of the canary are deleted"):
         account = open_account(namespace, PERMISSIONS)
         recorder.names = [account.token, account.namespace, account.api.whoami()["name"]]
-        plan = Plan.of("tiny", namespace=namespace, name=NAME, region="auto")
+        plan = Plan.create("tiny", namespace=namespace, name=NAME, region="auto")
         start = time.monotonic()
         try:
             _, endpoint = timed("cold start", lambda: deploy_plan(account, plan, timeout, keep=False))
-            try_clients(endpoint.there.url, account.token)
+            try_clients(endpoint.info.url, account.token)
             timed("pause", endpoint.pause)
             endpoint.resume()
             timed("resume", lambda: endpoint.wait(timeout))
-            try_models(endpoint.addresses.values(), account.token)
+            smoke_test(endpoint.addresses.values(), account.token)
             price = endpoint.price or plan.price
             say(f"it cost {dollars(price * (time.monotonic() - start) / 3600)} at most")
         finally:
-            clear(account, plan)
+            clean_up(account, plan)
             recorder.save(record)
-            say(f"{len(recorder.answers)} answers are in {record}")
+            say(f"{len(recorder.responses)} responses are in {record}")
 
 
-def clear(account: Any, plan: Plan) -> None:
-    """Deletes what the canary made. Raises `DeployError` where something is left."""
+def clean_up(account: Account, plan: Plan) -> None:
+    """Delete the endpoint and the repository. Raise `DeployError` if one of them remains."""
     endpoint, repository = (kind(account, plan.name, plan.models) for kind in (Endpoint, Repository))
-    if endpoint.there:
+    if endpoint.info:
         timed("delete", endpoint.delete)
     repository.delete()
-    if Endpoint(account, plan.name, plan.models).there or Repository(account, plan.name, plan.models).commit:
-        raise DeployError(f"{plan.name} is still there and MAY COST: look at {endpoint.page}")
-    say("nothing is left")
+    if Endpoint(account, plan.name, plan.models).info or Repository(account, plan.name, plan.models).commit:
+        raise DeployError(f"{plan.name} still exists and MAY COST: look at {endpoint.page}")
+    say("nothing remains")
 
 
 if __name__ == "__main__":

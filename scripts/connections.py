@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MOST = 1000
-"""Open connections, where the process may have enough file descriptors."""
-OWN = 32
-"""File descriptors that are kept for the service itself: its files, its device, the listening socket."""
+MAX_CONNECTIONS = 1000
+"""Open connections, if the process may have enough file descriptors."""
+RESERVED = 32
+"""File descriptors for the service itself: its files, its device, the listening socket."""
 HEAD_SECONDS = 20
 """Seconds in which a request's head has to arrive after the connection is open, or after the response before."""
 HEAD_BYTES = 128 * 1024
@@ -137,17 +137,17 @@ def raise_descriptor_limit() -> int:
     wanted = max(soft, min(hard, 65536)) if hard != resource.RLIM_INFINITY else max(soft, 10240)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (ValueError, OSError):  # macOS says that there is no limit, and has one
+    except (ValueError, OSError):  # macOS reports no limit, and has one
         return soft
     return wanted
 
 
 def run_server(app: ASGIApp, host: str, port: int, stop_after: int) -> None:
     """Serve the app until SIGTERM or Ctrl-C, and at most `stop_after` seconds longer."""
-    spare = raise_descriptor_limit() - OWN
-    # asyncio accepts as many at a time as the backlog has, and those are closed only three turns of its loop later
+    spare = raise_descriptor_limit() - RESERVED
+    # asyncio accepts a whole backlog of connections at a time, and closes them three turns of its loop later
     backlog = max(4, min(512, spare // 8))
-    most = max(4, min(MOST, spare // 2))
+    most = max(4, min(MAX_CONNECTIONS, spare // 2))
     uvicorn.run(
         app,
         host=host,

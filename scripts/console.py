@@ -1,4 +1,4 @@
-"""What commands print, results on standard output and the rest on standard error, and how they end."""
+"""The output of commands: results on standard output, the rest on standard error, and one line for a failure."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from rich.table import Column, Table
 from remote_vae import RemoteVAEError
 
 WIDTH = 160
-"""Columns of a pipe or a log, which have no width: long lines, such as URLs, stay whole there."""
+"""Columns of a pipe or a log, which have no width of their own. Long lines such as URLs stay whole."""
 out = Console(highlight=False, width=None if Console().is_terminal else WIDTH)
 say = partial(out.print, markup=False, soft_wrap=True)
-"""Prints a line, never broken."""
+"""Print a line on standard output without breaking it."""
 note = partial(Console(highlight=False, stderr=True).print, markup=False, soft_wrap=True)
-"""The same on standard error: what is being waited for, or went wrong."""
+"""Print a line on standard error: progress, a warning or an error."""
 
 
 class DeployError(Exception):
-    """What went wrong and what to do about it, in one line."""
+    """A failure that the user can mend, described in one line."""
 
 
 FAILURES = (DeployError, RemoteVAEError)
-"""What a user can do something about; anything else is a fault of this project's."""
+"""Exceptions that a user can mend. Any other exception is a fault of this project."""
 
 
 def describe(error: BaseException) -> str:
-    """What it says, and what was noted on it on its way, in one line."""
+    """Return the text of an exception and its notes, in one line."""
     return "; ".join(filter(None, [str(error), *getattr(error, "__notes__", [])]))
 
 
-def ends_in_one_line(function: Callable[..., None]) -> Callable[..., None]:
-    """A command whose failures end it with one line on standard error and status 1, and Ctrl-C with status 130."""
+def reports_failures(function: Callable[..., None]) -> Callable[..., None]:
+    """Let a command end with one line on standard error: status 1 for a failure, 130 for Ctrl-C."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -50,9 +50,9 @@ def ends_in_one_line(function: Callable[..., None]) -> Callable[..., None]:
         except FAILURES as error:
             status, message = 1, f"error: {describe(error)}"
         except KeyboardInterrupt as stop:
-            left = describe(stop) or "nothing was changed"
-            status, message = 130, f"stopped: {left}; the same command again goes on from there"
-        gc.collect()  # a progress bar that the failure left open ends its line here
+            state = describe(stop) or "nothing was changed"
+            status, message = 130, f"stopped: {state}; run the same command again to continue"
+        gc.collect()  # ends the line of a progress bar that the failure left open
         note(message.replace(token, "***") if (token := get_token()) else message)
         raise typer.Exit(status)
 
@@ -60,17 +60,17 @@ def ends_in_one_line(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def if_stopped(left: str) -> Iterator[None]:
-    """Notes on a Ctrl-C inside what it leaves."""
+def if_stopped(state: str) -> Iterator[None]:
+    """Add a note on the remaining state to a Ctrl-C inside the block."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        stop.add_note(left)
+        stop.add_note(state)
         raise
 
 
 def show_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A narrow terminal wraps its lines, so that a URL in the last column can be copied whole."""
+    """Print a table. A narrow terminal wraps its lines, so a URL in the last column can be copied whole."""
     headers = (Column(name, overflow="fold") for name in columns)
     table = Table(*headers, box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:

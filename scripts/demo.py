@@ -1,6 +1,6 @@
-"""From nothing to a result: a photograph through a VAE served on this machine: `make demo`.
+"""Send a photograph and a video through a VAE on this machine: `make demo`.
 
-Writes `out/demo.png` (the original beside what came back) and `out/demo.mp4` (the video path).
+It writes `out/demo.png` (the original beside the decoded image) and `out/demo.mp4`.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ def main() -> None:
     console.print("Serving [bold]tiny[/], the VAE in this repository, and sending it a photograph ...")
     with serve("--model", "tiny", log=OUT / "tiny.log") as url:
         show_image(url, Image.fromarray(data.astronaut()))
-    console.print("Serving [bold]HunyuanVideo[/] with RANDOM weights: it shows noise, but the whole video path ...")
+    console.print("Serving [bold]HunyuanVideo[/] with RANDOM weights: the video is noise ...")
     with serve("--model", "hunyuan-video", "--weights", "random", log=OUT / "hunyuan-video.log") as url:
         show_video(url, data.astronaut())
 
 
 def show_image(url: str, photograph: Image.Image) -> None:
-    """Encodes and decodes with diffusers' own client; writes `out/demo.png` and prints what it took."""
+    """Encode and decode with diffusers' own client, write `out/demo.png`, and print bytes and times."""
     config = MODELS["tiny"].published_config
     scaling = {"scaling_factor": config["scaling_factor"], "shift_factor": config["shift_factor"]}
     with recorded() as calls:
         latents = remote_encode(url, photograph, **scaling)
         image = remote_decode(url, latents, image_format="png", **scaling)
     psnr = peak_signal_noise_ratio(np.asarray(photograph), np.asarray(image))
-    pictures = {"original": photograph, f"encoded and decoded over HTTP: {psnr:.1f} dB PSNR": image}
-    side_by_side(pictures).save(OUT / "demo.png")
+    images = {"original": photograph, f"encoded and decoded over HTTP: {psnr:.1f} dB PSNR": image}
+    side_by_side(images).save(OUT / "demo.png")
     print_calls(calls)
-    console.print(f"PSNR {psnr:.2f} dB: look at [bold]out/demo.png[/]\n")
+    console.print(f"PSNR {psnr:.2f} dB: see [bold]out/demo.png[/]\n")
 
 
 def show_video(url: str, photograph: np.ndarray) -> None:
-    """Encodes an MP4, decodes its latents to another; writes `out/demo.mp4` and prints what it took."""
+    """Encode an MP4, decode its latents to `out/demo.mp4`, and print bytes and times."""
     frames = np.stack([photograph[60:124, 180 + 4 * step : 276 + 4 * step] for step in range(9)])
     scaling = {"scaling_factor": MODELS["hunyuan-video"].published_config["scaling_factor"]}
     with recorded() as calls:
@@ -69,7 +69,7 @@ def show_video(url: str, photograph: np.ndarray) -> None:
 
 @contextmanager
 def recorded() -> Iterator[list[requests.Response]]:
-    """Every answer that `requests` gets meanwhile; the client keeps them to itself."""
+    """Yield a list of every response of `requests` inside the block. The client does not return them."""
     calls: list[requests.Response] = []
     send = requests.Session.send
 
@@ -87,9 +87,9 @@ def recorded() -> Iterator[list[requests.Response]]:
 
 
 def print_calls(calls: list[requests.Response]) -> None:
-    """Bytes and milliseconds of an encode and a decode call."""
+    """Print the bytes and the milliseconds of an encode and a decode call."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("", "sent", "received", "in all", "payload", "queue", "VAE", "output"):
+    for column in ("", "sent", "received", "total", "payload", "queue", "VAE", "output"):
         table.add_column(column, justify="right" if column else "left")
     for name, response in zip(("encode", "decode"), calls, strict=True):
         stages = re.findall(r"dur=([\d.]+)", response.headers["Server-Timing"])
@@ -100,16 +100,16 @@ def print_calls(calls: list[requests.Response]) -> None:
     console.print(table)
 
 
-def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
-    """The pictures in a row, each under its label."""
+def side_by_side(images: dict[str, Image.Image]) -> Image.Image:
+    """Return the images in a row, each under its label."""
     margin, band = 12, 34
-    width, height = next(iter(pictures.values())).size
-    canvas = Image.new("RGB", (margin + len(pictures) * (width + margin), band + height + margin), "white")
+    width, height = next(iter(images.values())).size
+    canvas = Image.new("RGB", (margin + len(images) * (width + margin), band + height + margin), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=20)
-    for column, (label, picture) in enumerate(pictures.items()):
-        left = margin + column * (width + margin)
-        draw.text((left, 5), label, fill="black", font=font)
-        canvas.paste(picture, (left, band))
+    for column, (label, image) in enumerate(images.items()):
+        x = margin + column * (width + margin)
+        draw.text((x, 5), label, fill="black", font=font)
+        canvas.paste(image, (x, band))
     return canvas
 
 

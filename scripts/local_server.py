@@ -1,4 +1,4 @@
-"""A server process on this machine for as long as a `with` block lasts: for the demo, the benchmark and the tests."""
+"""A server process on this machine inside a `with` block, for the demo, the benchmark and the tests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parent.parent
 def serve(
     *arguments: str, log: Path, command: Sequence[str] = ("-m", "scripts.serve"), **environment: str
 ) -> Iterator[str]:
-    """Starts `python <command> --port <free port> <arguments>`, gives its URL once it is healthy, stops it at the end.
+    """Start `python <command> --port <free port> <arguments>`, yield its URL once it is healthy, and stop it.
 
-    The process sees none of this one's `VAE_*` and `HF_*` variables, but those given here. This one takes SIGTERM as
-    Ctrl-C from then on, so that no server outlives it.
+    The server sees only the `VAE_*` and `HF_*` variables in `environment`. From now on this process takes SIGTERM as
+    Ctrl-C, so no server outlives it.
 
     Raises:
-        RuntimeError: it ended, or was not healthy within two minutes; the message holds its log.
+        RuntimeError: the server ended, or was not healthy within two minutes; the message has its log.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -44,26 +44,26 @@ def serve(
 
 
 def start_process(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
-    """`python <arguments>` in the project's folder."""
+    """Start `python <arguments>` in the project's folder."""
     with log.open("w") as output:
         command = [sys.executable, *arguments]
         return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
 def free_port() -> int:
-    """One that nothing listens on now."""
+    """Return a port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what configures the service."""
+    """Return the environment of this process without the variables of the service."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("VAE_", "HF_"))}
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
-    """Raises `RuntimeError` with the log where the process ends first, or takes more than two minutes."""
+    """Raise `RuntimeError` with the log if the process ends first, or takes more than two minutes."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         try:

@@ -1,4 +1,4 @@
-"""The models as a table, `make models`, and what an endpoint has to know of them."""
+"""The table of models, `make models`, and their properties for endpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scripts.instances import dollars, table_price
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 WIDE = 226
-"""Columns that the table needs; a narrower terminal gets a few lines for each model."""
+"""Columns of the table. A narrower terminal gets a few lines for each model."""
 
 
 def main() -> None:
@@ -35,62 +35,62 @@ def print_table(console: Console) -> None:
         table.add_column(column, no_wrap=True)
     table.add_column("also for", overflow="fold")
     for key, model in MODELS.items():
-        words = (word(model, "vae_class"), word(model, "dtype"), instance(key), model.shared_by)
-        table.add_row(key, *map(escape, (latents(model), scaling(model), checkpoint(model), *words)))
+        columns = (declared(model, "vae_class"), declared(model, "dtype"), instance(key), model.shared_by)
+        table.add_row(key, *map(escape, (latents(model), scaling(model), checkpoint(model), *columns)))
     console.print(table)
 
 
 def print_list(console: Console) -> None:
-    """The model and its checkpoint in a line each, which can be copied whole; all else is wrapped."""
+    """Print a model and its checkpoint on a line each, which can be copied whole, and wrap the rest."""
     for key, model in MODELS.items():
         console.print(f"[bold]{key}[/]  {escape(latents(model))}  {scaling(model)}")
-        described = f"{word(model, 'vae_class')}, {word(model, 'dtype')} on a GPU; endpoint: {instance(key)}"
+        described = f"{declared(model, 'vae_class')}, {declared(model, 'dtype')} on a GPU; endpoint: {instance(key)}"
         for line in (checkpoint(model), described, model.shared_by and f"also for {model.shared_by}"):
             if line:
                 console.print(Padding(escape(line), (0, 0, 0, 4)))
 
 
-def word(model: type[Model], name: str) -> str:
-    """What a model declares; `?` where it leaves out what has no default."""
+def declared(model: type[Model], name: str) -> str:
+    """Return an attribute of a model, or `?` where a model does not declare it."""
     return str(getattr(model, name, "?"))
 
 
 def instance(key: str) -> str:
-    """What an endpoint of it runs on, and its price by the list of `instances.AS_OF`."""
-    if cannot_run(key):
+    """Return the instance of the model's endpoint and its price by the list of `instances.AS_OF`."""
+    if why_not_deployable(key):
         return f"none: it needs diffusers {MODELS[key].diffusers}"
     return f"{MODELS[key].instance}, {dollars(table_price('aws', MODELS[key].instance, 'x1'))}/h"
 
 
 def checkpoint(model: type[Model]) -> str:
-    """Where its weights are: on the Hub, or in this project."""
-    folder = Path(word(model, "checkpoint"))
+    """Return the location of the weights: on the Hub, or in this project."""
+    folder = Path(declared(model, "checkpoint"))
     if folder.is_absolute():
         return f"{folder.parent.name}/{folder.name}"
     return "/".join(filter(None, (str(folder), model.subfolder)))
 
 
-def cannot_run(model: str) -> str | None:
-    """Why an endpoint cannot run it; None where it can. requirements.txt bounds diffusers there, and not elsewhere."""
+def why_not_deployable(model: str) -> str | None:
+    """Return why an endpoint cannot run the model, or None. requirements.txt bounds diffusers on endpoints alone."""
     handler, bound = MODELS[model], re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
-    needed, below = ([int(part) for part in version.split(".")] for version in (handler.diffusers, bound[1]))
+    needed, below = ([int(number) for number in version.split(".")] for version in (handler.diffusers, bound[1]))
     if needed < below:
         return None
-    its_class = word(handler, "vae_class")
+    vae_class = declared(handler, "vae_class")
     return (
-        f"{model} cannot run on an endpoint: its {its_class} needs diffusers {handler.diffusers} or later, and "
+        f"{model} cannot run on an endpoint: its {vae_class} needs diffusers {handler.diffusers} or later, and "
         f"endpoints have one before {bound[1]}; `make serve MODEL={model}` runs it on a machine of your own"
     )
 
 
 def is_shipped(model: str) -> bool:
-    """Whether the model's weights are part of this project."""
+    """Return whether the model's weights are in this project."""
     return Path(MODELS[model].checkpoint).is_absolute()
 
 
 def published_models() -> list[str]:
-    """Those that an endpoint can run, and whose weights are on the Hub; says which of them it cannot run, and why."""
-    reasons = {key: cannot_run(key) for key in MODELS if not is_shipped(key)}
+    """Return the models with weights on the Hub that an endpoint can run, and note why it cannot run the others."""
+    reasons = {key: why_not_deployable(key) for key in MODELS if not is_shipped(key)}
     for reason in filter(None, reasons.values()):
         note(reason)
     return [key for key, reason in reasons.items() if not reason]
@@ -101,28 +101,28 @@ def license_link(model: str) -> str:
 
 
 def latents(model: type[Model]) -> str:
-    """The shape of a batch."""
+    """Return the shape of a batch of latents."""
     factor, frames = model.frame_factor, ""
     if model.kind == "video":
         frames = f"(F-1)/{factor}+1, " if factor > 1 else "F, "
     scale = model.vae_scale_factor
-    return f"[B, {word(model, 'latent_channels')}, {frames}H/{scale}, W/{scale}]"
+    return f"[B, {declared(model, 'latent_channels')}, {frames}H/{scale}, W/{scale}]"
 
 
 def scaling(model: type[Model]) -> str:
-    """What a client sends for the latents of the model's pipeline."""
+    """Return the scaling parameters that a client sends with the latents of the model's pipeline."""
     if gives_raw_latents(model):
         return "do_scaling=False"
     return ", ".join(f"{value:g}" for value in scaling_factors(model).values()) or "do_scaling"
 
 
 def gives_raw_latents(model: type[Model]) -> bool:
-    """Whether what the model's own pipeline gives is not scaled."""
+    """Return whether the latents of the model's own pipeline are not scaled."""
     return (model.pipeline_layout or ("BCFHW" if model.kind == "video" else "BCHW")) in model.raw_layouts
 
 
 def scaling_factors(model: type[Model]) -> dict[str, float]:
-    """`scaling_factor` and `shift_factor` where they are all of the model's scaling; else `do_scaling` says more."""
+    """Return `scaling_factor` and `shift_factor`; empty where the model's scaling also has a mean or deviations."""
     config = model.published_config
     if "scaling_factor" not in config or "latents_mean" in config:
         return {}

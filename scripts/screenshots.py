@@ -1,4 +1,4 @@
-"""The images of the web demo in docs/: `make screenshots`. Takes them of the VAE in this repository, in Chromium."""
+"""Take the screenshots of the web demo in docs/, with the VAE of this repository, in Chromium: `make screenshots`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serves one VAE on this machine: `make serve MODEL=tiny`."""
+"""Serve VAEs on this machine: `make serve MODEL=tiny`."""
 
 import logging
 import os
@@ -16,13 +16,20 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="Key of the model; `make models` lists them.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    model: Annotated[
+        str | None, typer.Option(help="Key of the model, or several as a,b,c; `make models` lists them.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 listens on every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    weights: Annotated[str | None, typer.Option(help='Folder with the weights, or "random".')] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best that is there.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help='Folder with the weights, or "random"; default: the checkpoint.')
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the best one of this machine.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the model's own.")] = None,
 ) -> None:
+    """Serve VAEs over HTTP until SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     options = {"model": model, "weights": weights, "device": device, "dtype": dtype}
     os.environ.update({f"VAE_{name.upper()}": value for name, value in options.items() if value})
@@ -38,7 +45,7 @@ def main(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server that listens on `host` is reached from this machine alone."""
+    """Return whether only this machine reaches a server that listens on `host`."""
     try:
         addresses = {address[4][0] for address in socket.getaddrinfo(host, None)}
     except OSError:

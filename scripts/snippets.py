@@ -1,4 +1,4 @@
-"""Code that calls a model's endpoint. `make deploy` prints it and writes it into the repository's model card."""
+"""The code that calls a model's endpoint. `make deploy` prints it and writes it into the model card."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from scripts.models import gives_raw_latents, scaling_factors
 SIZE = 512
 """Height and width, in pixels, of the image that the code decodes."""
 LATENT_FRAMES = 3
-"""Latent frames of the video that the code decodes."""
+"""Latent frames of a video."""
 
 
-def calling(addresses: Mapping[str, str]) -> str:
-    """Return the code for each model at its address, in Markdown."""
+def calling_code(addresses: Mapping[str, str]) -> str:
+    """Return Markdown with the code for each model at its URL."""
     return "\n".join(
         f"{key}, with a token:\n\n```python\n{token_snippet(MODELS[key], address)}```\n\n"
-        "With `remote_decode` of diffusers, which sends no token and needs an endpoint with ACCESS=public:\n\n"
+        "With diffusers. Its `remote_decode` sends no token, so it needs an endpoint with ACCESS=public:\n\n"
         f"```python\n{diffusers_snippet(MODELS[key], address)}```\n"
         for key, address in addresses.items()
     )
 
 
 def diffusers_snippet(model: type[Model], url: str) -> str:
-    """Return code with `remote_decode`. Parameters that it has no argument for go into the URL."""
+    """Return code with diffusers' client. A parameter without an argument goes into the URL."""
     sent, save = sent_parameters(model), 'decoded.save("decoded.jpg")'
     if "num_frames" in sent:
         url += f"?num_frames={sent.pop('num_frames')}"
-    if sent.get("do_scaling"):  # `remote_decode` sends it by itself
+    if sent.get("do_scaling"):  # the default of remote_decode
         del sent["do_scaling"]
     if model.kind == "video":
         sent |= {"output_type": "mp4", "return_type": "mp4"}
@@ -47,7 +47,7 @@ decoded = remote_decode("{url}", latents{arguments})
 
 
 def token_snippet(model: type[Model], url: str) -> str:
-    """Return code that sends the token in a header, for an endpoint of any access."""
+    """Return code that sends a token, for an endpoint of any access."""
     sent, accept, file = {"output_type": "pil", "image_format": "png"}, "image/png", "decoded.png"
     if model.kind == "video":
         sent, accept, file = {"output_type": "mp4"}, "text/plain", "decoded.mp4"
@@ -64,7 +64,7 @@ headers = {{
     "Authorization": f"Bearer {{get_token()}}",
     "Content-Type": "tensor/binary",
     "Accept": "{accept}",
-    "X-Scale-Up-Timeout": "600",  # waits for an endpoint that has scaled to zero
+    "X-Scale-Up-Timeout": "600",  # waits while an endpoint starts
 }}
 body = latents.numpy().tobytes()
 response = requests.post("{url}", body, params=parameters, headers=headers, timeout=660)
@@ -76,12 +76,11 @@ with open("{file}", "wb") as file:
 
 
 def literal(value: Any) -> str:
-    """Return the value as Python code, with a string in double quotes."""
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def latents_shape(model: type[Model]) -> list[int]:
-    """Return the shape of latents from the model's pipelines, for one image or `LATENT_FRAMES`."""
+    """Return the shape of latents as the model's pipelines give them, for one image or a few frames."""
     side, channels, patch = SIZE // model.vae_scale_factor, model.latent_channels, model.patch
     frames = [LATENT_FRAMES] if model.kind == "video" else []
     if model.pipeline_layout == "packed":
@@ -92,7 +91,7 @@ def latents_shape(model: type[Model]) -> list[int]:
 
 
 def sent_parameters(model: type[Model]) -> dict[str, Any]:
-    """Return the parameters that go with the latents of the model's pipelines."""
+    """Return the parameters that a client sends with the pipeline's latents."""
     sent: dict[str, Any] = {"height": SIZE, "width": SIZE} if model.pipeline_layout == "packed" else {}
     if sent and model.kind == "video":
         sent["num_frames"] = (LATENT_FRAMES - 1) * model.frame_factor + 1

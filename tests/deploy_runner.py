@@ -1,7 +1,7 @@
-"""Runs `scripts/deploy.py` against the tests' own Hugging Face: within the tests, for speed, or as a process.
+"""Run `scripts/deploy.py` against the local Hub: in the process of the tests, for speed, or in its own process.
 
-These tests are of the deploying side, which has an environment of its own (requirements/deploy.txt) with another
-huggingface_hub than the endpoint's container: they are not collected where that is older (`tests/conftest.py`).
+Deploying has its own environment (requirements/deploy.txt) with a newer huggingface_hub than the endpoint's container.
+pytest does not collect these tests with an older one (`tests/conftest.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLOCK = Path(__file__).parent / "fast_clock"
 TOKEN = "hf_writeTokenOfTheTests"
 NAMESPACE = "ana"
 PUBLISHED = [key for key in MODELS if key != "tiny"]
-# Of the storage's client: one request for each block, uncompressed, and nothing else.
+# Settings of the storage's client: one request for each uncompressed block, and nothing else.
 XET = {
     "HF_XET_CLIENT_LEGACY_DIRECT_XORB_UPLOAD": "true",
     "HF_XET_CLIENT_SHARD_API_VERSION": "1",
@@ -56,7 +56,7 @@ class Result:
 
 @dataclass
 class Clock:
-    """In place of `time`: a wait is remembered, and takes no time, or a little where it is for a real server."""
+    """A stand-in for `time` that records each wait. A wait takes no time, or a little with a real server."""
 
     real: float = 0
     now: float = 0
@@ -73,15 +73,15 @@ class Clock:
 
 @dataclass
 class Runner:
-    """`run("deploy", "--model", "flux")` against `hub`, in a home folder of its own."""
+    """A runner of commands: `deploy("deploy", "--model", "flux")` against `hub`, in its own home folder."""
 
     hub: Hub
     home: Path
     project: Path = PROJECT
     outputs: str = ""
-    """Everything that was printed so far."""
+    """The output so far."""
     waits: list[float] = field(default_factory=list)
-    """Seconds of each wait of the latest run within the tests."""
+    """Seconds of each wait in the last run in this process."""
 
     def environment(self, token: str | None = TOKEN) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VAE_", "PYTHON"))}
@@ -98,7 +98,7 @@ class Runner:
         }
 
     def __call__(self, *arguments: str, token: str | None = TOKEN, answer: str = "", **variables: str) -> Result:
-        """`variables` are set in the environment; `answer` is typed. Another project than this one is a process."""
+        """Run a command with an environment and with `answer` as its input. A copied project runs as a process."""
         if self.project != PROJECT:
             return self.process(*arguments, token=token, answer=answer, **variables)
         from scripts import deploy
@@ -119,7 +119,7 @@ class Runner:
         return Result(done.exit_code, done.stdout, done.stderr)
 
     def process(self, *arguments: str, token: str | None = TOKEN, answer: str = "", **variables: str) -> Result:
-        """As its users run it."""
+        """Run a command as its users do."""
         done = subprocess.run(
             [sys.executable, "-m", "scripts.deploy", *arguments],
             cwd=self.project,
@@ -133,7 +133,7 @@ class Runner:
         return Result(done.returncode, done.stdout, done.stderr)
 
     def interrupt(self, *arguments: str, when: str) -> Result:
-        """Presses Ctrl-C once the Hub has got a request that matches `when`."""
+        """Press Ctrl-C when the Hub has a request that matches `when`."""
         command = [sys.executable, "-m", "scripts.deploy", *arguments]
         process = subprocess.Popen(
             command,
@@ -155,7 +155,7 @@ class Runner:
 
 @pytest.fixture(scope="module", autouse=True)
 def storage_client() -> Iterator[None]:
-    """It reads the environment once in a process."""
+    """Set the environment of the storage's client, which reads it once in a process."""
     with patch.dict(os.environ, {**XET, "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}):
         yield
 
@@ -168,7 +168,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def deploy(hub: Hub, tmp_path: Path) -> Runner:
-    """A user with a token that may write; the published checkpoints are on the Hub."""
+    """Return a runner with a token that may write, and put the published checkpoints on the Hub."""
     for key in PUBLISHED:
         publish(hub, MODELS[key].checkpoint, f"{MODELS[key].subfolder}/" if MODELS[key].subfolder else "")
     hub.tokens[TOKEN] = identity(NAMESPACE, orgs={"lab": "write", "museum": "read"})
@@ -178,7 +178,7 @@ def deploy(hub: Hub, tmp_path: Path) -> Runner:
 
 
 def publish(hub: Hub, repository: str, folder: str = "", **options: bool) -> Repo:
-    """Puts a checkpoint onto the Hub: the VAE's two files, and others that nobody needs."""
+    """Put a checkpoint on the Hub: the two files of the VAE, and files that nobody needs."""
     repo = hub.repos[repository] = Repo(**options)
     wanted = {f"{folder}{name}": f"{repository} {name}".encode() * 40 for name in WEIGHTS}
     repo.commit(

@@ -1,10 +1,10 @@
-"""Inference Endpoints for the tests: the control plane, and the proxy before each endpoint.
+"""A local server with the API of Inference Endpoints for the tests: the control plane, and the proxy of each endpoint.
 
-What it does is what the real one was seen to do, or says of itself; the source of each is where it is done:
+It behaves as the real platform was observed or documented. Comments name the sources:
 
 documentation  huggingface/hf-endpoints-documentation, as of 2026-08
-huggingface_hub  its 2.4.0, the mock answers of its tests, and its threads by number
-measured  public notes of people who ran the real one in 2026, with times of day
+huggingface_hub  version 2.4.0, the mock responses of its tests, and its issues by number
+measured  public notes of people who ran the real platform in 2026
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from handlers import MODELS
-from scripts.deployment.plan import tag_of
+from scripts.deployment.plan import model_tag
 
 TOOLKIT = Path(__file__).parent / "toolkit"
 Script = list[str | tuple[str, str]]
 COUNTED = ("pending", "initializing", "updating", "running", "scaledToZero", "updateFailed")
-"""States in which an endpoint takes from the quota; paused ones do not (documentation, guides/foundations)."""
+"""States that count against the quota. Paused endpoints do not count (documentation, guides/foundations)."""
 
 
 @dataclass
 class Hardware:
-    """A row of `GET /v2/provider/NAMESPACE`, in the form of huggingface_hub's own mock answer."""
+    """A row of `GET /v2/provider/NAMESPACE`, as in huggingface_hub's own mock response."""
 
     region: str
     instance: str
     size: str
     price: float
     memory: int
-    """GB, of all its accelerators together, or of the machine where it has none."""
+    """GB of all accelerators, or of the machine if it has none."""
     accelerators: int = 1
     status: str = "available"
     quota: int = 40
     vendor: str = "aws"
 
-    def described(self, used: int) -> dict[str, Any]:
+    def describe(self, used: int) -> dict[str, Any]:
         gpu = self.instance.startswith("nvidia")
         return {
             "id": f"{self.vendor}-{self.region}-{self.instance}-{self.size}",
@@ -69,8 +69,8 @@ class Hardware:
         }
 
 
-def offered() -> list[Hardware]:
-    """What differs by region: us-west-2 has no T4, the A100 is gone everywhere, eu-west-1 costs more."""
+def default_hardware() -> list[Hardware]:
+    """Return hardware that differs by region: us-west-2 has no T4, no region has the A100, eu-west-1 costs more."""
     return [
         Hardware("us-east-1", "intel-spr", "x1", 0.033, 2, quota=60),
         Hardware("us-east-1", "nvidia-t4", "x1", 0.5, 14),
@@ -86,7 +86,7 @@ def offered() -> list[Hardware]:
 
 
 class Process:
-    """The stand-in toolkit over a repository's files in a clean folder, with nothing of the project around it."""
+    """The stand-in toolkit with a repository's files in a clean folder, without other files of the project."""
 
     def __init__(self, files: dict[str, bytes], folder: Path) -> None:
         self.files = files
@@ -131,29 +131,26 @@ class Platform(ABC):
 
     folder: Path
     endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
-    secrets: dict[str, dict[str, str]] = field(default_factory=dict)
-    hardware: list[Hardware] = field(default_factory=offered)
+    hardware: list[Hardware] = field(default_factory=default_hardware)
     serve: Literal["stub", "process"] = "stub"
-    """An endpoint's container: one that gives back the picture it was sent, or the real files in the toolkit."""
+    """The container: a stub that returns the image that it was sent, or the real files in the toolkit."""
     script: Script = field(default_factory=lambda: ["pending", "initializing", "running"])
-    """The states that an endpoint goes through, a look each; the last one stays."""
+    """The states of an endpoint, one for each poll. The last state stays."""
     deletion: int = 2
-    """Looks for which a deleted endpoint is still there."""
+    """Polls for which a deleted endpoint still exists."""
     never_sleeps_by: Literal["null", "zero", "nothing"] = "null"
-    """What an update takes for "no scale to zero"; no public source tells which."""
-    merges_secrets: bool = True
-    """Whether secrets that an update does not name stay; no public source tells that either."""
-    given_type: str | None = None
-    """The type that a new endpoint gets, whatever was asked for."""
+    """The value for "no scale to zero" in an update; no public source has it."""
+    forced_type: str | None = None
+    """The type of every new endpoint, instead of the requested one."""
     url: str = ""
     pending: dict[str, Script] = field(default_factory=dict)
     deleting: dict[str, int] = field(default_factory=dict)
     processes: dict[str, Process] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict)
-    stub_answer: bytes | None = None
-    """What the stub decodes to instead of the picture it was sent."""
+    images: dict[str, bytes] = field(default_factory=dict)
+    stub_result: bytes | None = None
+    """The result of the stub's decode, instead of the image that it was sent."""
 
-    # Of the Hub, which is a subclass.
+    # Methods of the Hub, which is a subclass
 
     @abstractmethod
     def who(self, request: Request) -> dict[str, Any] | None: ...
@@ -171,14 +168,14 @@ class Platform(ABC):
     # The control plane
 
     async def provider(self, request: Request) -> Response:
-        """Regions with prices, status and quota (huggingface_hub, `list_inference_endpoints_hardware`)."""
+        """List regions with prices, status and quota (huggingface_hub, `list_inference_endpoints_hardware`)."""
         namespace = request.path_params["namespace"]
         if not self.member(request, namespace, write=False):
             return JSONResponse({"error": "Forbidden"}, 403)
         vendors: dict[str, dict[str, list]] = {}
-        for one in self.hardware:
-            computes = vendors.setdefault(one.vendor, {}).setdefault(one.region, [])
-            computes.append(one.described(self.used(namespace, one)))
+        for hardware in self.hardware:
+            computes = vendors.setdefault(hardware.vendor, {}).setdefault(hardware.region, [])
+            computes.append(hardware.describe(self.used(namespace, hardware)))
         described = [
             {"name": vendor, "regions": [{"name": name, "computes": computes} for name, computes in regions.items()]}
             for vendor, regions in vendors.items()
@@ -186,7 +183,7 @@ class Platform(ABC):
         return JSONResponse({"vendors": described})
 
     def used(self, namespace: str, hardware: Hardware) -> int:
-        """Accelerators that count against the quota: one that has scaled to zero still does (documentation)."""
+        """Count the accelerators against the quota. Endpoints that have scaled to zero count too (documentation)."""
         return sum(
             hardware.accelerators * raw["compute"]["scaling"]["maxReplica"]
             for key, raw in self.endpoints.items()
@@ -196,8 +193,8 @@ class Platform(ABC):
             and raw["status"]["state"] in COUNTED
         )
 
-    async def endpoints_of(self, request: Request) -> Response:
-        """Creating one is not idempotent: the second POST of a name is 409, be the first one's answer lost or not."""
+    async def namespace_endpoints(self, request: Request) -> Response:
+        """List or create endpoints. A second POST of a name is 409, even if the first response was lost."""
         namespace = request.path_params["namespace"]
         if not self.member(request, namespace, write=request.method == "POST"):
             return JSONResponse({"error": "Forbidden"}, 403)
@@ -211,29 +208,29 @@ class Platform(ABC):
             return JSONResponse({"error": "Endpoint name already in use"}, 409)
         if refusal := self.refusal(namespace, body):
             return refusal
-        if self.given_type:
-            body["type"] = self.given_type
-        self.secrets[key] = body["model"].pop("secrets", {})
+        if self.forced_type:
+            body["type"] = self.forced_type
         by = {"id": "6273f303f6d63a28483fde12", "name": namespace}
         status = {"createdAt": now(), "createdBy": by, "updatedBy": by, "private": None, "targetReplica": 0}
-        # A field that was sent as null is left out, as the mock answers of huggingface_hub's tests have it.
+        # A null field is left out, as in the mock responses of huggingface_hub's tests.
         self.endpoints[key] = {**without_nulls(body), "healthRoute": "/health", "status": status}
         self.start(key)
         return JSONResponse(self.public(key))
 
     def refusal(self, namespace: str, raw: dict[str, Any]) -> Response | None:
-        """What does not go together, and an instance that is not there or above the quota."""
+        """Return the response to settings that exclude each other, or to hardware that is unavailable or over quota."""
         compute, provider = raw["compute"], raw["provider"]
         scaling = compute["scaling"]
         if scaling["minReplica"] and scaling.get("scaleToZeroTimeout") is not None:
-            # huggingface_hub #3062 and huggingface/trending-deploy #8 tell of this refusal, not of its words.
+            # huggingface_hub #3062 and huggingface/trending-deploy #8 mention this refusal without its text.
             return JSONResponse({"error": "minReplica must be 0 when scaleToZeroTimeout is set"}, 400)
         wanted = (provider["vendor"], provider["region"], compute["instanceType"], compute["instanceSize"])
-        found = next((one for one in self.hardware if wanted == (one.vendor, one.region, one.instance, one.size)), None)
-        if found is None or found.status not in ("available", "low_availability"):
+        offers = {(each.vendor, each.region, each.instance, each.size): each for each in self.hardware}
+        hardware = offers.get(wanted)
+        if hardware is None or hardware.status not in ("available", "low_availability"):
             return JSONResponse({"error": f"Compute {'-'.join(wanted)} is not available"}, 400)
-        if self.used(namespace, found) + found.accelerators > found.quota:
-            return JSONResponse({"error": f"Quota exceeded for {found.instance}"}, 403)
+        if self.used(namespace, hardware) + hardware.accelerators > hardware.quota:
+            return JSONResponse({"error": f"Quota exceeded for {hardware.instance}"}, 403)
         return None
 
     async def endpoint(self, request: Request) -> Response:
@@ -241,26 +238,25 @@ class Platform(ABC):
         key = f"{namespace}/{request.path_params['name']}"
         if not self.member(request, namespace, write=request.method != "GET"):
             return JSONResponse({"error": "Forbidden"}, 403)
-        self.forget(key)
+        self.step_deletion(key)
         if key not in self.endpoints:
             return JSONResponse({"error": "Endpoint not found"}, 404)
         if request.method == "GET":
-            await run_in_threadpool(self.look, key)
+            await run_in_threadpool(self.step, key)
         elif request.method == "DELETE":
-            # 200 with no body (huggingface_hub reads none); the endpoint is there for a while yet.
+            # 200 without a body (huggingface_hub reads none). The endpoint exists a little longer.
             self.deleting.setdefault(key, self.deletion)
             self.pending[key] = []
             self.halt(key)
-            self.forget(key)
+            self.step_deletion(key)
             return Response(status_code=200)
         else:
             return self.update(key, await request.json())
         return JSONResponse(self.public(key))
 
     def update(self, key: str, changes: dict[str, Any]) -> Response:
-        """Fields that are not named stay, which is why huggingface_hub's update, sending no null, cannot unset one."""
+        """Update the named fields. huggingface_hub's update sends no null, so it cannot unset a field."""
         updated = json.loads(json.dumps(self.endpoints[key]))
-        secrets = changes.get("model", {}).pop("secrets", None)
         scaling = changes.get("compute", {}).get("scaling", {})
         never = {"null": None, "zero": 0}
         if (
@@ -276,16 +272,13 @@ class Platform(ABC):
         scaling = updated["compute"]["scaling"]
         if scaling["minReplica"] and scaling.get("scaleToZeroTimeout") is not None:
             return JSONResponse({"error": "minReplica must be 0 when scaleToZeroTimeout is set"}, 400)
-        if secrets is not None:
-            kept = self.secrets[key] if self.merges_secrets else {}
-            self.secrets[key] = {name: value for name, value in {**kept, **secrets}.items() if value is not None}
         self.endpoints[key] = updated
         if updated["status"]["state"] != "paused":
             self.start(key, "updating")  # about 50 s of 503s at the proxy (measured)
         return JSONResponse(self.public(key))
 
-    def forget(self, key: str) -> None:
-        """One look less at an endpoint that was deleted."""
+    def step_deletion(self, key: str) -> None:
+        """Count one poll of a deleted endpoint."""
         if key in self.deleting:
             self.deleting[key] -= 1
             if self.deleting[key] < 0:
@@ -303,39 +296,36 @@ class Platform(ABC):
             self.pending.pop(key, None)
             status |= {"state": "paused", "message": "", "readyReplica": 0, "updatedAt": now()}
         elif status["state"] == "running":
-            # huggingface_hub takes exactly this for success (its `resume_inference_endpoint`, and #2335)
+            # huggingface_hub takes exactly this as success (`resume_inference_endpoint`, #2335)
             return JSONResponse({"error": "Endpoint is already running"}, 400)
         else:
             self.start(key)
         return JSONResponse(self.public(key))
 
     def public(self, key: str) -> dict[str, Any]:
-        """The API's description of an endpoint: of secrets the names alone."""
-        raw = json.loads(json.dumps(self.endpoints[key]))
-        if self.secrets.get(key):
-            raw["model"]["secrets"] = dict.fromkeys(self.secrets[key], "")
-        return raw
+        """Return the API's description of an endpoint."""
+        return json.loads(json.dumps(self.endpoints[key]))
 
     def start(self, key: str, *first: str) -> None:
-        """Begins a deployment of the endpoint's pinned revision. A process that runs it already is kept, for speed."""
+        """Start a deployment of the endpoint's pinned revision. A process that already runs it is kept, for speed."""
         raw = self.endpoints[key]
         self.pending[key] = [*first, *self.script]
         if self.serve == "process" and (key not in self.processes or self.processes[key].files != self.files(raw)):
             self.halt(key)
             self.processes[key] = Process(self.files(raw), Path(self.folder, uuid.uuid4().hex))
         raw["status"] |= {"url": f"{self.url}/live/{key}", "updatedAt": now()}
-        self.look(key)
+        self.step(key)
 
-    def look(self, key: str) -> None:
-        """One step on in the endpoint's states."""
+    def step(self, key: str) -> None:
+        """Move the endpoint to its next state."""
         status, steps = self.endpoints[key]["status"], self.pending.get(key)
         if steps:
-            step = steps.pop(0)
-            state, message = (step, "") if isinstance(step, str) else step
+            following = steps.pop(0)
+            state, message = (following, "") if isinstance(following, str) else following
             if state == "running" and key in self.processes:
                 state, message = self.processes[key].state
                 if state == "initializing":
-                    steps.insert(0, step)
+                    steps.insert(0, following)
             status |= {"state": state, "message": message, "readyReplica": int(state == "running")}
 
     def halt(self, key: str) -> None:
@@ -344,11 +334,11 @@ class Platform(ABC):
 
     # The proxy
 
-    def stranger(self, request: Request, raw: dict[str, Any], namespace: str) -> Response | None:
-        """The proxy's answers to who may not call, in its own words (measured).
+    def refuse_caller(self, request: Request, raw: dict[str, Any], namespace: str) -> Response | None:
+        """Return the proxy's response to a caller without access, in its own words (measured).
 
         No token, an empty one and an unknown one are 401; a token without the permission to call endpoints is 403.
-        Whether a `private` endpoint is reached at all differs between sources; here it is, with a member's token.
+        Sources differ on whether a `private` endpoint is reachable. Here a member's token reaches it.
         """
         if raw["type"] == "public":
             return None
@@ -365,13 +355,13 @@ class Platform(ABC):
         return None
 
     async def live(self, request: Request) -> Response:
-        """Access, replicas that sleep, and the container behind. While an update rolls out it answers 503."""
+        """Check the access, wake the endpoint, and call its container. During an update the response is 503."""
         namespace = request.path_params["namespace"]
         key = f"{namespace}/{request.path_params['name']}"
         raw = self.endpoints.get(key)
         if raw is None or key in self.deleting:
             return PlainTextResponse("", 404)
-        if refusal := self.stranger(request, raw, namespace):
+        if refusal := self.refuse_caller(request, raw, namespace):
             return refusal
         status = raw["status"]
         if status["state"] == "paused":
@@ -388,30 +378,30 @@ class Platform(ABC):
     def forward(self, key: str, request: Request, body: bytes) -> Response:
         url = f"{self.processes[key].url}/{request.path_params.get('path', '')}?{request.url.query}"
         headers = {name: request.headers[name] for name in ("content-type", "accept") if name in request.headers}
-        answer = requests.request(request.method, url, data=body, headers=headers, timeout=60)
+        response = requests.request(request.method, url, data=body, headers=headers, timeout=60)
         skipped = ("content-length", "content-encoding", "transfer-encoding", "connection", "server", "date")
-        kept = {name: value for name, value in answer.headers.items() if name.lower() not in skipped}
-        return Response(answer.content, answer.status_code, kept)
+        headers = {name: value for name, value in response.headers.items() if name.lower() not in skipped}
+        return Response(response.content, response.status_code, headers)
 
     def stub(self, key: str, request: Request, body: bytes) -> Response:
         tags = self.endpoints[key]["tags"]
         *folder, action = request.path_params.get("path", "").split("/")
         tag = folder[0] if folder else next(tag for tag in tags if tag != "remote-vae")
-        video = any(model.kind == "video" for name, model in MODELS.items() if tag_of(name) == tag)
+        is_video = any(model.kind == "video" for name, model in MODELS.items() if model_tag(name) == tag)
         if action != "decode":
-            self.pictures[key] = body
-            shape = [1, 4, 1, 4, 4] if video else [1, 4, 4, 4]
+            self.images[key] = body
+            shape = [1, 4, 1, 4, 4] if is_video else [1, 4, 4, 4]
             headers = {"shape": json.dumps(shape), "dtype": "float16"}
             return Response(bytes(128), media_type="tensor/binary", headers=headers)
-        if video:
+        if is_video:
             return Response(b"\x00\x00\x00\x18ftypisom....moov", media_type="video/mp4")
-        return Response(self.stub_answer or self.pictures[key], media_type="image/png")
+        return Response(self.stub_result or self.images[key], media_type="image/png")
 
     def endpoint_routes(self) -> list[Route]:
         endpoint = "/v2/endpoint/{namespace}/{name}"
         return [
             Route("/v2/provider/{namespace}", self.provider),
-            Route("/v2/endpoint/{namespace}", self.endpoints_of, methods=["GET", "POST"]),
+            Route("/v2/endpoint/{namespace}", self.namespace_endpoints, methods=["GET", "POST"]),
             Route(endpoint, self.endpoint, methods=["GET", "PUT", "DELETE"]),
             Route(f"{endpoint}/{{action}}", self.action, methods=["POST"]),
             Route("/live/{namespace}/{name}/{path:path}", self.live, methods=["GET", "POST"]),
@@ -420,13 +410,13 @@ class Platform(ABC):
 
 
 def now() -> str:
-    """With nanoseconds, as the API has it."""
+    """Return the time with nanoseconds, as in the API."""
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}078Z"
 
 
 def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return value
 
 

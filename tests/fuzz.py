@@ -69,8 +69,7 @@ def run(fuzz: Fuzz, count: int) -> None:
         task = progress.add_task("", total=count)
         fuzz.warm_up()
         fuzz.run(range(count), lambda: progress.advance(task))
-    is_limited = any(target.server.limited for target in fuzz.targets)
-    lines = fuzz.check_limits() if is_limited else fuzz.check_memory()
+    lines = fuzz.check_memory()
     fuzz.check_logs()
     console.print(report.console_table(report.rows(fuzz.ledger)))
     for line in lines:

@@ -1,7 +1,7 @@
-"""A Hugging Face of its own for the tests: what deploying needs of the Hub; `endpoints_server.py` has the rest.
+"""A local Hub for the tests, with the API that deploying needs. `endpoints_server.py` has Inference Endpoints.
 
-It keeps state: repositories with commits, and Inference Endpoints. Faults are injected with `fail`, `drop` and
-`interrupt`, before the work of a request is done or after it.
+It keeps repositories with commits, and endpoints. `fail`, `drop` and `interrupt` inject faults, before or after the
+work of a request.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_REPOSITORY = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository 
 
 
 def identity(name: str, role: str = "write", orgs: dict[str, str] | None = None, **fine_grained: Any) -> dict[str, Any]:
-    """What whoami says of a token. `orgs` are names and roles; `fine_grained` are its rules."""
+    """Return the whoami of a token. `orgs` are names and roles; `fine_grained` are its rules."""
     token = {"displayName": "test", "role": role, **({"fineGrained": fine_grained} if fine_grained else {})}
     members = [{"type": "org", "name": org, "roleInOrg": rank} for org, rank in (orgs or {}).items()]
     return {"type": "user", "name": name, "orgs": members, "auth": {"type": "access_token", "accessToken": token}}
@@ -42,7 +42,7 @@ def identity(name: str, role: str = "write", orgs: dict[str, str] | None = None,
 
 @dataclass
 class Repo:
-    """A model repository: its commits, newest last, each a map of path to content."""
+    """A model repository: its commits, the newest last. Each is a map of path to content."""
 
     private: bool = False
     gated: bool = False
@@ -65,17 +65,19 @@ class Repo:
 
 @dataclass
 class Fault:
+    """A fault for the requests that match."""
+
     method: str
     path: str
     times: int
-    answer: Response | None
+    response: Response | None
     """None drops the connection."""
     after: bool = False
-    """Whether the work of the request is done before."""
-    made: bool | None = None
-    """Whether there has to be an endpoint already, or must not be; None for either."""
+    """Whether the work of the request is done first."""
+    endpoint_exists: bool | None = None
+    """Whether an endpoint must exist, or must not; None for either."""
     interrupts: bool = False
-    """Whether the process gets a Ctrl-C, and the connection is dropped."""
+    """Whether this process gets a Ctrl-C, and the connection is dropped."""
 
 
 @dataclass
@@ -86,11 +88,11 @@ class Hub(Platform):
     repos: dict[str, Repo] = field(default_factory=dict)
     lfs: dict[str, bytes] = field(default_factory=dict)
     full: str = ""
-    """What the Hub says of a namespace that has no storage left; nothing where it has."""
+    """The Hub's message for a namespace without free storage; "" for one with storage."""
     storage: str = ""
-    """Address of the Xet storage server; this one by default."""
+    """Address of the Xet storage server; default: this one."""
     elsewhere: set[str] = field(default_factory=set)
-    """Repositories in another storage region, from where files are not copied."""
+    """Repositories in another storage region, whose files cannot be copied."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
@@ -104,42 +106,42 @@ class Hub(Platform):
         headers: dict[str, str] | None = None,
         **when: bool,
     ) -> None:
-        """The next `times` requests that match get this answer. `when` are fields of `Fault`."""
+        """Let the next `times` requests that match get this response. `when` are fields of `Fault`."""
         self.faults.append(Fault(method, path, times, JSONResponse({"error": error}, status, headers), **when))
 
     def drop(self, method: str, path: str, times: int = 1000, **when: bool) -> None:
         self.faults.append(Fault(method, path, times, None, **when))
 
     def interrupt(self, method: str, path: str, **when: bool) -> None:
-        """Ctrl-C in this process, once, when such a request comes."""
+        """Press Ctrl-C in this process once, at the next request that matches."""
         self.faults.append(Fault(method, path, 1, None, **when, interrupts=True))
 
     def fault(self, method: str, path: str) -> Fault | None:
-        for one in self.faults:
-            there = one.made in (None, bool(self.endpoints))
-            if one.times and there and one.method == method and re.search(one.path, path):
-                return one
+        for fault in self.faults:
+            applies = fault.times and fault.endpoint_exists in (None, bool(self.endpoints))
+            if applies and fault.method == method and re.search(fault.path, path):
+                return fault
         return None
 
     def sent(self, pattern: str) -> list[str]:
-        """The requests so far, as "METHOD path", that match."""
+        """Return the matching requests so far, as "METHOD path"."""
         lines = [f"{method} {path}" for method, path in self.requests]
         return [line for line in lines if re.search(pattern, line)]
 
     def changes(self) -> list[str]:
-        """The requests so far that could change something."""
+        """Return the requests so far that can change something."""
         reads = re.compile(r"^(GET|HEAD)|validate-yaml|preupload|paths-info|/live/")
         return [f"{method} {path}" for method, path in self.requests if not reads.search(f"{method} {path}")]
 
     # The Hub
 
     def member(self, request: Request, namespace: str, write: bool) -> bool:
-        """Whether the request's token may read, or write, private things of this namespace."""
+        """Return whether the request's token may read, or write, in this namespace."""
         who = self.who(request)
         if who is None:
             return False
         roles = {who["name"]: "admin"} | {org["name"]: org["roleInOrg"] for org in who["orgs"] or []}
-        # With OAuth, which `hf auth login` is, `auth` has no access token, and the login's scopes are not told.
+        # With OAuth (`hf auth login`), `auth` has no access token and no scopes.
         token = (who.get("auth") or {}).get("accessToken") or {}
         return namespace in roles and not (write and "read" in (roles[namespace], token.get("role")))
 
@@ -221,24 +223,24 @@ class Hub(Platform):
         return JSONResponse({"files": [describe(file["path"]) for file in (await request.json())["files"]]})
 
     async def paths_info(self, request: Request) -> Response:
-        """Of each file its hash in Xet storage too, which every file in LFS has by now."""
+        """Describe files, with the hash in Xet storage of each file in LFS."""
         repo = self.readable(request)
         if repo is None:
             return JSONResponse({"error": "Repository not found"}, 404, NO_REPOSITORY)
         if not self.may_open(request, repo):
             return gated()
         _, files = repo.at(request.path_params["revision"])
-        answer = []
+        described = []
         for path in (await request.form()).getlist("paths"):
             if path in files:
                 file = describe_file(path, files[path])
-                answer.append({"type": "file", "path": path, "oid": file["blobId"], "size": file["size"]})
+                described.append({"type": "file", "path": path, "oid": file["blobId"], "size": file["size"]})
                 if lfs := file.get("lfs"):
-                    answer[-1] |= {"lfs": {**lfs, "oid": lfs["sha256"]}, "xetHash": lfs["sha256"]}
-        return JSONResponse(answer)
+                    described[-1] |= {"lfs": {**lfs, "oid": lfs["sha256"]}, "xetHash": lfs["sha256"]}
+        return JSONResponse(described)
 
     async def duplicate(self, request: Request) -> Response:
-        """Files in LFS from one repository into another, on the server; within one storage region (huggingface_hub)."""
+        """Copy files in LFS between repositories of one storage region (huggingface_hub)."""
         name, body = request.path_params["repo"], await request.json()
         if not self.member(request, body["target"]["name"].split("/")[0], write=True):
             return JSONResponse({"error": "Forbidden"}, 403)
@@ -249,7 +251,7 @@ class Hub(Platform):
         return JSONResponse({"success": True, "processed": len(body["files"]), "failed": []})
 
     async def xet_token(self, request: Request) -> Response:
-        """Leave to write, and where to: a namespace that is full is told here, with 403."""
+        """Return the address and the token for uploads, or 403 for a namespace without storage."""
         if not self.member(request, request.path_params["repo"].split("/")[0], write=True):
             return JSONResponse({"error": "Forbidden"}, 403)
         if self.full:
@@ -259,7 +261,7 @@ class Hub(Platform):
         return JSONResponse({"casUrl": url, "accessToken": "xet", "exp": expires}, headers=headers)
 
     async def xorb(self, request: Request) -> Response:
-        """A block of chunks, each after eight bytes: a version, its length, the compression (0, none), its length."""
+        """Store a block of chunks. Each has a head of eight bytes: version, length, compression (0: none), length."""
         body, content, start = await request.body(), b"", 0
         while start < len(body) and body[start] == 0:
             size = int.from_bytes(body[start + 1 : start + 4], "little")
@@ -335,7 +337,7 @@ class Hub(Platform):
         )
 
     def with_faults(self, app: Starlette) -> Callable[..., Awaitable[None]]:
-        """The app behind a record of its requests and the injected faults."""
+        """Return the app with a record of its requests and the injected faults."""
 
         async def run(scope: dict[str, Any], receive: Any, send: Any) -> None:
             if scope["type"] != "http":
@@ -347,25 +349,25 @@ class Hub(Platform):
                 return await app(scope, receive, send)
             fault.times -= 1
             if fault.after:
-                await app(scope, receive, nowhere)
+                await app(scope, receive, discard)
             if fault.interrupts:
                 os.kill(os.getpid(), signal.SIGINT)
-            if fault.answer is None:
+            if fault.response is None:
                 if not fault.after:
                     await receive()
                 send.__self__.transport.abort()
                 return None
-            return await fault.answer(scope, receive, send)
+            return await fault.response(scope, receive, send)
 
         return run
 
 
-async def nowhere(message: dict[str, Any]) -> None:
-    """Where an answer goes that is lost."""
+async def discard(message: dict[str, Any]) -> None:
+    """Lose a response."""
 
 
 def describe_file(path: str, content: bytes) -> dict[str, Any]:
-    """A file as the Hub's API describes it."""
+    """Return the Hub's description of a file."""
     described = {"rfilename": path, "size": len(content), "blobId": git_hash(content)}
     if is_lfs(path):
         described["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
@@ -382,7 +384,7 @@ def gated() -> Response:
 
 @contextmanager
 def running_hub(folder: Path) -> Iterator[Hub]:
-    """A hub that answers at `hub.url`."""
+    """Run a hub at `hub.url`."""
     hub = Hub(folder=folder)
     app = hub.with_faults(hub.app())
     config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", http="h11")

@@ -1,8 +1,8 @@
-"""All small checkpoints behind one address, each app under `/<its key>`: `python -m tests.models_server --folder F`.
+"""A server of all small checkpoints, each app under `/<key>`: `python -m tests.models_server --folder F`.
 
-`/<its key>-float16` and `-bfloat16` are the same in these, loaded by the first request for them.
+`/<key>-float16` and `/<key>-bfloat16` are the same models in these dtypes. Their first request loads them.
 
-`POST /mode/<mode>` has every request run in that memory mode, or be refused where the model does not have it.
+After `POST /mode/<mode>` every request runs in that memory mode, or is refused by a model without it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def load(checkpoint: Path, dtype: str | None = None) -> Starlette:
     return app
 
 
-class Later:
-    """An app that its first request loads: the model in another dtype, which few tests need."""
+class LazyApp:
+    """An app that its first request loads: a model in another dtype, which few tests need."""
 
     def __init__(self, checkpoint: Path, dtype: str) -> None:
         self.app = cache(partial(load, checkpoint, dtype))
@@ -80,7 +80,7 @@ def main(folder: Annotated[Path, typer.Option()], port: int = 8000) -> None:
     for checkpoint in sorted(folder.iterdir()):
         routes.append(Mount(f"/{checkpoint.name}", app=load(checkpoint)))
         routes += [
-            Mount(f"/{checkpoint.name}-{dtype}", app=Later(checkpoint, dtype)) for dtype in ("float16", "bfloat16")
+            Mount(f"/{checkpoint.name}-{dtype}", app=LazyApp(checkpoint, dtype)) for dtype in ("float16", "bfloat16")
         ]
     uvicorn.run(Starlette(routes=routes), host="127.0.0.1", port=port, access_log=False)
 

@@ -1,4 +1,4 @@
-"""The canary against the local platform; and the local platform against what a canary has recorded of the real one."""
+"""The canary against the local platform, and the local platform against a recording of the real platform."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from tests.hub_server import Hub
 __all__ = ["deploy", "hub", "storage_client"]  # fixtures
 
 RECORDED = Path(__file__).parent / "platform_answers.json"
-"""What `make canary` wrote to out/canary.json on the real platform; not there as long as nobody has run it."""
+"""The recording of `make canary` on the real platform. The file does not exist until somebody has run it."""
 
 
 def unlike(local: Any, real: Any, where: str = "") -> list[str]:
-    """Where the local platform gives a field that the real one does not, or one of another type."""
+    """Return the fields of the local platform that the real platform does not have, or has with another type."""
     if isinstance(local, dict) and isinstance(real, dict):
-        missing = [f"{where}.{key}: not in the real one" for key in local.keys() - real.keys()]
+        missing = [f"{where}.{key}: not in the real platform" for key in local.keys() - real.keys()]
         both = local.keys() & real.keys()
         return missing + [line for key in sorted(both) for line in unlike(local[key], real[key], f"{where}.{key}")]
     if isinstance(local, list) and isinstance(real, list):
         return unlike(local[0], real[0], f"{where}[0]") if local and real else []
     if local is None or real is None or type(local) is type(real) or {type(local), type(real)} == {int, float}:
         return []
-    return [f"{where}: {type(local).__name__}, and {type(real).__name__} in the real one"]
+    return [f"{where}: {type(local).__name__}, and {type(real).__name__} in the real platform"]
 
 
 def compare(local: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[str]:
-    """By method, path and status, with commits and addresses out of the paths."""
+    """Compare responses with the same method, path (without commits) and status."""
 
-    def by_request(answers: list[dict[str, Any]]) -> dict[tuple, Any]:
+    def by_request(responses: list[dict[str, Any]]) -> dict[tuple, Any]:
         plain = re.compile(r"[0-9a-f]{40,64}")
-        return {(one["method"], plain.sub("X", one["path"]), one["status"]): one["body"] for one in answers}
+        return {
+            (record["method"], plain.sub("X", record["path"]), record["status"]): record["body"] for record in responses
+        }
 
     known = by_request(real)
     return [
@@ -48,7 +50,7 @@ def compare(local: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[str
     ]
 
 
-def test_the_canary_leaves_nothing_and_records_without_names(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
+def test_the_canary_deletes_everything_and_records_without_names(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
     hub.serve = "process"
     file = tmp_path / "answers.json"
 
@@ -56,30 +58,30 @@ def test_the_canary_leaves_nothing_and_records_without_names(hub: Hub, deploy: R
 
     assert (result.status, result.lines[-1:]) == (0, [])
     assert (hub.endpoints, f"{NAMESPACE}/remote-vae-canary" in hub.repos) == ({}, False)
-    for text in ("cold start: ", "the same pixels", "pause: ", "resume: ", "delete: ", "nothing is left", "it cost $"):
+    for text in ("cold start: ", "the same pixels", "pause: ", "resume: ", "delete: ", "nothing remains", "it cost $"):
         assert text in result.out
     text = file.read_text()
     assert TOKEN not in text
     assert not re.search(rf"\b{NAMESPACE}\b", text)
     local = json.loads(text)
-    assert {"POST", "GET", "PUT", "DELETE"} & {one["method"] for one in local} >= {"POST", "GET", "DELETE"}
-    assert any(one["path"].startswith("/v2/provider/") for one in local)
+    assert {"POST", "GET", "PUT", "DELETE"} & {record["method"] for record in local} >= {"POST", "GET", "DELETE"}
+    assert any(record["path"].startswith("/v2/provider/") for record in local)
     assert compare(local, json.loads(RECORDED.read_text()) if RECORDED.exists() else local) == []
 
     other = json.loads(text)
-    for one in other:
-        if one["path"].startswith("/v2/endpoint/") and one["body"]:
-            one["body"]["type"] = 1
-    assert any("type: str, and int in the real one" in line for line in compare(local, other))
+    for record in other:
+        if record["path"].startswith("/v2/endpoint/") and record["body"]:
+            record["body"]["type"] = 1
+    assert any("type: str, and int in the real platform" in line for line in compare(local, other))
 
 
 @pytest.mark.parametrize("path", ["/live/", "/commit/"])
-def test_a_canary_that_fails_leaves_nothing_either(hub: Hub, deploy: Runner, tmp_path: Path, path: str) -> None:
+def test_a_canary_that_fails_deletes_everything_too(hub: Hub, deploy: Runner, tmp_path: Path, path: str) -> None:
     hub.fail("POST", path, 500, "broken")
     result = deploy("canary", "--record", str(tmp_path / "answers.json"))
     assert result.status == 1
     assert hub.endpoints == {}
-    assert "nothing is left" in result.out
+    assert "nothing remains" in result.out
 
 
 def test_a_canary_that_cannot_delete_says_so(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
@@ -87,4 +89,4 @@ def test_a_canary_that_cannot_delete_says_so(hub: Hub, deploy: Runner, tmp_path:
     hub.deletion = 10_000
     result = deploy("canary", "--record", str(tmp_path / "answers.json"))
     assert result.status == 1
-    assert "was to be deleted 300 s ago and is still" in result.lines[-1]
+    assert "was deleted 300 s ago and is still" in result.lines[-1]

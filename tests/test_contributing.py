@@ -1,4 +1,4 @@
-"""What GitHub reads of this repository, and the changelog."""
+"""The files that GitHub reads, and the changelog."""
 
 from __future__ import annotations
 
@@ -24,25 +24,38 @@ def test_the_workflow_calls_what_must_hold_on_the_images_python_and_another() ->
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     first, newest = job["strategy"]["matrix"]["python"]
     run = (ROOT / ".ci" / "run").read_text()
-    assert f"!= ({first.replace('.', ', ')})" in run  # where the toolkit's pins are tested
+    assert f"!= ({first.replace('.', ', ')})" in run  # with this Python, CI tests the toolkit's pins
     assert tuple(map(int, newest.split("."))) > tuple(map(int, first.split(".")))
+
+
+def test_a_release_is_published_from_its_tag_without_a_stored_token() -> None:
+    workflow = yaml.safe_load((GITHUB / "workflows" / "release.yml").read_text())
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML reads the key `on` as true
+    build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
+    commands = [step["run"] for step in build["steps"] if "run" in step]
+    assert [command for command in commands if "python -m build" in command or "twine check" in command] == commands[
+        -2:
+    ]
+    assert publish["needs"] == "build"
+    assert publish["permissions"] == {"id-token": "write"}
+    assert "secrets." not in (GITHUB / "workflows" / "release.yml").read_text()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
 def test_a_form_is_one_that_github_takes(form: Path) -> None:
     content = yaml.safe_load(form.read_text())
     assert content.keys() == {"name", "description", "labels", "body"}
-    asked = [part for part in content["body"] if part["type"] != "markdown"]
-    assert len({part["id"] for part in asked}) == len({part["attributes"]["label"] for part in asked}) == len(asked) > 5
-    for part in content["body"]:
-        assert part.keys() <= {"type", "id", "attributes", "validations"}
+    fields = [field for field in content["body"] if field["type"] != "markdown"]
+    labels = {field["attributes"]["label"] for field in fields}
+    assert len({field["id"] for field in fields}) == len(labels) == len(fields) > 5
+    for field in content["body"]:
+        assert field.keys() <= {"type", "id", "attributes", "validations"}
         own = {"markdown": {"value"}, "dropdown": {"options"}, "input": {"placeholder"}, "textarea": {"render"}}
-        assert part["attributes"].keys() <= {"label", "description"} | own[part["type"]]
-        assert all(isinstance(option, str) for option in part["attributes"].get("options", []))
+        assert field["attributes"].keys() <= {"label", "description"} | own[field["type"]]
+        assert all(isinstance(option, str) for option in field["attributes"].get("options", []))
 
 
-def test_the_forms_ask_for_what_there_is() -> None:
-    """The headers, as the service names them, and the commands."""
+def test_the_forms_name_headers_and_commands_that_exist() -> None:
     text = "".join(form.read_text() for form in FORMS)
     code = "".join(path.read_text() for path in (ROOT / "handlers" / "serving").rglob("*.py"))
     assert [name for name in re.findall(r"`([A-Z][a-zA-Z-]+)`", text) if name not in code] == []
@@ -61,7 +74,7 @@ sys.exit(subprocess.call([sys.executable, "-c", ignores]))
 
 @pytest.mark.slow
 def test_what_the_tests_start_takes_ctrl_c_in_the_background_too() -> None:
-    """Run them as a shell does for `nohup make test &`, which ignores SIGINT."""
+    """The tests run as in a shell with `nohup make test &`, which ignores SIGINT."""
     assert subprocess.run([sys.executable, "-c", IN_THE_BACKGROUND], cwd=ROOT, timeout=120).returncode == 0
 
 

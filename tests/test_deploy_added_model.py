@@ -1,4 +1,4 @@
-"""Deploying the README's own new model."""
+"""Deploying the new model of the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands in README.md and docs/deploying.md, as written and in order, against the tests' own Hugging Face."""
+"""The commands in README.md and docs/deploying.md, as written and in order, against the local Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGETS = ("deploy", "deploy-all", "endpoints", "smoke", "pause", "pause-all", "
 
 
 def documented_commands(text: str) -> list[str]:
-    """Return the lines of code that call one of the deploying targets, without their prompts and comments."""
+    """Return the lines of code that call a deploying target, without prompts and comments."""
     lines = re.findall(rf"^\s*(?:\$ )?(make (?:{'|'.join(TARGETS)})(?= |$)[^#\n]*)", text, re.MULTILINE)
     return [line.strip() for line in lines]
 
@@ -36,7 +36,7 @@ def test_the_documents_show_every_target() -> None:
 
 @pytest.fixture
 def make(deploy: Runner, tmp_path: Path) -> list[str]:
-    """Return a `make` command that uses this test's Python instead of creating a virtual environment."""
+    """Return `make` with the Python of the tests instead of its own virtual environment."""
     venv = tmp_path / "venv" / "bin"
     venv.mkdir(parents=True)
     (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -66,7 +66,7 @@ def test_every_command_of_the_guide_works_in_its_order(hub: Hub, deploy: Runner,
 
 
 def test_every_command_of_the_readme_works(hub: Hub, deploy: Runner, make: list[str]) -> None:
-    """Run each block of code by itself: blocks are alternatives."""
+    """The blocks of code are alternatives, so each runs by itself."""
     blocks = [
         block
         for block in re.findall(r"^```.*?^```", (PROJECT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -82,7 +82,7 @@ def test_make_passes_every_variable(deploy: Runner, make: list[str]) -> None:
     variables = {
         "MODEL": "sdxl", "NAMESPACE": "lab", "NAME": "mine", "INSTANCE": "nvidia-a100", "SIZE": "x2", "VENDOR": "aws",
         "REGION": "eu-west-1", "ACCESS": "private", "MIN_REPLICA": "1", "MAX_REPLICA": "5", "SCALE_TO_ZERO": "20",
-        "WEIGHTS": "hub", "TIMEOUT": "3", "DRY_RUN": "1",
+        "TIMEOUT": "3", "DRY_RUN": "1",
     }  # fmt: skip
     done = subprocess.run(
         [*make, "deploy", *(f"{name}={value}" for name, value in variables.items())],
@@ -95,7 +95,7 @@ def test_make_passes_every_variable(deploy: Runner, make: list[str]) -> None:
     assert done.returncode == 0
     for text in (
         "MODEL=sdxl NAMESPACE=lab NAME=mine", "huggingface.co/lab/mine", "nvidia-a100 x2, aws eu-west-1", "private: ",
-        "1 to 5", "at most $25.00 an hour", "No weights",
+        "1 to 5", "at most $25.00 an hour",
     ):  # fmt: skip
         assert text in done.stdout
 

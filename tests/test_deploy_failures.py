@@ -1,4 +1,4 @@
-"""What goes wrong for users of `scripts/deploy.py`: a clear line, a status that is not 0, a rerun that succeeds."""
+"""Failures of `scripts/deploy.py`: one clear line, a status that is not 0, a second run that succeeds."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ KEY = f"{NAMESPACE}/{NAME}"
 CHECKPOINT = MODELS["flux"].checkpoint
 TOKENS = "https://huggingface.co/settings/tokens"
 HF = os.path.relpath(Path(sys.executable).with_name("hf"))
-MAY_IT = f"; is the token expired, or may it not? See {TOKENS}"
+MAY_IT = f"; the token may be expired or lack a permission, see {TOKENS}"
 PAUSED = f"; the endpoint {NAME} is paused and costs nothing; `make resume MODEL=flux` starts it"
 RUNS = f"the endpoint {NAME} is running and costs $0.80 an hour for each replica; `make pause MODEL=flux` stops it"
 NOTHING = f"; there is no endpoint {NAME}, and nothing that costs"
 
 
 def check(result: Result, message: str, status: int = 1) -> None:
-    """The last line on standard error is the message, and there is no traceback."""
+    """Check that the last line on standard error is the message, without a traceback."""
     assert result.status == status
     assert result.lines[-1] == message
     assert "Traceback" not in result.err
@@ -39,7 +39,7 @@ def check_untouched(hub: Hub) -> None:
 
 
 def check_rerun(hub: Hub, deploy: Runner, *arguments: str) -> None:
-    """The same command now goes through, and leaves one endpoint of the newest commit."""
+    """Check that the same command now succeeds, with one endpoint at the newest commit."""
     hub.faults.clear()
     result = deploy(*(arguments or FLUX))
     assert (result.status, result.lines) == (0, [])
@@ -130,15 +130,15 @@ def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--name", "Flux_1"], "NAME=Flux_1 cannot be: at most 32 of a-z, 0-9 and -, with no - at either end"),
-        (["--name", "a" * 33], f"NAME={'a' * 33} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end"),
-        (["--access", "open"], "ACCESS=open cannot be: it is one of authenticated, private, public"),
-        (["--min-replica", "3"], "MIN_REPLICA=3 MAX_REPLICA=1 cannot be: 0 <= MIN <= MAX >= 1"),
-        (["--scale-to-zero", "0"], "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 never sleeps"),
+        (["--name", "Flux_1"], "NAME=Flux_1 is not valid: use 1 to 32 of a-z, 0-9 and -, with no - at either end"),
+        (["--name", "a" * 33], f"NAME={'a' * 33} is not valid: use 1 to 32 of a-z, 0-9 and -, with no - at either end"),
+        (["--access", "open"], "ACCESS=open is not valid: choose one of authenticated, private, public"),
+        (["--min-replica", "3"], "MIN_REPLICA=3 MAX_REPLICA=1 is not valid: 0 <= MIN <= MAX, and MAX >= 1"),
+        (["--scale-to-zero", "0"], "SCALE_TO_ZERO is in minutes, 1 or more; MIN_REPLICA=1 never scales to zero"),
         (["--weights", "/nowhere"], "WEIGHTS=/nowhere has no config.json and no diffusion_pytorch_model.safetensors"),
     ],
 )
-def test_an_option_that_cannot_be(hub: Hub, deploy: Runner, arguments: list[str], message: str) -> None:
+def test_an_option_that_is_not_valid(hub: Hub, deploy: Runner, arguments: list[str], message: str) -> None:
     check(deploy(*FLUX, *arguments), f"error: {message}")
     assert hub.requests == []
 
@@ -148,7 +148,7 @@ def test_weights_of_another_class(deploy: Runner, tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors").touch()
     check(
         deploy(*FLUX, "--weights", str(tmp_path)),
-        f"error: WEIGHTS={tmp_path} is an AutoencoderTiny, and this model an AutoencoderKL",
+        f"error: WEIGHTS={tmp_path} is an AutoencoderTiny, and flux needs an AutoencoderKL",
     )
 
 
@@ -156,7 +156,7 @@ def test_weights_of_another_class(deploy: Runner, tmp_path: Path) -> None:
     ("namespace", "message"),
     [
         ("acme", "NAMESPACE=acme is not yours: this token's are ana, lab, museum"),
-        ("museum", "NAMESPACE=museum: you may only read there; ask an admin of it for the role write"),
+        ("museum", "NAMESPACE=museum: you may only read there; ask an admin for the role write"),
     ],
 )
 def test_a_namespace_without_rights(hub: Hub, deploy: Runner, namespace: str, message: str) -> None:
@@ -215,7 +215,7 @@ def test_a_gated_checkpoint(hub: Hub, deploy: Runner) -> None:
 
 
 def test_a_gated_checkpoint_that_the_token_may_not_open(hub: Hub, deploy: Runner) -> None:
-    """Whose conditions are accepted: then the token is at fault."""
+    """Its conditions are accepted, so the token is the cause."""
     hub.repos[CHECKPOINT].gated = True
     refusal = "Please enable access to public gated repositories in your fine-grained token settings"
     hub.fail("GET", "auth-check", 403, refusal)
@@ -239,7 +239,7 @@ def test_smoke_of_no_url(deploy: Runner, url: str) -> None:
 def test_pausing_all_takes_no_model(hub: Hub, deploy: Runner) -> None:
     check(
         deploy("pause", "--all", "--model", "flux"),
-        "error: --all is every endpoint of this project: name no model, and no endpoint",
+        "error: --all pauses every endpoint of this project: name no model and no endpoint",
     )
     assert hub.requests == []
 
@@ -282,7 +282,7 @@ def test_an_endpoint_that_is_not_ours(hub: Hub, deploy: Runner) -> None:
         check_untouched(hub)
 
 
-def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
+def test_immutable_settings(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     hub.requests.clear()
     for option, old, new, *more in (
@@ -292,7 +292,7 @@ def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
     ):
         check(
             deploy(*FLUX, f"--{option}", new, *more),
-            f"error: {option.upper()}={new} was asked for and the endpoint {NAME} has {old}, which never changes: "
+            f"error: {option.upper()}={new} was requested and the endpoint {NAME} has {old}, which never changes: "
             f"choose another NAME=..., or `make undeploy` it first. Nothing was sent to it; {RUNS}",
         )
     check_untouched(hub)
@@ -311,8 +311,8 @@ def test_what_an_endpoint_keeps_for_life(hub: Hub, deploy: Runner) -> None:
         ("POST", "^/v2/endpoint/ana$", f"create the endpoint {NAME}", 500),
     ],
 )
-def test_refusals_that_pass(hub: Hub, deploy: Runner, method: str, path: str, task: str, status: int) -> None:
-    """Each is tried five times, then said; the next run needs but two."""
+def test_transient_errors(hub: Hub, deploy: Runner, method: str, path: str, task: str, status: int) -> None:
+    """A request is tried five times. The next run needs two attempts."""
     hub.fail(method, path, status, "busy")
     result = deploy(*FLUX)
     message = f"Hugging Face answered {status}: busy"
@@ -388,18 +388,18 @@ def test_ctrl_c_while_uploading(hub: Hub, deploy: Runner) -> None:
     check(
         deploy(*FLUX),
         f"stopped: the repository {KEY} stays, it may be incomplete and costs nothing; "
-        "the same command again goes on from there",
+        "run the same command again to continue",
         status=130,
     )
     check_rerun(hub, deploy)
 
 
 def test_ctrl_c_while_waiting(hub: Hub, deploy: Runner) -> None:
-    """As its users press it, in a terminal."""
+    """A user presses Ctrl-C in a terminal."""
     hub.script = ["pending"]
     check(
         deploy.interrupt(*FLUX, when="POST /v2/endpoint"),
-        f"stopped: {PAUSED[2:]}; the same command again goes on from there",
+        f"stopped: {PAUSED[2:]}; run the same command again to continue",
         status=130,
     )
     hub.script = ["running"]
@@ -418,7 +418,7 @@ def test_ctrl_c_before_anything(hub: Hub, deploy: Runner) -> None:
     hub.interrupt("GET", f"/api/models/{CHECKPOINT}")
     check(
         deploy(*FLUX),
-        "stopped: nothing was changed; the same command again goes on from there",
+        "stopped: nothing was changed; run the same command again to continue",
         status=130,
     )
     check_untouched(hub)
@@ -445,8 +445,8 @@ def test_an_endpoint_that_is_not_there(deploy: Runner) -> None:
     for command in ("smoke", "pause", "resume"):
         check(
             deploy(command, "--model", "flux"),
-            f"error: there is no endpoint {NAME} in {NAMESPACE}; `make endpoints` lists what there is, "
-            "`make deploy MODEL=flux` makes it",
+            f"error: there is no endpoint {NAME} in {NAMESPACE}; `make endpoints` lists yours, "
+            "`make deploy MODEL=flux` creates it",
         )
 
 

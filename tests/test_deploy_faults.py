@@ -1,4 +1,4 @@
-"""A fault at each step of a deployment, before its work is done and after: what is left is said, and how to go on."""
+"""A fault at each step of a deployment, before or after its work: the message tells what remains and what to do."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ STEPS = {
     "encode": ("POST", f"{LIVE}/encode", None),
     "decode": ("POST", f"{LIVE}/decode", None),
 }
-"""Method and path of a request, and whether there has to be an endpoint already."""
+"""Method and path of a request, and whether the endpoint must exist already."""
 CHANGING = ("new repository", "copy", "commit", "new endpoint")
-"""Steps for which it matters whether the work was done when the answer was lost."""
+"""Steps whose work may be done when the response is lost."""
 FAULTS = ("cut", 401, 403, 429, 500, 504, "Ctrl-C")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(("step", "after"), [(step, False) for step in STEPS] + [(step, True) for step in CHANGING])
-def test_what_is_left_is_said_and_the_same_command_goes_on(
+def test_a_fault_tells_what_remains_and_the_same_command_continues(
     hub: Hub, deploy: Runner, step: str, after: bool, fault: str | int
 ) -> None:
-    """A read changes nothing, so a lost answer to it is the same as a lost request: `after` is for the others alone."""
-    method, path, made = STEPS[step]
+    """A read changes nothing, so a lost response is the same as a lost request. `after` is for the other steps."""
+    method, path, endpoint_exists = STEPS[step]
     hub.script = ["pending", "running"]
     if fault == "cut":
-        hub.drop(method, path, after=after, made=made)
+        hub.drop(method, path, after=after, endpoint_exists=endpoint_exists)
     elif fault == "Ctrl-C":
-        hub.interrupt(method, path, after=after, made=made)
+        hub.interrupt(method, path, after=after, endpoint_exists=endpoint_exists)
     else:
-        hub.fail(method, path, fault, "a fault", after=after, made=made)
+        hub.fail(method, path, fault, "a fault", after=after, endpoint_exists=endpoint_exists)
 
     result = deploy(*FLUX, "--timeout", "3")
 
@@ -58,7 +58,7 @@ def test_what_is_left_is_said_and_the_same_command_goes_on(
     elif fault == "Ctrl-C":
         assert result.status == 130
         assert last.startswith("stopped: ")
-        assert "the same command again goes on from there" in last
+        assert "run the same command again to continue" in last
     else:
         assert result.status == 1
         assert last.startswith("error: ")

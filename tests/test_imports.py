@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "handler": {"handlers"},
     "remote_vae": set(),
     "clients": {"remote_vae"},
+    "models": set(),
     "scripts": {"handler", "handlers", "remote_vae"},
     "benchmarks": {"handlers", "remote_vae", "scripts"},
     "tests": {"handlers", "remote_vae", "clients", "scripts", "benchmarks"},

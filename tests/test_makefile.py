@@ -13,17 +13,15 @@ from pathlib import Path
 import pytest
 
 from scripts.local_server import ROOT
+from scripts.make_options import SWITCHES, TAKES
 
-TAKES = dict(re.findall(r"^TAKES_([a-z-]+) := (.*?)(?: \$.*)?$", (ROOT / "Makefile").read_text(), re.MULTILINE))
 VARIABLES = {target: set(names.split()) for target, names in TAKES.items()}
-VARIABLES["deploy"] |= VARIABLES["deploy-all"]
-SWITCHES = {"DRY_RUN", "KEEP", "YES", "DELETE_REPO"}
 COMMANDS = sorted(VARIABLES.keys() - {"test", "test-endpoint", "test-page"})
 PYTHON = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('PYTEST_ADDOPTS')]))"
 
 
 def make(*arguments: str, **environment: str) -> tuple[int, str]:
-    """The status, and the last line that is said."""
+    """Return the status and the last line of the output."""
     command = ["make", "-n", "--no-print-directory", *arguments]
     names = set().union(*VARIABLES.values()) - environment.keys()
     kept = {name: value for name, value in os.environ.items() if name not in names}
@@ -53,7 +51,7 @@ def test_a_switch_is_on_for_1_alone(arguments: tuple[str, ...], options: str) ->
 
 @pytest.fixture
 def called(tmp_path: Path) -> list[str]:
-    """`make` with a stand-in for the Python of each environment, which prints its arguments and `PYTEST_ADDOPTS`."""
+    """Return `make` with a stand-in for each environment's Python, which prints its arguments and `PYTEST_ADDOPTS`."""
     venv = tmp_path / "venv" / "bin"
     venv.mkdir(parents=True)
     (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -c "{PYTHON}" "$@"\n')
@@ -70,14 +68,14 @@ def run(command: list[str]) -> tuple[list[str], str | None]:
 
 
 def hostile(file: Path) -> str:
-    """A value that makes the file wherever a shell, or `make`, evaluates it."""
+    """Return a value that creates the file when a shell or `make` evaluates it."""
     touch = f"touch {file}"
     return f"-x '$({touch})' \"; {touch}; `{touch}` $$({touch}) $(shell {touch}) ${{HOME}} \\ # %\n\t{touch}\n' {touch}"
 
 
 @pytest.mark.parametrize("target", COMMANDS)
 def test_a_value_is_data(target: str, called: list[str], tmp_path: Path) -> None:
-    """In every variable that the target takes. A quote once cut `--dry-run` off."""
+    """Each variable that a target takes reaches its command unchanged. A quote once cut `--dry-run` off."""
     value, switches = hostile(tmp_path / "made"), VARIABLES[target] & SWITCHES
     names = VARIABLES[target] - SWITCHES
     arguments, _ = run([*called, target, *(f"{one}={value}" for one in names), *(f"{one}=1" for one in switches)])
@@ -110,7 +108,7 @@ def test_words_for_the_web_demos_tests_are_data(tmp_path: Path) -> None:
     "path", ["a$(shell touch {})", "a;touch {}", "a\ntouch {}", "a: ; touch {} #", "a b", "`touch {}`"]
 )
 def test_a_path_has_plain_characters(name: str, path: str, tmp_path: Path) -> None:
-    """Those that stand in rules."""
+    """A path is part of rules."""
     for value in (path, path + "\n"):
         status, line = make("lint", f"{name}={value.format(tmp_path / 'made')}")
         assert status == 2
@@ -120,7 +118,7 @@ def test_a_path_has_plain_characters(name: str, path: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("target", ["serve", "demo", "screenshots", "bench", "fuzz", "soak"])
 def test_what_serves_gets_the_signals_itself(target: str) -> None:
-    """Of a shell between them `make` would end that one alone, and leave the server on its port."""
+    """`exec` leaves no shell between `make` and the server: `make` would end that shell alone."""
     status, line = make(target)
     assert status == 0
     assert line.startswith("exec ")
@@ -152,7 +150,7 @@ def test_anything_else_is_an_error_before_anything_happens(arguments: tuple[str,
 
 
 def test_the_environment_is_no_command_line() -> None:
-    """`DRY_RUN=1 make deploy` neither deploys nor plans. A system sets NAME and HOST itself, so they are ignored."""
+    """`DRY_RUN=1 make deploy` neither deploys nor plans. Systems set NAME and HOST themselves, so they are ignored."""
     for name in ("DRY_RUN", "REGION", "MODEL"):
         status, line = make("deploy", **{name: "1"})
         assert status == 2
@@ -161,3 +159,14 @@ def test_the_environment_is_no_command_line() -> None:
     assert make("deploy", "MODEL=flux", NAME="DESKTOP-1")[1].endswith('deploy --model="$MODEL"')
     assert make("serve", "MODEL=tiny", HOST="desktop")[1].endswith('serve --model="$MODEL"')
     assert make("lint", REGION="mars", MODEL="flux")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", COMMANDS)
+def test_a_command_has_an_option_for_each_variable(target: str) -> None:
+    line = make(target)[1]
+    module, *subcommand = re.search(r"python -m (\S+)(.*)$", line)[0].removeprefix("python -m ").split()
+    command = [sys.executable, "-m", module, *[word for word in subcommand if word != "--all"], "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    options = set(re.findall(r"--[a-z-]+", shown.stdout))
+    assert {f"--{name.lower().replace('_', '-')}" for name in VARIABLES[target]} <= options

@@ -1,4 +1,4 @@
-"""The command line of the standalone server: one clear line when it cannot start."""
+"""The command line of the standalone server, and one clear line when it cannot start."""
 
 import os
 import shlex
@@ -43,7 +43,7 @@ def test_what_cannot_start_says_so_in_one_line(arguments: list[str], message: st
 
 @pytest.mark.parametrize(("hub", "message"), [("there", "is gated: accept its conditions on"), ("away", None)])
 def test_a_checkpoint_that_the_hub_does_not_give(hub: str, message: str | None, tmp_path: Path) -> None:
-    """Other reasons are in `tests/serving/test_hub.py`."""
+    """`tests/serving/test_hub.py` has other reasons."""
     checkpoint = MODELS["flux"].checkpoint
     with running_hub(tmp_path) as there:
         there.repos[checkpoint] = Repo(gated=True)
@@ -111,7 +111,7 @@ with serve(log=Path({os.devnull!r}), command=("-c", {SERVER!r})) as url:
 
 
 def test_sigterm_to_what_started_a_server_ends_it_too() -> None:
-    """As the demo and the benchmarks do."""
+    """A process with a server, such as the demo or the benchmark, stops it at SIGTERM."""
     command = [sys.executable, "-c", STARTS_ONE]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         url = process.stdout.readline().strip()
@@ -123,7 +123,7 @@ def test_sigterm_to_what_started_a_server_ends_it_too() -> None:
 
 
 def test_sigterm_to_make_ends_the_server(tmp_path: Path) -> None:
-    """And not only make, which would leave it on its port."""
+    """SIGTERM ends the server too, not only `make`."""
     venv = tmp_path / "venv" / "bin"
     venv.mkdir(parents=True)
     (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')

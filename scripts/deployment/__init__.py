@@ -1,10 +1,10 @@
-"""The parts of `scripts/deploy.py`, a module a noun:
+"""The parts of `scripts/deploy.py`, one noun a module:
 
-plan        what was asked for: checked, with every default filled in
-hardware    where there is a machine for it
+plan        the options, checked, with every default filled in
+hardware    the region and the price of a plan's instance
 texts       the longer texts, from `templates/`: the plan, the model card
-account     the token and what it may do
-repository  the repository on the Hub, and what goes into it
+account     the token and its permissions
+repository  the repository on the Hub and its files
 endpoint    the endpoint: create, update, wait, pause, delete
-calls       requests to Hugging Face: retries, and failures in one line
+calls       requests to Hugging Face: retries, and one-line errors
 """

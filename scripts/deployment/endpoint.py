@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,142 +13,157 @@ from huggingface_hub import InferenceEndpoint, constants
 from handlers import MODELS
 from scripts.console import DeployError, describe, if_stopped, note, out, say
 from scripts.deployment.account import Account, open_account
-from scripts.deployment.calls import HubError, call, passes
-from scripts.deployment.plan import PENDING, TAG, Plan, addresses, default_name, find_models, tag_of, variables
+from scripts.deployment.calls import HubError, call, is_transient
+from scripts.deployment.plan import PENDING, TAG, Plan, addresses, default_name, find_models, make_variables, model_tag
 from scripts.instances import describe_price, dollars, is_cpu, table_price
 
 READY = ("running", "scaledToZero")
 BROKEN = ("failed", "updateFailed")
 FREE = ("paused", "scaledToZero")
 """States that cost nothing."""
-LOOK_EVERY = 5
-"""Seconds between two looks at an endpoint that is being built."""
-SETTLING = 6
-"""Looks at which an endpoint may still show the state that it had before an update."""
-GONE_WITHIN = 300
-"""Seconds in which an endpoint that was deleted has to be gone."""
-ALWAYS = {"framework": "pytorch", "task": "custom", "scaling_metric": "pendingRequests", "scaling_threshold": PENDING}
-"""Settings of every endpoint, as huggingface_hub names them."""
-TOKEN_OF = "HF_TOKEN_SHA256"
-"""Environment variable with the beginning of the hash of the token in the secrets, whose values nobody can read."""
+POLL_SECONDS = 5
+STALE_POLLS = 6
+"""Polls that may still show the state from before an update."""
+DELETE_SECONDS = 300
+"""Seconds in which a deleted endpoint must be gone."""
+FIXED_SETTINGS = {
+    "framework": "pytorch",
+    "task": "custom",
+    "scaling_metric": "pendingRequests",
+    "scaling_threshold": PENDING,
+}
+"""Settings of every endpoint, by the names of huggingface_hub."""
 
 
-def looks(limit: float) -> Iterator[timedelta]:
-    """The time waited, at each look at an endpoint; the last one is when `limit`, in seconds, is over."""
+def poll(limit: float) -> Iterator[timedelta]:
+    """Yield the time waited at each poll of an endpoint. The last poll is after `limit` seconds."""
     start, waited = time.monotonic(), 0.0
     yield timedelta()
     while waited <= limit:
-        time.sleep(LOOK_EVERY)
+        time.sleep(POLL_SECONDS)
         waited = time.monotonic() - start
         yield timedelta(seconds=int(waited))
 
 
 def find_endpoints(account: Account) -> list[Endpoint]:
-    """This project's in the account's namespace."""
-    found = call("list the endpoints", account.api.list_inference_endpoints, account.namespace)
-    return [Endpoint(account, one.name, models_of(one), one) for one in found if TAG in (one.raw.get("tags") or ())]
+    """Return this project's endpoints in the account's namespace."""
+    infos = call("list the endpoints", account.api.list_inference_endpoints, account.namespace)
+    return [Endpoint(account, info.name, read_models(info), info) for info in infos if has_tag(info)]
 
 
-def find_endpoint(model: str | None, namespace: str | None, name: str | None, needed: bool = True) -> Endpoint:
-    """That of these models by its name or its default one. Raises `DeployError` where there is none but is needed."""
+def find_endpoint(model: str | None, namespace: str | None, name: str | None, required: bool = True) -> Endpoint:
+    """Return the endpoint of these models, by its name or the default name.
+
+    Raises:
+        DeployError: there is no such endpoint and `required` is set.
+    """
     models = find_models(model)
     endpoint = Endpoint(open_account(namespace), name or default_name(*models), models)
-    if needed and not endpoint.there:
-        other = f"`make endpoints` lists what there is, `make deploy {endpoint.variables}` makes it"
-        raise DeployError(f"there is no endpoint {endpoint.name} in {endpoint.account.namespace}; {other}")
+    if required and not endpoint.info:
+        advice = f"`make endpoints` lists yours, `make deploy {endpoint.variables}` creates it"
+        raise DeployError(f"there is no endpoint {endpoint.name} in {endpoint.account.namespace}; {advice}")
     return endpoint
 
 
-def models_of(there: InferenceEndpoint) -> tuple[str, ...]:
-    """Keys of its models, from the tags; others, which a user has added, are no matter."""
-    return tuple(key for tag in there.raw.get("tags") or () for key in MODELS if tag_of(key) == tag)
+def has_tag(info: InferenceEndpoint) -> bool:
+    """Return whether this project created the endpoint."""
+    return TAG in (info.raw.get("tags") or ())
+
+
+def read_models(info: InferenceEndpoint) -> tuple[str, ...]:
+    """Return the keys of an endpoint's models from its tags, and ignore tags that a user has added."""
+    return tuple(key for tag in info.raw.get("tags") or () for key in MODELS if model_tag(key) == tag)
 
 
 class Endpoint:
-    """A deployment of these models; `there` is what the API says of it, None where it does not exist."""
+    """A deployment of these models. `info` is the API's description of it, or None while it does not exist."""
 
-    def __init__(self, account: Account, name: str, models: Sequence[str], there: InferenceEndpoint | None = None):
-        """Raises `DeployError` where it is something else."""
-        self.account, self.name, self.models, self.there = account, name, models, there
+    def __init__(self, account: Account, name: str, models: Sequence[str], info: InferenceEndpoint | None = None):
+        """Look it up. Raise `DeployError` for an endpoint that is not a deployment of these models."""
+        self.account, self.name, self.models, self.info = account, name, models, info
         self.page = f"https://endpoints.huggingface.co/{account.namespace}/endpoints/{name}"
-        self.variables = variables(models, account.asked, name)
-        self.touched = False
-        """Whether this command asked for something that lets it run."""
-        self.left_state: str | None = None
-        """The state that an update or a resume is to end."""
-        if not there:
-            self.look()
+        self.variables = make_variables(models, account.requested_namespace, name)
+        self.was_changed = False
+        """Whether this command sent a request after which it may run."""
+        self.previous_state: str | None = None
+        """The state before an update or a resume."""
+        if not info:
+            self.refresh()
 
     def __str__(self) -> str:
         return f"the endpoint {self.name}"
 
-    def look(self, attempts: int = 5) -> None:
-        """Asks what there is."""
+    def refresh(self, attempts: int = 5) -> None:
+        """Ask the API for the state."""
         self._call("look up", self.account.api.get_inference_endpoint, missing=(404,), attempts=attempts)
-        if self.there and TAG not in (self.there.raw.get("tags") or ()):
+        if self.info and not has_tag(self.info):
             raise DeployError(f"{self.page} was not made by this script: choose another NAME=...")
-        if self.there and set(models_of(self.there)) != set(self.models):
-            raise DeployError(f"{self} is a deployment of {','.join(models_of(self.there))}: choose another NAME=...")
+        if self.info and set(read_models(self.info)) != set(self.models):
+            raise DeployError(f"{self} is a deployment of {','.join(read_models(self.info))}: choose another NAME=...")
 
     @property
     def addresses(self) -> dict[str, str]:
-        return addresses(self.there.url, self.models)
+        return addresses(self.info.url, self.models)
 
     @property
     def message(self) -> str:
-        """The endpoint's own words on its state."""
-        return " ".join(filter(None, map(self.there.raw["status"].get, ("message", "errorMessage"))))
+        """The API's message on the state."""
+        return " ".join(filter(None, map(self.info.raw["status"].get, ("message", "errorMessage"))))
 
     @property
     def access(self) -> str:
-        """`protected` is the older name of `authenticated`."""
-        return "authenticated" if self.there.type == "protected" else self.there.type
+        """Who may call it. `protected` is the older name of `authenticated`."""
+        return "authenticated" if self.info.type == "protected" else self.info.type
 
     @property
-    def machine(self) -> tuple[str, str, str, str]:
-        """Vendor, region, instance type and size."""
-        provider, compute = self.there.raw["provider"], self.there.raw["compute"]
+    def placement(self) -> tuple[str, str, str, str]:
+        """Vendor, region, instance type and instance size."""
+        provider, compute = self.info.raw["provider"], self.info.raw["compute"]
         return provider["vendor"], provider["region"], compute["instanceType"], compute["instanceSize"]
 
     @property
     def price(self) -> float | None:
-        """USD an hour for one replica: the platform's, or that of the table."""
-        for one in self.account.hardware if self.there else ():
-            if (one.vendor, one.region, one.instance_type, one.instance_size) == self.machine:
-                return one.price_per_hour
-        return table_price(self.machine[0], *self.machine[2:]) if self.there else None
+        """USD an hour for one replica, from the platform or else from the table."""
+        if not self.info:
+            return None
+        for offer in self.account.hardware:
+            if (offer.vendor, offer.region, offer.instance_type, offer.instance_size) == self.placement:
+                return offer.price_per_hour
+        return table_price(self.placement[0], *self.placement[2:])
 
     @property
     def scaling(self) -> tuple[int, int, int | None]:
-        """Replicas at least and at most, and minutes until it sleeps."""
-        scaling = self.there.raw["compute"]["scaling"]
+        """The least and the most replicas, and the idle minutes before it scales to zero."""
+        scaling = self.info.raw["compute"]["scaling"]
         return scaling["minReplica"], scaling["maxReplica"], scaling.get("scaleToZeroTimeout") or None
 
     def row(self) -> list[str]:
-        """Of the table of endpoints. How long it is up and what that cost, at most: it may have slept meanwhile."""
-        ready = self.there.raw["status"].get("readyReplica", 0)
-        up = max((datetime.now(UTC) - self.there.updated_at) // timedelta(seconds=1), 0)
+        """Return its row in the table of endpoints. Time and cost are upper bounds: it may have scaled to zero."""
+        ready = self.info.raw["status"].get("readyReplica", 0)
+        up = max((datetime.now(UTC) - self.info.updated_at) // timedelta(seconds=1), 0)
         spent = dollars(self.price and self.price * up / 3600 * max(ready, 1))
-        since = "-" if self.there.status in FREE else f"{timedelta(seconds=up)}, {spent}"
+        since = "-" if self.info.status in FREE else f"{timedelta(seconds=up)}, {spent}"
         replicas, hourly = "{} of {}-{}".format(ready, *self.scaling), f"{dollars(self.price)}/h"
-        row = [self.name, ",".join(self.models), self.there.status, " ".join(self.machine[2:]), replicas, self.access]
-        return [*row, hourly, since, self.there.url or ""]
+        instance = " ".join(self.placement[2:])
+        row = [self.name, ",".join(self.models), self.info.status, instance, replicas, self.access]
+        return [*row, hourly, since, self.info.url or ""]
 
-    def holds(self, plan: Plan) -> bool:
-        """Whether it runs, or may wake up, on the plan's instance: then it is in the quota already."""
-        return bool(self.there) and self.there.status != "paused" and self.machine[2:] == (plan.instance, plan.size)
+    def is_in_quota(self, plan: Plan) -> bool:
+        """Return whether it runs, or may wake up, on the plan's instance, so the quota counts it already."""
+        return bool(self.info) and self.info.status != "paused" and self.placement[2:] == (plan.instance, plan.size)
 
-    def check_fixed(self, plan: Plan) -> None:
-        """Raises `DeployError` where it differs from the plan for life: the platform may give another access, too."""
-        instead = "choose another NAME=..., or `make undeploy` it first. Nothing was sent to it"
-        asked = {"ACCESS": plan.access, "VENDOR": plan.vendor, "REGION": plan.region}
-        for (variable, value), has in zip(asked.items(), (self.access, *self.machine[:2]), strict=True):
-            if value not in (has, "auto"):
-                wrong = f"{'ATTENTION: ' * self.touched}{variable}={value} was asked for and {self} has {has}"
-                raise DeployError(f"{wrong}, which never changes: {instead}")
+    def check_immutable(self, plan: Plan) -> None:
+        """Raise `DeployError` where an immutable setting differs from the plan. The platform may change the access."""
+        advice = "choose another NAME=..., or `make undeploy` it first. Nothing was sent to it"
+        wanted = {"ACCESS": plan.access, "VENDOR": plan.vendor, "REGION": plan.region}
+        for (variable, value), actual in zip(wanted.items(), (self.access, *self.placement[:2]), strict=True):
+            if value not in (actual, "auto"):
+                attention = "ATTENTION: " if self.was_changed else ""
+                wrong = f"{attention}{variable}={value} was requested and {self} has {actual}"
+                raise DeployError(f"{wrong}, which never changes: {advice}")
 
-    def deploy(self, plan: Plan, repository: str, revision: str, token: str | None) -> None:
-        """Creates it, or updates what differs. `token` is for a container that fetches gated weights itself."""
+    def deploy(self, plan: Plan, repository: str, revision: str) -> None:
+        """Create it, or update the settings that differ."""
         wanted = {
             "repository": repository,
             "revision": revision,
@@ -159,56 +173,56 @@ class Endpoint:
             "max_replica": plan.max_replica,
             "scale_to_zero_timeout": plan.scale_to_zero,
         }
-        settings = ALWAYS | wanted | {"accelerator": "cpu" if is_cpu(plan.instance) else "gpu"}
-        digest = hashlib.sha256((token or "").encode()).hexdigest()[:12]
-        secret = {"secrets": {"HF_TOKEN": token}, "env": {TOKEN_OF: digest}} if token else {}
-        if not self.there:
-            self._create(plan, settings | secret)
-        self.check_fixed(plan)
+        settings = FIXED_SETTINGS | wanted | {"accelerator": "cpu" if is_cpu(plan.instance) else "gpu"}
+        if not self.info:
+            self._create(plan, settings)
+        self.check_immutable(plan)
         if plan.scale_to_zero is None and self.scaling[-1]:
-            self._sleep_never(plan)
-        has = (self.there.repository, self.there.revision, *self.machine[2:], *self.scaling)
-        compared = zip(wanted.items(), has, strict=True)
+            self._disable_scale_to_zero(plan)
+        actual = (self.info.repository, self.info.revision, *self.placement[2:], *self.scaling)
+        compared = zip(wanted.items(), actual, strict=True)
         changes = [f"{name} {old} -> {new}" for (name, new), old in compared if old != new]
-        if changes or self.there.status in BROKEN:
-            self._update(", ".join(changes) or "starting it again", **settings)
-        self._keep_token(secret)
-        if not self.touched:
+        if changes or self.info.status in BROKEN:
+            say(f"  updating {self.name}: {', '.join(changes) or 'starting it again'}")
+            self._change("update", self.account.api.update_inference_endpoint, **settings)
+        if not self.was_changed:
             say(f"  {self.name} is as planned: nothing to update")
-        if self.there.status == "paused":
+        if self.info.status == "paused":
             say("  it was paused: resuming it")
             self.resume()
 
     def _create(self, plan: Plan, settings: dict[str, Any]) -> None:
-        """Creating is not idempotent: where an answer was lost, the same request again is refused with 409, and what
-        the first one made is taken. One of this name that is still being deleted is waited for.
+        """Create it, and wait while an endpoint of this name is still being deleted.
+
+        Creating is not idempotent. When the first response was lost, a second request gets 409, and the endpoint of the
+        first request is used.
         """
         say(f"  creating {self.name} on {plan.instance} {plan.size} in {plan.vendor} {plan.region}")
         new = {"tags": plan.tags, "vendor": plan.vendor, "region": plan.region, "type": plan.access}
-        for _ in looks(GONE_WITHIN):
+        for _ in poll(DELETE_SECONDS):
             try:
                 return self._change("create", self.account.api.create_inference_endpoint, **settings, **new)
             except HubError as error:
                 if error.status != 409:
                     raise
                 refusal = error
-            self.look()
-            if self.there:
-                return say("  it was made already: an answer was lost on the way")
+            self.refresh()
+            if self.info:
+                return say("  it exists already: the response to its creation was lost")
         raise refusal
 
-    def _sleep_never(self, plan: Plan) -> None:
-        """Takes the scale to zero out and sets the replicas, which the API takes together alone.
+    def _disable_scale_to_zero(self, plan: Plan) -> None:
+        """Set the replicas, and never scale to zero. The API takes these settings only together.
 
-        huggingface_hub's update sends no null, and no public source tells what the API takes for "never": a null, which
-        it takes when one is created, or 0. Both are tried; where it takes neither, nothing has changed.
+        huggingface_hub's update sends no null. No public source says whether the API takes null or 0 for "never".
+        Creation takes null. Both are tried; when the API refuses both, nothing has changed.
         """
 
         def put(never: int | None, name: str, namespace: str) -> InferenceEndpoint:
             scaling = {"minReplica": plan.min_replica, "maxReplica": plan.max_replica, "scaleToZeroTimeout": never}
             url = f"{constants.INFERENCE_ENDPOINTS_ENDPOINT}/endpoint/{namespace}/{name}"
-            answer = self.account.request("PUT", url, json={"compute": {"scaling": scaling}})
-            return InferenceEndpoint.from_raw(answer.json(), namespace)
+            response = self.account.request("PUT", url, json={"compute": {"scaling": scaling}})
+            return InferenceEndpoint.from_raw(response.json(), namespace)
 
         say(f"  updating {self.name}: it never scales to zero, min_replica {plan.min_replica}")
         for never in (None, 0):
@@ -219,126 +233,119 @@ class Endpoint:
                     raise
                 refusal = error.reason
         by_hand = f"choose Never under Settings, Autoscaling on {self.page}, or `make undeploy` it and deploy it again"
-        raise DeployError(f"the API does not let {self} never scale to zero once it does ({refusal}): {by_hand}")
-
-    def _keep_token(self, wanted: dict[str, Any]) -> None:
-        """Has the secret HF_TOKEN be that of the `wanted` settings, or not be there.
-
-        Whether an update replaces the secrets that it does not name is not known, so others are never put at risk.
-        """
-        why = f"the secret HF_TOKEN {'has to be this token' if wanted else 'is needed no more'}"
-        for change in [wanted] if wanted else [{"secrets": {}}, {"secrets": {"HF_TOKEN": None}}, {}]:
-            env, secrets = (self.there.raw["model"].get(name) or {} for name in ("env", "secrets"))
-            if ("HF_TOKEN" in secrets) == bool(wanted) and wanted.get("env", {}).items() <= env.items():
-                return
-            others = sorted(secrets.keys() - {"HF_TOKEN"})
-            if others or not change:
-                beside = f"beside {', '.join(others)} " if others else ""
-                return note(f"  {why}; {beside}only you can change it: {self.page}/settings")
-            env = {name: value for name, value in env.items() if name != TOKEN_OF} | wanted.get("env", {})
-            self._update(why, **change | {"env": env})
+        raise DeployError(f"the API does not let {self} stop scaling to zero ({refusal}): {by_hand}")
 
     def wait(self, minutes: float) -> None:
-        """Waits until it serves, or sleeps until a request wakes it, and shows each change of state.
+        """Wait until it runs or has scaled to zero, and show each change of its state.
 
-        A network that is lost meanwhile, or an API that answers nothing of use, ends no wait before its time.
+        A lost network or a transient error does not end the wait.
+
+        Raises:
+            DeployError: it failed, was paused or deleted, or takes longer than `minutes`.
         """
         shown, lost = None, ""
         with out.status("waiting for the endpoint"):
-            for number, waited in enumerate(looks(minutes * 60)):
-                try:
-                    self.look(attempts=1) if number else None
-                    lost = ""
-                except HubError as error:
-                    if not passes(error.status):
-                        raise
-                    if not lost:
-                        note(f"  {error.reason}; it goes on without us, still waiting")
-                    lost = f", and {error.reason}"
-                if not self.there:
+            for number, waited in enumerate(poll(minutes * 60)):
+                if number:
+                    lost = self._refresh_if_reachable(lost)
+                if not self.info:
                     raise DeployError(f"{self} was deleted meanwhile")
-                state = self.there.status
+                state = self.info.status
                 if shown != (state, self.message):
                     shown = (state, self.message)
                     say(f"  {waited}  {state:<13} {self.message}")
-                if state == self.left_state and number < SETTLING:
-                    continue
-                if state in READY and self.there.url:
+                is_stale = state == self.previous_state and number < STALE_POLLS
+                if not is_stale and self._is_ready():
                     return
-                if state in BROKEN:
-                    raise DeployError(f"{self} failed: {self.message or 'no reason given'}; its logs: {self.page}/logs")
-                if state == "paused":
-                    raise DeployError(f"{self} was paused meanwhile; `make resume {self.variables}` starts it")
-        raise DeployError(f"{self} is still {self.there.status} after {waited} (TIMEOUT={minutes:g}){lost}")
+        raise DeployError(f"{self} is still {self.info.status} after {waited} (TIMEOUT={minutes:g}){lost}")
+
+    def _refresh_if_reachable(self, lost: str) -> str:
+        """Ask for the state. Return the reason of a transient error, which is noted once, or ""."""
+        try:
+            self.refresh(attempts=1)
+        except HubError as error:
+            if not is_transient(error.status):
+                raise
+            if not lost:
+                note(f"  {error.reason}; the endpoint continues to start, still waiting")
+            return f", and {error.reason}"
+        return ""
+
+    def _is_ready(self) -> bool:
+        """Return whether it takes requests. Raise `DeployError` when it never will."""
+        state = self.info.status
+        if state in BROKEN:
+            raise DeployError(f"{self} failed: {self.message or 'no reason given'}; its logs: {self.page}/logs")
+        if state == "paused":
+            raise DeployError(f"{self} was paused meanwhile; `make resume {self.variables}` starts it")
+        return state in READY and bool(self.info.url)
 
     @contextmanager
-    def nothing_bills_unseen(self, keep: bool) -> Iterator[None]:
-        """Whatever fails inside notes what is left of the endpoint, and what that costs.
+    def pause_on_failure(self, keep: bool) -> Iterator[None]:
+        """Add the endpoint's state and cost to every failure inside the block.
 
-        What was started is paused, unless it is to be kept; what is as it was before this command is left so.
+        An endpoint that the block started is paused unless `keep` is set. Any other endpoint stays as it is.
         """
-        if self.there:
-            _ = self.account.hardware  # its price, for which a failure has no time
+        if self.info:
+            _ = self.account.hardware  # the price, which is not requested during a failure
         try:
             yield
         except BaseException as error:
             try:
-                if self.touched:
-                    self.look(attempts=2)
-                    if self.there and not keep:
+                if self.was_changed:
+                    self.refresh(attempts=2)
+                    if self.info and not keep:
                         self.pause()
-                error.add_note(self.left)
-            except BaseException as again:
+                error.add_note(self.cost_note)
+            except BaseException as second:
                 stop = f"`make pause {self.variables}` stops it, or {self.page}"
-                why = describe(again) or ("stopped" if isinstance(again, KeyboardInterrupt) else type(again).__name__)
+                why = describe(second) or (
+                    "stopped" if isinstance(second, KeyboardInterrupt) else type(second).__name__
+                )
                 error.add_note(f"{self} MAY BE RUNNING, at {describe_price(self.price)}: {stop} ({why})")
             raise
 
     @property
-    def left(self) -> str:
-        """What there is of it, and what that costs."""
-        if not self.there:
-            return f"there is no endpoint {self.name}, and nothing that costs" if self.touched else ""
-        if self.there.status in FREE:
-            wake = f"`make resume {self.variables}`" if self.there.status == "paused" else "any request"
-            return f"{self} is {self.there.status} and costs nothing; {wake} starts it"
+    def cost_note(self) -> str:
+        """Its state and its cost; "" if it never existed."""
+        if not self.info:
+            return f"there is no endpoint {self.name}, and nothing that costs" if self.was_changed else ""
+        if self.info.status in FREE:
+            start = f"`make resume {self.variables}`" if self.info.status == "paused" else "any request"
+            return f"{self} is {self.info.status} and costs nothing; {start} starts it"
         cost = f"costs {describe_price(self.price)} for each replica; `make pause {self.variables}` stops it"
-        return f"{self} is {self.there.status} and {cost}"
+        return f"{self} is {self.info.status} and {cost}"
 
     def pause(self) -> None:
-        with if_stopped(f"{self} may be running yet, and cost: {self.page}"):
-            if self.there.status != "paused":
+        with if_stopped(f"{self} may still be running, and cost: {self.page}"):
+            if self.info.status != "paused":
                 self._call("pause", self.account.api.pause_inference_endpoint)
 
     def resume(self) -> None:
-        if self.there.status == "paused":
+        if self.info.status == "paused":
             self._change("resume", self.account.api.resume_inference_endpoint)
 
     def delete(self) -> None:
-        """Deletes it and waits until it is gone, which takes a moment after the API said yes."""
+        """Delete it, and wait until it is gone, which takes a moment after the API's response."""
         self._call("delete", self.account.api.delete_inference_endpoint, missing=(404,))
         with out.status("waiting until the endpoint is gone"):
-            for _ in looks(GONE_WITHIN):
-                self.look()
-                if not self.there:
+            for _ in poll(DELETE_SECONDS):
+                self.refresh()
+                if not self.info:
                     return
-        raise DeployError(f"{self} was to be deleted {GONE_WITHIN} s ago and is still {self.there.status}: {self.page}")
-
-    def _update(self, what: str, **settings: Any) -> None:
-        say(f"  updating {self.name}: {what}")
-        self._change("update", self.account.api.update_inference_endpoint, **settings)
+        raise DeployError(f"{self} was deleted {DELETE_SECONDS} s ago and is still {self.info.status}: {self.page}")
 
     def _change(self, task: str, function: Callable[..., InferenceEndpoint], /, **settings: Any) -> None:
-        """A call after which it may run. One that exists and that refused the call is as it was."""
-        before, self.touched = self.touched, True
-        self.left_state = self.left_state or (self.there and self.there.status)
+        """Send a request after which it may run. A refused request leaves an existing endpoint unchanged."""
+        before, self.was_changed = self.was_changed, True
+        self.previous_state = self.previous_state or (self.info and self.info.status)
         try:
             self._call(task, function, **settings)
         except HubError as error:
-            if self.there and error.status in (400, 422):
-                self.touched = before
+            if self.info and error.status in (400, 422):
+                self.was_changed = before
             raise
 
     def _call(self, task: str, function: Callable[..., InferenceEndpoint | None], /, **settings: Any) -> None:
-        where = {"name": self.name, "namespace": self.account.namespace}
-        self.there = call(f"{task} {self}", function, **where, **settings)
+        key = {"name": self.name, "namespace": self.account.namespace}
+        self.info = call(f"{task} {self}", function, **key, **settings)

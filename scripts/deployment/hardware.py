@@ -1,8 +1,7 @@
-"""Where there is a machine for a plan, as the platform says."""
+"""The region and the price of a plan's instance, according to the platform."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,47 +13,56 @@ from scripts.instances import check_memory
 
 QUOTA_PAGE = "https://endpoints.huggingface.co/contact"
 USABLE = ("available", "low_availability")
-ASKED = {"vendor": "vendor", "instance": "instance_type", "size": "instance_size", "region": "region"}
-"""What a plan says of its machine, and how the platform calls it."""
-OFFSETS = {"us-east": -5, "us-central": -6, "us-west": -8, "eastus": -5, "westus": -8, "eu": 1, "europe": 1, "ap": 8}
-"""Hours that clocks are ahead of UTC, by the beginning of a region's name: what is near, as far as a clock knows."""
+ATTRIBUTES = {"vendor": "vendor", "instance": "instance_type", "size": "instance_size", "region": "region"}
+"""Fields of a plan, and the attributes of the platform's hardware with the same meaning."""
+
+Offers = Sequence[InferenceEndpointHardware]
 
 
-def place(plan: Plan, offered: Sequence[InferenceEndpointHardware], new: bool) -> Plan:
-    """The plan with the region and the price of today: of "auto" the nearest that has the machine, and quota for it.
+def choose_hardware(plan: Plan, offers: Offers, is_new: bool) -> Plan:
+    """Return the plan with its region and today's price.
 
-    Raises `DeployError` where there is none; it says what there is, or whose quota is short.
+    REGION=auto becomes the default region if it has the instance and quota for it, else the first region that has both.
+
+    Raises:
+        DeployError: the platform does not offer the instance, the quota is used up, or the memory is too small.
     """
-    if not offered:
-        return replace(plan, region="us-east-1" if plan.region == "auto" else plan.region)
-    fitting, so_far = sorted(offered, key=_far), ""
-    for variable, name in ASKED.items():
-        asked, others = getattr(plan, variable), [getattr(one, name) for one in fitting if one.status in USABLE]
-        fitting = [one for one in fitting if asked in ("auto", getattr(one, name))]
-        if not any(one.status in USABLE for one in fitting):
-            status = fitting[0].status if fitting else "not there"
-            also = ", or auto" if new else ", for another NAME=..., as an endpoint never moves"
-            known = ", ".join(dict.fromkeys(others)) + also * (variable == "region")
-            raise DeployError(f"{variable.upper()}={asked}{so_far} cannot be had ({status}): choose from {known}")
-        so_far = f"{so_far or ' of'} {asked}"
-    fitting = [one for one in fitting if one.status in USABLE]
-    free = [(one.max_accelerators - one.used_accelerators) // one.num_accelerators for one in fitting]
-    left, one = next(((left, one) for left, one in zip(free, fitting, strict=True) if left > 0), (0, fitting[0]))
-    if left == 0:
-        used = f"{one.used_accelerators} of {one.max_accelerators}, what has scaled to zero included"
-        more = f"`make pause` frees it, and more is asked for at {QUOTA_PAGE}"
-        raise DeployError(f"the quota for {plan.instance} in {one.region} is used up: {used}; {more}")
-    if left < plan.max_replica:
-        note(f"  the quota in {one.region} has {left} left: MAX_REPLICA={plan.max_replica} may not be reached")
-    if one.status == "low_availability":
-        note(f"  {plan.instance} is scarce in {one.region} at the moment: the endpoint may stay pending")
-    memory = one.memory_gb if one.accelerator == "cpu" else (one.gpu_memory_gb or 0) / one.num_accelerators
+    if not offers:  # the platform did not answer
+        return replace(plan, region=Plan.region if plan.region == "auto" else plan.region)
+    offers = _usable(plan, sorted(offers, key=lambda offer: offer.region != Plan.region), is_new)
+    offer = next((offer for offer in offers if _free_replicas(offer) > 0), offers[0])
+    free = _free_replicas(offer)
+    if free <= 0:
+        used = f"{offer.used_accelerators} of {offer.max_accelerators}, endpoints that have scaled to zero included"
+        more = f"`make pause` frees it, or ask for more at {QUOTA_PAGE}"
+        raise DeployError(f"the quota for {plan.instance} in {offer.region} is used up: {used}; {more}")
+    if free < plan.max_replica:
+        note(f"  the quota in {offer.region} has {free} left: MAX_REPLICA={plan.max_replica} may not be reached")
+    if offer.status == "low_availability":
+        note(f"  {plan.instance} is scarce in {offer.region} at the moment: the endpoint may stay pending")
+    memory = offer.memory_gb if offer.accelerator == "cpu" else (offer.gpu_memory_gb or 0) / offer.num_accelerators
     check_memory(plan.models, plan.instance, plan.size, memory)
-    return replace(plan, region=one.region, price=one.price_per_hour)
+    return replace(plan, region=offer.region, price=offer.price_per_hour)
 
 
-def _far(one: InferenceEndpointHardware) -> float:
-    """Hours between the clocks of here and there."""
-    offset = next((hours for name, hours in OFFSETS.items() if one.region.startswith(name)), 0)
-    apart = abs(offset - time.localtime().tm_gmtoff / 3600)
-    return min(apart, 24 - apart)
+def _usable(plan: Plan, offers: Offers, is_new: bool) -> Offers:
+    """Return the available offers for a plan. `DeployError` names the first field that has none, and its choices."""
+    chosen: list[str] = []
+    for field, attribute in ATTRIBUTES.items():
+        wanted = getattr(plan, field)
+        choices = dict.fromkeys(getattr(offer, attribute) for offer in offers if offer.status in USABLE)
+        offers = [offer for offer in offers if wanted in ("auto", getattr(offer, attribute))]
+        if not any(offer.status in USABLE for offer in offers):
+            status = offers[0].status if offers else "not listed"
+            context = f" for {' '.join(chosen)}" if chosen else ""
+            advice = ""
+            if field == "region":
+                advice = ", or auto" if is_new else ", for another NAME=..., as an endpoint never moves"
+            unavailable = f"{field.upper()}={wanted}{context} is not available ({status})"
+            raise DeployError(f"{unavailable}: choose from {', '.join(choices)}{advice}")
+        chosen.append(wanted)
+    return [offer for offer in offers if offer.status in USABLE]
+
+
+def _free_replicas(offer: InferenceEndpointHardware) -> int:
+    return (offer.max_accelerators - offer.used_accelerators) // offer.num_accelerators

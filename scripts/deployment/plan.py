@@ -1,4 +1,4 @@
-"""What was asked for: checked, with every default filled in. Nothing here needs a token or a network."""
+"""The options of one deployment, checked, with every default filled in. Nothing here needs a token or a network."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from handlers import MODELS, get_models
 from handlers.model import Model
 from scripts.console import DeployError
-from scripts.instances import HOURLY, by_price, check_memory, check_place, table_memory, table_price
-from scripts.models import cannot_run, is_shipped
+from scripts.instances import HOURLY, check_memory, check_region, instance_price, table_memory, table_price
+from scripts.models import is_shipped, why_not_deployable
 
 CALLERS = {
     "authenticated": "anyone with a token of any Hugging Face account",
@@ -22,36 +22,37 @@ CALLERS = {
     "public": "anyone, without a token",
 }
 PENDING = 1.5
-"""Requests that wait or are worked on, a replica: at more of them there is one replica more."""
+"""Pending requests per replica above which the platform starts one more replica."""
 TAG = "remote-vae"
-"""Marks an endpoint as this project's; beside it is the tag of each of its models."""
+"""The tag of every endpoint of this project. Each of its models has a tag too."""
 WEIGHT_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 
-def tag_of(model: str) -> str:
-    """The model's key as the platform takes it in names: with no dot."""
+def model_tag(model: str) -> str:
+    """Return the model's key without dots, which the platform does not take in names."""
     return model.replace(".", "-")
 
 
 def default_name(*models: str) -> str:
-    return "-".join([TAG, *map(tag_of, models)])
+    return "-".join([TAG, *map(model_tag, models)])
 
 
-def variables(models: Sequence[str], namespace: str | None, name: str) -> str:
-    """What names an endpoint to the Makefile's targets: `MODEL=flux NAME=mine`."""
-    given = {"NAMESPACE": namespace, "NAME": name if name != default_name(*models) else None}
-    return " ".join([f"MODEL={','.join(models)}", *(f"{key}={value}" for key, value in given.items() if value)])
+def make_variables(models: Sequence[str], namespace: str | None, name: str) -> str:
+    """Return the variables that name an endpoint to `make`: `MODEL=flux NAME=mine`."""
+    variables = {"MODEL": ",".join(models), "NAMESPACE": namespace}
+    variables["NAME"] = name if name != default_name(*models) else None
+    return " ".join(f"{key}={value}" for key, value in variables.items() if value)
 
 
 def addresses(url: str, models: Sequence[str]) -> dict[str, str]:
-    """Where each model answers. Of several each has its own path; the first one answers at the root too."""
+    """Return the URL of each model. Several models have a path each; the first one answers at the root too."""
     return {model: url if len(models) == 1 else f"{url}/{model}" for model in models}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One endpoint to be: what `scripts/deploy.py` takes as options, by the same names."""
+    """One deployment: the options of `scripts/deploy.py`, by the same names."""
 
     models: tuple[str, ...]
     name: str
@@ -67,79 +68,78 @@ class Plan:
     weights: str | None = None
     revision: str | None = None
     price: float | None = None
-    """USD an hour for one replica: of the table, until the platform was asked."""
-    folders: dict[str, Path] = field(default_factory=dict)
-    """Of the models whose weights are uploaded from one."""
+    """USD an hour for one replica: from the table, until the platform is asked."""
+    weight_folders: dict[str, Path] = field(default_factory=dict)
+    """The folders of weights that are uploaded, by model. The other models have their weights on the Hub."""
 
     @classmethod
-    def of(cls, model: str | None, name: str | None = None, instance: str | None = None, **asked: Any) -> Plan:
-        """Raises `DeployError` for a value that cannot be, naming the Makefile's variable."""
+    def create(cls, model: str | None, name: str | None = None, instance: str | None = None, **options: Any) -> Plan:
+        """Check the options and fill in the defaults. `DeployError` names the Makefile's variable that is wrong."""
         models = find_models(model)
-        for reason in filter(None, map(cannot_run, models)):
+        for reason in filter(None, map(why_not_deployable, models)):
             raise DeployError(reason)
-        dearest = max((MODELS[key] for key in models), key=by_price)
-        plan = cls(models, name or default_name(*models), instance or dearest.instance, **asked)
+        dearest = max((MODELS[key] for key in models), key=instance_price)
+        plan = cls(models, name or default_name(*models), instance or dearest.instance, **options)
         plan._check()
-        sleeps, price = not plan.min_replica, table_price(plan.vendor, plan.instance, plan.size)
-        folders = {key: folder for key in models if (folder := find_folder(key, plan.weights))}
-        return replace(plan, scale_to_zero=plan.scale_to_zero if sleeps else None, price=price, folders=folders)
+        scale_to_zero = None if plan.min_replica else plan.scale_to_zero
+        price = table_price(plan.vendor, plan.instance, plan.size)
+        folders = {key: folder for key in models if (folder := find_weights(key, plan.weights))}
+        return replace(plan, scale_to_zero=scale_to_zero, price=price, weight_folders=folders)
 
     def _check(self) -> None:
-        """What has to be true, by what is said where it is not."""
-        low, high, single = self.min_replica, self.max_replica, len(self.models) == 1
+        """Raise `DeployError` for the first value that is not valid."""
+        low, high = self.min_replica, self.max_replica
         sizes = HOURLY.get(self.instance, [self.size]) if self.vendor == "aws" else [self.size]
-        named = NAME.fullmatch(self.name)
-        rules = {
-            f"NAME={self.name} cannot be: at most 32 of a-z, 0-9 and -, with no - at either end": named,
-            f"ACCESS={self.access} cannot be: it is one of {', '.join(CALLERS)}": self.access in CALLERS,
-            f"MIN_REPLICA={low} MAX_REPLICA={high} cannot be: 0 <= MIN <= MAX >= 1": 0 <= low <= high >= 1,
-            "SCALE_TO_ZERO is in minutes, from 1; MIN_REPLICA=1 never sleeps": low or self.scale_to_zero >= 1,
-            "WEIGHTS is a folder of one model's weights: name one MODEL": single or self.weights in (None, "hub"),
-            "REVISION is a commit of one checkpoint: name one MODEL": single or self.revision in (None, "main"),
-            f"SIZE={self.size} cannot be: {self.instance} has {', '.join(sizes)}": self.size in sizes,
-        }
-        if broken := [message for message, kept in rules.items() if not kept]:
-            raise DeployError(broken[0])
-        check_place(self.vendor, self.region)
+        if not NAME.fullmatch(self.name):
+            raise DeployError(f"NAME={self.name} is not valid: use 1 to 32 of a-z, 0-9 and -, with no - at either end")
+        if self.access not in CALLERS:
+            raise DeployError(f"ACCESS={self.access} is not valid: choose one of {', '.join(CALLERS)}")
+        if not 0 <= low <= high >= 1:
+            raise DeployError(f"MIN_REPLICA={low} MAX_REPLICA={high} is not valid: 0 <= MIN <= MAX, and MAX >= 1")
+        if not low and self.scale_to_zero < 1:
+            raise DeployError("SCALE_TO_ZERO is in minutes, 1 or more; MIN_REPLICA=1 never scales to zero")
+        if len(self.models) > 1 and self.weights is not None:
+            raise DeployError("WEIGHTS is a folder with the weights of one model: name one MODEL")
+        if len(self.models) > 1 and self.revision not in (None, "main"):
+            raise DeployError("REVISION is a commit of one checkpoint: name one MODEL")
+        if self.size not in sizes:
+            raise DeployError(f"SIZE={self.size} is not valid: {self.instance} has {', '.join(sizes)}")
+        check_region(self.vendor, self.region)
         check_memory(self.models, self.instance, self.size, table_memory(self.instance, self.size))
 
     @property
     def model(self) -> str:
-        """As the Makefile takes it."""
+        """The value of MODEL."""
         return ",".join(self.models)
 
     @property
     def tags(self) -> list[str]:
-        return [TAG, *map(tag_of, self.models)]
+        return [TAG, *map(model_tag, self.models)]
 
 
 def find_models(model: str | None) -> tuple[str, ...]:
-    """The keys in `flux` or `sd-v1,sdxl,flux`."""
+    """Return the keys in `flux` or `sd-v1,sdxl,flux`."""
     try:
         models = get_models(model)
     except ValueError as error:
         raise DeployError(str(error)) from None
     for key, handler in models.items():
-        if missing := [word for word in Model.__annotations__ if not hasattr(handler, word)]:
+        if missing := [name for name in Model.__annotations__ if not hasattr(handler, name)]:
             raise DeployError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")
     return tuple(models)
 
 
-def find_folder(model: str, weights: str | None) -> Path | None:
-    """The folder that the model's weights are uploaded from, checked; None where they are on the Hub.
-
-    `weights` is a folder, "hub" for those that the endpoint fetches itself, or None for the model's own.
-    """
+def find_weights(model: str, weights: str | None) -> Path | None:
+    """Return the folder whose weights are uploaded, after a check of its files; None for weights on the Hub."""
     handler = MODELS[model]
-    if weights == "hub" and is_shipped(model):
-        raise DeployError(f"WEIGHTS=hub cannot be for {model}: its weights are in this project, not on the Hub")
-    if weights == "hub" or (weights is None and not is_shipped(model)):
+    if weights is None and not is_shipped(model):
         return None
-    folder, found = Path(weights or handler.checkpoint).expanduser(), "unknown class"
+    folder = Path(weights or handler.checkpoint).expanduser()
     if missing := [name for name in WEIGHT_FILES if not (folder / name).is_file()]:
         raise DeployError(f"WEIGHTS={folder} has no {' and no '.join(missing)}")
-    with suppress(ValueError, AttributeError):  # a config.json that is no JSON object
-        found = json.loads((folder / "config.json").read_text()).get("_class_name", found)
-    if found != handler.vae_class.rpartition(":")[2]:
-        raise DeployError(f"WEIGHTS={folder} is an {found}, and this model an {handler.vae_class}")
+    vae_class = "unknown class"
+    with suppress(ValueError, AttributeError):  # config.json is not a JSON object
+        vae_class = json.loads((folder / "config.json").read_text()).get("_class_name", vae_class)
+    if vae_class != handler.vae_class.rpartition(":")[2]:
+        raise DeployError(f"WEIGHTS={folder} is an {vae_class}, and {model} needs an {handler.vae_class}")
     return folder

@@ -173,7 +173,7 @@ class TestLoops:
         body = saved(photo, "JPEG")
         start = time.thread_time()
         assert (rgb(with_segments(body, noise * (20_000_000 // len(noise)))) == decoded_by_pillow(body)).all()
-        assert time.thread_time() - start < 2
+        assert time.thread_time() - start < 10
 
     @pytest.mark.parametrize(
         ("image_format", "part", "message"),
@@ -200,7 +200,7 @@ class TestLoops:
         with pytest.raises(RequestError, match=message) as refused:
             read_image(body, LIMITS)
         assert refused.value.status == 422
-        assert time.thread_time() - start < 2
+        assert time.thread_time() - start < 10
 
     def test_image_data_in_small_chunks_is_read(self, photo: Image.Image) -> None:
         body = saved(photo, "PNG")

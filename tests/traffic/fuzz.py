@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from handlers.serving.devices import IDLE_SECONDS
 from tests.traffic.images import IMAGES
 from tests.traffic.ledger import Ledger
-from tests.traffic.memory import Memory
 from tests.traffic.messages import Address, Answer, Hang, NoAnswer, exchange
 from tests.traffic.mutations import Case, case
 from tests.traffic.samples import Sample, samples
@@ -22,15 +22,10 @@ FILE_TIMEOUT = 30.0
 """Seconds in which every file is answered by a server with the service's own limits."""
 GOOD_EVERY = 20
 """Requests from one good one to the next."""
-WARM_UP = 0.5
-SPAN = 0.1
-"""Of the run; memory is compared between the span after the warm-up and the last one."""
-GROWTH = 0.05
-"""Of the resident memory, at most."""
-IDLE = 10.0
-"""Seconds without a request, after which a server in a memory limit has given back what it took."""
-KEPT = 100_000_000
-"""Bytes that such a server may keep then, beside those that it took for one good request of each sample."""
+IDLE = IDLE_SECONDS + 2
+"""Seconds without a request, after which a server has given back the memory that requests took."""
+KEPT = 50_000_000
+"""Bytes that a server may keep then, beside those that it kept after one good request of each sample."""
 
 
 @dataclass
@@ -40,7 +35,6 @@ class Target:
     server: Server
     truth: Truth = field(init=False)
     samples: list[Sample] = field(init=False)
-    memory: Memory = field(default_factory=Memory)
     start: int = 0
     """Resident bytes after one good request of each sample."""
 
@@ -88,7 +82,6 @@ class Fuzz:
                 self._send_good(target, target.samples[turn // len(self.targets) % len(target.samples)], number)
                 if not target.server.alive:
                     raise RuntimeError(f"the server has died behind request {number}; its log is {target.server.log}")
-                target.memory.add(number, target.server.memory)
             advance()
 
     def send(self, number: int) -> Answer | None:
@@ -110,45 +103,29 @@ class Fuzz:
         else:
             self.ledger.end(kind, "200")
 
-    def check_memory(self, growth: float = GROWTH) -> list[str]:
-        """Notes it where a server's memory grew by more than this share.
+    def check_memory(self, kept: int = KEPT) -> list[str]:
+        """Notes it where a server has died, took more than its limit, or keeps more than this of what requests took.
 
         Returns:
-            A line for each server, of its memory after the first half of the run and at the end.
+            A line for each server, of the memory it had.
         """
+        time.sleep(IDLE)
         lines = []
         for target in self.targets:
-            end = target.memory.samples[-1][0]
-            before, after = target.memory.medians(WARM_UP * end, SPAN * end)
-            lines.append(
-                f"{target.server.key}: resident memory {before / 1e6:.0f} MB after the warm-up, {after / 1e6:.0f} MB "
-                "at the end"
-            )
-            if after > before * (1 + growth):
-                self.ledger.find("memory", f"{target.server.key}: {before / 1e6:.0f} MB grew to {after / 1e6:.0f} MB")
-        return lines
-
-    def check_limits(self, idle: float = IDLE) -> list[str]:
-        """Notes it where a server in a memory limit has died, took more than its limit, or keeps what it took.
-
-        Returns:
-            A line for each such server, of the memory it had.
-        """
-        time.sleep(idle)
-        lines = []
-        for target in self.targets:
-            if (limited := target.server.limited) is None:
+            server, key = target.server, target.server.key
+            if not server.alive:
+                self.ledger.find("memory", f"{key}: the server has died; its log is {server.log}")
                 continue
-            key = target.server.key
-            if not limited.is_alive:
-                self.ledger.find("memory", f"{key}: the server has died; its log is {target.server.log}")
-                continue
+            idle, peak, limit = server.memory, "", None
+            if server.limited is not None:
+                limit = server.limited.limit
+                peak = f"{server.limited.peak / 1e6:.0f} MB at its peak (limit {limit / 1e6:.0f} MB), "
             line = (
-                f"{key}: resident memory {target.start / 1e6:.0f} MB after the warm-up, {limited.peak / 1e6:.0f} MB at "
-                f"its peak (limit {limited.limit / 1e6:.0f} MB), {limited.resident / 1e6:.0f} MB after {idle:g} s idle"
+                f"{key}: resident memory {target.start / 1e6:.0f} MB after the warm-up, {peak}{idle / 1e6:.0f} MB "
+                "when it was idle at the end"
             )
             lines.append(line)
-            if limited.peak > limited.limit or limited.resident > target.start + KEPT:
+            if idle > target.start + kept or (server.limited is not None and server.limited.peak > limit):
                 self.ledger.find("memory", line)
         return lines
 

@@ -26,6 +26,7 @@ from handlers.serving.errors import RequestError
 from handlers.serving.http.access_log import CLIENT_CLOSED, AccessLog
 from handlers.serving.http.callers import CallerCheck
 from handlers.serving.http.config import describe, public_name
+from handlers.serving.http.openapi import describe_interface
 from handlers.serving.http.request_handler import RequestHandler, check_token
 from handlers.serving.http.web_demo import HEADERS, PAGE, asks_for_page
 from handlers.serving.pipeline import Pipeline
@@ -54,6 +55,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
         Route("/config", config, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
         Route("/metrics", show_metrics, methods=["GET"]),
+        Route("/openapi.json", openapi, methods=["GET"]),
     ]
     access_log = Middleware(AccessLog, split_keys(model), {route.path for route in routes}, on_crash)
     caller_check = Middleware(CallerCheck, cors_origins, on_request_error)
@@ -172,6 +174,10 @@ async def config(request: Request) -> Response:
             for name, other in pipelines.items()
         ]
     return JSONResponse(described)
+
+
+async def openapi(request: Request) -> Response:
+    return JSONResponse(describe_interface(request.state.model))
 
 
 async def show_metrics(request: Request) -> Response:

@@ -40,48 +40,61 @@ Dimension = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class Parameters(BaseModel):
-    """The parameters of a request; those that are not listed here are ignored, as some clients send more."""
+    """The parameters of a request. Unknown ones are ignored, as some clients send more.
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    The docstrings below are the descriptions in `/openapi.json`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
 
     shape: Annotated[tuple[Dimension, ...], Field(max_length=8), BeforeValidator(_dimensions)] | None = None
+    """Sizes of the tensor in the body. Required for a tensor."""
     dtype: Literal["float16", "float32", "bfloat16", "uint8"] | None = None
+    """Data type of the tensor in the body. Required for a tensor."""
     scaling_factor: Annotated[float, AfterValidator(_not_zero)] | None = None
+    """Factor of normalized latents: `raw = latents / scaling_factor + shift_factor`."""
     shift_factor: float | None = None
+    """Shift of normalized latents: `raw = latents / scaling_factor + shift_factor`."""
     do_scaling: bool = False
+    """Whether the service normalizes latents as the model's pipeline does. Otherwise latents are raw."""
     normalized: bool | None = None
-    """Whether latents are as the transformer gave them, where a model's pipelines give some that are raw already."""
+    """Whether latents are normalized still, for a layout in which some of the model's pipelines return raw latents."""
     latents_layout: LatentsLayout | None = None
-    """None where the shape tells; of an encode request's answer, None for the VAE's own."""
+    """Layout of the latents. Absent: decode finds it by the shape, and encode returns the VAE's own."""
     memory_format: Literal["channels_last"] | None = None
-    """Of the tensor when the VAE gets it; torch's kernels round otherwise for another one. None for contiguous."""
+    """Memory format of the VAE's input, contiguous by default. torch's kernels round differently in each."""
     num_frames: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """Of a video, in pixels; what packed latents of more than one frame need."""
-    height: Any = None
-    """Pixels; looked at, and so checked, for packed latents only."""
-    width: Any = None
+    """Frames of the decoded video. Required for packed latents of several frames."""
+    height: Annotated[Any, Field(json_schema_extra={"type": "integer"})] = None
+    """Height of the decoded image or video in pixels. Required for packed latents, and ignored for all others."""
+    width: Annotated[Any, Field(json_schema_extra={"type": "integer"})] = None
+    """Width of the decoded image or video in pixels. Required for packed latents, and ignored for all others."""
     output_type: Literal["pil", "pt", "mp4"] | None = None
+    """Output kind: `pil` for an image file or floats in [0, 1], `pt` for a tensor, `mp4` for a video file."""
     partial_postprocess: bool = False
+    """Whether `pt` returns uint8 with channels last."""
     output_dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """Of an answer in floats; None for the VAE's own. JavaScript and numpy have no bfloat16."""
+    """Data type of floats in the response, the VAE's own by default. JavaScript and numpy have no bfloat16."""
     image_format: Annotated[Literal[ImageFormat, "jpeg"], AfterValidator(_image_format)] | None = None
+    """Format of an image file. Absent: `Accept` decides, then JPEG."""
     stream: bool = False
-    """Whether an MP4 is sent while it is made."""
+    """Whether an MP4 is sent while it is decoded."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
-    """Of JPEG and WebP; PNG has none."""
+    """Quality of a JPEG or WebP file."""
     fps: Annotated[float, Field(ge=1, le=240)] | None = None
-    """Frames per second of an MP4; None takes the model's own."""
+    """Frames per second of an MP4, the model's own by default."""
     decode_timestep: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """What LTX-Video's VAE is conditioned on from 0.9.1 on."""
+    """Timestep that LTX-Video's VAE is conditioned on, from version 0.9.1 on."""
     decode_noise_scale: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of noise, drawn with `seed`, in such latents; None for the timestep."""
+    """Share of noise in LTX-Video's latents, drawn with `seed`. Absent: `decode_timestep`."""
     decode_chunk_size: Annotated[int, Field(ge=1)] | None = None
-    """Frames at a time where a VAE takes them as a batch of pictures; None for all."""
+    """Frames that SVD's VAE decodes at a time, all by default."""
     exact: bool = False
-    """Whether only diffusers' own pass will do, bit for bit; a request that it has no memory for is refused then."""
+    """Whether the result equals diffusers' bit for bit. The service then refuses what does not fit into memory."""
     sample_mode: SampleMode = "argmax"
-    """Of the encoder's distribution; a sample is drawn with `seed`."""
+    """Latents of the encoder's distribution: its mode, a sample drawn with `seed`, or its moments."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Seed of all random values, random by default. A seed gives the same values on every device."""
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Parameters:

@@ -2,8 +2,8 @@
 
     make train-tiny
 
-Read top to bottom: images -> batches -> model -> train -> evaluate -> save. The convolutions run in bfloat16, which
-a CPU with AMX multiplies five times as fast as float32.
+The file has the order of the work: images, batches, model, train, evaluate, save. The convolutions run in bfloat16,
+which a CPU with AMX multiplies five times as fast as float32.
 """
 
 import argparse
@@ -27,18 +27,18 @@ SKIMAGE = Path(skimage.__file__).parent / "data"
 SKLEARN = Path(sklearn.__file__).parent / "datasets/images"
 MATPLOTLIB = Path(matplotlib.get_data_path())
 
-# Public domain, CC0 or "no known copyright restrictions", every one of them inside the package's wheel.
+# Photographs in the wheels of packages: public domain, CC0 or "no known copyright restrictions".
 TRAINING = [
     *(SKIMAGE / f"{name}.png" for name in ("brick", "camera", "cell", "chelsea", "coins")),
     *(SKIMAGE / f"{name}.png" for name in ("grass", "gravel", "ihc", "moon", "page")),
     *(SKIMAGE / f"{name}.jpg" for name in ("hubble_deep_field", "retina")),
     MATPLOTLIB / "sample_data/grace_hopper.jpg",
 ]
-# One more of the public domain, which the wheels of scipy held until 1.11: a raccoon, in colour.
+# One more photograph in the public domain, a raccoon, is in the wheels of scipy before 1.11.
 SCIPY = "scipy-1.9.3-cp310-cp310-manylinux_2_17_x86_64.manylinux2014_x86_64.whl"
-# Not trained on either: it is how a training is watched.
+# A photograph that shows the progress of a training, and is not part of it.
 VALIDATION = SKIMAGE / "rocket.jpg"
-# Never trained on; china and flower are CC-BY and the licence of motorcycle is not stated.
+# Photographs for the evaluation. China and flower are CC-BY, and motorcycle states no license.
 HELD_OUT = [SKIMAGE / f"{name}.png" for name in ("astronaut", "coffee", "motorcycle_left")]
 HELD_OUT += [SKLEARN / f"{name}.jpg" for name in ("china", "flower")]
 
@@ -46,11 +46,11 @@ WIDTHS = (16, 32, 96)  # channels at full size, at half of it, ...
 LATENT_CHANNELS = 8
 SHRINK = 2 ** (len(WIDTHS) - 1)
 STEPS = 14000
-DECAY = 12750  # the last steps, in which the rate falls to 0
-ROUNDED = 8000  # from this step on the norms are those of bfloat16
+DECAY = 12750  # the last steps, in which the learning rate falls to 0
+ROUNDED = 8000  # from this step on, norms are rounded to bfloat16
 CROPS, SIDE = 16, 64
 ANCHOR = 100.0  # far above the activations, which are about 1
-POSTERIOR_DEVIATION = 0.02  # of every latent, whose own deviation is about 1 or more
+POSTERIOR_DEVIATION = 0.02  # of every latent; the deviation of latents is about 1 or more
 
 Pyramid = list[Tensor]
 Images = list[tuple[float, list[Pyramid]]]
@@ -69,25 +69,25 @@ def raccoon(wheel: Path) -> Image.Image:
 
 
 def noise(rng: np.random.Generator, size: int = 512) -> Image.Image:
-    """Coloured noise whose amplitude falls as 1/frequency**a, as it does in photographs: clouds to sand."""
+    """Return colored noise whose amplitude falls as 1/frequency**a, as in photographs."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
     frequency[0, 0] = 1 / size
     spectrum = frequency ** -rng.uniform(0.6, 1.8) * np.exp(2j * np.pi * rng.random((3, *frequency.shape)))
     planes = np.fft.irfft2(spectrum, s=(size, size))
     planes /= planes.std()
-    # One plane carries the luminance that the three channels share, the others only tint it.
+    # One plane is the luminance of the three channels; the others tint it.
     planes = planes[:1] * rng.normal(1, 0.15, (3, 1, 1)) + planes * rng.uniform(0.1, 0.5)
     pixels = planes * rng.uniform(15, 60) + rng.uniform(70, 180, (3, 1, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def collage(rng: np.random.Generator, photos: list[Image.Image], size: int = 512) -> Image.Image:
-    """Overlapping discs, polygons, lines and words, filled with flat colours, noise and `photos`: sharp edges."""
+    """Draw overlapping discs, polygons, lines and words with sharp edges, filled with colors, noise and `photos`."""
     canvas = noise(rng, size)
     fills = [noise(rng, size), *(photos[i].resize((size, size)) for i in rng.choice(len(photos), 3, replace=False))]
     fonts = [str(MATPLOTLIB / "fonts/ttf" / f"DejaVu{face}.ttf") for face in ("Sans", "Serif-Bold", "SansMono")]
     for _ in range(150):
-        # Supersampled, because PIL does not smooth the edges of what it draws.
+        # The stencil is supersampled, because PIL does not smooth edges.
         stencil = Image.new("L", (2 * size, 2 * size))
         draw = ImageDraw.Draw(stencil)
         radius, (x, y) = 8 * 20 ** rng.random() ** 1.3, rng.uniform(0, 2 * size, 2)
@@ -103,26 +103,26 @@ def collage(rng: np.random.Generator, photos: list[Image.Image], size: int = 512
                 word = "".join(chr(code) for code in rng.integers(33, 127, rng.integers(4, 30)))
                 font = ImageFont.truetype(str(rng.choice(fonts)), rng.uniform(16, 90))
                 draw.text((x - size / 4, y), word, fill=255, font=font)
-        colour = tuple(int(level) for level in (rng.uniform(0, 255) + rng.normal(0, 35, 3)).clip(0, 255))
-        canvas.paste(colour if rng.random() < 0.5 else fills[rng.integers(4)], (0, 0), stencil.reduce(2))
+        color = tuple(int(level) for level in (rng.uniform(0, 255) + rng.normal(0, 35, 3)).clip(0, 255))
+        canvas.paste(color if rng.random() < 0.5 else fills[rng.integers(4)], (0, 0), stencil.reduce(2))
     return canvas
 
 
 def pyramid(image: Image.Image) -> Pyramid:
-    """The image at several sizes: uint8 [3, H, W] each, the shorter side at least 160 pixels."""
+    """Return the image at several sizes: uint8 [3, H, W] each, with a shorter side of at least 160 pixels."""
     sizes = [(round(image.width * scale), round(image.height * scale)) for scale in (1.3, 1, 0.7, 0.5, 0.35)]
     resized = [np.array(image.resize(size, Image.Resampling.LANCZOS)) for size in sizes if min(size) >= 160]
     return [torch.from_numpy(pixels).permute(2, 0, 1).contiguous() for pixels in resized]
 
 
 def training_images(rng: np.random.Generator, wheel: Path) -> Images:
-    """Colour photographs, grey ones and generated images, each with how often a crop is of them."""
+    """Return color photographs, gray photographs and generated images, each kind with its share of the crops."""
     photos = [*map(load, TRAINING), raccoon(wheel)]
     generated = [collage(rng, photos) for _ in range(100)] + [noise(rng) for _ in range(20)]
-    grey = [np.ptp(np.asarray(photo), axis=2).max() == 0 for photo in photos]
+    gray = [np.ptp(np.asarray(photo), axis=2).max() == 0 for photo in photos]
     kinds = {
-        0.55: [photo for photo, plain in zip(photos, grey, strict=True) if not plain],
-        0.2: [photo for photo, plain in zip(photos, grey, strict=True) if plain],
+        0.55: [photo for photo, plain in zip(photos, gray, strict=True) if not plain],
+        0.2: [photo for photo, plain in zip(photos, gray, strict=True) if plain],
         0.25: generated,
     }
     return [(often, [pyramid(image) for image in images]) for often, images in kinds.items()]
@@ -132,7 +132,7 @@ def training_images(rng: np.random.Generator, wheel: Path) -> Images:
 
 
 def crop(rng: np.random.Generator, images: Images, size: int) -> Tensor:
-    """A random square of a random image, turned, mirrored and sometimes with its channels swapped: uint8 [3, H, W]."""
+    """Return a random square of a random image, rotated, mirrored, sometimes with swapped channels: uint8 [3, H, W]."""
     pyramids = images[rng.choice(len(images), p=[often for often, _ in images])][1]
     levels = pyramids[rng.integers(len(pyramids))]
     image = levels[rng.integers(len(levels))]
@@ -145,14 +145,14 @@ def crop(rng: np.random.Generator, images: Images, size: int) -> Tensor:
 
 
 def batch(rng: np.random.Generator, images: Images, count: int, size: int) -> Tensor:
-    """Crops in random light: float32 [count, 3, size, size] in [-1, 1]."""
+    """Return crops in random light: float32 [count, 3, size, size] in [-1, 1]."""
 
     def uniform(low: float, high: float, channels: int = 1) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, (count, channels, 1, 1))).float()
 
     pixels = torch.stack([crop(rng, images, size) for _ in range(count)]).float() / 127.5 - 1
-    grey = pixels.mean(1, keepdim=True)
-    pixels = grey + (pixels - grey) * uniform(0.5, 1.5)
+    gray = pixels.mean(1, keepdim=True)
+    pixels = gray + (pixels - gray) * uniform(0.5, 1.5)
     gain, offset = uniform(0.6, 1.3) * uniform(0.9, 1.1, 3), uniform(-0.2, 0.2) + uniform(-0.1, 0.1, 3)
     return (pixels * gain + offset).clamp(-1, 1)
 
@@ -177,21 +177,23 @@ def build() -> AutoencoderKL:
 
 @torch.no_grad()
 def anchor(vae: AutoencoderKL) -> None:
-    """Hold channel 0 of every layer at a large constant, so that group normalisation divides by a constant.
+    """Keep channel 0 of every layer at a large constant, so that group normalization divides by a constant.
 
-    The statistics of a GroupNorm depend on the content and the size of the image: a network trained on small crops then
-    fails on whole photographs. Here the constant dominates them, for any image of any size.
+    The statistics of a GroupNorm depend on the content and the size of the image. A network that is trained on small
+    crops then fails on whole photographs. Here the constant dominates the statistics for every image.
     """
 
-    def pin(parameter: nn.Parameter, place: int | tuple[slice, int], value: float = 0) -> None:
-        parameter[place] = value
+    def pin(parameter: nn.Parameter, index: int | tuple[slice, int], value: float = 0) -> None:
+        parameter[index] = value
         if parameter.grad is not None:
-            parameter.grad[place] = 0
+            parameter.grad[index] = 0
 
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d) and not name.endswith("conv_out"):
             pin(module.weight, 0)
-            pin(module.bias, 0, 0 if name.endswith("conv2") else ANCHOR)  # conv2 adds to a stream that has its anchor
+            pin(
+                module.bias, 0, 0 if name.endswith("conv2") else ANCHOR
+            )  # conv2 adds to a stream that has its own anchor
             if not name.endswith("conv_in"):
                 pin(module.weight, (slice(None), 0))
         elif isinstance(module, nn.GroupNorm):
@@ -201,10 +203,10 @@ def anchor(vae: AutoencoderKL) -> None:
 
 @torch.no_grad()
 def round_norms(vae: AutoencoderKL) -> list[tuple[nn.Parameter, Tensor]]:
-    """Round the parameters of the norms to bfloat16; gives each with what it was.
+    """Round the parameters of the norms to bfloat16, and return each parameter with its value before.
 
-    Beside the anchor they are large numbers that nearly cancel, so that rounding them moves whole channels: the other
-    layers learn to live with it.
+    Because of the anchor they are large numbers that nearly cancel, so rounding shifts whole channels. The other layers
+    learn to compensate.
     """
     norms = (module for module in vae.modules() if isinstance(module, nn.GroupNorm))
     exact = [(parameter, parameter.clone()) for norm in norms for parameter in norm.parameters()]
@@ -214,11 +216,11 @@ def round_norms(vae: AutoencoderKL) -> list[tuple[nn.Parameter, Tensor]]:
 
 
 @torch.no_grad()
-def initialise(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Start as the best linear transform of `pixels` ([B, 3, H, W] in [-1, 1]) that the layers can express.
+def initialize(vae: AutoencoderKL, pixels: Tensor) -> None:
+    """Initialize the layers to the best linear transform of `pixels`, [B, 3, H, W] in [-1, 1], that they can express.
 
-    The encoder halves the image three times, each time keeping the principal components of 2x2 squares; the decoder
-    undoes each step by linear regression. Training then begins above 20 dB instead of at noise.
+    The encoder halves the image several times and keeps the principal components of 2x2 squares. The decoder undoes
+    each step by linear regression. Training then begins above 20 dB.
     """
     for name, module in vae.named_modules():
         if isinstance(module, nn.GroupNorm):  # with the anchor's mean and deviation, this is the identity
@@ -228,7 +230,7 @@ def initialise(vae: AutoencoderKL, pixels: Tensor) -> None:
         elif isinstance(module, nn.Conv2d):
             module.bias.zero_()
             if name.endswith("conv2"):
-                module.weight.zero_()  # every residual branch starts silent
+                module.weight.zero_()  # every residual branch starts at zero
             elif not name.endswith("conv1"):
                 module.weight.zero_()
                 module.weight[:, :, *(side // 2 for side in module.kernel_size)] = torch.eye(*module.weight.shape[:2])
@@ -236,7 +238,7 @@ def initialise(vae: AutoencoderKL, pixels: Tensor) -> None:
     conv_in.weight.zero_()
     conv_in.weight[1:4, :, 1, 1] = torch.eye(3)
 
-    # The last convolutions of both come after a SiLU: they get every value and its negative, as x = SiLU(x) - SiLU(-x).
+    # The last convolutions follow a SiLU, so they get each value and its negative: x = SiLU(x) - SiLU(-x).
     levels = [pixels]
     for block in vae.encoder.down_blocks[:-1]:
         conv, last = block.downsamplers[0].conv, len(levels) == len(WIDTHS) - 1
@@ -252,7 +254,7 @@ def initialise(vae: AutoencoderKL, pixels: Tensor) -> None:
     scale = torch.diag(1 / deviation)
     vae.encoder.conv_out.weight.zero_()
     vae.encoder.conv_out.weight[:LATENT_CHANNELS, 1 : 2 * LATENT_CHANNELS + 1, 1, 1] = torch.cat([scale, -scale], 1)
-    vae.encoder.conv_out.bias[LATENT_CHANNELS:] = 2 * math.log(POSTERIOR_DEVIATION)  # it stays there: no gradient
+    vae.encoder.conv_out.bias[LATENT_CHANNELS:] = 2 * math.log(POSTERIOR_DEVIATION)  # it has no gradient
 
     vae.decoder.conv_in.weight.zero_()
     vae.decoder.conv_in.weight[1 : LATENT_CHANNELS + 1, :, 1, 1] = torch.diag(deviation)
@@ -278,9 +280,10 @@ def initialise(vae: AutoencoderKL, pixels: Tensor) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of each kernel, as a matrix [out, in * 3 * 3], is made orthogonal (Newton-Schulz).
+    """Momentum with an orthogonal update of each kernel, as a matrix [out, in * 3 * 3] (Newton-Schulz).
 
-    All directions of a kernel learn at one speed: several times fewer steps than Adam (https://kellerjordan.github.io).
+    All directions of a kernel learn at one speed. It needs several times fewer steps than Adam
+    (https://kellerjordan.github.io).
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
@@ -301,9 +304,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, checkpoint: Path) -> float:
-    """Minimise the root mean square error of each crop, so that hard textures do not outweigh everything else.
+    """Minimize the root mean square error of each crop, so that hard textures do not outweigh the other crops.
 
-    Gives the seconds that it took. Goes on from `checkpoint` if there is one, to the same result.
+    Training continues from `checkpoint` if that exists, to the same result. Return the seconds of the training.
     """
     kernels = [parameter for parameter in vae.parameters() if parameter.ndim == 4]
     vectors = [parameter for parameter in vae.parameters() if parameter.ndim == 1]
@@ -312,13 +315,13 @@ def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, checkpoi
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, 1, (STEPS - step) / DECAY))
         for optimizer in optimizers
     ]
-    parts, first, spent = [vae, *optimizers, *schedules], 0, 0.0
+    modules, first, spent = [vae, *optimizers, *schedules], 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
         first, spent, rng.bit_generator.state = state["step"], state["seconds"], state["numpy"]
         torch.set_rng_state(state["torch"])
-        for part, values in zip(parts, state["parts"], strict=True):
-            part.load_state_dict(values)
+        for module, values in zip(modules, state["modules"], strict=True):
+            module.load_state_dict(values)
     began, watched, average = time.monotonic() - spent, held_out(VALIDATION), None
     vae.to(memory_format=torch.channels_last)
     for step in range(first, STEPS):
@@ -343,7 +346,7 @@ def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, checkpoi
         if (step + 1) % 250 == 0:
             seconds = time.monotonic() - began
             state = {"step": step + 1, "seconds": seconds, "numpy": rng.bit_generator.state}
-            state |= {"torch": torch.get_rng_state(), "parts": [part.state_dict() for part in parts]}
+            state |= {"torch": torch.get_rng_state(), "modules": [module.state_dict() for module in modules]}
             torch.save(state, checkpoint)
             quality = f"{average:.2f} dB, {VALIDATION.name} {psnr(vae, watched):.2f} dB"
             print(f"{step + 1} steps, {seconds / 60:.1f} minutes: {quality}", flush=True)
@@ -354,29 +357,29 @@ def train(vae: AutoencoderKL, rng: np.random.Generator, images: Images, checkpoi
 
 
 def held_out(path: Path, size: int = 512) -> Tensor:
-    """The centre square of a photograph, resized: float32 [1, 3, size, size] in [-1, 1]."""
+    """Return the center square of a photograph, resized: float32 [1, 3, size, size] in [-1, 1]."""
     image = load(path)
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    x, y = (image.width - side) // 2, (image.height - side) // 2
+    square = image.resize((size, size), Image.Resampling.LANCZOS, (x, y, x + side, y + side))
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def decibels(before: Tensor, after: Tensor) -> float:
-    """PSNR between two images as 8-bit ones, both given in [-1, 1]."""
+    """Return the PSNR in dB of two images in [-1, 1], rounded to 8 bits."""
     before, after = (((image.float().clamp(-1, 1) + 1) * 127.5).round() for image in (before, after))
     return float(10 * torch.log10(255**2 / (before - after).square().mean()))
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
-    """Between `pixels`, [1, 3, H, W], and what `vae` makes of them in its dtype."""
+    """Return the PSNR in dB of `pixels`, [1, 3, H, W], after `vae` has encoded and decoded them in its dtype."""
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
     return decibels(pixels, vae.decode(latents).sample.cpu())
 
 
 def principal_components(pixels: Tensor) -> float:
-    """PSNR of the best linear transform of `pixels` alone to as many numbers: the yardstick."""
+    """Return the PSNR in dB of the best linear transform of `pixels` to as many values, for comparison."""
     squares = F.pixel_unshuffle(pixels, SHRINK)
     rows = squares.movedim(1, -1).flatten(0, -2).double()
     centred = rows - rows.mean(0)
@@ -404,34 +407,34 @@ library_name: diffusers
 # tiny
 
 A small `AutoencoderKL` ({parameters:.1f} M parameters, {channels} latent channels, {shrink} times smaller on each side)
-that ships with this repository, so that the service runs and is tested without a download. Not made for generating
+that is part of this repository, so the service runs and is tested without a download. It is not meant for generating
 images.
 
     make train-tiny
 
-made it, in {steps} steps and {minutes:.0f} minutes on {device}. It learned from random
-crops of images that ship inside the wheels of scikit-image, matplotlib and scipy 1.9 (public domain, CC0 or without
-known copyright restrictions):
+trained it, in {steps} steps and {minutes:.0f} minutes on {device}. It learned from random
+crops of images in the wheels of scikit-image, matplotlib and scipy 1.9 (public domain, CC0 or without known copyright
+restrictions):
 
 > {training}
 
 and from collages of these with noise, shapes and words.
 
-PSNR in dB of photographs it never saw, as 512x512 pixels, and for comparison of {channels} principal components of each
-square of {shrink}x{shrink} pixels, fitted to that very photograph:
+The table has the PSNR in dB of photographs outside the training, at 512x512 pixels. For comparison it has {channels}
+principal components of each square of {shrink}x{shrink} pixels, fitted to that photograph:
 
 | photograph | float32 | float16 | bfloat16 | principal components |
 |---|---|---|---|---|
 {table}
 
 `shift_factor` and `scaling_factor` bring its latents to about mean 0 and deviation 1. One channel of every layer is a
-large constant, which makes group normalisation independent of the image's size and content; the parameters of its norms
-are numbers that bfloat16 holds.
+large constant, which makes group normalization independent of the image's size and content. bfloat16 has the exact
+parameters of its norms.
 """
 
 
 def evaluate(folder: Path) -> dict[str, list[float]]:
-    """Of each photograph held out: PSNR in float32, float16 and bfloat16, and that of its principal components."""
+    """Return for each photograph the PSNR in float32, float16 and bfloat16, and that of its principal components."""
     vaes = [
         AutoencoderKL.from_pretrained(folder, torch_dtype=dtype)
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -463,10 +466,14 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the VAE in models/tiny.")
-    parser.add_argument("--output", type=Path, default=Path("models/tiny"))
-    parser.add_argument("--wheel", type=Path, default=Path("out") / SCIPY, help="of scipy 1.9, for one photograph")
-    parser.add_argument("--checkpoint", type=Path, default=Path("out/tiny.pt"), help="from which it goes on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the result")
+    parser.add_argument(
+        "--wheel", type=Path, default=Path("out") / SCIPY, help="wheel of scipy 1.9, for one photograph"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("out/tiny.pt"), help="file from which an interrupted training continues"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
@@ -474,7 +481,7 @@ def main() -> None:
     rng = np.random.default_rng(arguments.seed)
     images = training_images(rng, arguments.wheel)
     vae = build()
-    initialise(vae, batch(rng, images, 256, 64))
+    initialize(vae, batch(rng, images, 256, 64))
     seconds = train(vae, rng, images, arguments.checkpoint)
 
     round_norms(vae)
