@@ -1,4 +1,4 @@
-"""What sends to a live endpoint, against real servers: the check, and the code that deploying prints."""
+"""`remote_vae.check` and the code that `make deploy` prints, against a real server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.checkpoints import SMALL
 from tests.small_service import Service
 
 SERVED = [key for key in MODELS if key in SMALL or key == "tiny"]
-"""Models that have a small checkpoint to be tried with."""
+"""Models with a small checkpoint."""
 
 
 @pytest.mark.parametrize("model", SERVED)
 def test_check_of_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
-    """What random weights make of the picture is another one; that `tiny` keeps it is in the whole life above."""
+    """Check shapes alone: random weights do not keep the image."""
     monkeypatch.setattr(check, "LOWEST_PSNR", 0)
     result = check.check(f"{service.url}/{model}")
 
@@ -31,9 +31,7 @@ def test_check_of_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning")
 @pytest.mark.parametrize("model", SERVED)
-def test_the_printed_code_runs_as_it_is(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
-) -> None:
+def test_the_printed_code_runs(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_ofTheTests")
     monkeypatch.setattr(snippets, "SIZE", 256)
@@ -42,26 +40,24 @@ def test_the_printed_code_runs_as_it_is(
         exec(snippet(MODELS[model], url), {})
         if kind == "video":
             name = "decoded.mp4"
-            assert shown_frames(Path(name)) == shown(MODELS[model])
+            assert frames_in(Path(name)) == expected_frames(MODELS[model])
         else:
-            with Image.open(name) as picture:
-                assert picture.size == (256, 256)
+            with Image.open(name) as image:
+                assert image.size == (256, 256)
         Path(name).unlink()
 
 
-def test_a_failure_of_the_printed_code_has_the_services_own_words(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_printed_code_raises_the_error_of_the_service(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_ofTheTests")
     with pytest.raises(RuntimeError, match=r"`shape` \[1, 4, 64, 64\] is no shape of this VAE's latents"):
         exec(snippets.token_snippet(MODELS["sd-v1"], f"{service.url}/flux"), {})
 
 
-def shown(model: type) -> int:
-    """Frames that the printed code's latents are decoded to."""
+def expected_frames(model: type) -> int:
+    """Return the number of frames that the printed code decodes."""
     return (snippets.LATENT_FRAMES - 1) * model.frame_factor + 1
 
 
-def shown_frames(video: Path) -> int:
+def frames_in(video: Path) -> int:
     with av.open(video) as container:
         return sum(1 for _ in container.decode(video=0))

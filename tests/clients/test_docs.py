@@ -1,6 +1,6 @@
-"""The commands in docs/clients.md, and what the clients that they are for send.
+"""The commands in docs/clients.md, and the requests of the clients that they are for.
 
-Those clients' source is not here: their requests are, and the lines that the commands change.
+The source of those clients is not here. Tests imitate their requests, and the lines that the commands change.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ PILOT = [
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("sed ")])
-def test_the_pilots_addresses_are_replaced(command: str, tmp_path: Path) -> None:
-    """As they stand in SD.Next, in kijai's nodes and in Visionatrix': with a slash after them and without."""
+def test_the_addresses_are_replaced(command: str, tmp_path: Path) -> None:
+    """Replace addresses as SD.Next, kijai's and Visionatrix' nodes write them, with and without a slash at the end."""
     file = tmp_path / shlex.split(command)[-1]
     file.parent.mkdir(parents=True)
     file.write_text("".join(f"    'sd': '{url}',\n            endpoint = \"{url}/\"\n" for url in PILOT))
@@ -37,12 +37,12 @@ def test_the_pilots_addresses_are_replaced(command: str, tmp_path: Path) -> None
     assert file.read_text() == expected * len(PILOT)
 
 
-def test_every_command_is_one_of_these() -> None:
+def test_the_commands_are_those_that_are_tested() -> None:
     assert [command.split()[0] for command in COMMANDS] == ["pip", "remote-vae", "sed", "sed", "sed"]
 
 
-def test_what_they_send_through_the_proxy(service: Service, tmp_path: Path) -> None:
-    """The documented command, with this address and port: SD.Next's request of FLUX.1 and of a picture, and kijai's."""
+def test_requests_of_sdnext_and_kijai_through_the_proxy(service: Service, tmp_path: Path) -> None:
+    """Run the documented command, and send SD.Next's requests for FLUX.1, packed and unpacked, and kijai's."""
     name, verb, url, *options = shlex.split(next(command for command in COMMANDS if "proxy" in command))
     assert (name, verb, options) == ("remote-vae", "proxy", ["--port", "9000"])
     assert url.startswith("https://")
@@ -64,17 +64,17 @@ def test_what_they_send_through_the_proxy(service: Service, tmp_path: Path) -> N
             ).float()
 
         for endpoint, error in (("/flux", 1e-5), ("/flux-float16", 0.005), ("/flux-bfloat16", 0.05)):
-            for answer in (
+            for decoded_remotely in (
                 send(endpoint, packed, **sdnext),
                 send(endpoint, scaled[0], **sdnext),
                 send(f"{endpoint}/", raw, **alike, do_scaling=False),
             ):
-                assert (answer - decoded).abs().mean() < error, endpoint
+                assert (decoded_remotely - decoded).abs().mean() < error, endpoint
         assert torch.equal(send("/flux/", raw, **alike, do_scaling=False), decoded)
 
 
-def test_what_visionatrix_node_sends_through_the_proxy(service: Service, tmp_path: Path) -> None:
-    """Raw latents as ComfyUI has them. Of a video it takes the dimensions after the channels as height and width."""
+def test_requests_of_visionatrix_through_the_proxy(service: Service, tmp_path: Path) -> None:
+    """Send raw latents, as ComfyUI has them. The node takes the first two dimensions after the channels as the size."""
     headers = {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
     alike = {"do_scaling": False, "output_type": "pt", "partial_postprocess": False, "dtype": "float32"}
     with proxy(service.url, tmp_path) as address:

@@ -44,7 +44,9 @@ from tests.traffic.servers import listening
 
 TIMEOUT = 2
 OPERATING = (ROOT / "docs" / "operating.md").read_text()
-HEALTH = dict(re.findall(r"^\| (.*) \| (.*) \|$", OPERATING.split("## ")[3], re.MULTILINE))
+HEALTH = dict(
+    re.findall(r"^\| (.*) \| (.*) \|$", OPERATING.partition("## Health")[2].partition("\n## ")[0], re.MULTILINE)
+)
 """What `GET /health` gets at which time."""
 
 
