@@ -1,6 +1,6 @@
-"""The commands in docs/clients.md, and what the clients that they are for send.
+"""The commands in docs/clients.md, and the requests of the clients that they change.
 
-Those clients' source is not here: their requests are, and the lines that the commands change.
+The clients' sources are not in this repository. The tests have their requests, and the lines that the commands change.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ PILOT = [
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("sed ")])
-def test_the_pilots_addresses_are_replaced(command: str, tmp_path: Path) -> None:
-    """As they stand in SD.Next, in kijai's nodes and in Visionatrix': with a slash after them and without."""
+def test_the_commands_replace_the_urls_of_the_pilot(command: str, tmp_path: Path) -> None:
+    """SD.Next, kijai's nodes and Visionatrix' nodes have them with and without a slash at the end."""
     file = tmp_path / shlex.split(command)[-1]
     file.parent.mkdir(parents=True)
     file.write_text("".join(f"    'sd': '{url}',\n            endpoint = \"{url}/\"\n" for url in PILOT))
@@ -37,12 +37,12 @@ def test_the_pilots_addresses_are_replaced(command: str, tmp_path: Path) -> None
     assert file.read_text() == expected * len(PILOT)
 
 
-def test_every_command_is_one_of_these() -> None:
+def test_the_list_of_commands() -> None:
     assert [command.split()[0] for command in COMMANDS] == ["pip", "remote-vae", "sed", "sed", "sed"]
 
 
-def test_what_they_send_through_the_proxy(service: Service, tmp_path: Path) -> None:
-    """The documented command, with this address and port: SD.Next's request of FLUX.1 and of a picture, and kijai's."""
+def test_requests_of_sdnext_and_kijai_through_the_proxy(service: Service, tmp_path: Path) -> None:
+    """Send SD.Next's requests for FLUX.1, packed and unbatched, and kijai's, to the documented command."""
     name, verb, url, *options = shlex.split(next(command for command in COMMANDS if "proxy" in command))
     assert (name, verb, options) == ("remote-vae", "proxy", ["--port", "9000"])
     assert url.startswith("https://")
@@ -51,8 +51,8 @@ def test_what_they_send_through_the_proxy(service: Service, tmp_path: Path) -> N
     scaled = (raw - 0.1159) * 0.3611
     packed = scaled.view(1, 16, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 6, 64).contiguous()
     headers = {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
-    alike = {"dtype": "float32", "output_type": "pt", "partial_postprocess": False, "height": 32, "width": 48}
-    sdnext = {**alike, "input_tensor_type": "binary", "output_tensor_type": "binary"}
+    common = {"dtype": "float32", "output_type": "pt", "partial_postprocess": False, "height": 32, "width": 48}
+    sdnext = {**common, "input_tensor_type": "binary", "output_tensor_type": "binary"}
     sdnext |= {"scaling_factor": 0.3611, "shift_factor": 0.1159}
     decoded = vae.decode(raw).sample
     with proxy(service.url, tmp_path) as address:
@@ -64,23 +64,23 @@ def test_what_they_send_through_the_proxy(service: Service, tmp_path: Path) -> N
             ).float()
 
         for endpoint, error in (("/flux", 1e-5), ("/flux-float16", 0.005), ("/flux-bfloat16", 0.05)):
-            for answer in (
+            for pixels in (
                 send(endpoint, packed, **sdnext),
                 send(endpoint, scaled[0], **sdnext),
-                send(f"{endpoint}/", raw, **alike, do_scaling=False),
+                send(f"{endpoint}/", raw, **common, do_scaling=False),
             ):
-                assert (answer - decoded).abs().mean() < error, endpoint
-        assert torch.equal(send("/flux/", raw, **alike, do_scaling=False), decoded)
+                assert (pixels - decoded).abs().mean() < error, endpoint
+        assert torch.equal(send("/flux/", raw, **common, do_scaling=False), decoded)
 
 
-def test_what_visionatrix_node_sends_through_the_proxy(service: Service, tmp_path: Path) -> None:
-    """Raw latents as ComfyUI has them. Of a video it takes the dimensions after the channels as height and width."""
+def test_requests_of_visionatrix_node_through_the_proxy(service: Service, tmp_path: Path) -> None:
+    """Send raw latents as ComfyUI has them. For a video, the node takes frames and height as height and width."""
     headers = {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
-    alike = {"do_scaling": False, "output_type": "pt", "partial_postprocess": False, "dtype": "float32"}
+    common = {"do_scaling": False, "output_type": "pt", "partial_postprocess": False, "dtype": "float32"}
     with proxy(service.url, tmp_path) as address:
         for key, shape in (("flux", (1, 16, 4, 6)), ("hunyuan-video", (1, 16, 2, 4, 6))):
             raw = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            parameters = {**alike, "shape": list(shape), "height": shape[2] * 8, "width": shape[3] * 8}
+            parameters = {**common, "shape": list(shape), "height": shape[2] * 8, "width": shape[3] * 8}
             body = raw.numpy().tobytes()
             response = requests.post(f"{address}/{key}/", params=parameters, data=body, headers=headers, timeout=60)
             assert torch.equal(as_tensor(response), service.model(key).decode(raw).sample)
