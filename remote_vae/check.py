@@ -70,7 +70,7 @@ def check(url: str, token: str | None = None, report: Callable[[str], None] = lo
     decoded = client.request("POST", "/decode", content=encoded.content, params=parameters, headers=headers)
     psnr = None if len(shape) == VIDEO_NDIM and _is_mp4(decoded.content) else _psnr(image, decoded.content)
     if psnr is not None and psnr < MIN_PSNR:
-        message = f"the decoded image is another one: {psnr:.1f} dB, expected {MIN_PSNR:.0f} dB or more"
+        message = f"the decoded image differs from the original: {psnr:.1f} dB, expected {MIN_PSNR:.0f} dB or more"
         raise RemoteVAEError(f"{url}: {message}; does the endpoint have the weights of its model?")
     return RoundTrip(encoded.seconds, decoded.seconds, shape, psnr)
 

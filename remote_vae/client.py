@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
+from http.client import responses as PHRASES
 from threading import Event
 from time import monotonic
 from typing import Any, TypeVar
@@ -301,7 +301,7 @@ class Client:
                 text = str(json.loads(response.content)["error"])[:1000]
             except (ValueError, KeyError, TypeError, RecursionError):
                 body = "" if "content-encoding" in response.headers else response.content.decode(errors="replace")
-                text = " ".join(body.split())[:300] or _phrase(response.status)
+                text = " ".join(body.split())[:300] or PHRASES.get(response.status, "")
         return text.replace(self._token, "<token>") if self._token else text
 
 
@@ -338,15 +338,15 @@ def _parse_url(url: str) -> tuple[str, str]:
     Raises:
         ValueError: it is no such URL, or two readers may see different hosts in it.
     """
-    if any(mark in url for mark in "@?#"):  # a part of it may be secret
+    if any(mark in url for mark in "@?#"):  # a URL with a password must not be printed
         raise ValueError("the URL of an endpoint contains a user, password, query or fragment: remove it")
-    parts = URL.fullmatch(url)
-    if not parts or not 0 < int(parts["port"] or 80) < 1 << 16:
+    match = URL.fullmatch(url)
+    if not match or not 0 < int(match["port"] or 80) < 1 << 16:
         raise ValueError(
             f"{visible(url)!r} is no URL of an endpoint: expected https://HOST or http://HOST:PORT, and maybe /PATH; "
             "a host has letters, digits, '.', '-' and '_'"
         )
-    return parts["scheme"].lower(), (parts["ipv6"] or parts["host"]).lower()
+    return match["scheme"].lower(), (match["ipv6"] or match["host"]).lower()
 
 
 def _login(scheme: str, host: str, trusted_hosts: Collection[str]) -> str | None:
@@ -382,13 +382,6 @@ def _is_caused_by(error: BaseException | None, kind: type[BaseException]) -> boo
         return error is not None
     causes = (error.__cause__ or error.__context__, *getattr(error, "exceptions", ()))
     return any(_is_caused_by(cause, kind) for cause in causes)
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
 
 
 def _advice(status: int, message: str, token: str | None) -> str:

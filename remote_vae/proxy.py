@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from tempfile import SpooledTemporaryFile
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx2 as httpx
 from starlette.applications import Starlette
@@ -94,30 +94,22 @@ def refusal(headers: Headers, hosts: list[str]) -> str | None:
     this machine (DNS rebinding) has that name in `Host`. Other clients send none of these headers.
     """
     named = headers.getlist("host")
-    if len(named) != 1 or ("*" not in hosts and _host(f"//{named[0]}") not in hosts):
+    if len(named) != 1 or ("*" not in hosts and _split(f"//{named[0]}").hostname not in hosts):
         return f"this proxy is not {', '.join(named)[:100]!r}: expected a request to {', '.join(hosts)}"
     if any(site not in ("same-origin", "none") for site in headers.getlist("sec-fetch-site")):
         return "a page of another site may not use this proxy; open its own address, or use a client outside a browser"
     for sender in headers.getlist("origin") + headers.getlist("referer"):
-        if _authority(sender) != named[0].lower():
+        authority = _split(sender).netloc.lower()
+        if not authority or authority != named[0].lower():
             return f"a page of {sender[:100]!r} may not use this proxy; open its own address"
     return None
 
 
-def _authority(url: str) -> str | None:
-    """Return host and port as a URL has them; None if there are none."""
+def _split(url: str) -> SplitResult:
     try:
-        return urlsplit(url).netloc.lower() or None
+        return urlsplit(url)
     except ValueError:
-        return None
-
-
-def _host(url: str) -> str | None:
-    """Return the host of a URL without its port."""
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
+        return urlsplit("")
 
 
 def forwarded_headers(headers: Iterable[tuple[bytes, bytes]], private: Iterable[str]) -> list[tuple[bytes, bytes]]:

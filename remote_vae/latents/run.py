@@ -72,8 +72,8 @@ class Run:
         for module, _ in PLUGINS.values():
             with suppress(ImportError):
                 import_module(module)
-        found = self.find()
-        if not found and not self.failed:
+        files = self.find()
+        if not files and not self.failed:
             suffixes = ", ".join(sorted(self.format.suffixes))
             message = f"{self.folder} has no image that {self.format.trainer} loads: expected files with {suffixes}"
             raise ValueError("; ".join(filter(None, [message, self.skipped_summary()])))
@@ -88,8 +88,8 @@ class Run:
         )
         with Progress(*columns, console=console) as progress:
             try:
-                reading = progress.add_task("reading", total=len(found), speed="")
-                groups = self._groups(progress.track(found, task_id=reading))
+                reading = progress.add_task("reading", total=len(files), speed="")
+                groups = self._groups(progress.track(files, task_id=reading))
                 total = sum(map(len, groups))
                 encoding = progress.add_task("encoding", total=total, speed="")
                 for _ in self._encode(pool, groups):
@@ -149,17 +149,17 @@ class Run:
         earlier = _read_settings(file) if file.exists() else settings
         changed = [f"{name}={earlier.get(name)}" for name in settings if earlier.get(name) != settings[name]]
         if changed:
-            made = ", ".join(changed)
-            raise ValueError(f"{self.out} has latents that were made with {made}; use the same, or another --out")
+            options = ", ".join(changed)
+            raise ValueError(f"{self.out} has latents that were made with {options}; use the same, or another --out")
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(settings).encode())
 
-    def _groups(self, found: Iterable[Path]) -> list[list[ImageFile]]:
+    def _groups(self, files: Iterable[Path]) -> list[list[ImageFile]]:
         """Return the images that are not stored yet, in groups that are written together."""
         stored = self.format.stored(self.out)
         owners = dict(stored)
         images: list[ImageFile] = []
-        for image in filter(None, map(self._read_header, found)):
+        for image in filter(None, map(self._read_header, files)):
             try:
                 name = self.format.name(image)
                 owner = owners.setdefault(name, image.relative)

@@ -129,7 +129,10 @@ def test_check(service: Service) -> None:
 @pytest.mark.parametrize(
     ("path", "error"),
     [
-        ("/sdxl", r"/sdxl: the decoded image is another one: [\d.]+ dB, expected 15 dB or more; .*\?"),
+        (
+            "/sdxl",
+            r"/sdxl: the decoded image differs from the original: [\d.]+ dB, expected 15 dB or more; .*\?",
+        ),
         ("/nothing", r"/nothing/encode: 404 .*"),
     ],
 )
