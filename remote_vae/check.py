@@ -52,13 +52,14 @@ def check(url: str, token: str | None = None, report: Callable[[str], None] = lo
         RemoteVAEError: a response is not what the protocol says, or `url` is no URL of an endpoint.
     """
     try:
-        client = Client(url, token, retry_timeout=START_TIMEOUT, report=report)
+        client = Client(url, token, retry_timeout=START_TIMEOUT, timeout=START_TIMEOUT + 60, report=report)
     except ValueError as error:
         raise RemoteVAEError(str(error)) from None
     image = _smooth_image()
     body = io.BytesIO()
     image.save(body, "PNG")
-    encoded = client.request("POST", "/encode", content=body.getvalue())
+    headers = {"X-Scale-Up-Timeout": str(START_TIMEOUT)}  # the platform holds the request while a replica starts
+    encoded = client.request("POST", "/encode", content=body.getvalue(), headers=headers)
     try:
         shape = read_shape(encoded.headers.get("shape", ""))
     except ValueError as error:
@@ -66,7 +67,7 @@ def check(url: str, token: str | None = None, report: Callable[[str], None] = lo
         raise RemoteVAEError(message) from None
     # a video model responds with an MP4
     parameters = {"shape": shape, "dtype": encoded.headers.get("dtype", ""), "image_format": "png"}
-    headers = {"Content-Type": "tensor/binary"}
+    headers["Content-Type"] = "tensor/binary"
     decoded = client.request("POST", "/decode", content=encoded.content, params=parameters, headers=headers)
     psnr = None if len(shape) == VIDEO_NDIM and _is_mp4(decoded.content) else _psnr(image, decoded.content)
     if psnr is not None and psnr < MIN_PSNR:
