@@ -79,10 +79,9 @@ def data_set(url: str, key: str, side: int, count: int) -> dict[str, Any]:
                     np.save(io.BytesIO(), remote_encode(url, image).float().numpy())
 
         def latents(name: str) -> None:
-            writer = FORMATS["webdataset"](key, (side, side), sample_mode="argmax")
-            Run(client, client.config(), folder, Path(temporary) / name, writer, 0, WORKERS).go(
-                Console(file=io.StringIO())
-            )
+            format = FORMATS["webdataset"](key, (side, side), sample_mode="argmax")
+            run = Run(client, client.config(), folder, Path(temporary) / name, format, 0, WORKERS)
+            run.encode(Console(file=io.StringIO()))
 
         images = [torch.from_numpy(np.array(Image.open(file)))[None] for file in files]
 

@@ -1,4 +1,4 @@
-"""A VAE that runs elsewhere, where a pipeline of diffusers takes one of its own: `pipe.vae = RemoteVAE(url)`."""
+"""Client of remote VAE endpoints. `pipe.vae = RemoteVAE(url)` runs the VAE of a diffusers pipeline elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Client", "RemoteVAE", "RemoteVAEError"]
 
 
 def __getattr__(name: str) -> Any:
-    """diffusers takes seconds to import, and the command needs none of it."""
+    """Import `RemoteVAE` when it is used: diffusers takes seconds to import, and the command does not need it."""
     if name == "RemoteVAE":
         from remote_vae.vae import RemoteVAE
 

@@ -1,4 +1,4 @@
-"""How much goes into one request, by what the endpoint's `/config` says of its limits."""
+"""Sizes of batches and videos, from the endpoint's `/config`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,21 @@ from torch import Tensor
 
 
 def batch_limit(config: dict[str, Any], batch: Tensor, pixels: int) -> int:
-    """How many of these go into one request; `pixels` of each."""
+    """Return how many items of `batch` fit into one request, at least 1. Each has so many pixels."""
     limits = config["limits"]
     size = batch[0].numel() * batch.element_size()
-    fits = min(limits["max_batch"], limits["max_pixels"] // pixels, int(limits["max_body_mb"] * 1e6) // size)
-    return max(fits, 1)
+    return max(min(limits["max_batch"], limits["max_pixels"] // pixels, int(limits["max_body_mb"] * 1e6) // size), 1)
 
 
 def decoded_frames(config: dict[str, Any], latent_frames: int) -> int:
-    """As the entry `frame_counts` of `/config` is defined."""
+    """Return the frames of the video that so many latent frames are decoded to, from `frame_counts` of `/config`."""
     counts = config["pixels"]["frame_counts"]
     return counts[(latent_frames - 1) % 2] + (latent_frames - 1) // 2 * (counts[2] - counts[0])
 
 
-def encodes_whole(config: dict[str, Any], frames: int, height: int, width: int) -> bool:
-    """Whether the VAE uses every pixel of such images or frames, and adds none."""
+def fits_latents(config: dict[str, Any], frames: int, height: int, width: int) -> bool:
+    """Return True if the VAE encodes every pixel of such an image or video, and pads none."""
     side = config["latents"]["vae_scale_factor"]
-    if config["kind"] == "video":
-        latent_frames = 1
-        while decoded_frames(config, latent_frames) < frames:
-            latent_frames += 1
-        if decoded_frames(config, latent_frames) != frames:
-            return False
-    return height % side == 0 and width % side == 0
+    if height % side or width % side:
+        return False
+    return config["kind"] == "image" or any(decoded_frames(config, n + 1) == frames for n in range(frames))

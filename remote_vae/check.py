@@ -1,4 +1,4 @@
-"""One picture through an endpoint and back, over the wire protocol, with neither torch nor diffusers."""
+"""Check of an endpoint: a small image is encoded and decoded over HTTP, with neither torch nor diffusers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageStat
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from remote_vae.client import Client, RemoteVAEError
 from remote_vae.text import read_shape
@@ -17,20 +16,18 @@ from remote_vae.text import read_shape
 logger = logging.getLogger("remote_vae")
 
 SIZE = 256
-"""Pixels, height and width."""
-LOWEST_PSNR = 15.0
-"""dB; what comes back through these VAEs is above 25, a black or grey picture below 12."""
-STARTING = (502, 503, 504)
-"""What the proxy answers while a replica starts."""
-VIDEO = 5
+"""Height and width of the image in pixels."""
+MIN_PSNR = 15.0
+"""dB. These VAEs return the image at 25 dB or more; a black or gray image has less than 12."""
+VIDEO_NDIM = 5
 """Dimensions of a video's latents."""
-WAKE_UP = 600
-"""Seconds that a request waits for an endpoint which has scaled to zero."""
+START_TIMEOUT = 600
+"""Seconds to wait for an endpoint that has scaled to zero."""
 
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Seconds of the two requests, the latents' shape and the picture's PSNR in dB (None for a video)."""
+    """Seconds of both requests, the shape of the latents, and the image's PSNR in dB (None for a video)."""
 
     encode: float
     decode: float
@@ -38,72 +35,68 @@ class RoundTrip:
     psnr: float | None
 
     def __str__(self) -> str:
-        back = "an MP4 video" if self.psnr is None else f"the picture at {self.psnr:.1f} dB"
-        took = f"encode {self.encode:.2f} s, decode {self.decode:.2f} s"
-        return f"{took}: {SIZE}x{SIZE} pixels became latents {self.shape}, and {back} came back"
+        result = "an MP4 video" if self.psnr is None else f"the image, at {self.psnr:.1f} dB"
+        seconds = f"encode {self.encode:.2f} s, decode {self.decode:.2f} s"
+        return f"{seconds}: {SIZE}x{SIZE} pixels became latents {self.shape}, and these became {result}"
 
 
-def check(url: str, token: str | None = None, tell: Callable[[str], None] = logger.warning) -> RoundTrip:
-    """Encodes a picture and decodes what comes back.
+def check(url: str, token: str | None = None, report: Callable[[str], None] = logger.warning) -> RoundTrip:
+    """Encode an image and decode its latents.
 
     Args:
-        token: sent to this address; None sends the user's own, to the hosts of Inference Endpoints alone.
-        tell: gets a line where a replica has to be waited for.
+        url: URL of the endpoint.
+        token: token for this URL. None: the Hugging Face login, for hosts of Inference Endpoints.
+        report: function that gets a line while the endpoint starts.
 
     Raises:
-        RemoteVAEError: what came is not what the protocol promises, or `url` is no URL.
+        RemoteVAEError: a response is not what the protocol says, or `url` is no URL of an endpoint.
     """
-    across = Image.linear_gradient("L").resize((SIZE, SIZE))  # smooth, so that any trained VAE keeps it
-    picture = Image.merge("RGB", (across, across.rotate(90), Image.radial_gradient("L").resize((SIZE, SIZE))))
-    body = io.BytesIO()
-    picture.save(body, "PNG")
-    held = {"X-Scale-Up-Timeout": str(WAKE_UP)}
-    waiting = Retrying(
-        retry=retry_if_exception(lambda error: getattr(error, "status", None) in STARTING),
-        wait=wait_fixed(5),
-        stop=stop_after_delay(WAKE_UP),
-        before_sleep=lambda state: tell(_waits(state)) if state.attempt_number == 1 else None,
-        reraise=True,
-    )
     try:
-        client = Client(url, token, patience=0, timeout=WAKE_UP + 60)
+        client = Client(url, token, retry_timeout=START_TIMEOUT, timeout=START_TIMEOUT + 60, report=report)
     except ValueError as error:
         raise RemoteVAEError(str(error)) from None
-    encoded = waiting(client.request, "POST", "/encode", content=body.getvalue(), headers=held)
+    image = _smooth_image()
+    body = io.BytesIO()
+    image.save(body, "PNG")
+    headers = {"X-Scale-Up-Timeout": str(START_TIMEOUT)}  # the platform holds the request while a replica starts
+    encoded = client.request("POST", "/encode", content=body.getvalue(), headers=headers)
     try:
         shape = read_shape(encoded.headers.get("shape", ""))
     except ValueError as error:
-        message = f"{url} responded to /encode with no latents ({error}): is it an endpoint of this project?"
+        message = f"{url}/encode: the response is no latents ({error}); is this an endpoint of this project?"
         raise RemoteVAEError(message) from None
     # a video model responds with an MP4
-    sent = {"shape": shape, "dtype": encoded.headers.get("dtype", ""), "image_format": "png"}
-    held["Content-Type"] = "tensor/binary"
-    decoded = waiting(client.request, "POST", "/decode", content=encoded.content, params=sent, headers=held)
-    psnr = None if len(shape) == VIDEO and _is_mp4(decoded.content) else _psnr(picture, decoded.content)
-    if psnr is not None and psnr < LOWEST_PSNR:
-        lost = f"{psnr:.1f} dB, under {LOWEST_PSNR:.0f}"
-        raise RemoteVAEError(f"{url} gave back another picture ({lost}): are the weights its own?")
+    parameters = {"shape": shape, "dtype": encoded.headers.get("dtype", ""), "image_format": "png"}
+    headers["Content-Type"] = "tensor/binary"
+    decoded = client.request("POST", "/decode", content=encoded.content, params=parameters, headers=headers)
+    psnr = None if len(shape) == VIDEO_NDIM and _is_mp4(decoded.content) else _psnr(image, decoded.content)
+    if psnr is not None and psnr < MIN_PSNR:
+        message = f"the decoded image differs from the original: {psnr:.1f} dB, expected {MIN_PSNR:.0f} dB or more"
+        raise RemoteVAEError(f"{url}: {message}; does the endpoint have the weights of its model?")
     return RoundTrip(encoded.seconds, decoded.seconds, shape, psnr)
 
 
-def _waits(state: RetryCallState) -> str:
-    return f"{state.outcome and state.outcome.exception()}; no replica is up yet, waiting for it"
+def _smooth_image() -> Image.Image:
+    """Return an image of gradients, which any trained VAE preserves."""
+    gradient = Image.linear_gradient("L").resize((SIZE, SIZE))
+    radial = Image.radial_gradient("L").resize((SIZE, SIZE))
+    return Image.merge("RGB", (gradient, gradient.rotate(90), radial))
 
 
 def _is_mp4(content: bytes) -> bool:
-    """By its first box, and the one that every MP4 has."""
+    """Check the first box, and a box that every MP4 file has."""
     return content[4:8] == b"ftyp" and b"moov" in content
 
 
 def _psnr(expected: Image.Image, content: bytes) -> float:
-    """Peak signal-to-noise ratio in dB."""
+    """Return the peak signal-to-noise ratio of a PNG file in dB."""
     try:
-        actual = Image.open(io.BytesIO(content), formats=["PNG"])
-        if actual.size != (SIZE, SIZE):  # before its pixels take memory
-            raise RemoteVAEError(f"a decode gave an image of {actual.size}, not of {(SIZE, SIZE)}")
-        actual.load()
+        image = Image.open(io.BytesIO(content), formats=["PNG"])
+        if image.size != (SIZE, SIZE):  # before its pixels take memory
+            raise RemoteVAEError(f"the decoded image has the size {image.size}: expected {(SIZE, SIZE)}")
+        image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        message = f"a decode was answered with neither a PNG nor an MP4: {content[:40]!r}"
+        message = f"the response to a decode is neither PNG nor MP4, and begins with {content[:40]!r}"
         raise RemoteVAEError(message) from None
-    error = sum(ImageStat.Stat(ImageChops.difference(expected, actual.convert("RGB"))).sum2) / (3 * SIZE * SIZE)
+    error = sum(ImageStat.Stat(ImageChops.difference(expected, image.convert("RGB"))).sum2) / (3 * SIZE * SIZE)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)

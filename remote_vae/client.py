@@ -1,8 +1,7 @@
-"""HTTP to one endpoint: its token, patience with a replica that starts, and errors in the service's own words."""
+"""HTTP client of one endpoint: it adds the token, waits for a replica that starts, and raises the service's errors."""
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
 import math
@@ -12,10 +11,10 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
+from http.client import responses as PHRASES
+from threading import Event
 from time import monotonic
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx2 as httpx
 from huggingface_hub import get_token
@@ -29,32 +28,38 @@ T = TypeVar("T")
 logger = logging.getLogger("remote_vae")
 
 ENDPOINTS = ".endpoints.huggingface.cloud"
-"""Of the host of every Inference Endpoint. The user's Hugging Face token goes to these alone, and over HTTPS."""
+"""End of the host names of Inference Endpoints. The Hugging Face login is sent to these alone, and over HTTPS."""
 
 NOT_READY = (429, 502, 503)
-"""Statuses of a service, or of the proxy before it, that may be another for the same request later."""
+"""Statuses that the service, or the platform's proxy, returns for now. The same request may succeed later."""
 
-RESENT = 3
-"""Times that a request is sent whose connection breaks before the answer is complete."""
+MAX_SENDS = 3
+"""Times that a request is sent if its connection breaks before the response is complete."""
 
-REPORTED_EVERY = 30
-"""Seconds between two lines that say what is waited for."""
+REPORT_INTERVAL = 30
+"""Seconds between two lines about the same wait."""
 
-NOBODY_LISTENS = 3
-"""Seconds for which refused connections are tried again where nothing has ever responded: the port is wrong then."""
+REFUSED_TIMEOUT = 3
+"""Seconds to retry a refused connection at an address that has never responded: the port is probably wrong."""
 
-MAX_ERROR = 1 << 16
-"""Bytes that are read of an error."""
+MAX_ERROR_BYTES = 1 << 16
+"""Bytes to read of an error response."""
 
-MAX_SMALL = 1 << 24
-"""Bytes that are read of `/config`, `/health`, and of any response for which the caller names no bound."""
+MAX_SMALL_BYTES = 1 << 24
+"""Bytes to read of a response for which the caller gives no bound, such as `/config`."""
 
-HOST = re.compile(r"(?:[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*|\[(?P<ipv6>[0-9a-f:.]+)\])(?::[0-9]{1,5})?", re.I | re.A)
-"""Names of hosts that are what they seem, with or without a port."""
+URL = re.compile(
+    r"(?P<scheme>https?)://"
+    r"(?P<host>[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*|\[(?P<ipv6>[0-9a-f:.]+)\])"
+    r"(?::(?P<port>[0-9]{1,5}))?"
+    r"(?:/[!-\[\]-~]*)?",
+    re.IGNORECASE | re.ASCII,
+)
+"""An endpoint's URL, in which every reader sees the same host. The path is any printable ASCII but a backslash."""
 
 
 class RemoteVAEError(Exception):
-    """What the service said of a request, or what happened on the way to it. It never holds a token.
+    """An error that the service returned, or that occurred on the way to it. It never contains a token.
 
     Control characters, which a terminal would obey, are written as escapes.
     """
@@ -62,47 +67,50 @@ class RemoteVAEError(Exception):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(visible(message))
         self.status = status
-        """Of the answer; None where there was none."""
+        """Status of the response; None if there was no response."""
 
 
 class NotReady(RemoteVAEError):
-    """The service starts, or has no place free, or is not reached; the same request may succeed later."""
+    """The service starts, is full, or cannot be reached. The same request may succeed later."""
 
     def __init__(self, message: str, status: int | None = None, retry_after: float | None = None) -> None:
         super().__init__(message, status)
         self.retry_after = retry_after
 
 
-class NobodyListens(NotReady):
+class ConnectionRefused(NotReady):
     """The connection is refused, and nothing has ever responded at this address."""
 
 
 class ConnectionBroken(RemoteVAEError):
-    """The connection ended before the answer did."""
+    """The connection ended before the response was complete."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """A whole response."""
+    """A complete response."""
 
     status: int
     headers: Mapping[str, str]
-    """Their names are found in upper and lower case."""
+    """Headers by name, in upper or lower case."""
     content: bytes
     seconds: float = 0
-    """From the first byte of the request to the last one of the response."""
+    """Time from the start of the request to the end of the response."""
 
 
 class Client:
-    """One endpoint. It keeps its connections, and any number of threads may use it.
+    """Client of one endpoint. It keeps its connections open. Threads may share it.
 
     Args:
-        url: of the endpoint, as `make deploy` or `make serve` prints it.
-        token: sent as a Bearer token to this URL; None takes the Hugging Face login for hosts of Inference Endpoints,
-            "" sends none.
-        trusted_hosts: other hosts that the Hugging Face login may be sent to.
-        patience: seconds for which a request waits for a service that starts, or has no place free.
-        timeout: seconds without a byte after which a request that was sent is given up.
+        url: URL of the endpoint, as `make deploy` or `make serve` prints it.
+        token: Bearer token for this URL. None: the Hugging Face login, for hosts of Inference Endpoints. "": no token.
+        trusted_hosts: further hosts to which the Hugging Face login may be sent.
+        retry_timeout: seconds for which a request is retried while the service starts or is full.
+        timeout: seconds without a byte after which a request fails.
+        report: function that gets a line while a request waits; by default it writes to the log `remote_vae`.
+
+    Raises:
+        ValueError: `url` is no URL of an endpoint, or `token` contains characters that no token has.
     """
 
     def __init__(
@@ -111,38 +119,44 @@ class Client:
         token: str | None = None,
         *,
         trusted_hosts: Collection[str] = (),
-        patience: float = 900,
+        retry_timeout: float = 900,
         timeout: float = 330,
+        report: Callable[[str], None] = logger.warning,
     ) -> None:
-        scheme, host = _scheme_and_host(url)
+        scheme, host = _parse_url(url)
         self.url = url.rstrip("/")
-        self.patience = patience
+        self.retry_timeout = retry_timeout
         self.timeout = timeout
+        self.report = report
         self._token = _login(scheme, host, trusted_hosts) if token is None else token
         if not (self._token or "").isprintable() or not (self._token or "").isascii():
-            raise ValueError("the token has characters that no token has, such as a line's end: is it copied whole?")
+            raise ValueError(
+                "the token contains characters that no token has, such as a line break: expected printable ASCII; "
+                "copy the token again"
+            )
         self.headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        """Of every request. The one thing here that holds the token."""
+        """Headers of every request. Only these contain the token."""
         self.has_responded = False
-        """Whether anything ever responded at this address."""
+        """True once anything has responded at this address."""
+        self._cancelled = Event()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
         self.times = httpx.Timeout(timeout, connect=10, pool=None)
-        plain = {"Accept-Encoding": "identity"}  # the bytes that come are counted, and so are those that stay
-        self._http = httpx.Client(headers={**plain, **self.headers}, timeout=self.times, limits=limits)
+        identity = {"Accept-Encoding": "identity"}  # no response grows after its bytes are counted
+        self._http = httpx.Client(headers={**identity, **self.headers}, timeout=self.times, limits=limits)
         weakref.finalize(self, self._http.close)
 
     def __repr__(self) -> str:
         return f"Client({self.url!r})"
 
     def __deepcopy__(self, memo: Any) -> Client:
-        """A copy of a pipeline talks through the same connections."""
+        """Return this client: a copied pipeline shares its connections."""
         return self
 
     def config(self) -> dict[str, Any]:
-        """What the service says of itself: its `GET /config`, of which every entry that is read here is checked.
+        """Return the service's `GET /config`. Every entry that this package reads is checked.
 
         Raises:
-            RemoteVAEError: as `request`; or it is not the config of a service of this project.
+            RemoteVAEError: the request failed, or the response is no config of a service of this project.
         """
         response = self.request("GET", "/config")
         try:
@@ -151,240 +165,230 @@ class Client:
             message = f"{self.url}/config: {error}; is this a service of this project?"
             raise RemoteVAEError(message) from None
 
-    def request(self, method: str, path: str, *, max_bytes: int = MAX_SMALL, **arguments: Any) -> Response:
-        """Sends it until there is a response: requests change nothing, so they may be sent again.
+    def request(self, method: str, path: str, *, max_bytes: int = MAX_SMALL_BYTES, **arguments: Any) -> Response:
+        """Send a request, and again until there is a response. A request changes nothing, so this is safe.
 
         Args:
-            max_bytes: the most bytes that a right response has.
-            arguments: those of httpx.
+            max_bytes: size of the largest valid response.
+            arguments: arguments of httpx.
 
         Raises:
-            RemoteVAEError: the service refused it, did not respond in time, or responded with more than `max_bytes`.
+            RemoteVAEError: the service refused the request, did not respond in time, or sent more than `max_bytes`.
         """
-        for attempt in self.attempts(Retrying):
-            with attempt:
-                if attempt.retry_state.attempt_number > 1 and method == "POST":
-                    self._send("GET", "/health", MAX_SMALL)  # before a body of many megabytes goes once more
-                return self._send(method, path, max_bytes, **arguments)
-        raise AssertionError  # one of the attempts has returned or raised
+        return self._retry(lambda: self._send(method, path, max_bytes, **arguments), has_body=method == "POST")
 
     def stream(self, path: str, *, max_bytes: int, **arguments: Any) -> Iterator[bytes]:
-        """POSTs until a response begins, and gives its bytes as they come.
+        """POST until a response begins, and yield its bytes as they arrive.
 
         Raises:
-            RemoteVAEError: as `request`; or the connection broke midway, after which nothing is sent again.
+            RemoteVAEError: as `request`; or the connection broke in the middle. Nothing is sent again then.
         """
-        for attempt in self.attempts(Retrying):
-            with attempt:
-                if attempt.retry_state.attempt_number > 1:
-                    self._send("GET", "/health", MAX_SMALL)
-                response = self._begin("POST", path, **arguments)
+        response = self._retry(lambda: self._open("POST", path, **arguments), has_body=True)
         try:
             yield from self._chunks(response, path, max_bytes)
         finally:
             response.close()
 
+    def cancel(self) -> None:
+        """End the retries of all requests that run now in other threads. Each raises its last error."""
+        self._cancelled.set()
+        self._cancelled = Event()
+
+    def _retry(self, send: Callable[[], T], has_body: bool) -> T:
+        cancelled = self._cancelled
+        for attempt in self.attempts(Retrying, sleep=cancelled.wait, is_cancelled=cancelled.is_set):
+            with attempt:
+                if has_body and attempt.retry_state.attempt_number > 1:
+                    self._send("GET", "/health", MAX_SMALL_BYTES)  # before many megabytes are sent again
+                return send()
+        raise AssertionError  # one of the attempts has returned or raised
+
     def _send(self, method: str, path: str, max_bytes: int, **arguments: Any) -> Response:
         start = monotonic()
-        response = self._begin(method, path, **arguments)
+        response = self._open(method, path, **arguments)
         try:
             content = b"".join(self._chunks(response, path, max_bytes))
         finally:
             response.close()
         return Response(response.status_code, response.headers, content, monotonic() - start)
 
-    def _begin(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        """A response that is a success, and whose body is still to come."""
-        with self.errors_of_the_way():
+    def _open(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """Return a successful response whose body is not read yet."""
+        with self.translated_errors():
             response = self._http.send(self._http.build_request(method, self.url + path, **arguments), stream=True)
         self.has_responded = True
         try:
             if not response.is_success:
-                with self.errors_of_the_way():
-                    content = first_bytes(response.iter_raw())
+                with self.translated_errors():
+                    content = _first_bytes(response.iter_raw())
                 self.check(Response(response.status_code, response.headers, content), path)
             if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
-                message = f"{self.url}{path}: the response is encoded ({encoding[:50]}), which was not asked for"
-                raise RemoteVAEError(message)
+                message = f"the response is encoded ({encoding[:50]}): expected no encoding, as the request says"
+                raise RemoteVAEError(f"{self.url}{path}: {message}")
         except BaseException:
             response.close()
             raise
         return response
 
     def _chunks(self, response: httpx.Response, path: str, max_bytes: int) -> Iterator[bytes]:
-        """The body, of which no more is read than a right one has."""
+        """Yield the body, and read no more of it than a valid one has."""
         count = 0
-        with self.errors_of_the_way():
+        with self.translated_errors():
             for chunk in response.iter_raw():
                 count += len(chunk)
                 if count > max_bytes:
-                    message = f"{self.url}{path}: the response is longer than the {max_bytes / 1e6:.1f} MB that a "
-                    raise RemoteVAEError(message + "right one has at most; is this a service of this project?")
+                    message = f"the response is too long: expected at most {max_bytes / 1e6:.1f} MB"
+                    raise RemoteVAEError(f"{self.url}{path}: {message}; is this a service of this project?")
                 yield chunk
 
-    def attempts(self, kind: Callable[..., T]) -> T:
-        """Of tenacity's kind: as many as patience allows, with a line that says what is waited for."""
-        return kind(
+    def attempts(
+        self, retrying: Callable[..., T], is_cancelled: Callable[[], bool] = lambda: False, **options: Any
+    ) -> T:
+        """Return a `Retrying` or `AsyncRetrying` with this client's rules. It reports what it waits for."""
+        is_over = stop_after_delay(self.retry_timeout)
+        return retrying(
             retry=retry_if_exception_type((NotReady, ConnectionBroken)),
-            stop=lambda state: stop_after_delay(self.patience)(state) or _is_hopeless(state),
+            stop=lambda state: is_over(state) or is_cancelled() or _is_hopeless(state),
             wait=self._wait,
-            before_sleep=_Report(self),
+            before_sleep=_Reporter(self),
             reraise=True,
+            **options,
         )
 
     def _wait(self, state: RetryCallState) -> float:
-        """As long as the service says, at most a minute; else 1, 2, 4, ... 10 s. Never longer than patience."""
-        asked = getattr(_error(state), "retry_after", None)
-        seconds = min(asked, 60) if asked is not None else min(2 ** (state.attempt_number - 1), 10)
-        return max(min(seconds, self.patience - (state.seconds_since_start or 0)), 0)
+        """Return the seconds until the next attempt: Retry-After up to 60 s, else 1, 2, 4, ... 10 s."""
+        retry_after = getattr(_last_error(state), "retry_after", None)
+        seconds = min(2 ** (state.attempt_number - 1), 10) if retry_after is None else min(retry_after, 60)
+        return max(min(seconds, self.retry_timeout - (state.seconds_since_start or 0)), 0)
 
     @contextmanager
-    def errors_of_the_way(self) -> Iterator[None]:
-        """httpx's errors as ours."""
+    def translated_errors(self) -> Iterator[None]:
+        """Raise `RemoteVAEError` in place of httpx's errors."""
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             if _is_caused_by(error, socket.gaierror):
-                message = f"the name in {self.url} is not known: is it spelt right, and is there a network?"
+                message = f"the host name in {self.url} is unknown; is it spelled correctly, and is there a network?"
                 raise RemoteVAEError(message) from None
             if _is_caused_by(error, ConnectionRefusedError) and not self.has_responded:
-                message = "nothing listens there (connection refused); is the port right, and is the server running?"
-                raise NobodyListens(f"{self.url} cannot be reached: {message}") from None
+                message = "connection refused, nothing listens there; is the port right, and is the server running?"
+                raise ConnectionRefused(f"{self.url} cannot be reached: {message}") from None
             raise NotReady(f"{self.url} cannot be reached ({error})") from None
         except httpx.TimeoutException:
-            raise RemoteVAEError(f"{self.url} gave no answer for {self.timeout:g} s") from None
+            raise RemoteVAEError(f"{self.url} did not respond for {self.timeout:g} s") from None
         except httpx.TransportError as error:
-            message = f"the connection to {self.url} broke before the answer was complete ({error})"
+            message = f"the connection to {self.url} broke before the response was complete ({error})"
             raise ConnectionBroken(message) from None
         except (httpx.RequestError, httpx.InvalidURL, UnicodeError) as error:
             raise RemoteVAEError(f"{self.url}: {error}") from None
 
     def check(self, response: Response, path: str) -> None:
-        """Raises `RemoteVAEError` with the service's words unless the response is a success."""
+        """Raise `RemoteVAEError` with the service's message unless the response is a success."""
         status = response.status
         if 200 <= status < 300:
             return
-        message = f"{self.url}{path}: {status} {self._words(response)}"
+        message = f"{self.url}{path}: {status} {self._error_text(response)}"
         if status in NOT_READY:
-            raise NotReady(message, status, _seconds(response.headers.get("retry-after")))
+            raise NotReady(message, status, _retry_after(response.headers.get("retry-after")))
         raise RemoteVAEError(message + _advice(status, message, self._token), status)
 
-    def _words(self, response: Response) -> str:
-        """The service's own, or the proxy's."""
+    def _error_text(self, response: Response) -> str:
+        """Return the message of the service or of the proxy, without the token."""
         if 300 <= response.status < 400:
-            words = f"it redirects to {response.headers.get('location', 'nowhere')[:300]}, which is not followed"
+            text = f"it redirects to {response.headers.get('location', 'nowhere')[:300]}, which is not followed"
         else:
             try:
-                words = str(json.loads(response.content)["error"])[:1000]
+                text = str(json.loads(response.content)["error"])[:1000]
             except (ValueError, KeyError, TypeError, RecursionError):
-                text = "" if "content-encoding" in response.headers else response.content.decode(errors="replace")
-                words = " ".join(text.split())[:300] or _phrase(response.status)
-        return words.replace(self._token, "<token>") if self._token else words
+                body = "" if "content-encoding" in response.headers else response.content.decode(errors="replace")
+                text = " ".join(body.split())[:300] or PHRASES.get(response.status, "")
+        return text.replace(self._token, "<token>") if self._token else text
 
 
-class _Report:
-    """Says what is waited for: at first, when it changes, and every half minute."""
+class _Reporter:
+    """Callback of tenacity that reports a wait: at first, when its status changes, and every `REPORT_INTERVAL`."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.said: tuple[int | None, float] | None = None
+        self.last: tuple[int | None, float] | None = None
 
     def __call__(self, state: RetryCallState) -> None:
-        error = _error(state)
+        error = _last_error(state)
         now, status = monotonic(), getattr(error, "status", None)
-        if self.said and self.said[0] == status and now - self.said[1] < REPORTED_EVERY:
+        if self.last and self.last[0] == status and now - self.last[1] < REPORT_INTERVAL:
             return
-        self.said = (status, now)
-        waited = state.seconds_since_start
-        logger.warning("%s; waiting, %.0f s of at most %.0f s so far", error, waited, self.client.patience)
+        self.last = (status, now)
+        waited, timeout = state.seconds_since_start or 0, self.client.retry_timeout
+        self.client.report(f"{error}; retrying, {waited:.0f} s of at most {timeout:.0f} s so far")
 
 
-def first_bytes(chunks: Iterator[bytes]) -> bytes:
-    """The beginning of an error's body, as much as is read of it."""
+def _first_bytes(chunks: Iterator[bytes]) -> bytes:
+    """Return the start of an error's body."""
     content = b""
     for chunk in chunks:
         content += chunk
-        if len(content) >= MAX_ERROR:
+        if len(content) >= MAX_ERROR_BYTES:
             break
-    return content[:MAX_ERROR]
+    return content[:MAX_ERROR_BYTES]
 
 
-def _scheme_and_host(url: str) -> tuple[str, str]:
-    """Of an endpoint's URL, in lower case.
+def _parse_url(url: str) -> tuple[str, str]:
+    """Return the scheme and the host of an endpoint's URL, in lower case.
 
     Raises:
-        ValueError: it is no such URL, or one that another reader may take for one of another host.
+        ValueError: it is no such URL, or two readers may see different hosts in it.
     """
-    scheme, separator, rest = url.partition("://")
-    if scheme.lower() not in ("http", "https") or not separator:
-        raise ValueError(f"{visible(url)!r} is no URL of an endpoint: expected https://... or http://...")
-    if any(mark in rest for mark in "@?#"):
-        raise ValueError("the URL of an endpoint holds no user, password, query or fragment")
-    wrong = f"{visible(url)!r} is no URL of an endpoint: "
-    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
-        raise ValueError(wrong + "it has a blank, a backslash, or a character that is not ASCII")
-    authority = rest.partition("/")[0]
-    found = HOST.fullmatch(authority)
-    if not found:
-        raise ValueError(wrong + f"{authority!r} is no name of a host, with or without a port")
-    address = urlsplit(url)
-    try:
-        if found["ipv6"]:
-            ipaddress.IPv6Address(found["ipv6"])
-        if address.port == 0 or not address.hostname:  # `port` raises ValueError above 65535
-            raise ValueError("there is no port 0")
-    except ValueError as error:
-        raise ValueError(wrong + str(error)) from None
-    return address.scheme, address.hostname
+    if any(mark in url for mark in "@?#"):  # a URL with a password must not be printed
+        raise ValueError("the URL of an endpoint contains a user, password, query or fragment: remove it")
+    match = URL.fullmatch(url)
+    if not match or not 0 < int(match["port"] or 80) < 1 << 16:
+        raise ValueError(
+            f"{visible(url)!r} is no URL of an endpoint: expected https://HOST or http://HOST:PORT, and maybe /PATH; "
+            "a host has letters, digits, '.', '-' and '_'"
+        )
+    return match["scheme"].lower(), (match["ipv6"] or match["host"]).lower()
 
 
 def _login(scheme: str, host: str, trusted_hosts: Collection[str]) -> str | None:
-    """The user's Hugging Face token, for the hosts that it may be sent to."""
-    trusted = (scheme == "https" and host.endswith(ENDPOINTS)) or host in {name.lower() for name in trusted_hosts}
-    return get_token() if trusted else None
+    """Return the user's Hugging Face token if it may be sent to this host."""
+    is_trusted = (scheme == "https" and host.endswith(ENDPOINTS)) or host in {name.lower() for name in trusted_hosts}
+    return get_token() if is_trusted else None
 
 
-def _error(state: RetryCallState) -> BaseException | None:
-    """What the last try failed with."""
+def _last_error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
 
 
 def _is_hopeless(state: RetryCallState) -> bool:
-    """Whether the connection broke too often, or nothing listens."""
-    error, waited = _error(state), state.seconds_since_start or 0
+    """Return True if the connection broke too often, or nothing listens at the address."""
+    error, waited = _last_error(state), state.seconds_since_start or 0
     if isinstance(error, ConnectionBroken):
-        return state.attempt_number >= RESENT
-    return isinstance(error, NobodyListens) and waited >= NOBODY_LISTENS
+        return state.attempt_number >= MAX_SENDS
+    return isinstance(error, ConnectionRefused) and waited >= REFUSED_TIMEOUT
 
 
-def _seconds(retry_after: str | None) -> float | None:
+def _retry_after(header: str | None) -> float | None:
+    """Return the seconds in a `Retry-After` header; None if it is missing or a date."""
     try:
-        seconds = float(retry_after or "")
-    except ValueError:  # none, or a date
+        seconds = float(header or "")
+    except ValueError:
         return None
     return max(seconds, 0.1) if math.isfinite(seconds) else None
 
 
 def _is_caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Whether an error of this kind is behind it; asyncio's connections fail in a group of them."""
+    """Search an error's causes for one of this type. asyncio raises a group of errors if a connection fails."""
     if error is None or isinstance(error, kind):
         return error is not None
-    others = (error.__cause__ or error.__context__, *getattr(error, "exceptions", ()))
-    return any(_is_caused_by(other, kind) for other in others)
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
+    causes = (error.__cause__ or error.__context__, *getattr(error, "exceptions", ()))
+    return any(_is_caused_by(cause, kind) for cause in causes)
 
 
 def _advice(status: int, message: str, token: str | None) -> str:
     if status in (401, 403):
-        return "; the token is not taken" if token else "; it needs a token: RemoteVAE(url, token=...)"
+        return "; the token is not accepted" if token else "; pass a token: RemoteVAE(url, token=...)"
     if status == 400 and "Invalid state" in message:
-        return "; a paused endpoint says so: make resume MODEL=..."
+        return "; this is the message of a paused endpoint: make resume MODEL=..."
     if status == 404 and "/config: " in message:
         return "; this is no service of this project, or one before its version 0.1"
     return ""

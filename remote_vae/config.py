@@ -1,86 +1,106 @@
-"""The response of `GET /config`, checked: it may come from a server that is none of this project."""
+"""The response of `GET /config`. It is checked, because it may come from a server of another project."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+MAX_SIZE = 1 << 16
+"""Largest count or size of a VAE; published ones have up to 2048."""
+
+MAX_LAYERS = 32
+"""Most layers in one block of a VAE; published ones have up to 14."""
+
+MAX_ELEMENTS = 512
+"""Most elements of a list in a VAE's config; published ones have up to 128."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The values that an entry may have."""
+
+    description: str
+    matches: Callable[[Any], bool]
+
+
+def one_of(*names: str) -> Kind:
+    return Kind(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_SIZE
+
+
+def is_ascending(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(is_size, value)) and value == sorted(value)
+
+
+TEXT = Kind("a string", lambda value: isinstance(value, str))
+LIST = Kind("a list", lambda value: isinstance(value, list))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+SIZE = Kind(f"a whole number from 1 to {MAX_SIZE}", is_size)
+LIMIT = Kind("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
+COUNTS = Kind(f"three ascending whole numbers from 1 to {MAX_SIZE}", is_ascending)
+
 ENTRIES: dict[str, Any] = {
-    "version": str,
-    "model": str,
-    "checkpoint": str,
-    "vae_class": str,
-    "diffusers": str,
-    "vae_config": dict,
-    "buffers": dict,
-    "dtype": ("float16", "float32", "bfloat16"),
-    "device": str,
-    "kind": ("image", "video"),
-    "sample_modes": list,
-    "latents": {"channels": int, "layout": ("BCHW", "BCFHW"), "pipeline_layout": str, "vae_scale_factor": int},
-    "pixels": {"layout": ("BCHW", "BCFHW"), "frame_counts": list},
-    "limits": {"max_batch": float, "max_pixels": float, "max_body_mb": float},
+    "version": TEXT,
+    "model": TEXT,
+    "checkpoint": TEXT,
+    "vae_class": TEXT,
+    "diffusers": TEXT,
+    "vae_config": OBJECT,
+    "buffers": OBJECT,
+    "dtype": one_of("float16", "float32", "bfloat16"),
+    "device": TEXT,
+    "kind": one_of("image", "video"),
+    "sample_modes": LIST,
+    "latents": {
+        "channels": SIZE,
+        "layout": one_of("BCHW", "BCFHW"),
+        "pipeline_layout": TEXT,
+        "vae_scale_factor": SIZE,
+    },
+    "pixels": {"layout": one_of("BCHW", "BCFHW"), "frame_counts": COUNTS},
+    "limits": {"max_batch": LIMIT, "max_pixels": LIMIT, "max_body_mb": LIMIT},
 }
-"""The entries that this package reads: for each its type, or the strings that it may be."""
-
-LARGEST = 1 << 16
-"""Of a count or a size of the VAE; that of published ones is 2048."""
-
-MOST_LAYERS = 32
-"""In one block of the VAE; published ones have up to 14."""
-
-LONGEST = 512
-"""Elements of a list in the VAE's config; published ones have up to 128."""
+"""Entries that this package reads."""
 
 
 def read_config(content: bytes) -> dict[str, Any]:
-    """The config in a response's body.
+    """Return the config in a response's body.
 
     Raises:
-        ValueError: it is no JSON, or an entry is missing or of another type or size than any VAE has.
+        ValueError: it is no JSON, or an entry is missing, or has another type or size than in any VAE.
     """
     try:
         config = json.loads(content)
     except (ValueError, RecursionError):
-        raise ValueError("the response is no JSON") from None
+        raise ValueError("the response is not JSON") from None
     _check("the response", config, ENTRIES)
-    counts = config["pixels"]["frame_counts"]
-    for count in counts:
-        _check("pixels.frame_counts", count, int)
-    if len(counts) != 3 or counts != sorted(counts):
-        raise ValueError("pixels.frame_counts are not three ascending numbers")
-    _check_sizes(config["vae_config"])
+    for name, value in config["vae_config"].items():
+        _check_size(name, value)
     return config
 
 
-def _check(name: str, value: Any, kind: Any) -> None:
-    """Raises `ValueError` unless the value is of this kind, as `ENTRIES` writes it."""
-    if isinstance(kind, dict):
-        _check(name, value, dict)
-        for entry in kind:
-            if entry not in value:
-                raise ValueError(f"{name} has no entry {entry}")
-            _check(entry, value[entry], kind[entry])
-    elif isinstance(kind, tuple):
-        if value not in kind:
-            raise ValueError(f"{name} is not one of {', '.join(kind)}")
-    elif kind is int:
-        if type(value) is not int or not 1 <= value <= LARGEST:
-            raise ValueError(f"{name} is not a whole number from 1 to {LARGEST}")
-    elif kind is float:
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} is not a number above 0")
-    elif not isinstance(value, kind):
-        words = {dict: "an object", list: "a list", str: "a string"}
-        raise ValueError(f"{name} is not {words[kind]}")
+def _check(name: str, value: Any, kind: Kind | dict[str, Any]) -> None:
+    """Raise `ValueError` unless the value is of this kind, or is an object with these entries."""
+    if isinstance(kind, Kind):
+        if not kind.matches(value):
+            raise ValueError(f"{name} is not {kind.description}")
+        return
+    _check(name, value, OBJECT)
+    for entry, entry_kind in kind.items():
+        if entry not in value:
+            raise ValueError(f"{name} has no entry {entry}")
+        _check(entry, value[entry], entry_kind)
 
 
-def _check_sizes(vae_config: dict[str, Any]) -> None:
-    """Raises `ValueError` for a VAE that is larger than any, whose modules could not be made here."""
-    for name, value in vae_config.items():
-        values = value if isinstance(value, list) else [value]
-        most = MOST_LAYERS if "layers" in name or "blocks" in name else LARGEST
-        too_large = any(isinstance(each, int) and abs(each) > most for each in values)
-        if len(values) > LONGEST or too_large:
-            raise ValueError(f"vae_config.{name} is larger than that of any VAE")
+def _check_size(name: str, value: Any) -> None:
+    """Raise `ValueError` for an entry that is larger than in any VAE: its modules would fill the memory."""
+    values = value if isinstance(value, list) else [value]
+    largest = MAX_LAYERS if "layers" in name or "blocks" in name else MAX_SIZE
+    if len(values) > MAX_ELEMENTS or any(isinstance(each, int) and abs(each) > largest for each in values):
+        raise ValueError(f"vae_config.{name} is larger than in any VAE")

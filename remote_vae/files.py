@@ -1,4 +1,4 @@
-"""Latents and pictures between files and an endpoint."""
+"""Latents and images between files and an endpoint."""
 
 from __future__ import annotations
 
@@ -7,85 +7,97 @@ import os
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from remote_vae import tensors
 from remote_vae.client import Client, RemoteVAEError
-from remote_vae.tensors import as_query, decode_mp4, most_bytes, post_tensor, stream_mp4, to_tensor
 
 STDOUT = Path("-")
-MOST_LATENTS = 1 << 29
-"""Bytes of the latents of files; those of 257 frames of 1280x720 are 60 MB, in float32."""
-IMAGES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
+MAX_LATENTS_BYTES = 1 << 29
+"""Largest response to the encoding of files. The latents of 257 frames of 1280x720 have 60 MB in float32."""
+IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Pillow's name of each kind of image file that an endpoint writes."""
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".npy": lambda file: torch.from_numpy(np.load(file, allow_pickle=False)),
+    ".pt": lambda file: torch.load(file, map_location="cpu", weights_only=True),
+    ".pth": lambda file: torch.load(file, map_location="cpu", weights_only=True),
+    ".safetensors": safetensors.torch.load_file,
+}
 
 
 def decode(client: Client, file: Path, out: Path, parameters: dict[str, Any], stream: bool = False) -> list[Path]:
-    """Writes the picture, each of a batch, or the MP4 that an endpoint makes of a file's latents.
+    """Decode a file's latents to an image, to one image for each of a batch, or to an MP4. Return the new files.
 
-    With `stream` the MP4 is written as it comes; to standard output where `out` is "-".
+    With `stream`, the MP4 is written while it is decoded, to standard output if `out` is "-".
+
+    Raises:
+        ValueError: a file has another type than these, or `file` does not hold one tensor.
+        RemoteVAEError: the endpoint refused the latents, or its response is invalid.
     """
     suffix = out.suffix.lower()
-    if (stream and suffix != ".mp4" and out != STDOUT) or (out == STDOUT and not stream):
-        raise ValueError(f"{out}: an .mp4 is streamed, or to - (standard output) with --stream")
-    latents = read_tensor(file)
     if stream:
-        return write_pieces(out, stream_mp4(client, latents, **parameters))
+        if suffix != ".mp4" and out != STDOUT:
+            raise ValueError(f"{out} cannot be streamed: expected a name with .mp4, or - for standard output")
+        return _write_chunks(out, tensors.stream_mp4(client, read_tensor(file), **parameters))
     if suffix == ".mp4":
-        return [write(out, decode_mp4(client, latents, **parameters))]
+        return [write(out, tensors.decode_mp4(client, read_tensor(file), **parameters))]
     if suffix not in IMAGES:
-        raise ValueError(f"{out}: a picture is {', '.join(IMAGES)}, a video .mp4")
-    form = {"output_type": "pil", "image_format": IMAGES[suffix]}
-    response = post_tensor(client, "/decode", latents, {**parameters, **form}, "application/zip")
-    pictures = read_images(client, response.content, latents, IMAGES[suffix])
-    if len(pictures) == 1:
-        return [write(out, pictures[0])]
-    return [write(out.with_stem(f"{out.stem}-{index}"), picture) for index, picture in enumerate(pictures)]
+        raise ValueError(f"{out} is no image or video: expected {', '.join(IMAGES)}, .mp4, or - with --stream")
+    images = _decode_images(client, read_tensor(file), suffix, parameters)
+    if len(images) == 1:
+        return [write(out, images[0])]
+    return [write(out.with_stem(f"{out.stem}-{index}"), image) for index, image in enumerate(images)]
 
 
-def encode(client: Client, pictures: list[Path], out: Path, parameters: dict[str, Any]) -> list[int]:
-    """Writes the latents of pictures of one size, or of a video, and gives their shape."""
+def encode(client: Client, files: list[Path], out: Path, parameters: dict[str, Any]) -> list[int]:
+    """Encode images of one size, or a video, to a file of latents. Return the shape of the latents."""
     if out.suffix.lower() not in (".safetensors", ".npy"):
-        raise ValueError(f"{out}: latents are written as .safetensors or .npy")
+        raise ValueError(f"{out} is no file for latents: expected a name with .safetensors or .npy")
     response = client.request(
         "POST",
         "/encode",
-        max_bytes=MOST_LATENTS,
-        params=as_query(parameters),
-        files=[("file", (picture.name, picture.read_bytes())) for picture in pictures],
+        max_bytes=MAX_LATENTS_BYTES,
+        params=tensors.as_query(parameters),
+        files=[("file", (file.name, file.read_bytes())) for file in files],
     )
-    latents = to_tensor(response)
-    write_tensor(out, latents)
+    latents = tensors.to_tensor(response)
+    if out.suffix.lower() == ".npy":
+        write(out, npy_bytes(latents))
+    else:
+        write(out, safetensors.torch.save({"latents": latents}))
     return list(latents.shape)
 
 
-def read_images(client: Client, content: bytes, latents: Tensor, image_format: str) -> list[bytes]:
-    """The image files in the ZIP that these latents were decoded to.
+def _decode_images(client: Client, latents: Tensor, suffix: str, parameters: dict[str, Any]) -> list[bytes]:
+    """Decode latents to image files.
 
     Raises:
-        RemoteVAEError: it is no ZIP of as many images as were asked for, or they are larger than any could be.
+        RemoteVAEError: the response is no ZIP of as many images as latents, or they are larger than any could be.
     """
-    batch = len(latents) if latents.ndim > 3 or len(latents) == 1 else None  # else it may be one that is unbatched
-    name = {"jpg": "JPEG"}.get(image_format, image_format.upper())
+    image_format = suffix[1:].replace("jpeg", "jpg")
+    parameters = {**parameters, "output_type": "pil", "image_format": image_format}
+    response = tensors.post_tensor(client, "/decode", latents, parameters, "application/zip")
+    counts = {len(latents)} if latents.ndim > 3 else {1, len(latents)}  # three dimensions: unbatched, or packed
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
             entries = archive.infolist()
-            if not entries or len(entries) > len(latents) or (batch and len(entries) != batch):
-                raise ValueError(f"it has {len(entries)} entries for a batch of {batch or 1}")
-            if sum(entry.file_size for entry in entries) > most_bytes("/decode", latents):
+            if len(entries) not in counts:
+                raise ValueError(f"it has {len(entries)} entries for a batch of {len(latents)}")
+            if sum(entry.file_size for entry in entries) > tensors.max_bytes("/decode", latents):
                 raise ValueError("its entries are larger than any decoded image")
             images = [archive.read(entry) for entry in entries]
         for image in images:
-            if Image.open(io.BytesIO(image), formats=[name]).format != name:
-                raise ValueError(f"it holds no {name}")
+            Image.open(io.BytesIO(image), formats=[IMAGES[suffix]]).close()
     except (ValueError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         message = f"{client.url}/decode: the response is no ZIP of the decoded images ({error})"
         raise RemoteVAEError(f"{message}; is this a service of this project?") from None
@@ -93,63 +105,56 @@ def read_images(client: Client, content: bytes, latents: Tensor, image_format: s
 
 
 def read_tensor(file: Path) -> Tensor:
-    """The one tensor in a file.
+    """Return the one tensor in a file.
 
     Raises:
-        ValueError: it holds none, or several, or is of no known kind.
+        ValueError: the file has another type, is damaged, or holds no tensor or several.
     """
-    suffix = file.suffix.lower()
+    read = READERS.get(file.suffix.lower())
+    if not read:
+        raise ValueError(f"{file} is no file of latents: expected a name with .safetensors, .npy or .pt")
     try:
-        if suffix == ".npy":
-            found: Any = torch.from_numpy(np.load(file, allow_pickle=False))
-        elif suffix == ".safetensors":
-            found = load_file(file)
-        elif suffix in (".pt", ".pth"):
-            found = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            raise ValueError(f"{file}: latents are read from .safetensors, .npy and .pt")
-    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-    tensors = list(found.values()) if isinstance(found, dict) else [found]
-    if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
-        names = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{file} must hold one tensor, and holds {names or 'none'}")
-    return tensors[0]
+        content = read(file)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {str(error).partition(chr(10))[0]}") from None
+    values = content if isinstance(content, dict) else {type(content).__name__: content}
+    match list(values.values()):
+        case [Tensor() as tensor]:
+            return tensor
+    raise ValueError(f"{file} holds {', '.join(map(str, values)) or 'nothing'}: expected one tensor")
 
 
-def write_tensor(file: Path, tensor: Tensor) -> None:
-    """numpy has no bfloat16, so that goes into an .npy as float32."""
-    if file.suffix.lower() == ".npy":
-        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        buffer = io.BytesIO()
-        np.save(buffer, array)
-        write(file, buffer.getvalue())
-    else:
-        part = file.with_name(f".{file.name}.part")
-        save_file({"latents": tensor.contiguous()}, part)
-        part.replace(file)
+def npy_bytes(tensor: Tensor) -> bytes:
+    """Return a tensor as a .npy file. numpy has no bfloat16, so that becomes float32."""
+    buffer = io.BytesIO()
+    np.save(buffer, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+    return buffer.getvalue()
 
 
-def write_pieces(file: Path, pieces: Iterator[bytes]) -> list[Path]:
-    """As they come; to a file whose name is there once all have come, or to standard output."""
+def _write_chunks(file: Path, chunks: Iterator[bytes]) -> list[Path]:
+    """Write chunks as they arrive. The file gets its name after the last one."""
     if file == STDOUT:
-        for piece in pieces:
-            sys.stdout.buffer.write(piece)
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
         return []
-    part = file.with_name(f".{file.name}.part")
+    partial = _partial(file)
     try:
-        with part.open("wb", buffering=0) as output:
-            for piece in pieces:
-                output.write(piece)
-        return [part.replace(file)]
+        with partial.open("wb", buffering=0) as output:
+            for chunk in chunks:
+                output.write(chunk)
+        return [partial.replace(file)]
     finally:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write(file: Path, data: bytes) -> Path:
-    """Write a file at once: nobody sees half of it under this name."""
-    part = file.with_name(f".{zlib.crc32(os.fsencode(file.name)):08x}.part")  # shorter than any limit of names
-    part.write_bytes(data)
-    part.replace(file)
-    return file
+    """Write a file at once: its name never stands for half of it."""
+    partial = _partial(file)
+    partial.write_bytes(data)
+    return partial.replace(file)
+
+
+def _partial(file: Path) -> Path:
+    """Return the name of an incomplete file. It is shorter than every limit of names."""
+    return file.with_name(f".{zlib.crc32(os.fsencode(file.name)):08x}.part")

@@ -181,7 +181,7 @@ def test_the_whole_life_of_an_endpoint(
 
     states = re.findall(r"^ +\d:\d\d:\d\d  (\w+)", first.out, re.MULTILINE)
     assert (states[0], states[-1]) == ("pending", "running")
-    assert re.search(r"encode \d+\.\d\d s, decode \d+\.\d\d s: .* and the picture at \d\d\.\d dB came back", first.out)
+    assert re.search(r"encode \d+\.\d\d s, decode \d+\.\d\d s: .* these became the image, at \d\d\.\d dB", first.out)
     assert f"{hub.url}/live/{key}" in first.out
     assert "$0.033 an hour" in first.out
     monkeypatch.chdir(tmp_path)
@@ -290,7 +290,7 @@ def test_a_checkpoint_goes_up_with_nothing_but_the_vae(hub: Hub, deploy: Runner,
     assert MODELS[model].license in card
     assert license_link(model) in card
     assert hub.endpoints[f"{NAMESPACE}/{default_name(model)}"]["compute"]["accelerator"] == "gpu"
-    assert ("an MP4 video came back" in result.out) == (MODELS[model].kind == "video")
+    assert ("these became an MP4 video" in result.out) == (MODELS[model].kind == "video")
     assert f"{MODELS[model].license}, {license_link(model)}" in plan.out
 
 
@@ -385,7 +385,7 @@ def test_smoke_of_any_url_sends_no_token_to_strangers(hub: Hub, deploy: Runner) 
     result = deploy("smoke", "--url", f"{hub.url}/live/{NAMESPACE}/remote-vae-flux")
 
     assert result.status == 1
-    assert "/encode: 401 UNAUTHORIZED; it needs a token" in result.lines[-1]
+    assert "/encode: 401 UNAUTHORIZED; pass a token" in result.lines[-1]
 
 
 def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:
@@ -397,7 +397,7 @@ def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:
     result = deploy("smoke", "--model", "flux")
 
     assert result.status == 1
-    assert re.search(r"gave back another picture \(\d\.\d dB, under 15\)", result.lines[-1])
+    assert re.search(r"the decoded image differs from the original: \d\.\d dB, expected 15 dB", result.lines[-1])
 
 
 def test_a_model_whose_class_is_too_new_for_an_endpoint_is_refused(deploy: Runner, tmp_path: Path) -> None:

@@ -438,7 +438,7 @@ def test_a_proxy_that_is_not_ready_is_waited_for(hub: Hub, deploy: Runner) -> No
     hub.fail("POST", "/live/.*/encode", 503, "no replica", times=2)
     result = deploy(*FLUX)
     assert result.status == 0
-    assert result.lines == [f"  {hub.url}/live/{KEY}/encode: 503 no replica; no replica is up yet, waiting for it"]
+    assert result.lines == [f"  {hub.url}/live/{KEY}/encode: 503 no replica; retrying, 0 s of at most 600 s so far"]
 
 
 def test_an_endpoint_that_is_not_there(deploy: Runner) -> None:

@@ -45,7 +45,8 @@ def test_the_platforms_own_words_when_a_call_is_refused(hub: Hub, deploy: Runner
     result = deploy(*FLUX)
     assert result.status == 1
     assert (
-        "/encode: 403 missing permissions: inference.endpoints.infer.write; the token is not taken" in result.lines[-1]
+        "/encode: 403 missing permissions: inference.endpoints.infer.write; the token is not accepted"
+        in result.lines[-1]
     )
 
 

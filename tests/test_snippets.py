@@ -21,7 +21,7 @@ SERVED = [key for key in MODELS if key in SMALL or key == "tiny"]
 @pytest.mark.parametrize("model", SERVED)
 def test_check_of_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Check shapes alone: random weights do not keep the image."""
-    monkeypatch.setattr(check, "LOWEST_PSNR", 0)
+    monkeypatch.setattr(check, "MIN_PSNR", 0)
     result = check.check(f"{service.url}/{model}")
 
     assert result.shape[1] == MODELS[model].latent_channels

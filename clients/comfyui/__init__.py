@@ -1,4 +1,4 @@
-"""ComfyUI's node for remote VAE endpoints: this folder goes into `custom_nodes`."""
+"""ComfyUI node for remote VAE endpoints. Copy this folder into `custom_nodes`."""
 
 from .nodes import RemoteVAELoader
 

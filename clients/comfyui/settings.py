@@ -1,7 +1,7 @@
-"""The user's own endpoints and their token: from the environment, else from ComfyUI's settings (`web/settings.js`).
+"""The user's own endpoints and their token, from the environment or from ComfyUI's settings (`web/settings.js`).
 
-They are not in a workflow, which is shared with others. A workflow that comes from others may name their address in
-turn, so a token goes to the user's own endpoints alone.
+They are not in a workflow, because workflows are shared. A workflow of someone else may name that person's address, so
+the token is sent only to the user's own endpoints.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import folder_paths
 
 
 def endpoints() -> list[str]:
-    """URLs, without the slash at their end."""
+    """Return the URLs, without a slash at the end."""
     text = os.environ.get("REMOTE_VAE_ENDPOINTS") or _setting("RemoteVAE.Endpoints")
     return [url.rstrip("/") for url in text.replace(",", " ").split()]
 
 
 def token_of(url: str) -> str | None:
-    """Of an endpoint: "" is none, and None is the Hugging Face login (`HF_TOKEN`), for Hugging Face's own hosts."""
+    """Return the token for an endpoint. "": none. None: the Hugging Face login (`HF_TOKEN`), for its own hosts."""
     if url not in endpoints():
         return ""
     return os.environ.get("REMOTE_VAE_TOKEN") or _setting("RemoteVAE.Token") or None
 
 
 def _setting(name: str) -> str:
-    """Of ComfyUI's one user; with `--multi-user` a node does not know whose workflow it runs."""
+    """Return a setting of ComfyUI's default user. With `--multi-user`, a node does not know whose workflow it runs."""
     file = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
         return str(json.loads(file.read_text(encoding="utf-8")).get(name) or "").strip()

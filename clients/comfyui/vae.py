@@ -1,14 +1,13 @@
-"""`RemoteVAE`: ComfyUI's own VAE object, whose model runs elsewhere.
+"""`RemoteVAE`: ComfyUI's own VAE object, whose model runs on an endpoint.
 
-Cropping, tiling, the order of channels and the range of pixels are ComfyUI's. The model in it takes pixels in [-1, 1]
-and returns latents, or the reverse, as ComfyUI's own models do.
+ComfyUI crops, tiles, orders channels and scales pixels. The model takes pixels in [-1, 1] and returns latents, or the
+reverse, as ComfyUI's own models do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from threading import Thread
+from concurrent.futures import wait
 from typing import Any, TypeVar
 
 import comfy.model_management
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from remote_vae import Client
+from remote_vae.threads import start_thread
 
 from .latents import Latents
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 class RemoteVAE(comfy.sd.VAE):
-    """What ComfyUI calls a VAE. It takes no memory, and its tensors stay on the CPU, from where they are sent."""
+    """VAE for ComfyUI. It takes no memory. Its tensors stay on the CPU, from where they are sent."""
 
     def __init__(self, client: Client, config: dict[str, Any]) -> None:
-        # the one kind of VAE that ComfyUI makes without weights; all that it sets for others keeps its default
+        # the one kind of VAE that ComfyUI makes without weights; it sets defaults for everything else
         super().__init__(
             sd={"pixel_space_vae": torch.tensor(1.0)},
             device=torch.device("cpu"),
@@ -37,46 +37,42 @@ class RemoteVAE(comfy.sd.VAE):
         run_remotely(self.first_stage_model, client, latents)
         self.latent_channels = latents.channels
         self.latent_dim = latents.dimensions
-        self.not_video = not latents.video  # pictures are a batch, and not the frames of a video
+        self.not_video = not latents.is_video  # then images are a batch, not the frames of a video
         self.upscale_ratio = self.downscale_ratio = latents.factor
         self.upscale_index_formula = self.downscale_index_formula = None
         if latents.dimensions == 3:
             self.upscale_ratio = (latents.decoded_frames, latents.factor, latents.factor)
             self.downscale_ratio = (latents.encoded_frames, latents.factor, latents.factor)
-            formula = (latents.frames_each, latents.factor, latents.factor)
+            formula = (latents.frame_factor, latents.factor, latents.factor)
             self.upscale_index_formula = self.downscale_index_formula = formula
-        self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: 1  # bytes; nothing is unloaded for it
+        self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: 1  # bytes: ComfyUI unloads nothing
 
     def get_sd(self) -> dict[str, Tensor]:
-        """For nodes that save a checkpoint."""
-        raise ValueError("a remote VAE cannot be saved: its weights are on the endpoint")
+        """Raise an error for nodes that save a checkpoint."""
+        raise ValueError("a remote VAE cannot be saved, because its weights are on the endpoint; connect a local VAE")
 
 
 def run_remotely(model: nn.Module, client: Client, latents: Latents) -> None:
     """Give ComfyUI's placeholder the `encode` and `decode` of the endpoint, and the statistics of LTX's latents.
 
-    The placeholder stays the VAE's model: ComfyUI's patcher holds the same object, and nodes such as Select VAE Device
-    take the model from there. Another object would be lost, and VAE Encode return the pixels as latents.
+    The placeholder remains the VAE's model. ComfyUI's patcher holds the same object, and nodes such as Select VAE
+    Device take the model from there. With another object, VAE Encode would return the pixels as latents.
     """
     remote: Any = model
     remote.latents = latents
-    remote.encode = lambda pixels: cancellable(lambda: latents.encode(client, pixels))
-    remote.decode = lambda samples: cancellable(lambda: latents.decode(client, samples))
+    remote.encode = lambda pixels: run_cancellable(client, lambda: latents.encode(client, pixels))
+    remote.decode = lambda samples: run_cancellable(client, lambda: latents.decode(client, samples))
     if latents.statistics:
         remote.per_channel_statistics = latents.statistics
 
 
-def cancellable(call: Callable[[], T]) -> T:
-    """The call's result; ComfyUI's Cancel ends the wait for it, which may be one for a replica that starts."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # whatever it is, who waits gets it
-            future.set_exception(error)
-
-    Thread(target=run, name="remote_vae", daemon=True).start()
+def run_cancellable(client: Client, call: Callable[[], T]) -> T:
+    """Return the result of a call. ComfyUI's Cancel ends the wait for it, and the retries of the client."""
+    future = start_thread(call)
     while not wait([future], timeout=0.2).done:
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        try:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        except BaseException:
+            client.cancel()
+            raise
     return future.result()

@@ -1,1 +1,1 @@
-"""The latents of a data set, for trainers."""
+"""Latents of a data set, in the formats of trainers."""

@@ -1,6 +1,6 @@
-"""Buckets of the trainers: the few sizes, of about one area, to which they resize and crop images.
+"""Buckets of the trainers: the sizes, all of about one area, to which they resize and crop images.
 
-Sizes are (width, height) in pixels. tests/remote_vae/trainers.json holds what the trainers' own code gives.
+Sizes are (width, height) in pixels. tests/remote_vae/trainers.json has the results of the trainers' own code.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Placement:
-    """An image is resized to `resized`, of which `bucket` is cut out at `corner`.
+    """Sizes of an image: the original, after it is resized, and after `bucket` is cut out at `corner`.
 
     Raises:
-        ValueError: the image is so narrow that nothing of it is left.
+        ValueError: the image is so narrow that no pixel would remain.
     """
 
     original: Size
@@ -26,18 +26,18 @@ class Placement:
     def __post_init__(self) -> None:
         if min(self.bucket) < 1:
             raise ValueError(
-                f"an image of {self.original[0]}x{self.original[1]} is too narrow: its bucket would be "
+                f"the image of {self.original[0]}x{self.original[1]} is too narrow: its bucket would be "
                 f"{self.bucket[0]}x{self.bucket[1]}; crop or enlarge it"
             )
 
     @property
     def corner(self) -> Size:
-        """Left and top of the bucket, which is cut out of the middle."""
+        """Left and top of the bucket in the middle of the resized image."""
         return (self.resized[0] - self.bucket[0]) // 2, (self.resized[1] - self.bucket[1]) // 2
 
 
 def nearest(size: Size, buckets: list[Size]) -> Size:
-    """Return the bucket with the nearest aspect ratio; the first of the list where two are as near."""
+    """Return the bucket with the nearest aspect ratio; the first one if several are as near."""
     return min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - size[0] / size[1]))
 
 
@@ -51,14 +51,14 @@ class KohyaBuckets:
     """Buckets of sd-scripts: `--resolution`, `--min_bucket_reso`, `--max_bucket_reso`, `--bucket_reso_steps`."""
 
     def __init__(
-        self, resolution: Size, upscale: bool = True, least: int = 256, most: int = 1024, steps: int = 64
+        self, resolution: Size, upscale: bool = True, smallest: int = 256, largest: int = 1024, steps: int = 64
     ) -> None:
         self.area, self.upscale, self.steps = resolution[0] * resolution[1], upscale, steps
         square = int(sqrt(self.area)) // steps * steps
         buckets = {(square, square)}
-        for width in range(least, most + 1, steps):
-            height = min(most, self.area // width // steps * steps)
-            if height >= least:
+        for width in range(smallest, largest + 1, steps):
+            height = min(largest, self.area // width // steps * steps)
+            if height >= smallest:
                 buckets |= {(width, height), (height, width)}
         self.buckets = sorted(buckets)
 
@@ -106,21 +106,21 @@ class MusubiBuckets:
 
 
 class AIToolkitBuckets:
-    """Buckets of ai-toolkit, which never enlarges. `steps` are its models' `get_bucket_divisibility`."""
+    """Buckets of ai-toolkit, which never enlarges. `steps` is its models' `get_bucket_divisibility`."""
 
     def __init__(self, resolution: Size, steps: int) -> None:
         self.area, self.steps = resolution[0] * resolution[1], steps
 
     def place(self, size: Size) -> Placement:
-        wanted = min(size[0] * size[1], self.area)
-        scale = (wanted / (size[0] * size[1])) ** 0.5
+        area = min(size[0] * size[1], self.area)
+        scale = (area / (size[0] * size[1])) ** 0.5
         sides = [
             (floor(side * scale / self.steps) * self.steps, ceil(side * scale / self.steps) * self.steps)
             for side in size
         ]
         candidates = [(width, height) for width in sides[0] for height in sides[1]]
         fitting = [bucket for bucket in candidates if 0 < bucket[0] * bucket[1] <= self.area]
-        least = (max(self.steps, sides[0][0]), max(self.steps, sides[1][0]))
-        bucket = min(fitting or [least], key=lambda sides: abs(sides[0] * sides[1] - wanted))
+        smallest = (max(self.steps, sides[0][0]), max(self.steps, sides[1][0]))
+        bucket = min(fitting or [smallest], key=lambda sides: abs(sides[0] * sides[1] - area))
         cover = max(bucket[0] / size[0], bucket[1] / size[1])
         return Placement(size, (ceil(size[0] * cover), ceil(size[1] * cover)), bucket)

@@ -1,4 +1,4 @@
-"""Encode a folder of images, many at a time. A file is written whole or not at all, so that a run can go on."""
+"""Encoding of a folder of images, many at a time. Files are written whole or not at all, so a run can be continued."""
 
 from __future__ import annotations
 
@@ -27,53 +27,56 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from remote_vae import tensors
 from remote_vae.client import Client, RemoteVAEError
 from remote_vae.files import write
-from remote_vae.latents.formats import Encoded, Format, ImageFile
+from remote_vae.latents.format import Encoded, Format, ImageFile
 
-OWN = ".remote-vae"
-"""The folder of the command's own files, in the output folder. Trainers skip it, as its name begins with a dot."""
-STATE_OF_0_1 = "remote-vae.json"
-"""The file of version 0.1 for what lies in `OWN` now. It is read, never written."""
+STATE_FOLDER = ".remote-vae"
+"""Folder of the command's own files in the output folder. Trainers skip it, because its name begins with a dot."""
 PLUGINS = {".avif": ("pillow_avif", "pillow-avif-plugin"), ".jxl": ("pillow_jxl", "pillow-jxl-plugin")}
-"""The module that teaches Pillow to read a kind of file, and its package. The trainers use the same."""
+"""Module that lets Pillow read a type of file, and its package. The trainers use the same."""
 MEDIA = {".avif", ".heic", ".heif", ".jxl", ".svg", ".avi", ".mkv", ".mov", ".mp4", ".webm"}
-"""Suffixes beside those of Pillow. A run says how many files of these kinds it left out."""
-OF_THE_IMAGE = (400, 413, 422)
-"""Statuses that say something of one image; all others end the run."""
+"""Suffixes in addition to Pillow's. A run reports how many files with these it skipped."""
+IMAGE_ERRORS = (400, 413, 422)
+"""Statuses that concern one image. All others end the run."""
 
 
 class Run:
-    """A run over a folder, or over the rest of it that an earlier run left."""
+    """One run over a folder of images. It encodes those whose latents are not stored yet.
+
+    Args:
+        config: config of the endpoint.
+        seed: seed of samples; each image's own seed also depends on its name.
+        workers: images in flight at a time.
+    """
 
     def __init__(
-        self, client: Client, about: dict[str, Any], folder: Path, out: Path, made: Format, seed: int, workers: int
+        self, client: Client, config: dict[str, Any], folder: Path, out: Path, format: Format, seed: int, workers: int
     ) -> None:
-        """`about` is the endpoint's config."""
-        self.client, self.folder, self.out, self.made = client, folder, out, made
+        self.client, self.folder, self.out, self.format = client, folder, out, format
         self.seed, self.workers = seed, workers
-        self.video = about["kind"] == "video"
+        self.is_video = config["kind"] == "video"
         self.failed: dict[Path, str] = {}
-        self.failed_list = out / OWN / f"{made.set_name}.failed.txt"
-        self.left_out: Counter[str] = Counter()
-        """Files and folders that the trainer does not load, by their kind."""
-        self.there = 0
-        """Images whose latents were stored already."""
+        """Reasons by the relative path of each image that could not be encoded."""
+        self.failed_list = out / STATE_FOLDER / f"{format.set_name}.failed.txt"
+        self.skipped: Counter[str] = Counter()
+        """Files and folders that the trainer does not load, by type."""
+        self.already_stored = 0
+        """Images whose latents were stored before."""
 
-    def go(self, console: Console) -> int:
-        """Return how many images were encoded.
+    def encode(self, console: Console) -> int:
+        """Encode the images, and return how many were encoded.
 
         Raises:
-            ValueError: there is no image, or the output folder holds latents that were made otherwise.
-            RemoteVAEError: the endpoint is lost, or refuses all of them.
+            ValueError: there is no image, or the output folder has latents that were made with other options.
+            RemoteVAEError: the endpoint cannot be reached, or refuses all images.
         """
         for module, _ in PLUGINS.values():
             with suppress(ImportError):
                 import_module(module)
-        found = self.find()
-        if not found and not self.failed:
-            raise ValueError(
-                f"{self.folder} holds no image that {self.made.trainer} loads; expected files of the kinds "
-                f"{', '.join(sorted(self.made.suffixes))}" + (f"; {said}" if (said := self.what_was_left_out()) else "")
-            )
+        files = self.find()
+        if not files and not self.failed:
+            suffixes = ", ".join(sorted(self.format.suffixes))
+            message = f"{self.folder} has no image that {self.format.trainer} loads: expected files with {suffixes}"
+            raise ValueError("; ".join(filter(None, [message, self.skipped_summary()])))
         self._check_settings()
         pool = ThreadPoolExecutor(self.workers)
         columns = (
@@ -85,171 +88,171 @@ class Run:
         )
         with Progress(*columns, console=console) as progress:
             try:
-                looking = progress.add_task("looking", total=len(found), speed="")
-                parts = self._parts(progress.track(found, task_id=looking))
-                left = sum(map(len, parts))
-                encoding = progress.add_task("encoding", total=left, speed="")
-                for _ in self._encode(pool, parts):
+                reading = progress.add_task("reading", total=len(files), speed="")
+                groups = self._groups(progress.track(files, task_id=reading))
+                total = sum(map(len, groups))
+                encoding = progress.add_task("encoding", total=total, speed="")
+                for _ in self._encode(pool, groups):
                     speed = progress.tasks[encoding].speed
                     progress.update(encoding, advance=1, speed=f"{speed:.1f} images/s" if speed else "")
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for those that are in flight
+                pool.shutdown(wait=False, cancel_futures=True)  # images in flight are not waited for
                 self._list_failed()
-        return left - len({image.relative for part in parts for image in part} & self.failed.keys())
+        return total - len({image.relative for group in groups for image in group} & self.failed.keys())
 
-    def what_was_left_out(self) -> str:
-        """Return a sentence about the files that the trainer does not load; empty if there is none."""
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(self.left_out.items()))
-        return f"left out, as {self.made.trainer} does not load them: {kinds}" if kinds else ""
+    def skipped_summary(self) -> str:
+        """Return a sentence about the files that the trainer does not load; empty if there are none."""
+        types = ", ".join(f"{count} {name}" for name, count in sorted(self.skipped.items()))
+        return f"skipped, because {self.format.trainer} does not load them: {types}" if types else ""
 
     def find(self) -> list[Path]:
-        """Return the images below the folder, relative to it. A link to a folder above itself is not followed."""
-        found: list[Path] = []
+        """Return the images below the folder, relative to it."""
+        images = []
         media = MEDIA | Image.registered_extensions().keys()
-        pending: list[tuple[Path, frozenset[tuple[int, int]]]] = [(self.folder, frozenset())]
-        while pending:
-            folder, above = pending.pop()
-            try:
-                about, entries = folder.stat(), list(folder.iterdir())
-            except OSError as error:
-                self.failed[folder.relative_to(self.folder)] = _reason(error)
-                continue
-            identity = (about.st_dev, about.st_ino)
-            if identity in above:
-                continue
-            for path in entries:
-                relative, hidden = path.relative_to(self.folder), path.name.startswith(".")
-                if os.path.isdir(path):
-                    if path.is_symlink() and not self.made.follows_links:
-                        self.left_out["linked folder"] += 1
-                    elif not hidden:
-                        pending.append((path, above | {identity}))
-                elif not hidden and self.made.loads(relative):
-                    found.append(relative)
-                elif path.suffix.lower() in media:
-                    self.left_out[f"hidden {path.suffix}" if hidden else path.suffix] += 1
-        return sorted(found)
+        for path in self._walk(self.folder):
+            relative, is_hidden = path.relative_to(self.folder), path.name.startswith(".")
+            if not is_hidden and self.format.loads(relative):
+                images.append(relative)
+            elif path.suffix.lower() in media:
+                self.skipped[f"hidden {path.suffix}" if is_hidden else path.suffix] += 1
+        return sorted(images)
+
+    def _walk(self, folder: Path, parents: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+        """Yield the files below a folder. A link to one of its parents is not followed."""
+        try:
+            status, entries = folder.stat(), list(folder.iterdir())
+        except OSError as error:
+            self.failed[folder.relative_to(self.folder)] = _reason(error)
+            return
+        identity = (status.st_dev, status.st_ino)
+        if identity in parents:
+            return
+        for path in entries:
+            if not os.path.isdir(path):
+                yield path
+            elif path.is_symlink() and not self.format.follows_links:
+                self.skipped["linked folder"] += 1
+            elif not path.name.startswith("."):
+                yield from self._walk(path, parents | {identity})
 
     def _check_settings(self) -> None:
-        """Compare the settings with those of earlier runs into this folder, and note them.
+        """Compare the settings with those of earlier runs into this folder, and save them.
 
         Raises:
-            ValueError: the files of this run and of earlier ones could be mistaken for one another, and they differ.
+            ValueError: the settings differ, so the files could be mistaken for those of an earlier run.
         """
-        made = self.made
-        settings = {"format": type(made).__name__, "seed": self.seed, **asdict(made), "resolution": [*made.resolution]}
-        if made.several_resolutions:
+        file = self.out / STATE_FOLDER / f"{self.format.set_name}.json"
+        settings = {"format": type(self.format).__name__, "seed": self.seed, **asdict(self.format)}
+        settings["resolution"] = list(self.format.resolution)  # as JSON has it
+        if self.format.mixes_resolutions:
             del settings["resolution"]
-        state = self.out / OWN / f"{made.set_name}.json"
-        earlier = _settings(state if state.exists() else self.out / STATE_OF_0_1)
-        if state.exists() and not earlier:
-            raise ValueError(f"{state} is damaged; delete it if the latents beside it were made with these settings")
-        if earlier.get("format") != settings["format"] or (made.models and earlier.get("model") != made.model):
-            earlier = settings  # there are none
-        other = ", ".join(f"{name}={earlier.get(name)}" for name in settings if earlier.get(name) != settings[name])
-        if other:
-            raise ValueError(f"{self.out} holds latents that were made with {other}; give the same, or another --out")
-        state.parent.mkdir(parents=True, exist_ok=True)
-        write(state, json.dumps({"made": settings}).encode())
+        earlier = _read_settings(file) if file.exists() else settings
+        changed = [f"{name}={earlier.get(name)}" for name in settings if earlier.get(name) != settings[name]]
+        if changed:
+            options = ", ".join(changed)
+            raise ValueError(f"{self.out} has latents that were made with {options}; use the same, or another --out")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, json.dumps(settings).encode())
 
-    def _parts(self, found: Iterable[Path]) -> list[list[ImageFile]]:
-        """Return the images that are not stored yet, in parts that are written together."""
-        stored = self.made.stored(self.out)
-        taken = dict(stored)
-        new: list[ImageFile] = []
-        for image in filter(None, map(self._look, found)):
+    def _groups(self, files: Iterable[Path]) -> list[list[ImageFile]]:
+        """Return the images that are not stored yet, in groups that are written together."""
+        stored = self.format.stored(self.out)
+        owners = dict(stored)
+        images: list[ImageFile] = []
+        for image in filter(None, map(self._read_header, files)):
             try:
-                name = self.made.name(image)
-                first = taken.setdefault(name, image.relative)
-                if first != image.relative:
-                    raise ValueError(f"its latents would have the name of those of {first}; rename it")
-                if name in stored or self.made.is_stored(self.out, image):
-                    self.there += 1
+                name = self.format.name(image)
+                owner = owners.setdefault(name, image.relative)
+                if owner != image.relative:
+                    raise ValueError(f"its latents would have the same name as those of {owner}; rename the image")
+                if name in stored or self.format.is_stored(self.out, image):
+                    self.already_stored += 1
                 else:
-                    new.append(image)
+                    images.append(image)
             except (OSError, ValueError) as error:
                 self.failed[image.relative] = _reason(error)
-        parts = [new[start : start + self.made.together] for start in range(0, len(new), self.made.together)]
-        return sorted(parts, key=lambda part: part[0].placement.bucket)  # images of one size may be one batch there
+        size = self.format.images_per_file
+        groups = [images[start : start + size] for start in range(0, len(images), size)]
+        return sorted(groups, key=lambda group: group[0].placement.bucket)  # the endpoint batches images of one size
 
-    def _look(self, relative: Path) -> ImageFile | None:
-        """Read the image's size alone."""
+    def _read_header(self, relative: Path) -> ImageFile | None:
+        """Read the size of an image. Return None, and list the image as failed, if it has none."""
         path = self.folder / relative
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO would wait forever
+            if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO would block
                 raise ValueError("it is not a file, but a FIFO, a socket or a device")
             with Image.open(path) as image:
-                turned = self.made.turns and image.getexif().get(Base.Orientation, 1) >= 5
-                size = image.size[::-1] if turned else image.size
-            return ImageFile(path, relative, self.made.place(size))
-        except Exception as error:  # Pillow raises a dozen types for broken files
+                is_rotated = self.format.applies_exif and image.getexif().get(Base.Orientation, 1) >= 5
+                size = image.size[::-1] if is_rotated else image.size
+            return ImageFile(path, relative, self.format.place(size))
+        except Exception as error:  # Pillow raises a dozen types for damaged files
             self.failed[relative] = _reason(error)
             if isinstance(error, UnidentifiedImageError) and (plugin := PLUGINS.get(path.suffix.lower())):
-                self.failed[relative] += f"; if Pillow reads no {path.suffix} here, `pip install {plugin[1]}`"
+                self.failed[relative] += f"; if Pillow does not read {path.suffix} here, `pip install {plugin[1]}`"
             return None
 
-    def _encode(self, pool: ThreadPoolExecutor, parts: list[list[ImageFile]]) -> Iterator[None]:
-        """Keep all workers busy, and few images in memory. Yield once for each image that is done."""
-        jobs = ((index, image) for index, part in enumerate(parts) for image in part)
+    def _encode(self, pool: ThreadPoolExecutor, groups: list[list[ImageFile]]) -> Iterator[None]:
+        """Keep all workers busy and few images in memory. Yield once for each image that is done."""
+        jobs = ((index, image) for index, group in enumerate(groups) for image in group)
         results: dict[int, list[Encoded | None]] = {}
         running: dict[Future[Encoded | None], int] = {}
         while True:
             for index, image in islice(jobs, 2 * self.workers - len(running)):
-                running[pool.submit(self._one, image)] = index
+                running[pool.submit(self._encode_image, image)] = index
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 index = running.pop(future)
-                part = parts[index]
                 results.setdefault(index, []).append(future.result())
-                if len(results[index]) == len(part):
-                    self._write(part, [each for each in results.pop(index) if each])
+                if len(results[index]) == len(groups[index]):
+                    self._write(groups[index], [encoded for encoded in results.pop(index) if encoded])
                 yield
 
-    def _one(self, image: ImageFile) -> Encoded | None:
-        """Encode an image; None if it cannot be."""
+    def _encode_image(self, image: ImageFile) -> Encoded | None:
+        """Encode an image. Return None, and list the image as failed, if that is impossible."""
         try:
             with Image.open(image.path) as opened:
-                upright = ImageOps.exif_transpose(opened) if self.made.turns else opened
-                pixels = self.made.pixels(upright, image.placement)
+                upright = ImageOps.exif_transpose(opened) if self.format.applies_exif else opened
+                pixels = self.format.pixels(upright, image.placement)
             batch = torch.from_numpy(np.stack([np.array(each) for each in pixels]))
-            caption = self.made.caption(image)
+            caption = self.format.caption(image)
         except Exception as error:
             self.failed[image.relative] = _reason(error)
             return None
-        if self.video:  # of one frame
+        if self.is_video:  # an image is a video of one frame
             batch = batch.movedim(-1, 1).unsqueeze(2).contiguous()
-        parameters: dict[str, Any] = {"sample_mode": self.made.sample_mode, "do_scaling": self.made.scaled}
-        if self.made.sample_mode == "sample":
+        parameters: dict[str, Any] = {"sample_mode": self.format.sample_mode, "do_scaling": self.format.normalized}
+        if self.format.sample_mode == "sample":
             name = image.relative.as_posix().encode(errors="surrogateescape")
             parameters["seed"] = self.seed ^ zlib.crc32(name)
         try:
             latents = tensors.encode(self.client, batch, **parameters)
         except RemoteVAEError as error:
-            if error.status not in OF_THE_IMAGE:
+            if error.status not in IMAGE_ERRORS:
                 raise
             self.failed[image.relative] = _reason(error)
             return None
-        return Encoded(image, latents[0], latents[1] if self.made.flip else None, caption)
+        return Encoded(image, latents[0], latents[1] if self.format.flip else None, caption)
 
-    def _write(self, part: list[ImageFile], encoded: list[Encoded]) -> None:
+    def _write(self, group: list[ImageFile], encoded: list[Encoded]) -> None:
+        """Write the files of a group, in its order. An image is missing in `encoded` if it failed."""
         if not encoded:
             return
-        order = {image.relative: index for index, image in enumerate(part)}
+        order = {image.relative: index for index, image in enumerate(group)}
         encoded.sort(key=lambda each: order[each.image.relative])
-        paths = [self.out / file for file in self.made.files(part)]
+        paths = [self.out / file for file in self.format.files(group)]
         try:
-            for path, data in zip(paths, self.made.contents(encoded, paths), strict=True):
+            for path, data in zip(paths, self.format.contents(encoded, paths), strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write(path, data)
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
-            self.failed |= {image.relative: _reason(error) for image in part}
+            self.failed |= {image.relative: _reason(error) for image in group}
 
     def _list_failed(self) -> None:
-        """Write a line for each image: its name and the reason. The names' bytes are kept, save for line ends."""
+        """Write a line for each failed image: the bytes of its name, line breaks escaped, and the reason."""
         if not self.failed:
             self.failed_list.unlink(missing_ok=True)
             return
@@ -263,13 +266,15 @@ class Run:
         write(self.failed_list, b"".join(lines))
 
 
-def _settings(state: Path) -> dict[str, Any]:
-    """Return the settings that a run noted in this file; none if the file is missing, or is no run's."""
+def _read_settings(file: Path) -> dict[str, Any]:
+    """Return the settings of the run that wrote this file."""
     try:
-        made = json.loads(state.read_bytes())["made"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return made if isinstance(made, dict) else {}
+        settings = json.loads(file.read_bytes())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is damaged; delete it if the latents beside it were made with the same options")
+    return settings
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,14 @@
-"""Workflows through a real ComfyUI's HTTP API, each with the VAE of an endpoint and with the same weights locally.
+"""Workflows in a real ComfyUI, through its HTTP API, each with the VAE of an endpoint and with a local one.
 
     python -m tests.clients.comfyui_run /path/to/ComfyUI --python /path/to/its/venv/bin/python
 
-That Python has what ComfyUI requires, diffusers and `remote_vae`. Beside the small checkpoints of the tests, whose
-local VAE is diffusers', ComfyUI's own VAE is compared, with random weights of the published sizes. Prints a table.
+That Python needs ComfyUI's requirements, diffusers and `remote_vae`. The small checkpoints of the tests are compared
+with diffusers' VAE, and random weights of the published sizes with ComfyUI's own VAE. Prints a table.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import os
 import subprocess
 import tempfile
@@ -29,6 +28,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 from skimage import data
+from skimage.metrics import peak_signal_noise_ratio
 
 from handlers import MODELS
 from scripts.local_server import ROOT, free_port, serve
@@ -37,7 +37,7 @@ from tests.small_service import running_service
 SMALL = ("tiny", "sd-v1", "flux", "wan-2.1")
 PUBLISHED = ("sd-v1", "flux", "wan-2.1")
 SIZE = 192
-"""Pixels of a side, which are several tiles of 128."""
+"""Height and width in pixels: several tiles of 128."""
 FRAMES = 5
 
 WAN = """
@@ -53,7 +53,7 @@ state = {name: torch.ones_like(value) if "gamma" in name else torch.randn_like(v
          torch.randn_like(value) / (value[0].numel() ** 0.5) for name, value in model.state_dict().items()}
 save_file(state, FILE)
 """
-"""ComfyUI names Wan's weights as its authors do; diffusers converts those."""
+"""Code that saves random weights under the names of Wan's authors, which ComfyUI uses and diffusers converts."""
 
 
 class ComfyUI:
@@ -61,36 +61,36 @@ class ComfyUI:
         self.url, self.folder = url, folder
 
     def run(self, nodes: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """A workflow's pictures, uint8 `[B, H, W, 3]`, and latents."""
+        """Run a workflow. Return its images, uint8 `[B, H, W, 3]`, and its latents."""
         identity = self._post("/prompt", {"prompt": nodes})["prompt_id"]
         while not (history := requests.get(f"{self.url}/history/{identity}", timeout=10).json()):
             time.sleep(0.1)
         status = history[identity]["status"]
         if status["status_str"] != "success":
             raise RuntimeError(str(status["messages"])[-3000:])
-        found: dict[str, torch.Tensor] = {}
+        results: dict[str, torch.Tensor] = {}
         for outputs in history[identity]["outputs"].values():
             for kind, files in outputs.items():
                 contents = [requests.get(f"{self.url}/view", params=file, timeout=10).content for file in files]
                 if kind == "images":
-                    pictures = [np.asarray(Image.open(io.BytesIO(content))) for content in contents]
-                    found["pictures"] = torch.from_numpy(np.stack(pictures))
+                    images = [np.asarray(Image.open(io.BytesIO(content))) for content in contents]
+                    results["images"] = torch.from_numpy(np.stack(images))
                 elif kind == "latents":
-                    found["latents"] = load(contents[0])["latent_tensor"]
-        return found
+                    results["latents"] = load(contents[0])["latent_tensor"]
+        return results
 
     def has(self, node: str) -> bool:
         return bool(requests.get(f"{self.url}/object_info/{node}", timeout=30).json())
 
     def _post(self, path: str, body: Any) -> Any:
-        answer = requests.post(self.url + path, json=body, timeout=10)
-        assert answer.ok, answer.text
-        return answer.json()
+        response = requests.post(self.url + path, json=body, timeout=10)
+        assert response.ok, response.text
+        return response.json()
 
 
 @contextmanager
 def comfyui(checkout: Path, python: Path, folder: Path) -> Iterator[ComfyUI]:
-    """With folders of its own, the project's node and the local one."""
+    """Start ComfyUI with its own folders, the project's node and the local one."""
     (folder / "custom_nodes").mkdir()
     (folder / "custom_nodes" / "remote-vae").symlink_to(ROOT / "clients" / "comfyui")
     (folder / "custom_nodes" / "local_vae.py").symlink_to(ROOT / "tests" / "clients" / "local_vae.py")
@@ -114,7 +114,7 @@ def comfyui(checkout: Path, python: Path, folder: Path) -> Iterator[ComfyUI]:
 
 
 def save_published(key: str, folder: Path, file: Path, checkout: Path, python: Path) -> None:
-    """Random weights of the published size: for the service a folder, for ComfyUI's Load VAE a file."""
+    """Save random weights of the published size: a folder for the service, and a file for ComfyUI's Load VAE."""
     torch.manual_seed(0)
     if key == "wan-2.1":
         environment = {**os.environ, "PYTHONPATH": f"{checkout}:{os.environ.get('PYTHONPATH', '')}"}
@@ -124,7 +124,7 @@ def save_published(key: str, folder: Path, file: Path, checkout: Path, python: P
         vae.load_state_dict(convert_wan_vae_to_diffusers(dict(state)))
         decoded = vae.decode(torch.randn(1, 16, 1, 8, 8)).sample
         for name in ("decoder.head.2.weight", "decoder.head.2.bias"):
-            state[name] = state[name] / decoded.abs().max() / 1.5  # diffusers' cuts off what is beyond [-1, 1]
+            state[name] = state[name] / decoded.abs().max() / 1.5  # diffusers clamps to [-1, 1]
         vae.load_state_dict(convert_wan_vae_to_diffusers(dict(state)))
         save_file(state, file)
     else:
@@ -135,8 +135,8 @@ def save_published(key: str, folder: Path, file: Path, checkout: Path, python: P
     vae.save_pretrained(folder)
 
 
-def save_pictures(folder: Path) -> None:
-    """Crops of a photograph, and one with a hole, for inpainting."""
+def save_images(folder: Path) -> None:
+    """Save crops of a photograph, and one with a hole for inpainting."""
     photograph = Image.fromarray(data.astronaut())
     for index in range(FRAMES):
         photograph.crop((150 + 4 * index, 0, 150 + 4 * index + SIZE, SIZE)).save(folder / f"{index}.png")
@@ -148,31 +148,31 @@ def save_pictures(folder: Path) -> None:
 
 
 def workflows(loader: dict[str, Any], key: str, selects: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By the name of the VAE's node; where this ComfyUI has Select VAE Device, also with that before it."""
+    """Yield workflows by the name of their VAE node, and those with Select VAE Device before it if `selects`."""
     video = MODELS[key].kind == "video"
     identity = count(10)
-    picture: dict[str, Any] = {"2": {"class_type": "LoadImage", "inputs": {"image": "0.png"}}}
+    images: dict[str, Any] = {"2": {"class_type": "LoadImage", "inputs": {"image": "0.png"}}}
     last = ["2", 0]
     for index in range(1, FRAMES if video else 1):
-        one, both = str(next(identity)), str(next(identity))
-        picture[one] = {"class_type": "LoadImage", "inputs": {"image": f"{index}.png"}}
-        picture[both] = {"class_type": "ImageBatch", "inputs": {"image1": last, "image2": [one, 0]}}
-        last = [both, 0]
+        image, batch = str(next(identity)), str(next(identity))
+        images[image] = {"class_type": "LoadImage", "inputs": {"image": f"{index}.png"}}
+        images[batch] = {"class_type": "ImageBatch", "inputs": {"image1": last, "image2": [image, 0]}}
+        last = [batch, 0]
     latents = {"2": {"class_type": "LoadLatent", "inputs": {"latent": f"{key}.latent"}}}
     hole = {"2": {"class_type": "LoadImage", "inputs": {"image": "hole.png"}}}
     tiles = {"tile_size": 128, "overlap": 32, "temporal_size": 8, "temporal_overlap": 4}
-    to_vae, to_picture, to_latents = {"vae": ["1", 0]}, {"images": ["3", 0]}, {"samples": ["3", 0]}
-    for name, given, inputs in (
+    to_vae, to_image, to_latents = {"vae": ["1", 0]}, {"images": ["3", 0]}, {"samples": ["3", 0]}
+    for name, source, inputs in (
         ("VAEDecode", latents, {"samples": ["2", 0]}),
         ("VAEDecodeTiled", latents, {"samples": ["2", 0], **tiles}),
-        ("VAEEncode", picture, {"pixels": last}),
-        ("VAEEncodeTiled", picture, {"pixels": last, **tiles}),
+        ("VAEEncode", images, {"pixels": last}),
+        ("VAEEncodeTiled", images, {"pixels": last, **tiles}),
         *([] if video else [("VAEEncodeForInpaint", hole, {"pixels": ["2", 0], "mask": ["2", 1], "grow_mask_by": 6})]),
     ):
-        nodes = {"1": loader, **given, "3": {"class_type": name, "inputs": {**inputs, **to_vae}}}
+        nodes = {"1": loader, **source, "3": {"class_type": name, "inputs": {**inputs, **to_vae}}}
         prefix = {"filename_prefix": f"{key}-{name}"}
         if "Decode" in name:
-            nodes["4"] = {"class_type": "SaveImage", "inputs": {**to_picture, **prefix}}
+            nodes["4"] = {"class_type": "SaveImage", "inputs": {**to_image, **prefix}}
         else:
             nodes["4"] = {"class_type": "SaveLatent", "inputs": {**to_latents, **prefix}}
             nodes["5"] = {"class_type": "VAEDecode", "inputs": {**to_latents, **to_vae}}
@@ -184,21 +184,20 @@ def workflows(loader: dict[str, Any], key: str, selects: bool) -> Iterator[tuple
             yield f"selected {name}", {**nodes, "7": select, "3": {"class_type": name, "inputs": inputs}}
 
 
-def compare(one: torch.Tensor, other: torch.Tensor) -> str:
-    """PSNR and the largest difference; the range of pixels is 255, that of latents is what they have."""
-    assert one.shape == other.shape
-    difference = (one.double() - other.double()).abs()
-    span = 255 if one.dtype == torch.uint8 else float(other.max() - other.min())
-    error = float(difference.square().mean())
-    psnr = 10 * math.log10(span**2 / error) if error else math.inf
-    return f"{tuple(one.shape)} {psnr:.1f} dB, at most {difference.max():.2g}"
+def compare(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    """Return the PSNR and the largest difference. The range is 255 for pixels, and the latents' own for latents."""
+    values, reference = actual.double().numpy(), expected.double().numpy()
+    data_range = 255 if actual.dtype == torch.uint8 else float(reference.max() - reference.min())
+    with np.errstate(divide="ignore"):  # equal values have an infinite PSNR
+        psnr = peak_signal_noise_ratio(reference, values, data_range=data_range)
+    return f"{tuple(actual.shape)} {psnr:.1f} dB, at most {np.abs(values - reference).max():.2g}"
 
 
 @torch.no_grad()
 def main(
-    checkout: Annotated[Path, typer.Argument(help="Of ComfyUI.")],
-    python: Annotated[Path, typer.Option(help="That runs it.")],
-    model: Annotated[list[str], typer.Option(help="One of them, or several.")] = list(SMALL),  # noqa: B006
+    checkout: Annotated[Path, typer.Argument(help="Folder of ComfyUI.")],
+    python: Annotated[Path, typer.Option(help="Python that runs it.")],
+    model: Annotated[list[str], typer.Option(help="Model to compare. Repeat it for several.")] = list(SMALL),  # noqa: B006
 ) -> None:
     published = [key for key in PUBLISHED if key in model]
     with tempfile.TemporaryDirectory() as name:
@@ -206,7 +205,7 @@ def main(
         (base / "input").mkdir()
         (base / "models" / "vae").mkdir(parents=True)
         (base / "large").mkdir()
-        save_pictures(base / "input")
+        save_images(base / "input")
         for key in model:
             frames = (2,) if MODELS[key].kind == "video" else ()
             side = SIZE // MODELS[key].vae_scale_factor
@@ -230,14 +229,14 @@ def main(
             selects = comfy.has("SelectVAEDevice")
             for key, url, (kind, inputs) in zip((*model, *published), urls, (*local, *own), strict=True):
                 remote = {"class_type": "RemoteVAELoader", "inputs": {"url": url}}
-                beside = {"class_type": kind, "inputs": inputs}
-                for (node, there), (_, here) in zip(
-                    workflows(remote, key, selects), workflows(beside, key, selects), strict=True
+                local_loader = {"class_type": kind, "inputs": inputs}
+                for (node, workflow), (_, local_workflow) in zip(
+                    workflows(remote, key, selects), workflows(local_loader, key, selects), strict=True
                 ):
-                    found, expected = comfy.run(there), comfy.run(here)
+                    actual, expected = comfy.run(workflow), comfy.run(local_workflow)
                     for name in expected:
                         row = f"{key:8} {kind:10} {node:20} {name:9}"
-                        print(row, compare(found[name], expected[name]), flush=True)
+                        print(row, compare(actual[name], expected[name]), flush=True)
 
 
 if __name__ == "__main__":

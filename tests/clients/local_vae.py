@@ -1,4 +1,4 @@
-"""A node for the run beside ComfyUI (`comfyui_run.py`): ComfyUI's VAE around diffusers' model, on this machine."""
+"""Node for `comfyui_run.py`: ComfyUI's VAE with diffusers' model, on this machine."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""ComfyUI's node: what the VAE that it gives does is what diffusers does, in ComfyUI's layout.
+"""ComfyUI's node: its VAE returns what diffusers returns, in ComfyUI's layout.
 
-ComfyUI itself is a stand-in of what surrounds the model in its VAE; `comfyui_run.py` is the same with the real one.
+ComfyUI itself is replaced by a stand-in for the code around the model of its VAE. `comfyui_run.py` runs the real one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from handlers import MODELS
 from handlers.version import VERSION
 from remote_vae import RemoteVAEError
 from scripts.local_server import ROOT
-from tests.difficult_way import difficult_way
+from tests.faulty_proxy import faulty_proxy
 from tests.small_service import Service
 
 STAND_IN = Path(__file__).parent / "comfyui_stand_in"
@@ -39,7 +39,7 @@ VIDEOS = [key for key, model in MODELS.items() if model.kind == "video" and key 
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """The folder in `custom_nodes`, put there as its README says, and loaded as ComfyUI loads it."""
+    """Copy the folder into `custom_nodes` as its README says, and load it as ComfyUI does."""
     comfyui = tmp_path_factory.mktemp("comfyui")
     (comfyui / "custom_nodes").mkdir()
     readme = (ROOT / "clients" / "comfyui" / "README.md").read_text()
@@ -61,7 +61,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def load(node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """The node, with nothing set, as a workflow calls it."""
+    """Return the node's function, as a workflow calls it, with no settings."""
     for name in ("REMOTE_VAE_ENDPOINTS", "REMOTE_VAE_TOKEN", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("folder_paths.user_directory", str(tmp_path))
@@ -70,8 +70,8 @@ def load(node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return lambda url: getattr(cls(), cls.FUNCTION)(url=url)[0]
 
 
-def picture(*shape: int) -> Tensor:
-    """As LoadImage gives it."""
+def random_image(*shape: int) -> Tensor:
+    """Return an image as LoadImage does."""
     return torch.rand(*shape, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -80,8 +80,8 @@ def noise(*shape: int) -> Tensor:
 
 
 def to_raw(key: str, model: Any, latents: Tensor) -> Tensor:
-    """ComfyUI's latents of this model, as diffusers' class takes them."""
-    if key == "flux2":  # [B, 32 * 4, h/2, w/2], normalised by the BatchNorm
+    """Return ComfyUI's latents as diffusers' class takes them."""
+    if key == "flux2":  # [B, 32 * 4, h/2, w/2], normalized by the BatchNorm
         mean, variance = (value.view(1, -1, 1, 1) for value in (model.bn.running_mean, model.bn.running_var))
         latents = latents * (variance + model.config.batch_norm_eps).sqrt() + mean
         return torch.nn.functional.pixel_shuffle(latents, 2)
@@ -92,8 +92,8 @@ def to_raw(key: str, model: Any, latents: Tensor) -> Tensor:
     return (latents - shift) * scale
 
 
-def of_frames(key: str, tensor: Tensor) -> Tensor:
-    """Between ComfyUI's batch and the class's."""
+def with_frames(key: str, tensor: Tensor) -> Tensor:
+    """Add the dimension of frames where diffusers' class has one and ComfyUI's batch has none."""
     return tensor.unsqueeze(2) if key == "qwen-image" and tensor.ndim == 4 else tensor
 
 
@@ -106,21 +106,21 @@ def decoded(key: str, model: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encoded(model: Any, pixels: Tensor) -> Tensor:
-    found = model.encode(pixels * 2 - 1)
-    return found.latent_dist.mode() if "latent_dist" in found else found[0]
+    output = model.encode(pixels * 2 - 1)
+    return output.latent_dist.mode() if "latent_dist" in output else output[0]
 
 
 @pytest.mark.parametrize("key", [key for key, model in MODELS.items() if key not in VIDEOS])
-def test_pictures(key: str, service: Service, load: Callable[[str], Any]) -> None:
-    """VAE Decode and VAE Encode. A size that the VAE cannot take is cropped around the middle, as ComfyUI does."""
+def test_images(key: str, service: Service, load: Callable[[str], Any]) -> None:
+    """Test VAE Decode and VAE Encode. ComfyUI crops the middle of an image whose size the VAE cannot take."""
     model, vae = service.model(key), load(f"{service.url}/{key}")
     channels = {"flux2": 128}.get(key, MODELS[key].latent_channels)
     side = {"flux2": 16}.get(key, MODELS[key].vae_scale_factor)
     assert (vae.latent_channels, vae.spacial_compression_encode()) == (channels, side)
-    latents = of_frames(key, noise(1 if key == "qwen-image" else 2, channels, 2, 3))
+    latents = with_frames(key, noise(1 if key == "qwen-image" else 2, channels, 2, 3))
     assert torch.allclose(vae.decode(latents), decoded(key, model, latents), atol=1e-5)
-    pixels = picture(2, 2 * side + 3, 3 * side)
-    cropped = of_frames(key, pixels[:, 1:-2].movedim(-1, 1))
+    pixels = random_image(2, 2 * side + 3, 3 * side)
+    cropped = with_frames(key, pixels[:, 1:-2].movedim(-1, 1))
     latents = vae.encode(pixels)
     assert latents.shape[:2] == (2, channels)
     assert latents.shape[-2:] == (2, 3)
@@ -129,7 +129,7 @@ def test_pictures(key: str, service: Service, load: Callable[[str], Any]) -> Non
 
 @pytest.mark.parametrize("key", VIDEOS)
 def test_videos(key: str, service: Service, load: Callable[[str], Any]) -> None:
-    """Frames that are too many for the latents are left out, as ComfyUI's own VAEs leave them out or refuse them."""
+    """Frames that do not fill a latent frame are left out. ComfyUI's own VAEs leave them out or refuse them."""
     model, vae = service.model(key), load(f"{service.url}/{key}")
     side, each = MODELS[key].vae_scale_factor, MODELS[key].frame_factor
     assert vae.temporal_compression_decode() == each
@@ -138,7 +138,7 @@ def test_videos(key: str, service: Service, load: Callable[[str], Any]) -> None:
     assert pixels.shape[1] == vae.upscale_ratio[0](2)
     assert torch.allclose(pixels, decoded(key, model, latents), atol=1e-5)
     count = 1 + 2 * each
-    frames = picture(count + 2, 2 * side, 2 * side)
+    frames = random_image(count + 2, 2 * side, 2 * side)
     latents = vae.encode(frames)
     assert latents.shape[2] == vae.downscale_ratio[0](len(frames)) == 3
     expected = encoded(model, frames[:count].movedim(-1, 0).unsqueeze(0))
@@ -147,17 +147,17 @@ def test_videos(key: str, service: Service, load: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("key", ["flux", "flux2", "qwen-image", "wan-2.1"])
 def test_tiles(key: str, service: Service, load: Callable[[str], Any]) -> None:
-    """VAE Decode (Tiled): ComfyUI puts what the model gives for a tile where the ratios say."""
+    """Test VAE Decode (Tiled): the ratios say where ComfyUI puts a decoded tile."""
     model, vae = service.model(key), load(f"{service.url}/{key}")
     frames = () if vae.latent_dim == 2 else (2 if key == "wan-2.1" else 1,)
     latents = noise(1, vae.latent_channels, *frames, 4, 3)
-    pieces = [[decoded(key, model, part) for part in row.split(2, -1)] for row in latents.split(2, -2)]
-    expected = torch.cat([torch.cat(row, -2) for row in pieces], -3)
+    tiles = [[decoded(key, model, tile) for tile in row.split(2, -1)] for row in latents.split(2, -2)]
+    expected = torch.cat([torch.cat(row, -2) for row in tiles], -3)
     assert torch.allclose(vae.decode_tiled(latents, 2), expected, atol=1e-5)
 
 
 def test_ltx_video_with_a_timestep(service: Service, load: Callable[[str], Any]) -> None:
-    """From 0.9.1 on: ComfyUI adds a share of noise, from torch's generator, and decodes at 0.05."""
+    """From 0.9.1 on, ComfyUI adds a share of noise, from torch's generator, and decodes at timestep 0.05."""
     model, vae = service.model("ltx-video-0.9.5"), load(f"{service.url}/ltx-video-0.9.5")
     latents = noise(1, 128, 2, 2, 2)
     torch.manual_seed(1)
@@ -170,21 +170,21 @@ def test_ltx_video_with_a_timestep(service: Service, load: Callable[[str], Any])
 
 @pytest.mark.parametrize("key", ["tiny", "wan-2.1"])
 def test_another_device_is_selected(key: str, service: Service, load: Callable[[str], Any]) -> None:
-    """Select VAE Device, which takes the model of a copy from its patcher; on "default" that was the placeholder."""
+    """Do what Select VAE Device does: it takes the model of a copy from the patcher."""
     vae = load(f"{service.url}/{key}")
     selected = copy.copy(vae)
     selected.patcher = vae.patcher.clone()
     selected.first_stage_model = selected.patcher.model
     side = MODELS[key].vae_scale_factor
-    latents = selected.encode(picture(1, 2 * side, 2 * side))
+    latents = selected.encode(random_image(1, 2 * side, 2 * side))
     assert latents.shape[1] == MODELS[key].latent_channels
-    assert torch.equal(latents, vae.encode(picture(1, 2 * side, 2 * side)))
+    assert torch.equal(latents, vae.encode(random_image(1, 2 * side, 2 * side)))
     assert torch.equal(selected.decode(latents), vae.decode(latents))
 
 
 @pytest.mark.parametrize("key", MODELS)
 def test_statistics_of_ltx(key: str, service: Service, load: Callable[[str], Any]) -> None:
-    """LTXVLatentUpsampler takes normalised latents to the VAE's own range and back."""
+    """LTXVLatentUpsampler converts normalized latents to raw ones and back."""
     remote = load(f"{service.url}/{key}").first_stage_model
     if not key.startswith("ltx"):
         assert not hasattr(remote, "per_channel_statistics")
@@ -197,7 +197,7 @@ def test_statistics_of_ltx(key: str, service: Service, load: Callable[[str], Any
     assert statistics.un_normalize(latents.bfloat16()).dtype == torch.bfloat16
 
 
-def test_it_is_listed_beside_load_vae(node: ModuleType, load: Callable[[str], Any]) -> None:
+def test_the_category_is_that_of_load_vae(node: ModuleType, load: Callable[[str], Any]) -> None:
     assert node.NODE_CLASS_MAPPINGS["RemoteVAELoader"].CATEGORY == "model/loaders"
 
 
@@ -209,7 +209,7 @@ def test_more_than_fits_one_request(service: Service, load: Callable[[str], Any]
 
 
 def test_the_registrys_metadata() -> None:
-    """By https://docs.comfy.org/registry/specifications."""
+    """Check it against https://docs.comfy.org/registry/specifications."""
     metadata = tomllib.loads((ROOT / "clients" / "comfyui" / "pyproject.toml").read_text())
     project = metadata["project"]
     assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", project["name"])
@@ -223,16 +223,16 @@ def test_it_cannot_be_saved(service: Service, load: Callable[[str], Any]) -> Non
         load(f"{service.url}/tiny").get_sd()
 
 
-def test_the_token_goes_to_the_users_own_endpoints_alone(
+def test_the_token_is_sent_only_to_the_users_own_endpoints(
     service: Service, load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A workflow from elsewhere may name any address."""
+    """A workflow of someone else may name any address."""
     settings = tmp_path / "default" / "comfy.settings.json"
     settings.parent.mkdir()
-    with difficult_way(f"{service.url}/tiny") as way, difficult_way(f"{service.url}/tiny") as other:
-        way.token = other.token = TOKEN
-        settings.write_text(json.dumps({"RemoteVAE.Endpoints": f"{way.url}/ http://mine", "RemoteVAE.Token": TOKEN}))
-        for url in ("", way.url, f" {way.url}/"):
+    with faulty_proxy(f"{service.url}/tiny") as faulty, faulty_proxy(f"{service.url}/tiny") as other:
+        faulty.token = other.token = TOKEN
+        settings.write_text(json.dumps({"RemoteVAE.Endpoints": f"{faulty.url}/ http://mine", "RemoteVAE.Token": TOKEN}))
+        for url in ("", faulty.url, f" {faulty.url}/"):
             assert load(url).decode(noise(1, 8, 2, 2)).shape == (1, 8, 8, 3)
         with pytest.raises(RemoteVAEError, match="this one is not among them"):
             load(other.url)
@@ -240,26 +240,31 @@ def test_the_token_goes_to_the_users_own_endpoints_alone(
         monkeypatch.setenv("REMOTE_VAE_ENDPOINTS", other.url)
         assert load(other.url).latent_channels == 8
         monkeypatch.setenv("REMOTE_VAE_TOKEN", "hf_another")
-        with pytest.raises(RemoteVAEError, match="your token is not taken") as error:
+        with pytest.raises(RemoteVAEError, match="your token is not accepted") as error:
             load("")
     assert "hf_another" not in str(error.value)
 
 
 def test_no_address(load: Callable[[str], Any]) -> None:
-    with pytest.raises(ValueError, match="give the URL of an endpoint"):
+    with pytest.raises(ValueError, match="set the URL of an endpoint"):
         load(" ")
 
 
 @pytest.mark.parametrize("starts", [True, False])
 def test_cancel_ends_the_wait(starts: bool, load: Callable[[str], Any], service: Service) -> None:
-    """ComfyUI's, for an endpoint that starts, and for one that does not answer."""
+    """Cancel while an endpoint starts, and while it does not respond. No thread is left that retries."""
     import comfy.model_management as management
 
-    with difficult_way(f"{service.url}/tiny") as way:
-        vae = None if starts else load(way.url)
-        way.starts_until, way.hangs = time.monotonic() + (20 if starts else 0), True
-        threading.Timer(0.2, lambda: setattr(management, "interrupted", True)).start()
-        began = time.monotonic()
+    with faulty_proxy(f"{service.url}/tiny") as faulty:
+        vae = None if starts else load(faulty.url)
+        faulty.starts_until, faulty.hangs = time.monotonic() + (60 if starts else 0), True
+        timer = threading.Timer(0.2, lambda: setattr(management, "interrupted", True))
+        timer.start()
         with pytest.raises(management.InterruptProcessingException):
-            (vae or load(way.url)).decode(noise(1, 8, 2, 2))
-        assert time.monotonic() - began < 15
+            (vae or load(faulty.url)).decode(noise(1, 8, 2, 2))
+        assert time.monotonic() < faulty.starts_until or not starts
+        timer.join()
+    threads = [thread for thread in threading.enumerate() if thread.name == "remote_vae"]
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)

@@ -1,6 +1,6 @@
-"""The commands in docs/clients.md, and the requests of the clients that they are for.
+"""The commands in docs/clients.md, and the requests of the clients that they change.
 
-The source of those clients is not here. Tests imitate their requests, and the lines that the commands change.
+The clients' sources are not in this repository. The tests have their requests, and the lines that the commands change.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ PILOT = [
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("sed ")])
-def test_the_addresses_are_replaced(command: str, tmp_path: Path) -> None:
-    """Replace addresses as SD.Next, kijai's and Visionatrix' nodes write them, with and without a slash at the end."""
+def test_the_commands_replace_the_urls_of_the_pilot(command: str, tmp_path: Path) -> None:
+    """SD.Next, kijai's nodes and Visionatrix' nodes have them with and without a slash at the end."""
     file = tmp_path / shlex.split(command)[-1]
     file.parent.mkdir(parents=True)
     file.write_text("".join(f"    'sd': '{url}',\n            endpoint = \"{url}/\"\n" for url in PILOT))
@@ -37,12 +37,12 @@ def test_the_addresses_are_replaced(command: str, tmp_path: Path) -> None:
     assert file.read_text() == expected * len(PILOT)
 
 
-def test_the_commands_are_those_that_are_tested() -> None:
+def test_the_list_of_commands() -> None:
     assert [command.split()[0] for command in COMMANDS] == ["pip", "remote-vae", "sed", "sed", "sed"]
 
 
 def test_requests_of_sdnext_and_kijai_through_the_proxy(service: Service, tmp_path: Path) -> None:
-    """Run the documented command, and send SD.Next's requests for FLUX.1, packed and unpacked, and kijai's."""
+    """Send SD.Next's requests for FLUX.1, packed and unbatched, and kijai's, to the documented command."""
     name, verb, url, *options = shlex.split(next(command for command in COMMANDS if "proxy" in command))
     assert (name, verb, options) == ("remote-vae", "proxy", ["--port", "9000"])
     assert url.startswith("https://")
@@ -51,8 +51,8 @@ def test_requests_of_sdnext_and_kijai_through_the_proxy(service: Service, tmp_pa
     scaled = (raw - 0.1159) * 0.3611
     packed = scaled.view(1, 16, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 6, 64).contiguous()
     headers = {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
-    alike = {"dtype": "float32", "output_type": "pt", "partial_postprocess": False, "height": 32, "width": 48}
-    sdnext = {**alike, "input_tensor_type": "binary", "output_tensor_type": "binary"}
+    common = {"dtype": "float32", "output_type": "pt", "partial_postprocess": False, "height": 32, "width": 48}
+    sdnext = {**common, "input_tensor_type": "binary", "output_tensor_type": "binary"}
     sdnext |= {"scaling_factor": 0.3611, "shift_factor": 0.1159}
     decoded = vae.decode(raw).sample
     with proxy(service.url, tmp_path) as address:
@@ -64,23 +64,23 @@ def test_requests_of_sdnext_and_kijai_through_the_proxy(service: Service, tmp_pa
             ).float()
 
         for endpoint, error in (("/flux", 1e-5), ("/flux-float16", 0.005), ("/flux-bfloat16", 0.05)):
-            for decoded_remotely in (
+            for pixels in (
                 send(endpoint, packed, **sdnext),
                 send(endpoint, scaled[0], **sdnext),
-                send(f"{endpoint}/", raw, **alike, do_scaling=False),
+                send(f"{endpoint}/", raw, **common, do_scaling=False),
             ):
-                assert (decoded_remotely - decoded).abs().mean() < error, endpoint
-        assert torch.equal(send("/flux/", raw, **alike, do_scaling=False), decoded)
+                assert (pixels - decoded).abs().mean() < error, endpoint
+        assert torch.equal(send("/flux/", raw, **common, do_scaling=False), decoded)
 
 
-def test_requests_of_visionatrix_through_the_proxy(service: Service, tmp_path: Path) -> None:
-    """Send raw latents, as ComfyUI has them. The node takes the first two dimensions after the channels as the size."""
+def test_requests_of_visionatrix_node_through_the_proxy(service: Service, tmp_path: Path) -> None:
+    """Send raw latents as ComfyUI has them. For a video, the node takes frames and height as height and width."""
     headers = {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
-    alike = {"do_scaling": False, "output_type": "pt", "partial_postprocess": False, "dtype": "float32"}
+    common = {"do_scaling": False, "output_type": "pt", "partial_postprocess": False, "dtype": "float32"}
     with proxy(service.url, tmp_path) as address:
         for key, shape in (("flux", (1, 16, 4, 6)), ("hunyuan-video", (1, 16, 2, 4, 6))):
             raw = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            parameters = {**alike, "shape": list(shape), "height": shape[2] * 8, "width": shape[3] * 8}
+            parameters = {**common, "shape": list(shape), "height": shape[2] * 8, "width": shape[3] * 8}
             body = raw.numpy().tobytes()
             response = requests.post(f"{address}/{key}/", params=parameters, data=body, headers=headers, timeout=60)
             assert torch.equal(as_tensor(response), service.model(key).decode(raw).sample)

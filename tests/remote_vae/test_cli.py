@@ -19,23 +19,23 @@ from safetensors.torch import load_file, save_file
 from scripts.local_server import ROOT, free_port
 from tests import forked
 from tests.conftest import same_video
-from tests.difficult_way import difficult_way
+from tests.faulty_proxy import faulty_proxy
 from tests.small_service import Service
 
 LATENTS = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(0))
 
 
 def remote_vae(*arguments: object, status: int = 0, **environment: str) -> tuple[str, str]:
-    """What the command prints, on both streams."""
-    ended, out, error = forked.run("-m", "remote_vae", *arguments, timeout=60, **{"COLUMNS": "300", **environment})
-    assert ended == status, error
+    """Return standard output and standard error of the command."""
+    actual, out, error = forked.run("-m", "remote_vae", *arguments, timeout=60, **{"COLUMNS": "300", **environment})
+    assert actual == status, error
     assert "Traceback" not in error
     return out, error
 
 
 @pytest.mark.parametrize("dtype", ["", "-float16", "-bfloat16"], ids=["float32", "float16", "bfloat16"])
 def test_the_documented_commands_run_as_they_stand(dtype: str, service: Service, tmp_path: Path) -> None:
-    """But for the player, and for the proxy, which has tests of its own."""
+    """Run all but the player, and the proxy, which has its own tests."""
     readme = (ROOT / "remote_vae" / "README.md").read_text()
     commands = re.findall(r"^\$ remote-vae (.*?)(?: \| ffplay -)?\s*(?:#.*)?$", readme, re.MULTILINE)
     assert [command.split()[0] for command in commands] == [
@@ -47,8 +47,8 @@ def test_the_documented_commands_run_as_they_stand(dtype: str, service: Service,
         "proxy",
     ]
     (tmp_path / "images").mkdir()
-    for picture in ("photo.jpg", "images/a.png"):
-        Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / picture)
+    for image in ("photo.jpg", "images/a.png"):
+        Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / image)
     for command in commands[:-1]:
         video = ".mp4" in command or "--stream" in command
         latents = torch.randn(1, 16, 3, 8, 8) if video else LATENTS[:1]
@@ -81,20 +81,20 @@ def test_every_command_takes_the_url_first() -> None:
         assert "--url" not in out
 
 
-def test_a_wrong_port_is_one_line_soon(tmp_path: Path) -> None:
+def test_a_wrong_port_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "z.npy", LATENTS.numpy())
     url = f"http://127.0.0.1:{free_port()}"
     for command in (("info", url), ("check", url), ("decode", url, tmp_path / "z.npy", tmp_path / "o.png")):
-        _, said = remote_vae(*command, status=1)
-        assert said.strip().splitlines()[-1] == (
-            f"error: {url} cannot be reached: nothing listens there (connection refused); is the port right, and is "
+        _, errors = remote_vae(*command, status=1)
+        assert errors.strip().splitlines()[-1] == (
+            f"error: {url} cannot be reached: connection refused, nothing listens there; is the port right, and is "
             "the server running?"
         )
 
 
 @pytest.mark.parametrize("command", ["decode URL z.npy o.png", "encode URL p.png --out o.npy"])
 def test_without_torch_a_command_says_so(command: str, tmp_path: Path) -> None:
-    """In an environment of the package alone: without a module, as if nobody had installed it."""
+    """Hide torch, as in an environment with only the package."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Absent:\n"
@@ -121,7 +121,7 @@ def test_check(service: Service) -> None:
     out, _ = remote_vae("check", f"{service.url}/tiny")
     assert re.fullmatch(
         r"encode [\d.]+ s, decode [\d.]+ s: 256x256 pixels became latents \[1, 8, 64, 64\], "
-        r"and the picture at [\d.]+ dB came back\n",
+        r"and these became the image, at [\d.]+ dB\n",
         out,
     )
 
@@ -129,28 +129,31 @@ def test_check(service: Service) -> None:
 @pytest.mark.parametrize(
     ("path", "error"),
     [
-        ("/sdxl", r"/sdxl gave back another picture \([\d.]+ dB, under 15\): are the weights its own\?"),
+        (
+            "/sdxl",
+            r"/sdxl: the decoded image differs from the original: [\d.]+ dB, expected 15 dB or more; .*\?",
+        ),
         ("/nothing", r"/nothing/encode: 404 .*"),
     ],
 )
-def test_check_of_what_is_not_right(service: Service, path: str, error: str) -> None:
-    out, said = remote_vae("check", service.url + path, status=1)
+def test_check_of_a_wrong_endpoint(service: Service, path: str, error: str) -> None:
+    out, errors = remote_vae("check", service.url + path, status=1)
     assert out == ""
-    assert re.search(rf"error: http://\S+{error}$", said.strip())
+    assert re.search(rf"error: http://\S+{error}$", errors.strip())
 
 
 @pytest.mark.parametrize("url", ["http://a..b", "http://localhost:abc", "localhost:8000"])
-def test_check_of_no_url(url: str) -> None:
-    _, said = remote_vae("check", url, status=1)
-    assert said.startswith("error: ")
-    assert len(said.splitlines()) == 1
+def test_check_of_an_invalid_url(url: str) -> None:
+    _, errors = remote_vae("check", url, status=1)
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
 
 
 @pytest.mark.parametrize("token", ["hf_secret\nx", "hf_secr\xe9t"])
-def test_a_token_that_is_none_is_not_told(token: str) -> None:
-    _, said = remote_vae("check", "http://127.0.0.1:9", "--token", token, status=1)
-    assert "is it copied whole?" in said
-    assert "secr" not in said
+def test_an_invalid_token_is_not_printed(token: str) -> None:
+    _, errors = remote_vae("check", "http://127.0.0.1:9", "--token", token, status=1)
+    assert "the token contains characters that no token has" in errors
+    assert "secr" not in errors
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])
@@ -167,8 +170,8 @@ def test_decoding_a_batch(service: Service, tmp_path: Path, suffix: str) -> None
     vae = service.model("sd-v1")
     expected = vae.decode(LATENTS / vae.config.scaling_factor).sample
     for index, pixels in enumerate(expected):
-        with Image.open(tmp_path / f"out-{index}.png") as picture:
-            ours = np.asarray(picture).astype(int)
+        with Image.open(tmp_path / f"out-{index}.png") as image:
+            ours = np.asarray(image).astype(int)
         assert np.abs(ours - ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()).max() <= 1
 
 
@@ -195,7 +198,7 @@ def test_a_video(service: Service, tmp_path: Path) -> None:
     assert out.endswith("[1, 16, 3, 8, 8]\n")
 
 
-def test_a_video_as_it_is_decoded(service: Service, tmp_path: Path) -> None:
+def test_a_streamed_video(service: Service, tmp_path: Path) -> None:
     np.save(tmp_path / "z.npy", torch.randn(1, 16, 3, 8, 8).numpy())
     url = f"{service.url}/wan-2.1"
     out, _ = remote_vae("decode", url, tmp_path / "z.npy", tmp_path / "v.mp4", "--stream")
@@ -207,14 +210,14 @@ def test_a_video_as_it_is_decoded(service: Service, tmp_path: Path) -> None:
     assert same_video(piped, (tmp_path / "v.mp4").read_bytes())
 
 
-@pytest.mark.parametrize("says_so", [True, False])
-def test_a_video_that_breaks_off_is_no_file(service: Service, tmp_path: Path, says_so: bool) -> None:
+@pytest.mark.parametrize("is_hidden", [True, False])
+def test_a_video_that_breaks_off_leaves_no_file(service: Service, tmp_path: Path, is_hidden: bool) -> None:
     np.save(tmp_path / "z.npy", torch.randn(1, 16, 3, 8, 8).numpy())
-    with difficult_way(f"{service.url}/wan-2.1") as way:
-        way.drops = 1
-        way.hides_drops = not says_so
-        _, error = remote_vae("decode", way.url, tmp_path / "z.npy", tmp_path / "v.mp4", "--stream", status=1)
-    assert "broke before the answer was complete" in error if says_so else "broke off before its end" in error
+    with faulty_proxy(f"{service.url}/wan-2.1") as faulty:
+        faulty.drops = 1
+        faulty.hides_drops = is_hidden
+        _, error = remote_vae("decode", faulty.url, tmp_path / "z.npy", tmp_path / "v.mp4", "--stream", status=1)
+    assert ("ended early" if is_hidden else "broke before the response was complete") in error
     assert [file.name for file in tmp_path.iterdir()] == ["z.npy"]
 
 
@@ -223,11 +226,11 @@ def test_packed_latents(service: Service, tmp_path: Path) -> None:
     url = f"{service.url}/flux"
     size = ("--height", 64, "--width", 96)
     out, _ = remote_vae("decode", url, tmp_path / "z.safetensors", tmp_path / "p.webp", *size)
-    with Image.open(out.strip()) as picture:
-        assert picture.size == (96, 64)
+    with Image.open(out.strip()) as image:
+        assert image.size == (96, 64)
 
 
-def test_what_is_wrong_is_one_line(service: Service, tmp_path: Path) -> None:
+def test_an_error_is_one_line(service: Service, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, (f"touch {tmp_path}/touched",)
@@ -237,19 +240,19 @@ def test_what_is_wrong_is_one_line(service: Service, tmp_path: Path) -> None:
     np.save(tmp_path / "z.npy", LATENTS.numpy())
     (tmp_path / "text.safetensors").write_text("text")
     url = f"{service.url}/sd-v1"
-    for file, out, said in (
-        ("two.safetensors", "o.png", "must hold one tensor, and holds a, b"),
+    for file, out, message in (
+        ("two.safetensors", "o.png", "holds a, b: expected one tensor"),
         ("evil.pt", "o.png", "cannot be read"),
         ("text.safetensors", "o.png", "cannot be read"),
         ("missing.npy", "o.png", "No such file or directory"),
-        ("z.npy", "o.gif", "a picture is .png"),
+        ("z.npy", "o.gif", "is no image or video: expected .png"),
         ("z.npy", "o.mp4", "'mp4' needs a video model"),
-        ("z.npy", "-", "an .mp4 is streamed, or to - (standard output) with --stream"),
-        ("z.txt", "o.png", "latents are read from"),
+        ("z.npy", "-", "is no image or video: expected .png, .jpg, .jpeg, .webp, .mp4, or - with --stream"),
+        ("z.txt", "o.png", "is no file of latents: expected"),
     ):
         out = out if out == "-" else tmp_path / out
         _, error = remote_vae("decode", url, tmp_path / file, out, status=1)
-        assert said in error
+        assert message in error
         assert len(error.strip().splitlines()) <= 4, error
         assert not Path(out).exists()
     assert not (tmp_path / "touched").exists()
@@ -257,9 +260,9 @@ def test_what_is_wrong_is_one_line(service: Service, tmp_path: Path) -> None:
 
 def test_no_token_is_printed(service: Service, tmp_path: Path) -> None:
     token = "hf_theTokenThatNobodyMaySee"
-    with difficult_way(f"{service.url}/sd-v1") as way:
-        way.token = token
-        assert "sd-v1" in remote_vae("info", way.url, REMOTE_VAE_TOKEN=token)[0]
-        said = remote_vae("info", way.url, status=1, REMOTE_VAE_TOKEN=token + "x")
-    assert token not in "".join(said)
-    assert "the token is not taken" in said[1]
+    with faulty_proxy(f"{service.url}/sd-v1") as faulty:
+        faulty.token = token
+        assert "sd-v1" in remote_vae("info", faulty.url, REMOTE_VAE_TOKEN=token)[0]
+        printed = remote_vae("info", faulty.url, status=1, REMOTE_VAE_TOKEN=token + "x")
+    assert token not in "".join(printed)
+    assert "the token is not accepted" in printed[1]

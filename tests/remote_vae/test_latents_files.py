@@ -1,9 +1,8 @@
-"""`remote-vae latents`: the files that it reads, leaves out, writes and leaves alone."""
+"""`remote-vae latents`: the files that it reads, skips, writes and leaves unchanged."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import socket
 import tarfile
@@ -31,8 +30,8 @@ def members(shard: Path) -> dict[str, bytes]:
         return {member.name: archive.extractfile(member).read() for member in archive}
 
 
-def test_files_of_the_user_stay_as_they_are(service: Service, tmp_path: Path) -> None:
-    """The output folder is that of the images, and each of these names was once written or deleted."""
+def test_files_of_the_user_are_unchanged(service: Service, tmp_path: Path) -> None:
+    """The output folder is the folder of the images, and earlier versions wrote or deleted these names."""
     save(tmp_path / "a.png")
     (tmp_path / "failed.png").write_bytes(b"broken")
     for name in ("failed.txt", "remote-vae.json", ".a_0128x0128_sdxl.npz.part"):
@@ -49,7 +48,7 @@ def test_files_of_the_user_stay_as_they_are(service: Service, tmp_path: Path) ->
     assert new == [".remote-vae", "a.png", "a_0128x0128_sdxl.npz"]
 
 
-def test_shards_of_the_user_stay_as_they_are(service: Service, tmp_path: Path) -> None:
+def test_shards_of_the_user_are_unchanged(service: Service, tmp_path: Path) -> None:
     save(tmp_path / "images" / "a.png")
     with tarfile.open(tmp_path / "shard-000000.tar", "w") as archive:
         archive.add(tmp_path / "images" / "a.png", "a.png")
@@ -58,51 +57,42 @@ def test_shards_of_the_user_stay_as_they_are(service: Service, tmp_path: Path) -
     assert (tmp_path / "shard-000000.tar").read_bytes() == before
     assert list(members(tmp_path / "shard-000001.tar")) == ["a.moments.npy", "a.json"]
     (tmp_path / "shard-000000.tar").write_bytes(b"broken")
-    said = run(tmp_path / "images", tmp_path, f"{service.url}/sdxl", "webdataset", status=1)
-    assert "shard-000000.tar cannot be read as a shard" in said
-
-
-def test_settings_of_version_0_1_still_hold(service: Service, tmp_path: Path) -> None:
-    save(tmp_path / "a.png")
-    made = {"format": "Kohya", "seed": 7, "model": "sdxl", "resolution": [128, 128], "upscale": True, "flip": False}
-    (tmp_path / "remote-vae.json").write_text(json.dumps({"made": {**made, "sample_mode": "sample"}}))
-    said = run(tmp_path, tmp_path, f"{service.url}/sdxl", "kohya", status=1)
-    assert "made with seed=7" in said
-    assert "1 encoded" in run(tmp_path, tmp_path, f"{service.url}/sdxl", "kohya", "--seed", "7")
+    output = run(tmp_path / "images", tmp_path, f"{service.url}/sdxl", "webdataset", status=1)
+    assert "shard-000000.tar cannot be read as a shard" in output
 
 
 @pytest.mark.parametrize(
-    ("made", "read", "left_out"),
+    ("format", "count", "skipped"),
     [
         ("kohya", 5, "sd-scripts does not load them: 1 .gif, 1 .heic, 1 .jfif, 1 .tiff, 1 hidden .png"),
         ("ai-toolkit", 3, "load them: 1 .avif, 1 .bmp, 1 .gif, 1 .heic, 1 .jfif, 1 .tiff, 1 hidden .png"),
         ("webdataset", 8, "webdataset does not load them: 1 .heic, 1 hidden .png"),
     ],
 )
-def test_kinds_of_files(service: Service, tmp_path: Path, made: str, read: int, left_out: str) -> None:
+def test_kinds_of_files(service: Service, tmp_path: Path, format: str, count: int, skipped: str) -> None:
     for suffix in (".avif", ".bmp", ".gif", ".jfif", ".jpg", ".png", ".tiff", ".webp"):
         save(tmp_path / "images" / f"{suffix[1:]}{suffix}")
     save(tmp_path / "images" / ".hidden.png")
     (tmp_path / "images" / "phone.heic").touch()
     (tmp_path / "images" / "notes.txt").touch()
-    said = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", made)
-    assert f"{read} encoded" in said
-    assert f"{left_out}\n" in said
+    output = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", format)
+    assert f"{count} encoded" in output
+    assert f"{skipped}\n" in output
 
 
-@pytest.mark.parametrize("left", ["nothing", "kinds", "texts"])
-def test_a_folder_without_images_is_an_error(service: Service, tmp_path: Path, left: str) -> None:
+@pytest.mark.parametrize("content", ["nothing", "images", "texts"])
+def test_a_folder_without_images_is_an_error(service: Service, tmp_path: Path, content: str) -> None:
     (tmp_path / "images").mkdir()
-    for name in {"nothing": [], "kinds": ["a.gif", "b.tiff"], "texts": ["a.txt"]}[left]:
+    for name in {"nothing": [], "images": ["a.gif", "b.tiff"], "texts": ["a.txt"]}[content]:
         (tmp_path / "images" / name).touch()
-    said = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "kohya", status=1)
-    assert "holds no image that sd-scripts loads; expected files of the kinds .avif, .bmp" in said
-    assert ("1 .gif, 1 .tiff" in said) == (left == "kinds")
+    output = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "kohya", status=1)
+    assert "has no image that sd-scripts loads: expected files with .avif, .bmp" in output
+    assert ("1 .gif, 1 .tiff" in output) == (content == "images")
     assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_are_links(service: Service, tmp_path: Path) -> None:
-    """A loop of links ends. ai-toolkit does not look into linked folders, and is told of them."""
+    """A loop of links ends. ai-toolkit does not follow links, and the command says so."""
     save(tmp_path / "elsewhere" / "a.png")
     folder = tmp_path / "images"
     save(folder / "b.png")
@@ -112,28 +102,28 @@ def test_folders_that_are_links(service: Service, tmp_path: Path) -> None:
     (folder / "gone").symlink_to(tmp_path / "nowhere")
     assert "2 encoded" in run(folder, tmp_path / "out", f"{service.url}/sdxl", "kohya")
     assert (tmp_path / "out" / "1_cat" / "a_0128x0128_sdxl.npz").is_file()
-    said = run(folder, tmp_path / "out", f"{service.url}/sdxl", "ai-toolkit")
-    assert "1 encoded" in said
-    assert "left out, as ai-toolkit does not load them: 2 linked folder" in said
+    output = run(folder, tmp_path / "out", f"{service.url}/sdxl", "ai-toolkit")
+    assert "1 encoded" in output
+    assert "skipped, because ai-toolkit does not load them: 2 linked folder" in output
 
 
-@pytest.mark.parametrize("made", ["kohya", "ai-toolkit", "webdataset"])
-def test_names_that_are_not_utf_8(service: Service, tmp_path: Path, made: str) -> None:
+@pytest.mark.parametrize("format", ["kohya", "ai-toolkit", "webdataset"])
+def test_names_that_are_not_utf_8(service: Service, tmp_path: Path, format: str) -> None:
     good, bad = (os.fsdecode(os.fsencode(tmp_path / "images") + b"/\xff\xfe" + end) for end in (b".png", b"2.png"))
     save(tmp_path / "images" / "a.png")
     save(Path(good))
     Path(bad).write_bytes(b"broken")
-    said = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", made, "--flip", status=1)
-    assert "2 encoded, 0 were there, 1 could not be" in said
+    output = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", format, "--flip", status=1)
+    assert "2 encoded, 0 already stored, 1 failed" in output
     assert list(failures(tmp_path / "out")) == [Path(bad).name]
     Path(bad).unlink()
-    assert "0 encoded, 2 were there" in run(
-        tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", made, "--flip"
+    assert "0 encoded, 2 already stored" in run(
+        tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", format, "--flip"
     )
 
 
 def test_long_names(service: Service, tmp_path: Path) -> None:
-    """Shards hold names of any length. A cache whose name is too long for a file is listed, the others are written."""
+    """Shards take names of any length. An image whose file name would be too long is listed as failed."""
     longest, japanese = "n" * 251, "絵" * 32
     for name in (longest, japanese, "a"):
         save(tmp_path / "images" / f"{name}.png")
@@ -142,13 +132,13 @@ def test_long_names(service: Service, tmp_path: Path) -> None:
     shard = members(tmp_path / "shards" / "shard-000000.tar")
     assert sorted(name for name in shard if name.endswith(".json")) == ["a.json", f"{longest}.json", f"{japanese}.json"]
     assert shard[f"{japanese}.txt"] == b"caption"
-    said = run(tmp_path / "images", tmp_path / "npz", f"{service.url}/sdxl", "kohya", status=1)
-    assert "2 encoded, 0 were there, 1 could not be" in said
+    output = run(tmp_path / "images", tmp_path / "npz", f"{service.url}/sdxl", "kohya", status=1)
+    assert "2 encoded, 0 already stored, 1 failed" in output
     assert "too long" in failures(tmp_path / "npz")[f"{longest}.png"]
 
 
-def test_files_that_are_none(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A FIFO that was opened would wait forever."""
+def test_special_files(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FIFO would block if it were opened."""
     save(tmp_path / "images" / "a.png")
     os.mkfifo(tmp_path / "images" / "fifo.png")
     (tmp_path / "images" / "zero.png").symlink_to("/dev/zero")
@@ -156,9 +146,9 @@ def test_files_that_are_none(service: Service, tmp_path: Path, monkeypatch: pyte
     os.mkfifo(tmp_path / "images" / "a.txt")
     with socket.socket(socket.AF_UNIX) as unix:
         monkeypatch.chdir(tmp_path / "images")
-        unix.bind("socket.png")  # of a path, the kernel takes 107 bytes
-    said = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "webdataset", status=1)
-    assert "1 encoded, 0 were there, 4 could not be" in said
+        unix.bind("socket.png")  # relative, because a path may have 107 bytes
+    output = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "webdataset", status=1)
+    assert "1 encoded, 0 already stored, 4 failed" in output
     listed = failures(tmp_path / "out")
     for name in ("fifo.png", "zero.png", "socket.png"):
         assert listed[name] == "it is not a file, but a FIFO, a socket or a device"
@@ -166,12 +156,12 @@ def test_files_that_are_none(service: Service, tmp_path: Path, monkeypatch: pyte
 
 
 def test_several_resolutions_in_one_folder(service: Service, tmp_path: Path) -> None:
-    """Where the trainer tells them apart: by the keys of its `.npz`, or by its files' names."""
+    """They are allowed if the keys in a `.npz`, or the names of the files, are different."""
     folder = tmp_path / "images"
     save(folder / "a.png", (300, 200))
     for resolution in ("128", "256", "256"):
-        said = run(folder, folder, f"{service.url}/flux", "kohya", "--flip", "--resolution", resolution)
-    assert "0 encoded, 1 were there" in said
+        output = run(folder, folder, f"{service.url}/flux", "kohya", "--flip", "--resolution", resolution)
+    assert "0 encoded, 1 already stored" in output
     with np.load(folder / "a_0300x0200_flux.npz") as file:
         kinds = ("latents", "latents_flipped", "original_size", "crop_ltrb")
         assert sorted(file.files) == sorted(f"{kind}_{size}" for kind in kinds for size in ("16x16", "32x32"))
@@ -185,26 +175,28 @@ def test_several_resolutions_in_one_folder(service: Service, tmp_path: Path) -> 
             shapes.add(tuple(latents.get_tensor("latent").shape))
     assert shapes == {(16, 16, 16), (16, 24, 40)}
     run(folder, folder, f"{service.url}/sdxl", "kohya")
-    said = run(folder, folder, f"{service.url}/sdxl", "kohya", "--resolution", "256", status=1)
-    assert "made with resolution=[128, 128]" in said
+    output = run(folder, folder, f"{service.url}/sdxl", "kohya", "--resolution", "256", status=1)
+    assert "made with resolution=[128, 128]" in output
 
 
 def test_an_image_that_fails_is_tried_again(service: Service, tmp_path: Path) -> None:
-    """Also when its shard was written without it."""
+    """Also if a shard was written without it."""
     save(tmp_path / "images" / "a.png")
     whole = save(tmp_path / "images" / "b.png", (200, 150)).read_bytes()
     (tmp_path / "images" / "b.png").write_bytes(whole[:-40])
-    for encoded, there in ((1, 0), (0, 1)):
-        said = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "webdataset", status=1)
-        assert f"{encoded} encoded, {there} were there, 1 could not be" in said
+    for encoded, stored in ((1, 0), (0, 1)):
+        output = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "webdataset", status=1)
+        assert f"{encoded} encoded, {stored} already stored, 1 failed" in output
     (tmp_path / "images" / "b.png").write_bytes(whole)
-    assert "1 encoded, 1 were there" in run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "webdataset")
+    assert "1 encoded, 1 already stored" in run(
+        tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "webdataset"
+    )
     assert list(members(tmp_path / "out" / "shard-000001.tar")) == ["b.moments.npy", "b.json"]
 
 
 @pytest.mark.parametrize("kind", ["16 bits", "alpha", "palette", "turned", "transparent gray of 16 bits"])
 def test_webdataset_reads_an_image_as_the_endpoint_does(service: Service, tmp_path: Path, kind: str) -> None:
-    """Its moments are those of `/encode` with the file itself, which has the size of a bucket."""
+    """Compare its moments with `/encode` of the file itself. The file has the size of a bucket."""
     y, x = np.mgrid[:128, :128]
     gray = (x * 400 + y * 100).astype(np.uint16)
     gray[32:64] = 20000
@@ -223,7 +215,7 @@ def test_webdataset_reads_an_image_as_the_endpoint_does(service: Service, tmp_pa
     image.save(tmp_path / "images" / "a.png", **options)
     run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "webdataset")
     ours = np.load(io.BytesIO(members(tmp_path / "out" / "shard-000000.tar")["a.moments.npy"]))
-    if kind.startswith("transparent"):  # by hand: white, and the rest in 8 bits
+    if kind.startswith("transparent"):  # the expected pixels: white, and the rest in 8 bits
         pixels = np.where(gray == 20000, 255, (gray.astype(int) + 128) // 257).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
     response = requests.post(

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers make the same pictures with a VAE that runs elsewhere as with their own."""
+"""Pipelines of diffusers make the same images with a remote VAE as with a local one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from PIL import Image
 
 from handlers import MODELS
 from remote_vae import RemoteVAE, RemoteVAEError
-from remote_vae.vae import hollow
+from remote_vae.vae import empty_vae
 from tests.small_pipelines import CASES, Case, make, run
 from tests.small_service import Service
 
 pytestmark = pytest.mark.filterwarnings(
-    # schedulers of diffusers, beside the newest torch and numpy
+    # schedulers of diffusers, with the newest torch and numpy
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
@@ -30,18 +30,18 @@ FLUX = next(case for case in CASES if case.pipeline == "FluxPipeline")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join((case.pipeline, *case.pictures)))
-def test_pictures_are_the_same(service: Service, case: Case) -> None:
+def test_images_are_the_same(service: Service, case: Case) -> None:
     local = run(make(case, service.model(case.key)), case)
-    remote = run(make(case, RemoteVAE(f"{service.url}/{case.key}")), case)
+    remote = run(make(case, RemoteVAE(f"{service.url}/{case.key}", uint8=True)), case)
     assert len(remote) == len(local) >= 1
-    assert np.asarray(local[0]).std() > 20  # a picture, and no grey
+    assert np.asarray(local[0]).std() > 20  # it is not plain gray
     for ours, theirs in zip(remote, local, strict=True):
         assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("output_type", ["pt", "np"])
 def test_floats_are_the_same(service: Service, output_type: str) -> None:
-    """To the last bit: nothing was rounded to uint8 on the way."""
+    """Compare them bit by bit: nothing is rounded to uint8."""
     local = run(make(FLUX, service.model("flux")), FLUX, output_type=output_type)[0]
     remote = run(make(FLUX, RemoteVAE(f"{service.url}/flux")), FLUX, output_type=output_type)[0]
     assert np.array_equal(remote, local)
@@ -78,7 +78,7 @@ def test_wherever_a_pipeline_takes_a_vae(service: Service, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("hook", [cpu_offload, lambda vae: cpu_offload_with_hook(vae, "cpu")])
 def test_offloading_hooks(service: Service, hook: Callable[[Any], Any]) -> None:
-    """What `enable_sequential_cpu_offload` and `enable_model_cpu_offload` do to each part of a pipeline."""
+    """Set the hooks of `enable_sequential_cpu_offload` and `enable_model_cpu_offload`."""
     remote = RemoteVAE(f"{service.url}/flux")
     hook(remote)
     expected = run(make(FLUX, service.model("flux")), FLUX)[0]
@@ -90,23 +90,23 @@ def empty_parts() -> dict[str, None]:
 
 
 def test_other_dtypes(service: Service) -> None:
-    """The pipeline and what it gives are in the dtype that the user chose; the endpoint stays in its own."""
+    """The pipeline and its output are in the dtype that the user chose. The endpoint's dtype may be another."""
     remote = RemoteVAE(f"{service.url}/flux")
     pipe = make(FLUX, remote).to(torch.bfloat16)
     assert remote.dtype == torch.bfloat16
-    numbers = {name: value.bfloat16() for name, value in FLUX.arguments.items()}
-    assert run(pipe, FLUX, **numbers, output_type="pt")[0].dtype == torch.bfloat16
-    assert run(pipe, FLUX, **numbers)[0].size == (64, 64)
+    embeddings = {name: value.bfloat16() for name, value in FLUX.arguments.items()}
+    assert run(pipe, FLUX, **embeddings, output_type="pt")[0].dtype == torch.bfloat16
+    assert run(pipe, FLUX, **embeddings)[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("key", MODELS)
 def test_it_takes_no_memory(key: str) -> None:
-    """At the published size, with every attribute that pipelines read."""
+    """Compare with the class at its published size."""
     model = MODELS[key]
     with torch.device("meta"):
         real = getattr(diffusers, model.vae_class).from_config(model.published_config)
     config = {"vae_class": model.vae_class, "vae_config": dict(real.config), "dtype": "float16", "buffers": {}}
-    vae = hollow(config)
+    vae = empty_vae(config)
     assert sum(value.numel() for value in vae.state_dict().values()) == 0
     assert vae.dtype == torch.float16
     assert vae.device == torch.device("cpu")
@@ -123,11 +123,11 @@ def test_statistics_are_the_checkpoints(service: Service) -> None:
 
 @pytest.mark.parametrize("key", ["sd-v1", "taesd", "sana", "svd", "cogvideox", "qwen-image", "ltx-video-0.9.1"])
 @torch.no_grad()
-def test_the_methods_give_what_the_class_gives(service: Service, key: str) -> None:
+def test_the_methods_return_what_the_class_returns(service: Service, key: str) -> None:
     local, remote = service.model(key), RemoteVAE(f"{service.url}/{key}")
-    numbers = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     frames = {"cogvideox": (9,), "qwen-image": (1,), "ltx-video-0.9.1": (9,)}.get(key, ())
-    pixels = torch.rand((2, 3, *frames, 64, 96), generator=numbers) * 2 - 1
+    pixels = torch.rand((2, 3, *frames, 64, 96), generator=generator) * 2 - 1
     ours, theirs = remote.encode(pixels), local.encode(pixels)
     assert type(ours) is type(theirs)
     if "latent_dist" in theirs:
@@ -138,13 +138,13 @@ def test_the_methods_give_what_the_class_gives(service: Service, key: str) -> No
     else:
         assert torch.equal(ours[0], theirs[0])
         latents = theirs[0]
-    more = {"svd": {"num_frames": 2}, "ltx-video-0.9.1": {"temb": torch.tensor([0.05, 0.05])}}.get(key, {})
-    decoded = remote.decode(latents, **more)
-    assert torch.equal(decoded.sample, local.decode(latents, **more).sample)
-    assert torch.equal(remote.decode(latents, return_dict=False, **more)[0], decoded.sample)
+    options = {"svd": {"num_frames": 2}, "ltx-video-0.9.1": {"temb": torch.tensor([0.05, 0.05])}}.get(key, {})
+    decoded = remote.decode(latents, **options)
+    assert torch.equal(decoded.sample, local.decode(latents, **options).sample)
+    assert torch.equal(remote.decode(latents, return_dict=False, **options)[0], decoded.sample)
 
 
-def test_batches_are_cut_to_what_the_service_takes(service: Service) -> None:
+def test_batches_are_split_at_the_services_limit(service: Service) -> None:
     remote, local = RemoteVAE(f"{service.url}/sd-v1"), service.model("sd-v1")
     remote.remote.config["limits"]["max_batch"] = 2
     latents = torch.randn((5, 4, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -154,18 +154,18 @@ def test_batches_are_cut_to_what_the_service_takes(service: Service) -> None:
 
 
 ODD = [
-    ("sd-v1", (2, 3, 60, 68)),  # leaves out what its strides do not reach, though its values depend on it
+    ("sd-v1", (2, 3, 60, 68)),  # omits the pixels that its strides do not reach
     ("tiny", (1, 3, 61, 70)),
     ("taesd", (1, 3, 60, 68)),  # pads
     ("qwen-image", (1, 3, 1, 60, 68)),
     ("svd", (3, 3, 60, 68)),
-    ("wan-2.1", (1, 3, 10, 60, 68)),  # leaves the tenth frame out
-    ("hunyuan-video", (1, 3, 10, 64, 64)),  # has it in the last latent frame
+    ("wan-2.1", (1, 3, 10, 60, 68)),  # omits the tenth frame
+    ("hunyuan-video", (1, 3, 10, 64, 64)),  # encodes it into the last latent frame
     ("cogvideox", (1, 3, 10, 64, 64)),
     ("mochi", (1, 3, 10, 64, 64)),
     ("ltx-video", (1, 3, 10, 64, 64)),
 ]
-"""Pixels that the class takes, although they are no multiple of what it shrinks by."""
+"""Pixels that the class takes, although they do not fit its latents."""
 
 
 @pytest.mark.parametrize(("key", "shape"), ODD)
@@ -177,9 +177,11 @@ def test_sizes_that_do_not_fit_are_encoded_as_the_local_class_does(
     for _ in range(2):
         ours, theirs = remote.encode(pixels)[0], local.encode(pixels)[0]
         assert torch.equal(getattr(ours, "parameters", ours), getattr(theirs, "parameters", theirs))
-    said = [record.getMessage() for record in caplog.records if record.name == "remote_vae"]
-    assert len(said) == 1
-    assert said[0].startswith(f"pixels of shape {list(shape)} do not fit this VAE, which encodes heights and widths in")
+    warnings = [record.getMessage() for record in caplog.records if record.name == "remote_vae"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(
+        f"pixels of shape {list(shape)} do not fit this VAE: it encodes heights and widths in"
+    )
 
 
 @pytest.mark.parametrize(("key", "shape"), [("sana", (1, 3, 60, 68)), ("wan-2.2", (1, 3, 9, 65, 65))])
@@ -193,7 +195,7 @@ def test_sizes_that_the_local_class_does_not_take(service: Service, key: str, sh
 
 
 def test_fused_projections(service: Service) -> None:
-    """They are on the endpoint, if anywhere: the pipeline's call changes nothing."""
+    """The pipeline's calls change nothing."""
     case = next(case for case in CASES if case.pipeline == "StableDiffusionXLPipeline")
     pipe = make(case, RemoteVAE(f"{service.url}/{case.key}"))
     expected = run(pipe, case)[0]
@@ -206,7 +208,7 @@ def test_fused_projections(service: Service) -> None:
 
 
 def test_decoding_while_the_next_is_generated(service: Service) -> None:
-    """The queue of the pilot's announcement."""
+    """Run the queue of the announcement of Hugging Face's remote VAE pilot."""
     remote = RemoteVAE(f"{service.url}/flux")
     pipe = make(FLUX, service.model("flux"))
     expected = [run(pipe, FLUX, num_inference_steps=steps)[0] for steps in (1, 2, 3)]
@@ -215,9 +217,9 @@ def test_decoding_while_the_next_is_generated(service: Service) -> None:
     for steps in (1, 2, 3):
         latents = torch.stack(run(pipe, FLUX, num_inference_steps=steps, output_type="latent"))
         pending.append(remote.decode_async(latents, height=64, width=64))
-    pictures = [picture for future in pending for picture in future.result()]
-    assert all(isinstance(picture, Image.Image) for picture in pictures)
-    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(pictures, expected, strict=True))
+    images = [image for future in pending for image in future.result()]
+    assert all(isinstance(image, Image.Image) for image in images)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(images, expected, strict=True))
 
 
 def test_a_video_while_the_next_is_generated(service: Service) -> None:
@@ -231,7 +233,7 @@ def test_a_video_while_the_next_is_generated(service: Service) -> None:
     assert remote.decode_async(latents, output_type="mp4").result()[4:8] == b"ftyp"
 
 
-def test_what_is_wrong_is_told_by_the_future(service: Service) -> None:
+def test_an_error_is_raised_by_the_future(service: Service) -> None:
     remote = RemoteVAE(f"{service.url}/flux")
     future = remote.decode_async(torch.randn(1, 16, 64))
     with pytest.raises(Exception, match=r"422 `shape` \[1, 16, 64\] is no shape of this VAE's latents"):

@@ -1,4 +1,4 @@
-"""`remote-vae proxy`: clients that know neither tokens nor cold starts reach an endpoint that has both."""
+"""`remote-vae proxy`: clients without tokens and retries reach an endpoint that needs both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from PIL import Image
 
 from remote_vae import RemoteVAE
 from scripts.local_server import ROOT, free_port
-from tests.difficult_way import Way, difficult_way
+from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.forked import killed_at_the_end
 from tests.small_service import Service
 
@@ -35,13 +35,13 @@ LATENTS = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def way(service: Service) -> Iterator[Way]:
-    with difficult_way(f"{service.url}/sd-v1") as way:
-        way.token = TOKEN
-        yield way
+def faulty(service: Service) -> Iterator[FaultyProxy]:
+    with faulty_proxy(f"{service.url}/sd-v1") as faulty:
+        faulty.token = TOKEN
+        yield faulty
 
 
-def answers(port: int) -> bool:
+def listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), 1).close()
     except OSError:
@@ -51,7 +51,7 @@ def answers(port: int) -> bool:
 
 @contextmanager
 def proxy(target: str, folder: Path, *arguments: str, token: str | None = TOKEN) -> Iterator[str]:
-    """The command in a process of its own; nothing that it says holds the token."""
+    """Run the command in its own process. Nothing that it prints contains the token."""
     port, log = free_port(), folder / "proxy.log"
     command = [sys.executable, "-m", "remote_vae", "proxy", target, "--port", str(port), *arguments]
     environment = {**os.environ, "COLUMNS": "200", **({"REMOTE_VAE_TOKEN": token} if token else {})}
@@ -61,7 +61,7 @@ def proxy(target: str, folder: Path, *arguments: str, token: str | None = TOKEN)
     with killed_at_the_end(process):
         try:
             deadline = time.monotonic() + 30
-            while not answers(port) and time.monotonic() < deadline:
+            while not listens(port) and time.monotonic() < deadline:
                 time.sleep(0.05)
             yield url
         finally:
@@ -71,42 +71,42 @@ def proxy(target: str, folder: Path, *arguments: str, token: str | None = TOKEN)
 
 
 def test_the_released_client_reaches_a_protected_endpoint_that_starts(
-    way: Way, tmp_path: Path, service: Service
+    faulty: FaultyProxy, tmp_path: Path, service: Service
 ) -> None:
-    with proxy(way.url, tmp_path) as url:
-        way.starts_until = time.monotonic() + 5
+    with proxy(faulty.url, tmp_path) as url:
+        faulty.starts_until = time.monotonic() + 5
         image = remote_decode(url, LATENTS, scaling_factor=0.18215, image_format="png")
         latents = remote_encode(url, image, scaling_factor=0.18215)
-    assert time.monotonic() > way.starts_until
+    assert time.monotonic() > faulty.starts_until
     assert image.size == (64, 64)
     assert latents.shape == (1, 4, 8, 8)
     assert (
         image.tobytes()
         == remote_decode(f"{service.url}/sd-v1", LATENTS, scaling_factor=0.18215, image_format="png").tobytes()
     )
-    posts = [headers for method, _, headers in way.seen if method == "POST"]
+    posts = [headers for method, _, headers in faulty.seen if method == "POST"]
     assert all(headers["Authorization"] == f"Bearer {TOKEN}" for headers in posts)
-    assert len(posts) == 3  # one before the replica was there
+    assert len(posts) == 3  # the first one before the replica has started
 
 
-def test_what_passes_is_what_came(service: Service, tmp_path: Path) -> None:
-    """Status, headers and body of an answer; a query that holds what must stay quoted."""
+def test_responses_pass_unchanged(service: Service, tmp_path: Path) -> None:
+    """Compare status, headers and body, also for a query with characters that must stay quoted."""
     with proxy(f"{service.url}/sd-v1", tmp_path) as url:
-        for path, more in (
+        for path, options in (
             ("/decode?shape=1&shape=4&shape=8&shape=8&dtype=float32&x=%26%2F%20", {"data": LATENTS.numpy().tobytes()}),
             ("/decode?shape=7", {"data": b"1234"}),
             ("/config", None),
             ("/nowhere", None),
         ):
-            here, there = (
-                requests.post(base + path, **more, timeout=20) if more else requests.get(base + path, timeout=20)
+            actual, expected = (
+                requests.post(base + path, **options, timeout=20) if options else requests.get(base + path, timeout=20)
                 for base in (url, f"{service.url}/sd-v1")
             )
-            assert here.status_code == there.status_code
-            assert here.content == there.content
+            assert actual.status_code == expected.status_code
+            assert actual.content == expected.content
             changing = ("date", "x-request-id", "server-timing")
-            assert [(k, v) for k, v in here.headers.items() if k.lower() not in changing] == [
-                (k, v) for k, v in there.headers.items() if k.lower() not in changing
+            assert [(k, v) for k, v in actual.headers.items() if k.lower() not in changing] == [
+                (k, v) for k, v in expected.headers.items() if k.lower() not in changing
             ]
         assert torch.equal(RemoteVAE(url).decode(LATENTS).sample, service.model("sd-v1").decode(LATENTS).sample)
 
@@ -122,16 +122,16 @@ def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
             pass
 
         def do_POST(self) -> None:
-            """Answers with the body's hash, and then with so many bytes."""
-            seen, left = hashlib.sha256(), int(self.headers["Content-Length"])
-            while left:
-                chunk = self.rfile.read(min(left, 1 << 20))
-                seen.update(chunk)
-                left -= len(chunk)
+            """Send the hash of the body, and then `SIZE` bytes."""
+            digest, remaining = hashlib.sha256(), int(self.headers["Content-Length"])
+            while remaining:
+                chunk = self.rfile.read(min(remaining, 1 << 20))
+                digest.update(chunk)
+                remaining -= len(chunk)
             self.send_response(200)
             self.send_header("Content-Length", str(64 + SIZE))
             self.end_headers()
-            self.wfile.write(seen.hexdigest().encode())
+            self.wfile.write(digest.hexdigest().encode())
             for _ in range(SIZE >> 20):
                 self.wfile.write(bytes(1 << 20))
 
@@ -148,29 +148,29 @@ def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
         process = next(child for child in psutil.Process().children() if "proxy" in child.cmdline())
         before = process.memory_info().rss
         with file.open("rb") as body:
-            answer = requests.post(url, data=body, stream=True, timeout=60)
-        assert answer.raw.read(64).decode() == expected.hexdigest()
-        assert sum(len(chunk) for chunk in answer.iter_content(1 << 20)) == SIZE
+            response = requests.post(url, data=body, stream=True, timeout=60)
+        assert response.raw.read(64).decode() == expected.hexdigest()
+        assert sum(len(chunk) for chunk in response.iter_content(1 << 20)) == SIZE
         assert process.memory_info().rss - before < 100 << 20
     server.shutdown()
     server.server_close()
 
 
-def test_nobody_is_there(tmp_path: Path) -> None:
-    with proxy(f"http://127.0.0.1:{free_port()}", tmp_path, "--patience", "2") as url:
-        answer = requests.post(url + "/decode", data=b"1", timeout=20)
-    assert answer.status_code == 504
-    assert "cannot be reached" in answer.json()["error"]
+def test_an_endpoint_that_cannot_be_reached(tmp_path: Path) -> None:
+    with proxy(f"http://127.0.0.1:{free_port()}", tmp_path, "--retry-timeout", "2") as url:
+        response = requests.post(url + "/decode", data=b"1", timeout=20)
+    assert response.status_code == 504
+    assert "cannot be reached" in response.json()["error"]
 
 
-def test_an_answer_that_breaks_off_breaks_off(way: Way, tmp_path: Path) -> None:
-    """Nothing that looks whole reaches the client."""
-    way.drops = 1
-    with proxy(way.url, tmp_path) as url, pytest.raises(requests.exceptions.RequestException):
+def test_a_response_that_breaks_off_breaks_off(faulty: FaultyProxy, tmp_path: Path) -> None:
+    """The client gets no response that looks complete."""
+    faulty.drops = 1
+    with proxy(faulty.url, tmp_path) as url, pytest.raises(requests.exceptions.RequestException):
         remote_decode(url, LATENTS, output_type="pt", return_type="pt", do_scaling=False)
 
 
-OF_OTHERS = [
+OTHER_SITES = [
     {"Host": "rebound.example.org"},
     {"Host": "127.0.0.1.example.org"},
     {"Origin": "https://example.org"},
@@ -181,40 +181,40 @@ OF_OTHERS = [
     {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
     {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
 ]
-"""What a browser sends for a page that is not the proxy's own: a script, a frame, a form, an `<img>`, a link."""
+"""Headers that a browser sends for a page of another site: a script, a frame, a form, an `<img>`, a link."""
 
 
-def test_pages_of_other_sites_may_not_use_the_token(way: Way, tmp_path: Path) -> None:
-    with proxy(way.url, tmp_path) as url:
-        for headers in OF_OTHERS:
+def test_pages_of_other_sites_may_not_use_the_token(faulty: FaultyProxy, tmp_path: Path) -> None:
+    with proxy(faulty.url, tmp_path) as url:
+        for headers in OTHER_SITES:
             response = requests.get(url + "/nowhere", headers=headers, timeout=10)
             assert response.status_code == 403, headers
             assert "this proxy" in response.json()["error"]
-        assert way.seen == []
+        assert faulty.seen == []
         for headers in ({}, {"Sec-Fetch-Site": "none"}, {"Host": url.replace("http://127.0.0.1", "localhost")}):
             assert requests.get(url + "/nowhere", headers=headers, timeout=10).status_code == 404
-    assert len(way.seen) == 3
+    assert len(faulty.seen) == 3
 
 
-def test_the_web_demo_works_through_the_proxy(way: Way, tmp_path: Path) -> None:
-    """What Chromium sends of the page, and for what the page does."""
+def test_the_web_demo_works_through_the_proxy(faulty: FaultyProxy, tmp_path: Path) -> None:
+    """Send the headers that Chromium sends for the web demo, and for its requests."""
     own = {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"}
-    with proxy(way.url, tmp_path) as url:
+    with proxy(faulty.url, tmp_path) as url:
         page = requests.get(url, headers={"Accept": "text/html", "Sec-Fetch-Site": "none"}, timeout=20)
         assert page.headers["Content-Type"].startswith("text/html")
-        answer = requests.post(
+        response = requests.post(
             f"{url}/decode?shape=1,4,8,8&dtype=float32",
             data=LATENTS.numpy().tobytes(),
             headers={**own, "Origin": url, "Referer": f"{url}/", "Cookie": "of=another"},
             timeout=20,
         )
-        assert answer.headers["Content-Type"] == "image/jpeg"
-    told = {name.lower() for name in way.seen[-1][2]}
-    assert not told & {"origin", "referer", "cookie", "sec-fetch-site"}  # which are of this machine
+        assert response.headers["Content-Type"] == "image/jpeg"
+    forwarded = {name.lower() for name in faulty.seen[-1][2]}
+    assert not forwarded & {"origin", "referer", "cookie", "sec-fetch-site"}  # they describe this machine
 
 
 class Recorder(BaseHTTPRequestHandler):
-    """Responds with the headers that came, in a list of pairs, and with headers of its own."""
+    """Handler that returns the request's headers, as a list of pairs, and sends headers of its own."""
 
     protocol_version = "HTTP/1.1"
 
@@ -251,8 +251,8 @@ def recorder() -> Iterator[str]:
         server.shutdown()
 
 
-def exchange(url: str, *lines: str, body: str = "", method: str = "GET") -> tuple[dict[str, Any], list[str]]:
-    """Sends these headers as they are; what the recorder got, and the lines of the response's head."""
+def send_raw(url: str, *lines: str, body: str = "", method: str = "GET") -> tuple[dict[str, Any], list[str]]:
+    """Send these headers unchanged. Return what the recorder received, and the lines of the response's head."""
     host, port = url.removeprefix("http://").split(":")
     head = "\r\n".join([f"{method} /a%2Fb/..%3F?x=%26 HTTP/1.1", f"Host: {host}:{port}", *lines, "", body])
     with socket.create_connection((host, int(port)), 10) as connection:
@@ -268,13 +268,13 @@ def length_of(response: bytes) -> int:
     return int(re.search(rb"content-length: (\d+)", response, re.IGNORECASE)[1])
 
 
-def values(got: dict[str, Any], name: str) -> list[str]:
-    return [value for key, value in got["headers"] if key.lower() == name]
+def values(received: dict[str, Any], name: str) -> list[str]:
+    return [value for key, value in received["headers"] if key.lower() == name]
 
 
 def test_headers_pass_once_and_those_of_a_connection_do_not(recorder: str, tmp_path: Path) -> None:
     with proxy(recorder, tmp_path) as url:
-        got, head = exchange(
+        received, head = send_raw(
             url,
             "Authorization: Bearer hf_ofTheClient",
             "authorization: Bearer hf_another",
@@ -286,14 +286,14 @@ def test_headers_pass_once_and_those_of_a_connection_do_not(recorder: str, tmp_p
             "Forwarded: for=1.2.3.4",
             "Proxy-Authorization: Basic eA==",
         )
-        chunked, _ = exchange(url, "Transfer-Encoding: chunked", body="3\r\nabc\r\n0\r\n\r\n", method="POST")
-        with_length, _ = exchange(url, "Content-Length: 3", "Expect: 100-continue", body="abc", method="DELETE")
-    assert values(got, "authorization") == [f"Bearer {TOKEN}"]
-    assert values(got, "accept") == ["image/png", "image/jpeg"]
-    assert values(got, "host") == [recorder.removeprefix("http://")]
+        chunked, _ = send_raw(url, "Transfer-Encoding: chunked", body="3\r\nabc\r\n0\r\n\r\n", method="POST")
+        with_length, _ = send_raw(url, "Content-Length: 3", "Expect: 100-continue", body="abc", method="DELETE")
+    assert values(received, "authorization") == [f"Bearer {TOKEN}"]
+    assert values(received, "accept") == ["image/png", "image/jpeg"]
+    assert values(received, "host") == [recorder.removeprefix("http://")]
     for name in ("x-mine", "x-forwarded-for", "forwarded", "proxy-authorization", "accept-encoding", "user-agent"):
-        assert values(got, name) == [], name
-    assert got["path"] == "/a%2Fb/..%3F?x=%26"
+        assert values(received, name) == [], name
+    assert received["path"] == "/a%2Fb/..%3F?x=%26"
     names = [line.partition(":")[0].lower() for line in head]
     assert names.count("x-twice") == 2
     assert not {"set-cookie", "x-hop"} & set(names)
@@ -303,15 +303,15 @@ def test_headers_pass_once_and_those_of_a_connection_do_not(recorder: str, tmp_p
 
 def test_without_a_token_the_clients_own_passes(recorder: str, tmp_path: Path) -> None:
     with proxy(recorder, tmp_path, token=None) as url:
-        got, _ = exchange(url, "Authorization: Bearer hf_ofTheClient")
-        refused, head = exchange(url, "Authorization: Bearer a", "Authorization: Bearer b")
-    assert values(got, "authorization") == ["Bearer hf_ofTheClient"]
+        received, _ = send_raw(url, "Authorization: Bearer hf_ofTheClient")
+        refused, head = send_raw(url, "Authorization: Bearer a", "Authorization: Bearer b")
+    assert values(received, "authorization") == ["Bearer hf_ofTheClient"]
     assert head[0].startswith("HTTP/1.1 400 ")
-    assert refused["error"] == "send one Authorization header, not several"
+    assert refused["error"] == "expected one Authorization header, not several"
 
 
-def test_a_picture(way: Way, tmp_path: Path) -> None:
-    """The pilot's clients send a picture as PNG."""
-    with proxy(way.url, tmp_path) as url:
+def test_an_image(faulty: FaultyProxy, tmp_path: Path) -> None:
+    """The clients of Hugging Face's remote VAE pilot send an image as PNG."""
+    with proxy(faulty.url, tmp_path) as url:
         latents = remote_encode(url, Image.radial_gradient("L").resize((64, 64)).convert("RGB"))
     assert latents.shape == (1, 4, 8, 8)

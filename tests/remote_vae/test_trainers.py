@@ -1,7 +1,6 @@
-"""The trainers' buckets, pixels, names of caches and kinds of files: ours against those of their own code.
+"""Buckets, pixels, file names and file types of the trainers, compared with the results of their own code.
 
-trainers.json was made by hand: the functions that it names were run outside this repository, at its commits.
-It is null where a trainer's code fails.
+trainers.json has these results. Its functions were run by hand, at its commits. null: the trainer's code fails.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ from PIL import Image
 
 from remote_vae import Client
 from remote_vae.latents.buckets import Placement
-from remote_vae.latents.formats import FORMATS, ImageFile, crop_ltrb
+from remote_vae.latents.format import ImageFile, crop_ltrb
+from remote_vae.latents.formats import FORMATS
 from remote_vae.latents.run import Run
 
 TRAINERS: dict[str, Any] = json.loads(Path(__file__).with_name("trainers.json").read_text())
 
 
 def sample_image(mode: str, size: tuple[int, int]) -> Image.Image:
-    """Return gradients and squares, in which every way to resize leaves its mark. `P` is transparent in part."""
+    """Return gradients and squares, which every method of resizing changes differently. `P` is partly transparent."""
     y, x = np.mgrid[: size[1], : size[0]]
     squares = (x // 7 + y // 5) % 2 * 255
     red, green = x * 255 // max(size[0] - 1, 1), y * 255 // max(size[1] - 1, 1)
@@ -39,7 +39,7 @@ def sample_image(mode: str, size: tuple[int, int]) -> Image.Image:
     return image.convert(mode)
 
 
-BY_TRAINER = {made.trainer: made for made in FORMATS.values()}
+BY_TRAINER = {format.trainer: format for format in FORMATS.values()}
 
 
 @pytest.mark.parametrize("trainer", TRAINERS["trainers"])
@@ -49,34 +49,34 @@ def test_buckets_and_names(trainer: str) -> None:
 
 
 def bucket_and_names(trainer: str, model: str, resolution: list[int], upscale: bool, size: list[int]) -> list[Any]:
-    """The last columns of the table of buckets, by our functions."""
-    made = BY_TRAINER[trainer](model, tuple(resolution), upscale, flip=trainer == "ai-toolkit")
+    """Return the last columns of the table of buckets from our functions."""
+    format = BY_TRAINER[trainer](model, tuple(resolution), upscale, flip=trainer == "ai-toolkit")
     try:
-        placement = made.place(tuple(size))
+        placement = format.place(tuple(size))
     except ValueError:  # too narrow
-        answer, placement = None, Placement(tuple(size), (1, 1), (1, 1))
+        sizes, placement = None, Placement(tuple(size), (1, 1), (1, 1))
     else:
         more = {"sd-scripts": [[*crop_ltrb(placement)]], "ai-toolkit": [[*placement.corner]]}.get(trainer, [])
-        answer = [[*placement.resized], [*placement.bucket], *more]
+        sizes = [[*placement.resized], [*placement.bucket], *more]
     image = ImageFile(Path("/d/a b.c.png"), Path("a b.c.png"), placement)
-    return [answer, [file.as_posix() for file in made.files([image])]]
+    return [sizes, [file.as_posix() for file in format.files([image])]]
 
 
 @pytest.mark.parametrize("trainer", TRAINERS["trainers"])
 def test_pixels(trainer: str) -> None:
-    """Within one step of 255: OpenCV's versions round differently."""
+    """Compare within one step of 255, because OpenCV's versions round differently."""
     for *row, theirs in TRAINERS["pixels"][trainer]:
         model, resolution, upscale, flip, mode, size = row
-        made = BY_TRAINER[trainer](model, tuple(resolution), upscale, flip)
+        format = BY_TRAINER[trainer](model, tuple(resolution), upscale, flip)
         file = io.BytesIO()
         sample_image(mode, tuple(size)).save(file, "png")
-        pixels = np.array(made.pixels(Image.open(file), made.place(tuple(size)))[int(flip)])
+        pixels = np.array(format.pixels(Image.open(file), format.place(tuple(size)))[int(flip)])
         np.testing.assert_allclose(pixels[4::40, 4::40].reshape(-1), theirs, atol=1, err_msg=str(row))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS["loads"])
-def test_the_files_that_are_loaded(trainer: str, tmp_path: Path) -> None:
-    """Also behind a link to a folder, of which the table says something for ai-toolkit alone."""
+def test_loaded_files(trainer: str, tmp_path: Path) -> None:
+    """Compare also files behind a link to a folder; the table has these for ai-toolkit only."""
     theirs = TRAINERS["loads"][trainer]
     model = {"sd-scripts": "sdxl", "musubi-tuner": "qwen-image", "ai-toolkit": "sdxl"}[trainer]
     folder = tmp_path / "folder"
@@ -86,6 +86,6 @@ def test_the_files_that_are_loaded(trainer: str, tmp_path: Path) -> None:
         path.touch()
     if (tmp_path / "elsewhere").exists():
         (folder / "link").symlink_to(tmp_path / "elsewhere")
-    made = BY_TRAINER[trainer](model, (512, 512))
-    run = Run(Client("http://127.0.0.1:9"), {"kind": "image"}, folder, tmp_path, made, seed=0, workers=1)
+    format = BY_TRAINER[trainer](model, (512, 512))
+    run = Run(Client("http://127.0.0.1:9"), {"kind": "image"}, folder, tmp_path, format, seed=0, workers=1)
     assert {path.as_posix() for path in run.find()} == {name for name, loaded in theirs.items() if loaded}

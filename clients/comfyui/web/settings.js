@@ -1,6 +1,6 @@
 import { app } from "../../scripts/app.js";
 
-// ComfyUI shows the last one first.
+// ComfyUI shows the last setting first.
 app.registerExtension({
   name: "RemoteVAE.Settings",
   settings: [
@@ -8,7 +8,7 @@ app.registerExtension({
       id: "RemoteVAE.Token",
       name: "Token",
       category: ["Remote VAE", "Your endpoints", "Token"],
-      tooltip: "Sent to these endpoints alone. Empty: your Hugging Face login. It is stored as it stands; the environment variable REMOTE_VAE_TOKEN is not.",
+      tooltip: "Token that is sent only to these endpoints. Empty: your Hugging Face login. ComfyUI stores it as plain text; the environment variable REMOTE_VAE_TOKEN is not stored.",
       type: "text",
       attrs: { type: "password", autocomplete: "off" },
       defaultValue: "",
@@ -17,7 +17,7 @@ app.registerExtension({
       id: "RemoteVAE.Endpoints",
       name: "Endpoints",
       category: ["Remote VAE", "Your endpoints", "Endpoints"],
-      tooltip: "URLs of your own endpoints, with spaces between them. The first is that of loaders without a URL.",
+      tooltip: "URLs of your own endpoints, separated by spaces. A loader without a URL uses the first.",
       type: "text",
       defaultValue: "",
     },

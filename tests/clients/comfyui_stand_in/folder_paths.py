@@ -1,4 +1,4 @@
-"""Where ComfyUI keeps a user's settings."""
+"""Folder of ComfyUI's user settings."""
 
 user_directory = ""
 

@@ -1,1 +1,1 @@
-"""Of ComfyUI what `clients/comfyui` imports, as far as its nodes use it; `comfyui_run.py` runs the real one."""
+"""Stand-in for what `clients/comfyui` uses of ComfyUI. `comfyui_run.py` runs the real one."""

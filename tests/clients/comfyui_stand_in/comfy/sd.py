@@ -1,4 +1,4 @@
-"""The object that goes through ComfyUI's links of type VAE: what surrounds the model in it."""
+"""The object that ComfyUI's nodes pass on as VAE: the code around its model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Placeholder(torch.nn.Module):
-    """The model of a VAE without weights."""
+    """Model of a VAE without weights."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         return pixels
@@ -19,7 +19,7 @@ class Placeholder(torch.nn.Module):
 
 
 class Patcher:
-    """The object that holds a model for ComfyUI's memory management; its clones share the model."""
+    """Holder of a model for ComfyUI's memory management. Its clones share the model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -29,10 +29,10 @@ class Patcher:
 
 
 class VAE:
-    """Pictures are `[B, H, W, C]` in [0, 1], the frames of a video as well; the model takes `[B, C, (F,) H, W]`."""
+    """VAE for images or frames `[B, H, W, C]` in [0, 1]. Its model takes `[B, C, (F,) H, W]` in [-1, 1]."""
 
     def __init__(self, sd: dict[str, Tensor], device: Any = None, dtype: Any = None) -> None:
-        assert set(sd) == {"pixel_space_vae"}  # the one without weights
+        assert set(sd) == {"pixel_space_vae"}  # the one kind without weights
         self.device, self.vae_dtype = device, dtype
         self.first_stage_model: Any = Placeholder()
         self.patcher = Patcher(self.first_stage_model)
@@ -45,7 +45,7 @@ class VAE:
         pixels = self._cropped(pixels).movedim(-1, 1)
         if self.latent_dim == 3 and pixels.ndim < 5:
             pixels = pixels.unsqueeze(2) if self.not_video else pixels.movedim(1, 0).unsqueeze(0)
-        assert self.memory_used_encode(pixels.shape, self.vae_dtype) > 0  # free memory is divided by it
+        assert self.memory_used_encode(pixels.shape, self.vae_dtype) > 0  # ComfyUI divides the free memory by it
         return self.first_stage_model.encode((pixels * 2 - 1).to(self.vae_dtype).to(self.device)).float()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class VAE:
         return ((pixels + 1) / 2).clamp(0, 1).movedim(1, -1)
 
     def decode_tiled(self, latents: Tensor, tile: int) -> Tensor:
-        """Of tiles that do not overlap, where ComfyUI's do: each is decoded by itself and put where it belongs."""
+        """Decode tile by tile. These tiles do not overlap, unlike ComfyUI's."""
         side = self.spacial_compression_decode()
         frames = [self.upscale_ratio[0](latents.shape[2])] if latents.ndim == 5 else []
         height, width = (length * side for length in latents.shape[-2:])
@@ -75,7 +75,7 @@ class VAE:
         return round(self.upscale_ratio[0](8192) / 8192) if isinstance(self.upscale_ratio, tuple) else None
 
     def _cropped(self, pixels: Tensor) -> Tensor:
-        """Around the middle, to multiples of the side of a latent."""
+        """Crop the middle, with sides that are multiples of a latent's side."""
         side = self.spacial_compression_encode()
         for dimension in (1, 2):
             length = pixels.shape[dimension]

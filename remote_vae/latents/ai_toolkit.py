@@ -1,0 +1,87 @@
+"""Files of ai-toolkit: a `_latent_cache` beside the images, as `cache_latents_to_disk` writes it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image, ImageOps
+from safetensors.torch import save
+
+from remote_vae.latents.buckets import AIToolkitBuckets, Placement
+from remote_vae.latents.format import Encoded, Format, ImageFile, cropped
+
+
+@dataclass
+class AIToolkit(Format):
+    models: ClassVar[dict[str, tuple[str, int]]] = {
+        "sd-v1": ("sd1", 16),
+        "sdxl": ("sdxl", 16),
+        "sd3": ("sd3", 32),
+        "flux": ("flux1", 32),
+    }
+    """Name of the latent space; number of which the sides of buckets are multiples."""
+    trainer: ClassVar[str] = "ai-toolkit"
+    suffixes: ClassVar[frozenset[str]] = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+    follows_links: ClassVar[bool] = False
+    applies_exif: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        width, height = self.resolution
+        if width != height:
+            side = int((width * height) ** 0.5)
+            raise ValueError(f"--resolution {width}x{height}: expected one side; {side} has about this area")
+        self.latent_space, steps = self.models[self.model]
+        self.mixes_resolutions = True
+        self.buckets = AIToolkitBuckets(self.resolution, steps)
+
+    def loads(self, relative: Path) -> bool:
+        return super().loads(relative) and relative.parent.name != "_controls"
+
+    def pixels(self, image: Image.Image, placement: Placement) -> list[Image.Image]:
+        """Mirror before the crop, as ai-toolkit does: it matters if an odd number of pixels is cut off."""
+        image = self.convert(image)
+        return [self.fit(each, placement) for each in ([image, ImageOps.mirror(image)] if self.flip else [image])]
+
+    def fit(self, image: Image.Image, placement: Placement) -> Image.Image:
+        return cropped(image.resize(placement.resized, Image.Resampling.BICUBIC), placement)
+
+    def files(self, images: list[ImageFile]) -> list[Path]:
+        return [self._file(images[0], flip) for flip in ([False, True] if self.flip else [False])]
+
+    def _file(self, image: ImageFile, flip: bool) -> Path:
+        key = json.dumps(self._metadata(image, flip), sort_keys=True).encode()
+        name = base64.urlsafe_b64encode(hashlib.md5(key).digest()).decode().replace("=", "")
+        return image.relative.parent / "_latent_cache" / f"{image.relative.stem}_{name}.safetensors"
+
+    def _metadata(self, image: ImageFile, flip: bool) -> dict[str, Any]:
+        """Return the values by which the trainer distinguishes its files, in its order."""
+        placement = image.placement
+        metadata = {
+            "filename": image.path.name,
+            "scale_to_width": placement.resized[0],
+            "scale_to_height": placement.resized[1],
+            "crop_x": placement.corner[0],
+            "crop_y": placement.corner[1],
+            "crop_width": placement.bucket[0],
+            "crop_height": placement.bucket[1],
+            "latent_space_version": self.latent_space,
+            "latent_version": 1,
+        }
+        return {**metadata, "flip_x": True} if flip else metadata
+
+    def contents(self, encoded: list[Encoded], paths: list[Path]) -> list[bytes]:
+        (item,) = encoded
+        contents = []
+        for flip, latents in enumerate((item.latents, item.flipped)):
+            if latents is not None:
+                values = self._metadata(item.image, bool(flip)).items()
+                metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values}
+                metadata["filename"] = metadata["filename"].encode(errors="backslashreplace").decode()  # not UTF-8
+                contents.append(save({"latent": latents.contiguous()}, {**metadata, "format": "pt"}))
+        return contents

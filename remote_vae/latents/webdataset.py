@@ -1,0 +1,121 @@
+"""Shards of a thousand images: `latents.npy` or `moments.npy`, `json`, and the image's caption as `txt`."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from remote_vae.files import npy_bytes
+from remote_vae.latents.buckets import KohyaBuckets
+from remote_vae.latents.format import Encoded, Format, ImageFile, crop_ltrb
+from remote_vae.latents.kohya import Kohya
+
+
+@dataclass
+class WebDataset(Format):
+    models: ClassVar[dict[str, Any]] = {}  # all
+    trainer: ClassVar[str] = "webdataset"
+    suffixes: ClassVar[frozenset[str]] = Kohya.suffixes | {".jfif", ".jpe", ".gif", ".tif", ".tiff"}
+    applies_exif: ClassVar[bool] = True
+    default_sample_mode: ClassVar[str] = "moments"
+    images_per_file: ClassVar[int] = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.buckets = KohyaBuckets(self.resolution, self.upscale, largest=max(1024, *self.resolution))
+        self.normalized = self.sample_mode != "moments"
+        self._free_names: Iterator[Path] = _shard_names()
+
+    @property
+    def set_name(self) -> str:
+        """Name for shards of all models: their names are the same."""
+        return self.trainer
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        """Convert the image as the endpoint does: scale 16 bits to 8, and flatten transparency on white."""
+        if image.mode == "F":
+            raise ValueError("the image's pixels are floats, whose range is unknown; save it with 8 or 16 bits")
+        if image.mode.startswith("I"):
+            values = np.asarray(image, np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError("the image's pixels have more than 16 bits; save it with 8 or 16 bits")
+            pixels = ((values + 128) // 257).astype(np.uint8)
+            pixels[values == image.info.get("transparency")] = 255
+            image = Image.fromarray(pixels)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+    def stored(self, out: Path) -> dict[Path, Path]:
+        stored: dict[Path, Path] = {}
+        for shard in sorted(out.glob("shard-*.tar")):
+            try:
+                with tarfile.open(shard, "r:") as archive:
+                    for member in archive:
+                        if member.name.endswith(".json") and (file := archive.extractfile(member)):
+                            with suppress(ValueError, KeyError, TypeError):  # the shard of another program
+                                stored[Path(member.name.removesuffix(".json"))] = Path(json.load(file)["file"])
+            except tarfile.TarError as error:
+                raise ValueError(f"{shard} cannot be read as a shard ({error}); delete or move it") from None
+        self._free_names = (name for name in _shard_names() if not (out / name).exists())
+        return stored
+
+    def is_stored(self, out: Path, image: ImageFile) -> bool:
+        return False
+
+    def name(self, image: ImageFile) -> Path:
+        """Return the sample's key. It has no dot: the part of a member's name after the first dot is its type."""
+        return Path(image.relative.with_suffix("").as_posix().replace(".", "_"))
+
+    def files(self, images: list[ImageFile]) -> list[Path]:
+        """Return the first free name of a shard."""
+        return [next(self._free_names)]
+
+    def caption(self, image: ImageFile) -> bytes | None:
+        caption = image.path.with_suffix(".txt")
+        return caption.read_bytes() if caption.is_file() else None
+
+    def contents(self, encoded: list[Encoded], paths: list[Path]) -> list[bytes]:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:  # takes names of any length
+            for item in encoded:
+                for name, data in self._members(item).items():
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        return [buffer.getvalue()]
+
+    def _members(self, encoded: Encoded) -> dict[str, bytes]:
+        image, kind = encoded.image, "moments" if self.sample_mode == "moments" else "latents"
+        key = self.name(image).as_posix()
+        metadata = {
+            "file": image.relative.as_posix(),
+            "model": self.model,
+            "normalized": self.normalized,
+            "sample_mode": self.sample_mode,
+            "original_size": image.placement.original,
+            "bucket": image.placement.bucket,
+            "crop_ltrb": crop_ltrb(image.placement),
+        }
+        members = {
+            f"{key}.{kind}.npy": npy_bytes(encoded.latents.float()),
+            f"{key}.json": json.dumps(metadata).encode(),
+        }
+        if encoded.flipped is not None:
+            members[f"{key}.{kind}_flipped.npy"] = npy_bytes(encoded.flipped.float())
+        return members if encoded.caption is None else {**members, f"{key}.txt": encoded.caption}
+
+
+def _shard_names() -> Iterator[Path]:
+    return (Path(f"shard-{index:06d}.tar") for index in count())
