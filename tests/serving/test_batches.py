@@ -71,8 +71,8 @@ class TestForm:
         ("files", "fields", "status", "said"),
         [
             (form([*pictures(1), *pictures(1, (64, 64))]), {}, 422, "one size, and these have 96x64, 64x64"),
-            ([("note", (None, "no file"))], {}, 400, "the form holds no file"),
-            (form(pictures(65, (8, 8))), {}, 413, "a batch of 65 pictures; at most 64"),
+            ([("note", (None, "no file"))], {}, 400, "the form has no file"),
+            (form(pictures(65, (8, 8))), {}, 413, "a batch of 65 images; at most 64"),
             ([*form(pictures(1)), ("b", ("b.txt", b"text"))], {}, 400, "the body is no PNG, JPEG, WebP or MP4 file"),
             (form(pictures(1)), {"x": ["1"] * 1100}, 413, "the form has more than 1000 parts"),
             (form(pictures(2)), {"shape": "1", "dtype": "uint8"}, 400, "the form holds several files"),
@@ -125,7 +125,7 @@ class TestZip:
         headers = {"Accept": "application/zip"}
         answer = video_endpoint.post(video_endpoint.latents(), "/decode", headers, output_type="pil")
         assert answer.status_code == 400
-        assert "a video cannot be answered as images" in answer.json()["error"]
+        assert "a video cannot be sent as images" in answer.json()["error"]
 
 
 @pytest.mark.parametrize("key", SERVED)

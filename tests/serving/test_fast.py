@@ -27,6 +27,7 @@ from handlers.serving.vae.fast.fused import FusedPass
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
 from tests.checkpoints import build
+from tests.support.messages import send
 
 pytestmark = pytest.mark.slow
 
@@ -250,13 +251,12 @@ def test_requests_are_served_before_and_after_the_check(vae: VAE) -> None:
     vae.fast.fast.prepare = lambda: None
     pipeline = Pipeline([vae], Settings(fast=True))
     latents = inputs("sd-v1", None, torch.float32)["decode"]
-    request = {"inputs": latents, "parameters": {"output_type": "pt"}}
-    own = pipeline.run_object({**request, "parameters": {"output_type": "pt", "exact": True}})
+    own = send(pipeline, latents, output_type="pt", exact=True)
     deadline = 60
     while "off: not checked yet" in vae.fast.verdicts.values() and deadline:
-        torch.testing.assert_close(pipeline.run_object(request), own, atol=1e-4, rtol=0)
+        torch.testing.assert_close(send(pipeline, latents, output_type="pt"), own, atol=1e-4, rtol=0)
         deadline -= 1
-    torch.testing.assert_close(pipeline.run_object(request), own, atol=1e-4, rtol=0)
+    torch.testing.assert_close(send(pipeline, latents, output_type="pt"), own, atol=1e-4, rtol=0)
 
 
 def test_a_copy_of_the_model_is_not_bound_to_it() -> None:

@@ -149,7 +149,7 @@ class TestSizes:
         wait_for_metric(narrow, "vae_bytes_in_flight", 1_400_000)
         response = requests.post(narrow.url, data=b"\0" * 200_000, timeout=10)
         assert response.status_code == 503
-        message = "requests hold 1.5 MB already (VAE_MAX_IN_FLIGHT_MB); try again soon"
+        message = "1.5 MB are in flight already (VAE_MAX_IN_FLIGHT_MB); try again soon"
         assert (response.json(), response.headers["Retry-After"]) == ({"error": message}, "1")
         for connection in halves:
             connection.close()
@@ -188,7 +188,9 @@ class TestValues:
     def test_another_content_type_is_415(self, narrow: Endpoint, content_type: str) -> None:
         response = narrow.post(narrow.latents(), headers={"Content-Type": content_type})
         assert response.status_code == 415
-        assert response.json()["error"].startswith(f"Content-Type '{content_type}' is not taken; send none, or one of")
+        assert response.json()["error"].startswith(
+            f"Content-Type '{content_type}' is not supported; send none, or one of"
+        )
 
     @pytest.mark.parametrize(("coding", "status"), [("gzip", 415), ("identity, br", 415), ("identity", 200), ("", 200)])
     def test_a_compressed_body_is_415(self, narrow: Endpoint, coding: str, status: int) -> None:
@@ -197,7 +199,7 @@ class TestValues:
         if status == 415:
             name = coding.split()[-1]
             assert response.json()["error"].startswith(
-                f"Content-Encoding '{name}' is not taken; send the body as it is"
+                f"Content-Encoding '{name}' is not supported; send the body uncompressed"
             )
 
     @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ class TestManyAtATime:
         for response in responses:
             if response.status_code == 503:
                 assert response.headers["Retry-After"] == "1"
-                assert "requests are waiting already" in response.json()["error"]
+                assert "requests already (VAE_MAX_QUEUE)" in response.json()["error"]
         assert narrow.post(narrow.latents()).ok
 
     def test_work_of_a_client_that_is_gone_is_dropped(self, narrow: Endpoint) -> None:

@@ -20,6 +20,7 @@ from handlers.serving.media.output import tensor_bytes, write_mp4
 from handlers.serving.pipeline import Work
 from handlers.serving.vae.memory import Mode
 from tests.conftest import same_video, uint8_pixels
+from tests.support.messages import send
 
 Steps = list[Callable[[], None]]
 
@@ -72,7 +73,7 @@ def latents(seed: int = 0) -> torch.Tensor:
 
 
 def mp4(handler: EndpointHandler, z: torch.Tensor) -> bytes:
-    return handler({"inputs": z, "parameters": {"output_type": "mp4"}})
+    return send(handler.pipeline, z, output_type="mp4")
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def test_a_file_without_frames_is_given_up_too(when: str, frames: np.ndarray) ->
 def test_what_the_encoder_fails_with_comes_from_finish(frames: np.ndarray) -> None:
     with Mp4Writer(24) as writer:
         writer.add(frames[:, :31])
-    with pytest.raises(RequestError, match="the MP4 encoder failed; the log says why") as error:
+    with pytest.raises(RequestError, match="the MP4 encoder failed; the log has the reason") as error:
         writer.finish()
     assert error.value.status == 500
 

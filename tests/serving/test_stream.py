@@ -274,7 +274,7 @@ class TestBroken:
             assert metric(faulty, "vae_bytes_in_flight") > latents.nbytes
             wait_for_metric(faulty, "inf_batch_current_size", 0)  # the device does not wait for it
             line = logged(faulty, "stalls")
-            assert line["error"] == f"the stream broke: no answer within {TIMEOUT} s (VAE_TIMEOUT); send less at once"
+            assert line["error"] == f"the stream broke: no response within {TIMEOUT} s (VAE_TIMEOUT); send less at once"
         assert_well(faulty)
 
 

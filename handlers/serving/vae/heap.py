@@ -113,7 +113,7 @@ class Heap:
         _mallopt(M_MMAP_THRESHOLD, SMALL_BLOCK if short else LARGE_BLOCK)
 
     @contextmanager
-    def lend(self, size: int, held: int = 0) -> Iterator[None]:
+    def lend(self, size: int, reserved: int = 0) -> Iterator[None]:
         """Around work on a thread that takes so many bytes for as long as it lasts, such as an image that is decoded.
 
         Args:
@@ -123,10 +123,10 @@ class Heap:
             RequestError: they are not free now, beside what others were promised; status 503.
         """
         with self.lending:
-            if self._spare() < size + held:
+            if self._spare() < size + reserved:
                 _give_back()
-            if self._spare() < size + held:
-                needed = (size + held) / 1e6
+            if self._spare() < size + reserved:
+                needed = (size + reserved) / 1e6
                 raise RequestError(
                     f"reading this takes about {needed:.0f} MB of memory, which are not free now; try again soon", 503
                 )
