@@ -139,7 +139,7 @@ class TestMemory:
         self, vae: VAE, expected: Mode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         latents = torch.randn((3, 4, 80, 80), generator=torch.Generator().manual_seed(0))
-        free = vae.memory.estimate("decode", vae.layout, latents.shape, 4).of(expected, 3)
+        free = vae.memory.estimate("decode", vae.layout, latents.shape, 4).needed(expected, 3)
         monkeypatch.setattr(HEAP, "available", lambda: free)
         result, mode = vae.decode(latents)
         assert mode is expected

@@ -57,7 +57,7 @@ def test_the_checkpoint_is_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_folder_without_a_vae_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"VAE_WEIGHTS=.* holds no AutoencoderKL"):
+    with pytest.raises(FileNotFoundError, match=r"VAE_WEIGHTS=.* has no AutoencoderKL"):
         VAE.load(MODELS["sd-v1"], "", Settings(weights=str(tmp_path)), "cpu")
 
 
