@@ -81,7 +81,7 @@ class Reservation:
         self._admission = admission
         self._users = 0
 
-    def hold(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         """Count `size` more bytes of this request, before they are allocated.
 
         Raises:

@@ -51,7 +51,7 @@ class JobFuture(Future[T]):
     """Result of a job. Cancelling it drops a waiting job. A pass stops when all its jobs are cancelled."""
 
     is_cancelled = False
-    """Whether nobody waits for the result any more, also when the job runs already."""
+    """True if nobody waits for the result any more, also when the job runs already."""
 
     def cancel(self) -> bool:
         self.is_cancelled = True

@@ -26,7 +26,7 @@ class Layout:
     vae_ndim: int = 4
     """Dimensions of the VAE's input; 5 for a VAE with frames."""
     variational: bool = True
-    """Whether the encoder gives a distribution, which has moments and samples."""
+    """True if the encoder gives a distribution, which has moments and samples."""
 
     @property
     def ndim(self) -> int:

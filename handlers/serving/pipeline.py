@@ -267,7 +267,7 @@ class Pipeline:
         raw = self.normalization.scaling(parameters, "decode", layout).unscale(batch, self.vae.dtype)
         if self.vae.config.get("timestep_conditioning"):
             raw = add_noise(raw, parameters)
-        request.hold(raw.nbytes)
+        request.reserve(raw.nbytes)
         return Prepared(raw)
 
     def _check_batch(self, task: Task, shape: tuple[int, ...]) -> None:
@@ -283,7 +283,7 @@ class Pipeline:
                 batch = pixels.to_batch(self._read_tensor(request), self.layout, request.parameters.exact)
                 self._check_batch("encode", batch.shape)
                 self._check_encode(request, batch.shape)
-                request.hold(batch.numel() * (FLOAT if batch.dtype == torch.uint8 else batch.dtype.itemsize))
+                request.reserve(batch.numel() * (FLOAT if batch.dtype == torch.uint8 else batch.dtype.itemsize))
                 return Prepared(pixels.normalize(batch))
             case "image":
                 return Prepared(self._read_images(request))
@@ -297,7 +297,7 @@ class Pipeline:
         images = [payload.inspect_image(file, self.settings, len(files)) for file in files]
         shape = pixels.shape_of_images([image.size for image in images], self.layout)
         size = FLOAT * math.prod(shape)
-        request.hold(size)
+        request.reserve(size)
         self._check_encode(request, shape)
         with HEAP.lend(max(image.peak for image in images), reserved=size):
             return pixels.from_images(map(payload.decode_image, images), shape)
@@ -307,17 +307,17 @@ class Pipeline:
         assert not isinstance(request.body, list)
         frame_bytes = 0
 
-        def hold_frame(size: int) -> None:
+        def reserve_frame(size: int) -> None:
             nonlocal frame_bytes
-            request.hold(size)
+            request.reserve(size)
             frame_bytes += size
 
-        frames = mp4.read_video(request.body, self.settings, hold_frame)
+        frames = mp4.read_video(request.body, self.settings, reserve_frame)
         count = len(frames)
         shape = pixels.shape_of_images([frame.size for frame in frames], self.layout)
         self._check_encode(request, shape)
         more = max(0, FLOAT * math.prod(shape) - frame_bytes)
-        request.hold(more)
+        request.reserve(more)
         frames.reverse()
         with HEAP.lend(0, reserved=more):
             batch = pixels.from_images((frames.pop() for _ in range(count)), shape)

@@ -45,15 +45,15 @@ class Settings(Limits):
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Dtype of the weights; None uses the model's own on a GPU and float32 on a CPU."""
     fast: bool = False
-    """Whether the fast pass is used when a check on the device finds it accurate and faster (`fast/check.py`)."""
+    """True if the fast pass is used when a check on the device finds it accurate and faster (`fast/check.py`)."""
     exact: bool = False
-    """Whether every request runs diffusers' own pass, bit for bit, or is refused (`exact` of a request)."""
+    """True if every request runs diffusers' own pass, bit for bit, or is refused (`exact` of a request)."""
     api_token: str | None = None
     """Bearer token that every POST must send. The variable is `API_TOKEN`."""
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_separated)] = ()
     """Origins whose pages may call the service: `https://a.example,https://b.example`, or `*` for all."""
     foreign_repository: bool = False
-    """Whether the repository belongs to another model, so its weights are not used."""
+    """True if the repository belongs to another model, so its weights are not used."""
     revision: str | None = None
     """Commit of the checkpoint on the Hub, for weights that are downloaded."""
     revisions: dict[str, str] = {}

@@ -169,7 +169,7 @@ class TestOneRequest:
         assert metric(faulty, "vae_bytes_in_flight") <= before
         self.assert_well(faulty)
 
-    def test_out_of_memory_is_tried_one_step_down(self, faulty: Endpoint) -> None:
+    def test_out_of_memory_is_tried_in_the_next_mode(self, faulty: Endpoint) -> None:
         before = metric(faulty, "vae_out_of_memory_total")
         response = ask(faulty, OUT_OF_MEMORY)
         assert (response.status_code, response.headers["X-VAE-Mode"]) == (200, "tiled")

@@ -88,7 +88,7 @@ def read_answer(answers: BinaryIO) -> tuple[int, bytes]:
     return status, body
 
 
-def test_what_is_held_is_an_eighth_of_the_memory_unless_it_is_set() -> None:
+def test_bytes_in_flight_are_an_eighth_of_the_memory_unless_it_is_set() -> None:
     assert Limits().within(2 * 10**9).max_in_flight_mb == 250
     assert Limits().within(10**12).max_in_flight_mb == 2048
     assert Limits(max_in_flight_mb=2048).within(2 * 10**9).max_in_flight_mb == 2048
@@ -118,7 +118,7 @@ class TestSizes:
         assert re.search(message, response.json()["error"]), response.json()
 
     @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-    def test_a_picture_of_too_many_pixels_is_not_decoded(self, narrow: Endpoint, image_format: str) -> None:
+    def test_an_image_of_too_many_pixels_is_not_decoded(self, narrow: Endpoint, image_format: str) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (640, 512)).save(buffer, format=image_format)
         response = requests.post(narrow.url, data=buffer.getvalue(), timeout=10)

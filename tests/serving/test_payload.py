@@ -58,12 +58,12 @@ def test_broken_exif_is_no_obstacle(image_format: str) -> None:
     assert to_rgb(read_image(buffer.getvalue(), LIMITS)).size == (8, 8)
 
 
-def test_a_still_picture_in_a_videos_clothes_is_no_video() -> None:
+def test_a_still_image_in_a_video_container_is_no_video() -> None:
     with pytest.raises(RequestError, match="the body is no PNG, JPEG, WebP or MP4 file"):
         sniff(b"\0\0\0 ftypavif")
 
 
-def test_a_picture_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 32)).save(buffer, format="PNG")
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("it was decoded"))

@@ -149,7 +149,7 @@ class TestMemory:
             rounding = 2e-4 * float(expected_pixels.abs().max())
             torch.testing.assert_close(result, expected_pixels, atol=rounding, rtol=0)
 
-    def test_running_out_of_memory_is_survived_one_step_down(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_out_of_memory_is_tried_in_the_next_mode(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
         decode, tried = vae.model.decode, []
 
         def short_of_memory(z: torch.Tensor, **options: object) -> object:
@@ -161,8 +161,8 @@ class TestMemory:
 
         monkeypatch.setattr(vae.model, "decode", short_of_memory)
         _, mode = vae.decode(torch.zeros(2, 4, 8, 8))
-        ways = [(False, 2, False), (True, 2, False), (True, 1, False), (True, 1, True), (True, 1, True)]
-        assert (mode, tried) == (Mode.TILED, ways)
+        attempts = [(False, 2, False), (True, 2, False), (True, 1, False), (True, 1, True), (True, 1, True)]
+        assert (mode, tried) == (Mode.TILED, attempts)
         monkeypatch.setattr(vae.model, "decode", decode)
         assert vae.decode(torch.zeros(2, 4, 8, 8))[1] is Mode.FULL
 

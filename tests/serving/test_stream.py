@@ -187,7 +187,7 @@ class TestRefused:
         assert [answer.status_code for answer in (inside, encoded, strange)] == [422, 422, 400]
         assert strange.json()["error"].startswith("`stream`: Input should be a valid boolean")
 
-    def test_more_than_may_be_held(self, faulty: Endpoint) -> None:
+    def test_more_than_may_be_in_flight(self, faulty: Endpoint) -> None:
         large = faulty.latents(frames=31, height=192, width=192)  # 121 frames: 13.4 MB, and what is encoded of them
         assert faulty.post(large[:, :, :1], stream="true").ok
         refused = faulty.post(large, stream="true")
@@ -241,7 +241,7 @@ class TestBroken:
         assert metric(faulty, "vae_broken_streams_total") == before + 1
         assert_well(faulty)
 
-    def test_out_of_memory_before_the_first_byte_is_tried_one_step_down(self, faulty: Endpoint) -> None:
+    def test_out_of_memory_before_the_first_byte_is_tried_in_the_next_mode(self, faulty: Endpoint) -> None:
         response = ask(faulty, seed=OUT_OF_MEMORY)
         assert response.headers["X-VAE-Mode"] == "tiled"
         assert is_complete(read(response))

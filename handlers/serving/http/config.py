@@ -56,7 +56,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
             "fps": declared.fps,
         },
         "normalization": _normalization(pipeline),
-        "answers": {
+        "outputs": {
             "output_type": ["pil", "pt", "mp4"] if layout.kind == "video" else ["pil", "pt"],
             "image_format": list(get_args(ImageFormat)) if layout.kind == "image" else [],
         },

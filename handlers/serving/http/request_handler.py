@@ -66,7 +66,7 @@ class RequestHandler:
         self.reservation = self.admission.reservation()
         """Bytes in flight of this request."""
         self.arrived = False
-        """Whether the whole body was received."""
+        """True if the whole body was received."""
         self.queued_at = 0.0
 
     async def run(self) -> Response:
@@ -101,7 +101,7 @@ class RequestHandler:
         self.record.update(
             task=request.task, shape=list(prepared.inputs.shape), output=request.output_kind.name.lower()
         )
-        self.reservation.hold(self.pipeline.unread_bytes(request, prepared.inputs))
+        self.reservation.reserve(self.pipeline.unread_bytes(request, prepared.inputs))
         return request, prepared
 
     def queue(self, request: Request, prepared: Prepared) -> JobFuture[Result]:
@@ -159,7 +159,7 @@ class RequestHandler:
         async for chunk in self.http.stream():
             body += chunk
             self.settings.check_body(len(body))
-            self.reservation.hold(len(chunk))
+            self.reservation.reserve(len(chunk))
         self.arrived = True
         return body
 
@@ -175,7 +175,7 @@ class RequestHandler:
                 request = self.pipeline.parse(body, content_type, accept, values, self.task)
                 if request.body is not body:
                     body.clear()  # it was copied: the files of a form, the tensor in JSON
-                request = replace(request, hold=self.reservation.hold)
+                request = replace(request, reserve=self.reservation.reserve)
                 return request, self.pipeline.prepare(request)
         except RequestError as error:
             if not lost_bytes(body, content_type):

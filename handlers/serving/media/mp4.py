@@ -84,24 +84,24 @@ MAX_SKEW = math.sin(math.radians(1))
 """Error of an axis, as a share of its length. Some editors write an angle of 89.99 degrees."""
 
 
-def read_video(body: Body, limits: Limits, hold: Callable[[int], None] = lambda size: None) -> list[Image.Image]:
+def read_video(body: Body, limits: Limits, reserve: Callable[[int], None] = lambda size: None) -> list[Image.Image]:
     """Read the frames of an MP4 file's first video track, upright and in the order of display.
 
-    `hold` is called with the bytes of the decoding process's copy of the file, and with those of each frame before it
-    is kept. It may raise `RequestError`.
+    `reserve` is called with the bytes of the decoding process's copy of the file, and with those of each frame before
+    it is kept. It may raise `RequestError`.
 
     Raises:
         RequestError: the file is broken, has no video in a supported codec, or exceeds `limits`.
     """
     track = find_video(body, limits)
     limits.check_image(track.width, track.height)
-    hold(len(body))
+    reserve(len(body))
     images: list[Image.Image] = []
     with _decoder(body, track, limits) as output:
         while len(header := output.read(frames.HEADER.size)) == frames.HEADER.size:
             width, height, row, *matrix = frames.HEADER.unpack(header)
             limits.check_image(width, height, len(images) + 1)
-            hold(width * height * IMAGE_BYTES)
+            reserve(width * height * IMAGE_BYTES)
             rows = output.read(row * height)
             if len(rows) < row * height:
                 break

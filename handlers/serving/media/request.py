@@ -51,7 +51,7 @@ class Parameters(BaseModel):
     shift_factor: float | None = None
     do_scaling: bool = False
     normalized: bool | None = None
-    """Whether latents are still normalized, for models whose pipelines may give denormalized ones."""
+    """True if latents are still normalized, for models whose pipelines may give denormalized ones."""
     latents_layout: LatentsLayout | None = None
     """Layout of the latents. None: found from the shape when decoding, the VAE's own when encoding."""
     memory_format: Literal["channels_last"] | None = None
@@ -67,7 +67,7 @@ class Parameters(BaseModel):
     """Dtype of a response in floats; None for the VAE's own. JavaScript and numpy have no bfloat16."""
     image_format: Annotated[Literal[ImageFormat, "jpeg"], AfterValidator(_image_format)] | None = None
     stream: bool = False
-    """Whether an MP4 is sent while it is encoded."""
+    """True if an MP4 is sent while it is encoded."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Quality of JPEG and WebP; PNG has none."""
     fps: Annotated[float, Field(ge=1, le=240)] | None = None
@@ -79,7 +79,7 @@ class Parameters(BaseModel):
     decode_chunk_size: Annotated[int, Field(ge=1)] | None = None
     """Frames per chunk for a VAE that decodes them as a batch of images; None for all."""
     exact: bool = False
-    """Whether diffusers' own pass is required, bit for bit. Without memory for it, the request is refused."""
+    """True if diffusers' own pass is required, bit for bit. Without memory for it, the request is refused."""
     sample_mode: SampleMode = "argmax"
     """Use of the encoder's distribution. A sample is drawn with `seed`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -131,13 +131,13 @@ class Accept:
     """Preferences from the `Accept` header of a request."""
 
     tensor: bool = False
-    """Whether the client prefers a tensor to a file."""
+    """True if the client prefers a tensor to a file."""
     json: bool = False
-    """Whether the client wants base64 inside JSON."""
+    """True if the client wants base64 inside JSON."""
     image: bool = False
-    """Whether the client wants an image file, which a video model cannot send."""
+    """True if the client wants an image file, which a video model cannot send."""
     zip: bool = False
-    """Whether the client wants a ZIP with a file for each item of the batch."""
+    """True if the client wants a ZIP with a file for each item of the batch."""
     ranges: tuple[str, ...] = ()
     """Wanted media ranges, such as `image/png` or `image/*`, best first."""
     refused: frozenset[str] = frozenset()
@@ -256,5 +256,5 @@ class Request:
     accept: Accept
     image_format: ImageFormat
     """Format of an image response."""
-    hold: Callable[[int], None] = lambda size: None
+    reserve: Callable[[int], None] = lambda size: None
     """Function that counts bytes before they are allocated. It raises `RequestError` above the limit."""

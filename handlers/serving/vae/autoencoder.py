@@ -21,7 +21,7 @@ class DecodeOptions:
     chunk_frames: int | None = None
     """Frames per chunk, if a video is decoded as a batch of images; None for all."""
     exact: bool = False
-    """Whether diffusers' own pass is required."""
+    """True if diffusers' own pass is required."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EncodeOptions:
     generator: torch.Generator | None = None
     """Random generator of a sample."""
     exact: bool = False
-    """Whether diffusers' own pass is required."""
+    """True if diffusers' own pass is required."""
 
     def apply(self, posterior: Any) -> Tensor:
         """Return latents [B, C, ...] of a distribution, or its moments [B, 2 * C, ...]."""

@@ -63,7 +63,7 @@ class Heap:
         self.needed = 0
         """Estimated bytes of the last pass."""
         self.repeated = False
-        """Whether the pass before it had the same estimate, so its blocks have the same sizes."""
+        """True if the pass before it had the same estimate, so its blocks have the same sizes."""
         self.planned = 0
         """Estimated bytes of the current pass; 0 between passes."""
         self.before = 0

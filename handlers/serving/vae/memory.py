@@ -60,7 +60,7 @@ class MemoryUse:
 
     declared: type[Model]
     reduces: bool
-    """Whether `low_memory` knows the model. If not, slices and tiles run diffusers' own pass."""
+    """True if `low_memory` knows the model. If not, slices and tiles run diffusers' own pass."""
     tile_pixels: int
     """Pixels of one frame in one tile."""
 

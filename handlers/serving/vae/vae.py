@@ -92,7 +92,7 @@ class VAE:
         gather: Callable[[Iterator[Tensor]], T] = join,  # type: ignore[assignment]  # T is Tensor by default
         options: DecodeOptions = DecodeOptions(),  # noqa: B008
     ) -> tuple[T, Mode]:
-        """Decode raw latents [B, C, H, W] or [B, C, F, H, W] to pixels [B, 3, H, W] or [B, 3, F, H, W], about [-1, 1].
+        """Decode raw latents [B, C, (F,) H, W] to pixels [B, 3, (F,) H, W], about in [-1, 1].
 
         `gather` makes the result while the latents are decoded. It gets all images at once, or the next frames
         [B, 3, f, H, W] of videos as soon as they are finished. When a pass fails and another one runs, `gather` runs

@@ -2,9 +2,9 @@
 
 It is algebraically exact, but rounds differently from diffusers' own pass, which `exact` requires. The differences:
 
-- A nearest upsampling by 2 and the 3x3 convolution after it become four 2x2 convolutions of the small image, one for
-  each position in a square of pixels: 4 multiplications instead of 9. For a video that doubles in time too, 8 instead
-  of 27.
+- A nearest upsampling by 2 and the 3x3 convolution after it become four 2x2 convolutions of the small image. There is
+  one for each position in a square of pixels, with 4 multiplications instead of 9. For a video that doubles in time
+  too, it is 8 instead of 27.
 - Activations and sums are computed in place, and convolutions pad by themselves instead of a padded copy.
 - On a GPU, normalization and activation are one kernel (`kernels`). Images are channels-last in memory, as its
   convolutions prefer, and a convolution's bias is added by the kernel that reads its result.
@@ -139,7 +139,7 @@ class FastPass:
         return out
 
     def _causal(self, coder: Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-        """What runs for `forward` in each part of Wan's and Qwen-Image's blocks."""
+        """Yield the modules of a coder of Wan or Qwen-Image, with their new `forward`s."""
         for module in coder.modules():
             if hasattr(module, "norm1"):
                 yield module, partial(self._causal_residual, module)
@@ -190,10 +190,9 @@ def _unchanged_layer(layer: Module, x: Tensor) -> Tensor:
 def _fold(weight: Tensor, doubled: list[int]) -> FoldedKernels:
     """Fold a doubling of dimensions into a kernel of size 3: kernels of size 2, one for each position.
 
-    In space, a kernel ``a b c`` gives the first of two equal pixels ``a`` times the previous pixel and ``b + c`` times
-    its own, and the second ``a + b`` times its own and ``c`` times the next. In time the kernel reaches two frames
-    back: the first of two equal frames gets ``a + b`` times the previous frame and ``c`` times its own, the second
-    ``a`` and ``b + c``.
+    In space, a kernel ``a b c`` becomes ``a, b + c`` (previous and own pixel) for the first of two equal pixels, and
+    ``a + b, c`` (own and next pixel) for the second. In time the kernel reaches two frames back: it becomes ``a + b,
+    c`` (previous and own frame) for the first of two equal frames, and ``a, b + c`` for the second.
     """
     kernels = []
     for position in itertools.product((0, 1), repeat=len(doubled)):
