@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
@@ -167,12 +168,6 @@ class Pipeline:
         is_tensor = media_type == "tensor/binary" or "shape" in values
         kind: BodyKind = "tensor" if is_tensor else self._sniff(files)
         return self._request(files, kind, Parameters.parse(values), Accept.parse(accept, content_type), task)
-
-    def parse_message(self, message: Mapping[str, Any]) -> Request:
-        """Parse the object of a JSON request."""
-        body, values = payload.read_message(message)
-        kind: BodyKind = "tensor" if "shape" in values else payload.sniff(body)
-        return self._request([body], kind, Parameters.parse({**values, "stream": False}), Accept(json=True), None)
 
     def _sniff(self, files: list[Body]) -> BodyKind:
         """Return the kind of one file, or of several, which must be images."""
@@ -476,7 +471,7 @@ class Pipeline:
 
     def run_message(self, message: Mapping[str, Any]) -> Any:
         """Run the object of a JSON request and return the object of its response."""
-        request = self.parse_message(message)
+        request = self.parse(json.dumps(message).encode(), "application/json", None, {})
         job = self.submit(request, self.prepare(request).inputs)
         try:
             value: Any = job.result(self.settings.timeout).value

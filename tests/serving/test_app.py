@@ -486,7 +486,7 @@ class TestWrongInput:
     def test_batch_as_one_image(self, image_endpoint: Endpoint) -> None:
         response = image_endpoint.post(image_endpoint.latents(batch=2))
         self.assert_refused(
-            image_endpoint, response, r"a batch of 2 cannot be answered as one encoded image; .*output_type=pt"
+            image_endpoint, response, r"a batch of 2 does not fit in one encoded image; .*output_type=pt"
         )
 
     @pytest.mark.parametrize("output_type", ["mp4", "pil"])
@@ -494,7 +494,7 @@ class TestWrongInput:
         response = video_endpoint.post(
             video_endpoint.latents(batch=2), headers={"Accept": "tensor/binary"}, output_type=output_type
         )
-        self.assert_refused(video_endpoint, response, r"a batch of 2 cannot be answered as .*output_type=pt")
+        self.assert_refused(video_endpoint, response, r"a batch of 2 does not fit in .*output_type=pt")
 
     def test_video_as_an_image(self, video_endpoint: Endpoint) -> None:
         response = video_endpoint.post(video_endpoint.latents(), headers={"Accept": "image/png"}, output_type="pil")

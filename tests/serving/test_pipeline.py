@@ -1,6 +1,5 @@
 """The handler with JSON messages, batches, and a device with little memory."""
 
-import base64
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -61,9 +60,7 @@ def test_an_image_is_the_default(handler: EndpointHandler) -> None:
 
 
 def test_an_image_is_encoded(handler: EndpointHandler, photograph: Image.Image) -> None:
-    file = io.BytesIO()
-    photograph.save(file, "PNG")
-    response = handler({"inputs": base64.b64encode(file.getvalue()).decode(), "parameters": None})
+    response = handler({"inputs": message_of(photograph)["inputs"], "parameters": None})
     assert response["parameters"] == {"shape": [1, 16, 8, 12], "dtype": "float32"}
 
 
@@ -75,7 +72,7 @@ def test_a_video_as_frames_and_as_mp4(video_handler: EndpointHandler) -> None:
     latents = latents_of(video_handler)
     frames = send(video_handler.pipeline, latents, output_type="pil")
     assert (frames.dtype, tuple(frames.shape)) == (torch.float32, (5, 3, 32, 48))
-    with av.open(io.BytesIO(send(video_handler.pipeline, latents, output_type="mp4", stream=True))) as container:
+    with av.open(io.BytesIO(send(video_handler.pipeline, latents, output_type="mp4"))) as container:
         assert len(list(container.decode(video=0))) == 5
 
 

@@ -74,17 +74,12 @@ def read_json(body: Body) -> tuple[bytes, dict[str, Any]]:
         message = json.loads(body)
     except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
         raise RequestError(f"the body is not JSON: {error}") from None
-    return read_message(message)
-
-
-def read_message(message: Any) -> tuple[bytes, dict[str, Any]]:
-    """Return the decoded `inputs` and the `parameters` of a parsed JSON body. A parameter that is null was not sent."""
     if not isinstance(message, dict) or "inputs" not in message:
         raise RequestError('the body must be a JSON object with base64 text under `inputs`: {"inputs": "..."}')
     parameters = message.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise RequestError(f"`parameters` must be a JSON object, got {type(parameters).__name__}")
-    sent = {name: value for name, value in parameters.items() if value is not None}
+    sent = {name: value for name, value in parameters.items() if value is not None}  # null counts as not sent
     return read_base64(message["inputs"]), sent
 
 

@@ -99,6 +99,11 @@ def _block_ops(block: Module, ops: BlockOps) -> Iterator[Op]:
         yield partial(ops.downsample, layer)
 
 
+def identity(x: Tensor) -> Tensor:
+    """Return x, as the `forward` of a module whose work is done elsewhere."""
+    return x
+
+
 def attend(attention: Module, x: Tensor) -> Tensor:
     """Compute attention between the pixels of an image, or of each video frame and the frames before it.
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handlers.serving.vae import blocks
-from handlers.serving.vae.blocks import BlockOps, Module, Op, attend
+from handlers.serving.vae.blocks import BlockOps, Module, Op, attend, identity
 from handlers.serving.vae.stop import check_wanted
 
 Read = Callable[[int, int], Tensor]
@@ -153,7 +153,7 @@ def _reduce_causal(coder: Module) -> Iterator[Module]:
             module.resample.forward = partial(_upsample, SimpleNamespace(conv=module.resample[1]))
             yield module.resample
     ops = [partial(type(module).forward, module) for module in (coder.norm_out, coder.nonlinearity)]
-    coder.norm_out.forward = coder.nonlinearity.forward = _identity
+    coder.norm_out.forward = coder.nonlinearity.forward = identity
     coder.conv_out.forward = partial(_causal_convolve, ops, coder.conv_out)
     yield from (coder.norm_out, coder.nonlinearity, coder.conv_out)
 
@@ -191,10 +191,6 @@ def _causal_convolve(ops: Sequence[Op], conv: Module, x: Tensor, earlier: Tensor
         return rows
 
     return _convolve(conv, read, x.shape[-2], _row_bytes(x), (left, right, above, below, missing, 0), **into)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _convolve(

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handlers.serving.vae import blocks
-from handlers.serving.vae.blocks import BlockOps, Module, attend
+from handlers.serving.vae.blocks import BlockOps, Module, attend, identity
 
 FoldedKernels = list[tuple[tuple[int, ...], Tensor]]
 """A folded convolution: for each position in the square or cube of pixels, the position and its kernel."""
@@ -148,7 +148,7 @@ class FastPass:
             elif getattr(module, "mode", "").startswith("upsample") and module.resample[1] in self._folded:
                 yield module.resample, partial(self._upsample_image, module.resample[1])
         yield coder.norm_out, partial(self._normalize, coder.norm_out, coder.nonlinearity)
-        yield coder.nonlinearity, _identity
+        yield coder.nonlinearity, identity
 
     def _causal_residual(
         self, block: Module, x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] | None = None
@@ -177,10 +177,6 @@ def _causal_convolve(conv: Module, x: Tensor, cache_x: Tensor | None = None, ear
     if missing > earlier:
         x = F.pad(x, (0, 0, 0, 0, missing - earlier, 0))
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, rows, columns))
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _unchanged_layer(layer: Module, x: Tensor) -> Tensor:
