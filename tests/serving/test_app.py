@@ -401,7 +401,7 @@ class TestWhatPeopleTryFirst:
         ("options", "said"),
         [
             ("-d @photo.jpg {url}/encode", "curl's -d drops line breaks: use --data-binary"),
-            ("-d @latents.bin {url}/decode?shape=1,4,64,64&dtype=float32", "came; curl's -d drops line breaks"),
+            ("-d @latents.bin {url}/decode?shape=1,4,64,64&dtype=float32", "; curl's -d drops line breaks"),
             ("--data-binary photo.jpg {url}/encode", "the text 'photo.jpg' (curl sends the content of a file with"),
             ("-X POST {url}/encode", "it is empty"),
             ("{url}/encode", "it takes POST, PUT; curl sends a file with `--data-binary @FILE`"),

@@ -171,7 +171,7 @@ def test_pixels_of_two_frames_are_no_image(service: Service) -> None:
 @pytest.mark.parametrize("more", [{"do_scaling": True}, {"scaling_factor": 2}, {"latents_layout": "packed"}])
 def test_moments_come_raw(service: Service, more: dict[str, Any]) -> None:
     said = service.refusal("flux", torch.zeros(1, 3, 64, 64), "encode", sample_mode="moments", **more)
-    assert "moments come raw" in said
+    assert "moments are raw" in said
 
 
 @torch.no_grad()

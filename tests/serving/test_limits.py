@@ -176,11 +176,11 @@ class TestValues:
         tensor[0, 1, 2, 3] = value
         response = narrow.post(tensor)
         assert response.status_code == 422
-        assert response.json()["error"].startswith("the tensor holds NaN or infinity")
+        assert response.json()["error"].startswith("the tensor has NaN or infinity")
 
     def test_scaling_out_of_range(self, narrow: Endpoint) -> None:
         response = narrow.post(narrow.latents(), scaling_factor=1e-38, shift_factor=3e38)
-        assert (response.status_code, response.json()["error"][:33]) == (422, "the tensor holds NaN or infinity,")
+        assert (response.status_code, response.json()["error"][:32]) == (422, "the tensor has NaN or infinity,")
         response = narrow.post(torch.zeros(1, 3, 64, 64), shift_factor=-3e38, scaling_factor=10)
         assert (response.status_code, response.json()["error"][:20]) == (422, "`scaling_factor`, `s")
 
