@@ -176,7 +176,7 @@ class TestRefused:
     def test_what_is_no_mp4(self, faulty: Endpoint, parameters: dict[str, str]) -> None:
         response = ask(faulty, **parameters)
         assert response.status_code == 422
-        assert response.json()["error"].startswith("`stream`: only a video that is decoded to an MP4 file is streamed")
+        assert response.json()["error"].startswith("`stream`: only the MP4 file of a decoded video is streamed")
 
     def test_json_and_encoding(self, faulty: Endpoint) -> None:
         latents = small(faulty)

@@ -120,7 +120,7 @@ class VAE:
         """Return the result in the VAE's dtype. Raise `FloatingPointError` for NaN or infinity."""
         result = result.to(self.dtype)
         if not result.isfinite().all():
-            raise FloatingPointError("is not finite")
+            raise FloatingPointError
         return result
 
     @torch.no_grad()
@@ -136,8 +136,8 @@ class VAE:
         with HEAP.settle() if self.device.type == "cpu" else nullcontext():
             try:
                 return self._try_modes(task, inputs, forward, exact)
-            except FloatingPointError as error:
-                reason = str(error)
+            except FloatingPointError:
+                reason = "is not finite"
             except RuntimeError as error:
                 if "not implemented for" not in str(error) or self.dtype == torch.float32:
                     raise
