@@ -1,7 +1,7 @@
-"""The entry point in the Hugging Face Inference Toolkit.
+"""Entry point for the Hugging Face Inference Toolkit.
 
-The toolkit executes this file at startup, when its own app exists, and then calls `EndpointHandler(model_dir)`. Its
-routes cannot carry raw tensors, so the project's app goes in front of them.
+At startup the toolkit creates its own app, executes this file, and calls `EndpointHandler(model_dir)`. Its routes
+cannot carry raw tensors, so this file mounts the project's app in front of them.
 """
 
 import sys
@@ -16,8 +16,8 @@ settings = Settings.load()
 app = build_app(settings.model, settings.cors_origins)
 
 
-class EndpointHandler(get_handler(settings.model)):  # type: ignore[misc]  # which class is known when it runs
-    """The model or models that `endpoint.json` or `VAE_MODEL` names; once loaded, `app` serves them."""
+class EndpointHandler(get_handler(settings.model)):  # type: ignore[misc]  # the class is known at run time
+    """Model or models that `endpoint.json` or `VAE_MODEL` names. `app` serves them once they are loaded."""
 
     def __init__(self, path: str = "") -> None:
         super().__init__(path)
@@ -30,4 +30,4 @@ for module in ("webservice_starlette", "huggingface_inference_toolkit.webservice
     if module in sys.modules:
         router = sys.modules[module].app.router
         router.routes.insert(0, Mount("/", app=app))
-        router.default = app  # of paths that do not begin with a slash
+        router.default = app  # for paths that do not begin with a slash

@@ -59,7 +59,7 @@ def measured(declared: type[Model], case: Case) -> int:
 
 def estimated(declared: type[Model], case: Case) -> int:
     """Return the bytes that the service plans for a request."""
-    return _estimate(declared, case).of(case.mode, case.batch)
+    return _estimate(declared, case).needed(case.mode, case.batch)
 
 
 def offered(declared: type[Model], task: Task, batch: int = 1) -> list[Mode]:

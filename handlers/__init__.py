@@ -1,6 +1,6 @@
-"""The VAEs that this project serves: one small `EndpointHandler` subclass each.
+"""VAEs of this project, each a small subclass of `EndpointHandler`.
 
-Importing this package imports no torch, so the deploy script and `make models` read it on any machine.
+Importing this package imports no torch, so the deploy script and `make models` can read it on any machine.
 """
 
 from handlers.base import EndpointHandler
@@ -66,10 +66,10 @@ MODELS: dict[str, type[EndpointHandler]] = {
 
 
 def get_models(keys: str | None) -> dict[str, type[EndpointHandler]]:
-    """The handler classes of one key, or of several that are separated by commas.
+    """Return the handler classes of keys that are separated by commas.
 
     Raises:
-        ValueError: there is no such model, or one is named twice.
+        ValueError: a model does not exist, or is named twice.
     """
     names = split_keys(keys)
     if twice := [name for name in names if names.count(name) > 1]:
@@ -78,7 +78,7 @@ def get_models(keys: str | None) -> dict[str, type[EndpointHandler]]:
 
 
 def get_handler(keys: str | None) -> type[EndpointHandler]:
-    """What serves the models of these keys: the class of one, or one that holds several."""
+    """Return the class that serves the models of these keys: a model's own, or a new one for several models."""
     models = get_models(keys)
     if len(models) == 1:
         return next(iter(models.values()))
@@ -86,10 +86,10 @@ def get_handler(keys: str | None) -> type[EndpointHandler]:
 
 
 def get_model(key: str | None) -> type[EndpointHandler]:
-    """The handler class of a model key. Raises `ValueError` for any other, or a class that lacks a word."""
+    """Return the handler class of a key. Raise `ValueError` for an unknown key, or a class that lacks an attribute."""
     if key not in MODELS:
-        asked = f"there is no model {key!r}{did_you_mean(key, MODELS)}" if key else "no model was named"
-        raise ValueError(f"{asked}; the models are: {', '.join(MODELS)}")
-    if missing := [word for word in ("checkpoint", "vae_class", "dtype") if not hasattr(MODELS[key], word)]:
+        problem = f"there is no model {key!r}{did_you_mean(key, MODELS)}" if key else "no model was named"
+        raise ValueError(f"{problem}; the models are: {', '.join(MODELS)}")
+    if missing := [name for name in ("checkpoint", "vae_class", "dtype") if not hasattr(MODELS[key], name)]:
         raise ValueError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")
     return MODELS[key]

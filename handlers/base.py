@@ -1,4 +1,4 @@
-"""What every model has in common: `EndpointHandler`, in the custom-handler format of the Inference Toolkit."""
+"""Base class of all models: `EndpointHandler`, in the custom-handler format of the Inference Toolkit."""
 
 from __future__ import annotations
 
@@ -9,34 +9,31 @@ from handlers.model import Model
 
 
 class EndpointHandler(Model):
-    """A VAE as an endpoint. A subclass only declares what it is; everything else is the same for all.
+    """A VAE as an endpoint. A subclass only declares attributes of `Model`.
 
-    Reading the declarations needs no torch: it is imported when a handler is made.
+    Reading the declarations needs no torch: creating a handler imports it.
     """
 
     models: ClassVar[Mapping[str, type[EndpointHandler]]] = {}
-    """Of an endpoint for several VAEs, all of them by their keys; that class declares nothing else."""
+    """Models of an endpoint for several VAEs, by key. That class declares nothing else."""
 
     def __init__(self, path: str = "") -> None:
-        """Loads the VAE. `path` is the folder that the toolkit mounted the repository at; "" where there is none."""
+        """Load the VAE. `path` is the folder of the deployed repository, or ""."""
         from handlers.serving.pipeline import load_pipelines
 
         self.pipelines = load_pipelines(self.models or {"": type(self)}, path)
         self.pipeline = next(iter(self.pipelines.values()))
 
     def __call__(self, data: dict[str, Any]) -> Any:
-        """Runs one request given as a plain object, as the toolkit's own routes do.
+        """Run one request, like POST /predict with JSON. The toolkit's own routes would call this.
 
         Args:
-            data: `inputs` is base64 text or bytes (a tensor with `shape` and `dtype` in the parameters, or an image or
-                video file), a torch tensor, or a PIL image. `parameters` are those of the HTTP interface.
+            data: `inputs` is base64 text of a tensor, an image or a video; `parameters` are those of the HTTP API.
 
         Returns:
-            A PIL image for `output_type="pil"` (a list of frames for a video model), a tensor where a tensor or bytes
-            came in, bytes for an MP4 asked for so; else `{"inputs": <base64>, "parameters": {"shape", "dtype"}}`, which
-            the toolkit can send as JSON.
+            Base64 text of a file, or `{"inputs": <base64>, "parameters": {"shape", "dtype"}}` for a tensor.
 
         Raises:
-            RequestError: the request is wrong; the message says what was wrong and what would be right.
+            RequestError: the request is wrong.
         """
-        return self.pipeline.run_object(data)
+        return self.pipeline.run_message(data)

@@ -3,7 +3,7 @@ from handlers.model import Peak
 
 
 class CogVideoX(EndpointHandler):
-    """CogVideoX-2b; 5b and 1.5 with their weights. Version 1.5 puts a frame of padding before some videos."""
+    """CogVideoX-2b, and 5b and 1.5 with their weights. Version 1.5 puts a frame of padding before some videos."""
 
     checkpoint = "THUDM/CogVideoX-2b"
     subfolder = "vae"

@@ -11,7 +11,7 @@ class Flux(EndpointHandler):
     dtype = "bfloat16"
     latent_channels = 16
     pipeline_layout = "packed"
-    latents_layouts = unshifted_layouts = ("BFHWC",)  # of Kandinsky 5, which does not shift
+    latents_layouts = unshifted_layouts = ("BFHWC",)  # from Kandinsky 5, which does not apply the shift
     instance = "nvidia-l4"  # 2.2 GB of 24, in bfloat16, which a T4 does not compute
     license = "apache-2.0"
     license_link = "https://huggingface.co/black-forest-labs/FLUX.1-schnell/blob/main/LICENSE.md"

@@ -2,7 +2,7 @@ from handlers.base import EndpointHandler
 
 
 class Flux2(EndpointHandler):
-    """FLUX.2: latents normalised in patches of 2x2 by the statistics of a BatchNorm in the VAE."""
+    """FLUX.2. A BatchNorm in the VAE normalizes latents in patches of 2x2."""
 
     checkpoint = "black-forest-labs/FLUX.2-klein-4B"
     subfolder = "vae"
@@ -10,8 +10,8 @@ class Flux2(EndpointHandler):
     dtype = "bfloat16"
     latent_channels = 32
     pipeline_layout = "packed"
-    latents_layouts = ("patchified",)  # of ERNIE-Image
-    raw_layouts = ("BCHW",)  # of Flux2KleinPipeline; those of Bria FIBO 2 have this layout too, and are not
+    latents_layouts = ("patchified",)  # from ERNIE-Image
+    raw_layouts = ("BCHW",)  # from Flux2KleinPipeline; Bria FIBO 2 uses this layout for normalized latents
     instance = "nvidia-l4"  # 2.2 GB of 24, in bfloat16, which a T4 does not compute
     license = "apache-2.0"
     license_link = "https://huggingface.co/black-forest-labs/FLUX.2-klein-4B"

@@ -3,7 +3,7 @@ from handlers.model import Peak, read_config
 
 
 class GlmImage(EndpointHandler):
-    """GLM-Image: its pipeline uses the mean and the deviation of the latents, and not the factor beside them."""
+    """GLM-Image. Its pipeline applies the mean and the deviation of the config, but not the factor."""
 
     checkpoint = "zai-org/GLM-Image"
     subfolder = "vae"

@@ -3,7 +3,7 @@ from handlers.model import Peak, read_config
 
 
 class HunyuanImage(EndpointHandler):
-    """HunyuanImage 2.1: 32 pixels a latent."""
+    """HunyuanImage 2.1: 32 pixels per latent."""
 
     checkpoint = "hunyuanvideo-community/HunyuanImage-2.1-Diffusers"
     subfolder = "vae"

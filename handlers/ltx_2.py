@@ -3,7 +3,7 @@ from handlers.model import ALL, Peak, read_config
 
 
 class Ltx2(EndpointHandler):
-    """LTX-2, the video half: its own pipeline gives latents that are denormalised already, SANA-Video's does not."""
+    """Video VAE of LTX-2. Its own pipeline gives denormalized latents; SANA-Video's gives normalized ones."""
 
     checkpoint = "Lightricks/LTX-2"
     subfolder = "vae"
@@ -15,7 +15,7 @@ class Ltx2(EndpointHandler):
     vae_scale_factor = 32
     frame_factor = 8
     patch = 1
-    raw_layouts = ("BCFHW",)  # of LTX2Pipeline
+    raw_layouts = ("BCFHW",)  # from LTX2Pipeline
     peak = {"decode": Peak(94, 44, ALL), "encode": Peak(88, 40, ALL)}
     usual_size = (512, 768, 121)
     instance = "nvidia-l4"  # 9.2 GB of 24, in bfloat16, which a T4 does not compute

@@ -3,7 +3,7 @@ from handlers.model import ALL, Peak, read_config
 
 
 class LtxVideo(EndpointHandler):
-    """LTX-Video from 0.9.5 on; 0.9.0 and 0.9.1 with their weights. `decode_timestep` conditions it from 0.9.1 on."""
+    """LTX-Video from 0.9.5 on, and 0.9.0 and 0.9.1 with their weights. From 0.9.1 on it takes `decode_timestep`."""
 
     checkpoint = "Lightricks/LTX-Video-0.9.5"
     subfolder = "vae"

@@ -1,4 +1,4 @@
-"""What a model declares of itself. Reading it needs no torch, so the deploy script does so on any machine."""
+"""Declarations of a model. Reading them needs no torch, so the deploy script can do it on any machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 Kind = Literal["image", "video"]
 Task = Literal["decode", "encode"]
 SampleMode = Literal["argmax", "sample", "moments"]
-"""What of an encoder's distribution: its mode, a sample, or its mean and log-variance, [B, 2 * C, ...]."""
+"""Use of an encoder's distribution: its mode, a sample, or its mean and log-variance, [B, 2 * C, ...]."""
 LatentsLayout = Literal["BCHW", "BCFHW", "BFCHW", "BFHWC", "packed", "patchified"]
-"""How latents are laid out on their way: batch, channels, frames, height, width, in this order of dimensions; or
+"""Layouts of latents in requests: the order of batch, channels, frames, height and width; or
 
 packed:     tokens, [B, F * (H/patch) * (W/patch), C * patch * patch]
 patchified: [B, C * patch * patch, H/patch, W/patch]
@@ -21,124 +21,125 @@ patchified: [B, C * patch * patch, H/patch, W/patch]
 
 
 def split_keys(keys: str | None) -> list[str]:
-    """The keys of `flux` or `sd-v1,sdxl,flux`; one that is empty where none is named."""
+    """Split `sd-v1,sdxl,flux` into keys. Without a key, return one empty key."""
     return [key.strip() for key in (keys or "").split(",") if key.strip()] or [""]
 
 
 def read_config(key: str) -> dict[str, Any]:
-    """Return `handlers/configs/<key>.json`: a checkpoint's `config.json` without the defaults of its class."""
+    """Read `handlers/configs/<key>.json`: a checkpoint's `config.json` without the defaults of its class."""
     return json.loads((Path(__file__).parent / "configs" / f"{key}.json").read_text())
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return " (did you mean flux?)" for the nearest of the known names; "" where none is near."""
+    """Return " (did you mean flux?)" for the most similar known name; "" without one."""
     near = difflib.get_close_matches(name.lower(), list(known), 1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 class Peak(NamedTuple):
-    """Numbers alive at the peak of a pass, for each pixel of a picture or of a frame, as diffusers runs it.
+    """Values in memory at the peak of diffusers' own pass, per pixel of an image or frame.
 
-    Computed without numbers for the published sizes; benchmarks/NOTES.md has the table and how it is made again.
+    They were computed on torch's meta device for the published sizes. benchmarks/NOTES.md has the table and the
+    command that makes it.
     """
 
     first: float
-    """Of a picture, or of a video of one frame."""
+    """Values for an image, or for a video of one frame."""
     more: float = 0
-    """For each further frame, up to `frames`; what comes after them is run when they are done."""
+    """Values for each further frame, up to `frames`. Later frames run after these."""
     frames: int = 1
     reduced: float = 1
-    """Share of it that reduced memory takes at most, of models that `low_memory` knows.
+    """Share of these values that reduced memory takes, for models that `low_memory` knows.
 
-    That is of a small picture or a tile, which is convolved in one piece, with copies of all of it, so that it
-    may be above 1; of large ones it is down to a half.
+    It is measured for a small image or tile, which is convolved at once, and may exceed 1. Large images take down to
+    half of the values.
     """
     reduced_first: float = 0
-    """The same share of the first frame, where it is another than of those that follow; 0 where it is not."""
+    """Share for the first frame, if it differs from the share for later frames; else 0."""
     tile: int = 1
-    """Pixels of a tile against those of the config: Wan 2.2 counts patches of 2x2 when it cuts what it encodes."""
+    """Pixels of a tile relative to the config's: Wan 2.2 counts patches of 2x2 when it cuts pixels to encode."""
 
     def values(self, frames: int) -> float:
-        """For each pixel of one frame of a video of so many."""
+        """Return the values per pixel of a frame, for a video of `frames` frames."""
         return self.first + self.more * (min(frames, self.frames) - 1)
 
     def reduced_values(self, frames: int) -> float:
-        """The same in reduced memory."""
+        """Return the values per pixel of a frame in reduced memory."""
         first = self.first * (self.reduced_first or self.reduced)
         return first + (self.values(frames) - self.first) * self.reduced
 
 
 ALL = 10_000
-"""More frames than any request may have: where nothing cuts time."""
+"""More frames than a request may have, for models that do not cut time."""
 
 
 class Model:
-    """A VAE, declared. Each word has the default that most models need, and none can be found in the loaded weights.
+    """Declaration of a VAE. The defaults suit most models.
 
-    What can be found there is probed when they are loaded, and a declaration that differs from it is an error then.
+    Loading the weights checks `latent_channels`, `vae_scale_factor` and `frame_factor`. A wrong one is an error.
     """
 
     checkpoint: ClassVar[str]
-    """Repository on the Hub, or a local folder, that holds the weights."""
+    """Repository on the Hub, or local folder, with the weights."""
     subfolder: ClassVar[str | None] = None
-    """Folder of the VAE inside the checkpoint; None where it lies at the root."""
+    """Folder of the VAE inside the checkpoint; None for the root."""
     vae_class: ClassVar[str]
-    """Class in diffusers; "module:Class" for one that it does not have, in a module that can be imported."""
+    """Class in diffusers, or "module:Class" in another module that can be imported."""
     diffusers: ClassVar[str] = "0.36"
-    """The first version of diffusers that has the class; what an endpoint has is in requirements.txt."""
+    """First version of diffusers with the class. requirements.txt has the version of an endpoint."""
     dtype: ClassVar[str]
-    """What the weights run in on a GPU; on a CPU every model runs in float32."""
+    """Dtype of the weights on a GPU. On a CPU every model runs in float32."""
     published_config: ClassVar[dict[str, Any]] = {}
     """The checkpoint's `config.json` without the defaults of `vae_class`: `read_config(key)`.
 
-    It describes the model before the model is loaded, and builds it with random weights.
+    It describes the model without its weights, and builds it with random ones.
     """
 
     kind: ClassVar[Kind] = "image"
-    """Whether an item is one picture or a video. A picture's latents may have a dimension for its one frame."""
+    """Kind of an item: an image or a video. Latents of an image may have a dimension for one frame."""
     latent_channels: ClassVar[int]
     vae_scale_factor: ClassVar[int] = 8
-    """Pixels per latent in height and in width."""
+    """Pixels per latent in height and width."""
     frame_factor: ClassVar[int] = 1
-    """Frames of a video per latent frame after the first one, which stands alone."""
+    """Frames of a video per latent frame, except for the first one, which is one frame."""
     pipeline_layout: ClassVar[LatentsLayout | None] = None
-    """What the model's pipelines give with `output_type="latent"`; None for the VAE's own layout."""
+    """Layout from the model's pipelines with `output_type="latent"`; None for the VAE's own."""
     latents_layouts: ClassVar[tuple[LatentsLayout, ...]] = ()
-    """What requests may bring beside the VAE's own layout, the pipelines' and packed latents, which all models take."""
+    """Further layouts for requests. All models take the VAE's own, the pipelines' and packed latents."""
     unshifted_layouts: ClassVar[tuple[LatentsLayout, ...]] = ()
-    """Of these, those of pipelines that leave the config's `shift_factor` out."""
+    """Layouts of pipelines that do not apply the config's `shift_factor`."""
     patch: ClassVar[int] = 2
-    """Latents in height and in width of one token of packed latents."""
+    """Height and width in latents of a token of packed latents."""
     uses_scaling_factor: ClassVar[bool] = True
-    """Whether the pipelines multiply by the config's `scaling_factor` where it has a mean and a deviation too."""
+    """True if pipelines apply the config's `scaling_factor` in addition to a mean and a deviation."""
     takes_reciprocal: ClassVar[bool] = False
-    """Whether the pipelines multiply by the reciprocal of the factor, which rounds otherwise than to divide by it."""
+    """True if pipelines multiply by the reciprocal of the factor, which rounds differently from a division."""
     raw_layouts: ClassVar[tuple[LatentsLayout, ...]] = ()
-    """Those in which a pipeline's `output_type="latent"` gives raw latents, so that `do_scaling` is ambiguous."""
+    """Layouts in which `output_type="latent"` of a pipeline gives raw latents, so `do_scaling` is ambiguous."""
     padding_frames: ClassVar[int] = 0
-    """Latent frames, at most, that a pipeline puts before the first one; `num_frames` tells whether it did."""
+    """Most latent frames of padding that a pipeline puts before a video. `num_frames` tells how many there are."""
     fps: ClassVar[int] = 24
-    """Frames per second of an MP4 for which the request names none."""
+    """Frames per second of an MP4, unless the request names another rate."""
 
     runs_batches: ClassVar[bool] = True
-    """Whether diffusers can run a batch of more than one."""
+    """True if diffusers can run a batch of more than one."""
     tiles: ClassVar[tuple[Task, ...]] = ("decode", "encode")
-    """What diffusers can do in tiles."""
+    """Tasks that diffusers can run in tiles."""
     peak: ClassVar[dict[Task, Peak]] = {"decode": Peak(770, reduced=0.71), "encode": Peak(645, reduced=0.66)}
-    """By which a request is run as a whole, in reduced memory or in tiles; those of Stable Diffusion and Flux."""
+    """Memory by task, which decides the mode of a pass. The default is that of Stable Diffusion and Flux."""
 
     usual_size: ClassVar[tuple[int, ...]] = (1024, 1024)
-    """Height and width in pixels, and of a video its frames: what its pipelines make by default or in examples."""
+    """Height and width in pixels, and frames of a video, as the pipelines make by default or in examples."""
     instance: ClassVar[str] = "nvidia-l4"
-    """Smallest instance type of Inference Endpoints that decodes `usual_size` without tiling, as `memory` plans it.
+    """Smallest instance type of Inference Endpoints whose memory suffices to decode `usual_size` without tiles.
 
-    Where none up to nvidia-l40s does, the smallest that does it in tiles.
+    If none up to nvidia-l40s does, the smallest one that decodes it in tiles.
     """
     license: ClassVar[str] = "other"
-    """Of the checkpoint, as the Hub spells it."""
+    """License of the checkpoint, as the Hub spells it."""
     license_link: ClassVar[str | None] = None
-    """None for the checkpoint's page."""
+    """Link to the license; None for the checkpoint's page."""
     weights_mb: ClassVar[int | None] = None
-    """Size of the checkpoint's safetensors in MB, for a plan made without a network; None where nobody looked."""
+    """Size of the checkpoint's safetensors in MB, for a plan without a network; None if unknown."""
     shared_by: ClassVar[str] = ""
-    """Other models that have this VAE, for people who look for theirs."""
+    """Other models with this VAE, for users who search for theirs."""

@@ -3,7 +3,7 @@ from handlers.model import read_config
 
 
 class PlaygroundV25(EndpointHandler):
-    """Playground v2.5: the architecture of SDXL, with a mean and a deviation for each channel of its latents."""
+    """Playground v2.5: SDXL's architecture, with a mean and a deviation for each channel of latents."""
 
     checkpoint = "playgroundai/playground-v2.5-1024px-aesthetic"
     subfolder = "vae"

@@ -3,7 +3,7 @@ from handlers.model import Peak
 
 
 class QwenImage(EndpointHandler):
-    """Qwen-Image: the VAE of a video model, for pictures."""
+    """Qwen-Image: the VAE of a video model, for images."""
 
     checkpoint = "Qwen/Qwen-Image"
     subfolder = "vae"

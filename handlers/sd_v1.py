@@ -3,7 +3,7 @@ from handlers.model import read_config
 
 
 class StableDiffusionV1(EndpointHandler):
-    """Stable Diffusion 1.x and 2.x: the `ft-mse` fine-tune, as the pilot's endpoint had it."""
+    """Stable Diffusion 1.x and 2.x: the `ft-mse` fine-tune, like in Hugging Face's remote VAE pilot of 2025."""
 
     checkpoint = "stabilityai/sd-vae-ft-mse"
     vae_class = "AutoencoderKL"

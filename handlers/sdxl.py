@@ -3,7 +3,7 @@ from handlers.model import read_config
 
 
 class StableDiffusionXL(EndpointHandler):
-    """Stable Diffusion XL: the fine-tune whose activations fit float16 (the original overflows to black pictures)."""
+    """Stable Diffusion XL: the fine-tune whose activations fit in float16. The original overflows to black images."""
 
     checkpoint = "madebyollin/sdxl-vae-fp16-fix"
     vae_class = "AutoencoderKL"

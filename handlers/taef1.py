@@ -3,9 +3,9 @@ from handlers.model import Peak, read_config
 
 
 class Taef1(EndpointHandler):
-    """Previews of FLUX.1, and what shares its latents in milliseconds.
+    """Previews of FLUX.1, and of models that share its latents, in milliseconds.
 
-    Its latents are the scaled ones that the diffusion model gives: send no factor, or `do_scaling`.
+    It takes the scaled latents of the diffusion model: send no factor, or `do_scaling`.
     """
 
     checkpoint = "madebyollin/taef1"

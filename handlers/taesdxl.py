@@ -5,7 +5,7 @@ from handlers.model import Peak
 class TaesdXL(EndpointHandler):
     """Previews of Stable Diffusion XL in milliseconds.
 
-    Its latents are the scaled ones that the diffusion model gives: send no factor, or `do_scaling`.
+    It takes the scaled latents of the diffusion model: send no factor, or `do_scaling`.
     """
 
     checkpoint = "madebyollin/taesdxl"

@@ -7,14 +7,14 @@ WEIGHTS = Path(__file__).parent.parent / "models" / "tiny"
 
 
 class Tiny(EndpointHandler):
-    """The VAE shipped in this repository (`models/tiny/train.py` trains it): works with no GPU and no Hub."""
+    """VAE in this repository, trained by `models/tiny/train.py`. It needs no GPU and no Hub."""
 
     checkpoint = str(WEIGHTS)
     vae_class = "AutoencoderKL"
     dtype = "float32"
     latent_channels = 8
     vae_scale_factor = 4
-    # The cheapest there is, 2 GB: the toolkit with this model peaked at 0.6 GB for a picture of 256x256 pixels.
+    # The cheapest type, with 2 GB: the toolkit with this model peaked at 0.6 GB for an image of 256x256 pixels.
     instance = "intel-spr"
     peak = {"decode": Peak(96, reduced=0.87), "encode": Peak(67)}
     license = "apache-2.0"

@@ -3,7 +3,7 @@ from handlers.model import Peak
 
 
 class Wan21(EndpointHandler):
-    """Wan 2.1, and what shares its VAE. The documentation of diffusers runs it in float32, the pilot did in float16."""
+    """Wan 2.1 and the models that share its VAE. diffusers' documentation runs it in float32."""
 
     checkpoint = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     subfolder = "vae"

@@ -3,7 +3,7 @@ from handlers.model import Peak, read_config
 
 
 class Wan22(EndpointHandler):
-    """Wan 2.2 TI2V-5B: 16 pixels and 4 frames a latent."""
+    """Wan 2.2 TI2V-5B: 16 pixels and 4 frames per latent."""
 
     checkpoint = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
     subfolder = "vae"

@@ -1,5 +1,6 @@
 """What the models declare, and the one that ships in this repository."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from handlers import MODELS, EndpointHandler, get_model, get_models
 from scripts import models
 from scripts.local_server import ROOT
+from tests.support.messages import send
 
 TINY = ROOT / "models" / "tiny"
 
@@ -57,9 +59,9 @@ def test_tiny_is_small_enough_to_ship() -> None:
 
 def test_tiny_gives_back_a_photograph_that_it_was_not_trained_on(tiny: EndpointHandler) -> None:
     photograph = data.astronaut()
-    latents = tiny({"inputs": Image.fromarray(photograph), "parameters": {"do_scaling": True}})
-    assert latents["parameters"]["shape"] == [1, 8, 128, 128]
-    image = tiny({"inputs": latents["inputs"], "parameters": {**latents["parameters"], "do_scaling": True}})
+    latents = send(tiny.pipeline, Image.fromarray(photograph), do_scaling=True)
+    assert latents.shape == (1, 8, 128, 128)
+    image = Image.open(io.BytesIO(send(tiny.pipeline, latents, do_scaling=True)))
     assert peak_signal_noise_ratio(photograph, np.asarray(image)) >= 32
 
 
@@ -83,8 +85,8 @@ def psnr(photograph: Tensor, dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_tiny_keeps_a_flat_picture_flat(tiny: EndpointHandler, value: int) -> None:
-    latents = tiny({"inputs": Image.new("RGB", (128, 64), (value, value, value))})
-    image = tiny({"inputs": latents["inputs"], "parameters": latents["parameters"]})
+    latents = send(tiny.pipeline, Image.new("RGB", (128, 64), (value, value, value)))
+    image = Image.open(io.BytesIO(send(tiny.pipeline, latents)))
     assert np.abs(np.asarray(image).astype(int) - value).max() < 16
 
 

@@ -287,7 +287,7 @@ class TestFrames:
     )
     def test_a_tensor_off_the_grid_is_refused(self, service: Service, key: str, frames: int, nearest: str) -> None:
         error = service.refusal(key, some_pixels(model_of(key), frames), "encode")
-        assert error.endswith(f"is a video of {frames} frames, of which this VAE would drop some; send {nearest}")
+        assert error.endswith(f"this VAE would drop some of the {frames} frames; send {nearest}")
 
     def test_every_count_of_frames_fits_one_by_one(self, service: Service) -> None:
         for frames in (1, 2, 3):

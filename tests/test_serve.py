@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
         ),
         (["--model", "fluks"], f"there is no model 'fluks' (did you mean flux?); the models are: {', '.join(MODELS)}"),
         (["--model", "sd-v1", "--dtype", "int8"], "VAE_DTYPE: Input should be 'float16', 'bfloat16' or 'float32'"),
-        (["--model", "sd-v1", "--weights", "{empty}"], "VAE_WEIGHTS={empty} holds no AutoencoderKL"),
+        (["--model", "sd-v1", "--weights", "{empty}"], "VAE_WEIGHTS={empty} has no AutoencoderKL"),
         (["--model", "sd-v1", "--weights", "random", "--device", "tpu9"], "VAE_DEVICE: torch cannot use 'tpu9' here"),
     ],
 )

@@ -17,28 +17,28 @@ from handlers.serving.limits import Limits
 
 
 class Admission:
-    """Everything that bounds the requests in the service. One object serves all models.
+    """Slots, readers, deadlines and bytes in flight of all requests to all models.
 
-    The event loop takes slots, readers and deadlines. Any thread may count bytes.
+    Slots, readers and deadlines are for the event loop. Any thread may count bytes.
     """
 
     def __init__(self, limits: Limits, devices: int = 1) -> None:
         self.limits = limits
         self.slots = asyncio.Semaphore(limits.max_queue + devices)
         self.readers = asyncio.Semaphore(os.cpu_count() or 1)
-        """Held while a payload is read, which keeps a core busy."""
+        """Permits to read a payload, which keeps a core busy."""
         self.bytes_in_flight = 0
-        """Bytes of the bodies of all requests, and of what is made of them."""
+        """Bytes of the bodies of all requests, and of the tensors made from them."""
         self.lock = Lock()
         self._deadlines: set[anyio.CancelScope] = set()
 
     def reservation(self) -> Reservation:
-        """Return a new request's share of the bytes in flight, which is empty."""
+        """Return the empty reservation of a new request."""
         return Reservation(self)
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """Hold one of the slots for a `with` block, first come, first served.
+        """Take a slot for a `with` block, first come, first served.
 
         Raises:
             RequestError: no slot is free within the queue timeout; status 503.
@@ -47,7 +47,7 @@ class Admission:
             await self.slots.acquire()
         if waiting.cancelled_caught:
             limit = self.limits.max_queue
-            raise RequestError(f"{limit} requests are waiting already (VAE_MAX_QUEUE); try again soon", 503)
+            raise RequestError(f"the queue has {limit} requests already (VAE_MAX_QUEUE); try again soon", 503)
         try:
             yield
         finally:
@@ -55,7 +55,7 @@ class Admission:
 
     @contextmanager
     def deadline(self) -> Iterator[None]:
-        """Cancel a `with` block at its deadline. Raises `TimeoutError` then."""
+        """Cancel a `with` block at its deadline, with `TimeoutError`."""
         with anyio.fail_after(self.limits.timeout) as scope:
             self._deadlines.add(scope)
             try:
@@ -64,16 +64,16 @@ class Admission:
                 self._deadlines.discard(scope)
 
     def expire(self) -> None:
-        """Make every deadline of now pass."""
+        """Let all current deadlines pass now."""
         for scope in list(self._deadlines):
             scope.deadline = -math.inf
 
 
 class Reservation:
-    """The bytes in flight of one request. They are given back when its last `with` block ends.
+    """Bytes in flight of one request. They are released when its last `with` block ends.
 
-    A request is in one such block, and the thread that reads its payload in another. So the bytes of a thread that a
-    deadline left behind count until that thread ends.
+    The request is in one block, and the thread that reads its payload in another. So the bytes of an abandoned thread
+    count until that thread ends.
     """
 
     def __init__(self, admission: Admission) -> None:
@@ -81,11 +81,11 @@ class Reservation:
         self._admission = admission
         self._users = 0
 
-    def hold(self, size: int) -> None:
-        """Count `size` more bytes of this request, before they are taken.
+    def reserve(self, size: int) -> None:
+        """Count `size` more bytes of this request, before they are allocated.
 
         Raises:
-            RequestError: the request takes too much alone (413), or beside the others (503). Nothing is counted then.
+            RequestError: the request exceeds the limit alone (413), or together with the others (503).
         """
         admission = self._admission
         with admission.lock:

@@ -1,4 +1,4 @@
-"""The devices of a process: one queue of jobs for all models, and one thread for each device."""
+"""Devices of a process: a queue of jobs for all models, and a thread for each device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from operator import attrgetter
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -28,69 +27,71 @@ logger = logging.getLogger(__name__)
 
 
 IDLE_SECONDS = 10.0
-"""Seconds without work after which a device gives back the memory that it keeps for the next batch."""
+"""Seconds without work after which a device frees the memory that it keeps for the next batch."""
 
 BATCH_PIXELS = 1024 * 1024
-"""Pixels of a batch on a GPU, at most: four images of 512x512, each of which alone leaves a large GPU partly idle.
+"""Pixels of a batch on a GPU, at most: four images of 512x512, because one alone leaves a large GPU partly idle.
 
-A CPU is busy with one image, so its batches hold one request.
+One image keeps a CPU busy, so its batches have one request.
 """
 
 
 class Device(NamedTuple):
+    """Functions of a device."""
+
     run: Callable[[list[Any]], list[Any]]
-    """Runs a batch of work and gives its results in order."""
+    """Run a batch of work and return its results in order."""
     is_alive: Callable[[], bool]
-    """Whether it can still compute anything; asked when a batch failed."""
+    """Return whether the device still computes, after a batch has failed."""
     on_idle: Callable[[], None]
-    """Gives back the memory that it keeps for the next batch."""
+    """Free the memory that the device keeps for the next batch."""
 
 
 class JobFuture(Future[T]):
-    """The result of a job. Cancelling it drops a job that waits. A pass stops when all its jobs are cancelled."""
+    """Result of a job. Cancelling it drops a waiting job. A pass stops when all its jobs are cancelled."""
 
-    given_up = False
-    """Whether nobody waits for the result any more."""
+    is_cancelled = False
+    """True if nobody waits for the result any more, also when the job runs already."""
 
     def cancel(self) -> bool:
-        self.given_up = True
+        self.is_cancelled = True
         return super().cancel()
 
 
 @dataclass(eq=False)
 class Job:
-    """Work for the device. Waiting jobs of the same `key` may be run as one batch; `size` counts towards its limit."""
+    """Work for a device. Waiting jobs with the same `key` may become one batch; `size` counts towards its limit."""
 
     work: Any
     key: Hashable
     size: int
     due: float
-    """When it came, plus the time that it will take, up to a tenth of the deadline: so small work passes large work,
-    which yet gets its turn."""
+    """Arrival plus expected duration, at most a tenth of the deadline. So small jobs overtake large ones, which still
+    get their turn."""
     future: JobFuture[Any] = field(default_factory=JobFuture)
 
 
 class DeviceQueue:
-    """Runs jobs on devices, each one batch at a time.
+    """Queue of jobs, and a thread for each device that runs one batch at a time.
 
-    A batch is what waits when a device becomes free, so no job ever waits for company.
+    A device that becomes free takes the jobs that wait already, so no job waits for a batch to fill.
     """
 
     def __init__(self, devices: Sequence[Device], batch_limit: int, timeout: float) -> None:
-        """Starts the threads.
+        """Start the threads.
 
         Args:
-            batch_limit: what the sizes of the jobs of a batch add up to at most; a larger job goes alone.
-            timeout: seconds that a client waits; a device that is busy with one batch for twice as long is stuck.
+            batch_limit: most that the sizes of a batch's jobs add up to; a larger job runs alone.
+            timeout: seconds that a client waits. A device is stuck after twice as long in one batch.
         """
         self._batch_limit = batch_limit
         self._timeout = timeout
         self._waiting: list[Job] = []
         self._arrival = threading.Condition()
         self._batches: dict[int, tuple[float, list[Job]]] = {}
-        """By device: what it runs, and since when."""
+        """Start and jobs of the running batch, by device."""
         self._idle_tasks: list[deque[Callable[[], None]]] = [deque() for _ in devices]
-        """By device: what it does by itself while nothing waits."""
+        """Tasks for the time without jobs, by device."""
         self._alive = set(range(len(devices)))
         self._problem: str | None = None
         self._closing = False
@@ -100,19 +101,19 @@ class DeviceQueue:
 
     @property
     def running(self) -> int:
-        """Jobs on a device."""
+        """Number of jobs on devices."""
         return sum(len(batch) for _, batch in list(self._batches.values()))
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue."""
+        """Number of jobs in the queue."""
         with self._arrival:
-            self._forget_cancelled()
+            self._drop_cancelled()
             return len(self._waiting)
 
     @property
     def problem(self) -> str | None:
-        """Why this replica should get no more requests; None while all is well."""
+        """Reason why this replica must not get more requests; None without a problem."""
         if self._closing:
             return "the service is shutting down"
         started = [start for start, _ in list(self._batches.values())]
@@ -121,7 +122,7 @@ class DeviceQueue:
         return self._problem
 
     def check_open(self) -> None:
-        """Raises `RequestError`, status 503, where work that is submitted now would not be taken."""
+        """Raise `RequestError`, status 503, when the queue takes no more work."""
         if self._closing or not self._alive:
             raise RequestError(f"{self.problem}; try again soon", 503)
 
@@ -129,7 +130,7 @@ class DeviceQueue:
         """Queue work.
 
         Args:
-            future: of its result, where the work may set it before its batch is done.
+            future: future of the result, for work that may set it before its batch is done.
 
         Raises:
             RequestError: no device is left; status 503.
@@ -144,51 +145,59 @@ class DeviceQueue:
         return job.future
 
     def when_idle(self, number: int, idle_task: Callable[[], None]) -> None:
-        """Has a device do something of its own as soon as no job waits."""
+        """Run a task on the thread of a device as soon as no job waits."""
         with self._arrival:
             self._idle_tasks[number].append(idle_task)
             self._arrival.notify_all()
 
     def close(self) -> None:
-        """`check_open` lets in no more work. Safe in a signal handler."""
+        """Take no more work, by `check_open`. Safe in a signal handler."""
         self._closing = True
 
-    def _forget_cancelled(self) -> None:
+    def _drop_cancelled(self) -> None:
         self._waiting = [job for job in self._waiting if not job.future.cancelled()]
 
     def _serve(self, number: int, device: Device) -> None:
-        """A device's thread: a batch at a time, for as long as the device lives."""
+        """Run batches and idle tasks on the thread of a device, until the device is lost."""
         is_idle = True
         try:
             while True:
-                batch = self._next(number, None if is_idle else IDLE_SECONDS)
-                if is_idle := batch is None:
+                work = self._next(number, None if is_idle else IDLE_SECONDS)
+                is_idle = work is None
+                if work is None:
                     device.on_idle()
-                elif isinstance(batch, list):
-                    is_whole = _run(device, batch)
-                    start, _ = self._batches.pop(number)
-                    seconds = monotonic() - start
-                    if is_whole:
-                        self._learn_speed(seconds, sum(job.size for job in batch))
-                    else:
-                        logger.info("device %d stopped a pass after %.1f s: nobody waits for it", number, seconds)
+                elif isinstance(work, list):
+                    self._run_batch(number, device, work)
                 else:
-                    batch()
-        except BaseException:  # the device or this code: whatever it is, no client waits for it, and /health says so
+                    work()
+        except BaseException:
             logger.exception("device %d is lost", number)
-            self._problem = f"device {number} is lost"
-            self._alive.discard(number)
-            _, jobs = self._batches.pop(number, (0, []))
-            if not self._alive:
-                with self._arrival:
-                    jobs, self._waiting = jobs + self._waiting, []
-            for job in jobs:
-                _fail(job, RequestError(f"{self._problem}; try again soon", 503))
+            self._lose(number)
+
+    def _run_batch(self, number: int, device: Device, batch: list[Job]) -> None:
+        is_complete = _run(device, batch)
+        start, _ = self._batches.pop(number)
+        seconds = monotonic() - start
+        if is_complete:
+            self._learn_speed(seconds, sum(job.size for job in batch))
+        else:
+            logger.info("device %d stopped a pass after %.1f s: nobody waits for it", number, seconds)
+
+    def _lose(self, number: int) -> None:
+        """Fail the jobs of a lost device, and all waiting jobs if it was the last one. `/health` reports it."""
+        self._problem = f"device {number} is lost"
+        self._alive.discard(number)
+        _, jobs = self._batches.pop(number, (0, []))
+        if not self._alive:
+            with self._arrival:
+                jobs, self._waiting = jobs + self._waiting, []
+        for job in jobs:
+            _fail(job, RequestError(f"{self._problem}; try again soon", 503))
 
     def _next(self, number: int, timeout: float | None) -> list[Job] | Callable[[], None] | None:
-        """The job that is due first, and those that go with it, marked as running; an idle task where none waits.
+        """Take the job that is due first, with the jobs of its batch, or an idle task if no job waits.
 
-        None where neither came within so many seconds.
+        Return None if neither arrives within `timeout` seconds.
         """
         with self._arrival:
             if not self._arrival.wait_for(lambda: self._waiting or self._idle_tasks[number], timeout):
@@ -208,48 +217,51 @@ class DeviceQueue:
             return batch
 
     def _learn_speed(self, seconds: float, size: int) -> None:
-        """A running mean, in which the last few batches count."""
+        """Update the speed: a running mean over the last few batches."""
         if size:
-            known = self._seconds_per_size
-            self._seconds_per_size += (seconds / size - known) * (0.2 if known else 1)
+            mean = self._seconds_per_size
+            self._seconds_per_size += (seconds / size - mean) * (0.2 if mean else 1)
 
 
 def _run(device: Device, batch: list[Job]) -> bool:
-    """Run a batch; when that fails, each of its jobs alone, so that one cannot fail another.
+    """Run a batch. If it fails, run each of its jobs alone, so that one job cannot fail another.
 
     Returns:
-        Whether it was run to its end; not where a pass was stopped.
+        Whether the batch is complete; False if a pass was stopped.
 
     Raises:
-        BaseException: the device is lost; jobs of the batch that have no answer yet are the caller's.
+        BaseException: the device is lost. Some jobs of the batch have no result yet.
     """
     if not batch:
         return True
-    futures = [job.future for job in batch]
     try:
-        with stoppable(lambda: all(map(_is_given_up, futures))):
-            results = device.run([job.work for job in batch])
-        assert len(results) == len(batch)
+        results = _run_stoppable(device, batch)
     except PassStopped:
         metrics.STOPPED.inc()
         for job in batch:
-            _fail(job, PassStopped())  # a new one: the traceback of the other holds this batch
+            _fail(job, PassStopped())  # a new one, because the traceback of the other refers to this batch
         return False
     except Exception as error:
         if not isinstance(error, RequestError) and not device.is_alive():
             raise
-        if len(batch) == 1:
-            _fail(batch[0], error)
-            return True
-        wholes = [_run(device, [job]) for job in batch]  # all of them, whatever becomes of one
-        return all(wholes)
+        if len(batch) > 1:
+            complete = [_run(device, [job]) for job in batch]
+            return all(complete)
+        _fail(batch[0], error)
+        return True
     for job, result in zip(batch, results, strict=True):
         with suppress(InvalidStateError):
             job.future.set_result(result)
     return True
 
 
-_is_given_up = attrgetter("given_up")
+def _run_stoppable(device: Device, batch: list[Job]) -> list[Any]:
+    """Run the work of a batch. Raise `PassStopped` when all its jobs are cancelled."""
+    futures = [job.future for job in batch]
+    with stoppable(lambda: all(future.is_cancelled for future in futures)):
+        results = device.run([job.work for job in batch])
+    assert len(results) == len(batch)
+    return results
 
 
 def _fail(job: Job, error: Exception) -> None:
@@ -258,20 +270,20 @@ def _fail(job: Job, error: Exception) -> None:
 
 
 class DevicePipeline(Protocol):
-    """A pipeline, as far as devices are concerned."""
+    """A pipeline, from the view of devices."""
 
     vaes: list[VAE]
-    """One for each device."""
+    """VAE of each device."""
 
     def forward(self, vae: VAE, batch: list[Any]) -> list[Any]:
-        """Run the work of a batch. Return its results in order."""
+        """Run the work of a batch and return its results in order."""
 
 
 class DevicePool:
-    """All devices. Each runs one batch of one model at a time, so passes never compete for a device's memory."""
+    """Devices of all models. Each runs one batch of one model at a time, so passes do not compete for memory."""
 
     def __init__(self, devices: Sequence[torch.device], timeout: float) -> None:
-        """`timeout` are the seconds that a request may take; see `DeviceQueue`."""
+        """Create the queue. `timeout` is the deadline of a request in seconds; see `DeviceQueue`."""
         self.queue = DeviceQueue(
             [
                 Device(partial(self._run, number), partial(self._is_alive, number), HEAP.trim)
@@ -300,7 +312,7 @@ def device_names(device: str | None) -> list[str]:
     """Return the names of the devices to run on: `device`, or every GPU, or the CPU.
 
     Raises:
-        ValueError: it is no device of this machine.
+        ValueError: this machine does not have the device.
     """
     map_gpu_memory()
     if device:
@@ -308,7 +320,7 @@ def device_names(device: str | None) -> list[str]:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"VAE_DEVICE: torch cannot use {device!r} here ({reason})") from None
+            raise ValueError(f"VAE_DEVICE: torch cannot use {device!r} here ({reason}); name another") from None
         return [device]
     if torch.cuda.is_available():
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""The shapes of a VAE's tensors."""
+"""Shapes of a VAE's tensors."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from handlers.model import Kind, Task
 
 @dataclass(frozen=True)
 class Layout:
-    """Pictures are [B, 3, H, W] and videos [B, 3, F, H, W]; latents the same with other channels and a smaller H, W.
+    """Shapes of a VAE: images [B, 3, H, W] or videos [B, 3, F, H, W], and latents with C channels and smaller sizes.
 
-    Some VAEs take pictures as videos of one frame, so that their latents are [B, C, 1, H, W]; others take videos as
-    batches of pictures, which does not show here.
+    Some VAEs take images as videos of one frame; their latents are [B, C, 1, H, W]. Others take videos as batches of
+    images, which does not matter here.
     """
 
     kind: Kind
     latent_channels: int
     vae_scale_factor: int
-    """Pixels per latent in height and in width."""
+    """Pixels per latent in height and width."""
     frame_counts: tuple[int, int, int] = (1, 1, 1)
-    """Frames that 1, 2 and 3 latent frames are decoded to. Every two more give as many more as the third gives over the
-    first: most VAEs have (n - 1) * factor + 1 for all n, CogVideoX only for odd ones, and n * factor for even ones."""
+    """Frames decoded from 1, 2 and 3 latent frames. Two more latent frames always add the same number of frames. Most
+    VAEs decode n latent frames to (n - 1) * factor + 1 frames; CogVideoX to n * factor for an even n."""
     vae_ndim: int = 4
-    """Dimensions of what the VAE itself takes; 5 where it has frames."""
+    """Dimensions of the VAE's input; 5 for a VAE with frames."""
     variational: bool = True
-    """Whether the encoder gives a distribution, of which there are moments and samples."""
+    """True if the encoder gives a distribution, which has moments and samples."""
 
     @property
     def ndim(self) -> int:
@@ -44,40 +44,46 @@ class Layout:
         return (self.frame_counts[2] - self.frame_counts[0]) // 2
 
     def decoded_frames(self, latent_frames: int) -> int:
-        """Frames of a video that so many latent frames are decoded to."""
+        """Return the number of frames decoded from latent frames."""
         odd, even, next_odd = self.frame_counts
         return (odd if latent_frames % 2 else even) + (latent_frames - 1) // 2 * (next_odd - odd)
 
     def latent_frames(self, frames: int) -> int:
-        """The most latent frames that are decoded to no more than so many frames; at least 1."""
+        """Return the most latent frames whose decoded frames are at most `frames`; at least 1."""
         count = 1
         while self.kind == "video" and self.decoded_frames(count + 1) <= frames:
             count += 1
         return count
 
     def fitting_frames(self, frames: int) -> tuple[int, int]:
-        """The nearest counts, not above and not below, of frames that can be encoded without one being dropped."""
+        """Return the nearest lower and upper number of frames that the VAE encodes without dropping one."""
         latent_frames = self.latent_frames(frames)
         below = self.decoded_frames(latent_frames)
         return below, below if below == frames else self.decoded_frames(latent_frames + 1)
 
     def frames(self, task: Task, shape: Sequence[int]) -> int:
-        """Frames of one item's video, or 1, by the shape of a task's input batch."""
+        """Return the decoded frames of one item, from the shape of a task's inputs."""
         if self.kind == "image":
             return 1
         return shape[2] if task == "encode" else self.decoded_frames(shape[2])
 
     def frame_pixels(self, task: Task, shape: Sequence[int]) -> int:
-        """Pixels of one picture or frame, by the shape of a task's input batch."""
+        """Return the pixels of one image or frame, from the shape of a task's inputs."""
         side = self.vae_scale_factor if task == "decode" else 1
         return shape[-2] * side * shape[-1] * side
 
     def pixels(self, task: Task, shape: Sequence[int]) -> int:
-        """Pixels of one item's picture, or of all frames of its video, by the shape of a task's input batch."""
+        """Return the pixels of one item, with all frames of a video, from the shape of a task's inputs."""
         return self.frames(task, shape) * self.frame_pixels(task, shape)
 
+    def encoded_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the latents that a batch of pixels is encoded to."""
+        side = self.vae_scale_factor
+        frames = (self.latent_frames(self.frames("encode", shape)),) if self.ndim == 5 else ()
+        return shape[0], self.latent_channels, *frames, shape[-2] // side, shape[-1] // side
+
     def describe_pixels(self) -> str:
-        """The shape of a batch in words, for messages."""
+        """Return the shape of a batch of pixels in words, for error texts."""
         if self.kind == "video":
             return "[B, 3, F, height, width]"
         return "[B, 3, height, width]" + (" or [B, 3, 1, height, width]" if self.ndim == 5 else "")

@@ -1,12 +1,13 @@
-"""One request, in the order it happens: parse, prepare, forward, render."""
+"""Stages of a request: parse, prepare, forward, render."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -14,7 +15,6 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from handlers.model import Model, SampleMode, Task
@@ -23,7 +23,6 @@ from handlers.serving.admission import Admission
 from handlers.serving.devices import DevicePool, JobFuture, device_names
 from handlers.serving.errors import RequestError
 from handlers.serving.media import mp4, output, payload, pixels
-from handlers.serving.media.image_files import ImageFile
 from handlers.serving.media.latents import LatentsLayouts, add_noise, generator_of
 from handlers.serving.media.normalization import Normalization
 from handlers.serving.media.request import (
@@ -33,6 +32,7 @@ from handlers.serving.media.request import (
     OutputKind,
     Parameters,
     Request,
+    choose_image_format,
     decode_output_kind,
     media_type_of,
 )
@@ -45,58 +45,58 @@ from handlers.serving.vae.vae import VAE
 
 FLOAT = torch.float32.itemsize
 
+Output = Tensor | output.Mp4Writer | Stream
+"""Output of a request: a tensor on the CPU, an MP4 file that is still encoded, or its stream."""
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """The VAE's input, on the CPU."""
+    """Input of the VAE, on the CPU."""
 
     inputs: Tensor
-    """Raw latents, or pixels in [-1, 1], both with a batch dimension first."""
+    """Raw latents or pixels in [-1, 1], with a batch dimension."""
     headers: dict[str, str] = field(default_factory=dict)
-    """What the answer says of what was made of the body."""
+    """Headers for the response, which say how the body was used."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a device made of a request."""
+    """Result of a request on a device."""
 
-    value: Tensor | output.Mp4Writer | Stream
-    """The answer's tensor, on the CPU; or the MP4 that its frames are written to, which may be streamed."""
+    value: Output
     mode: Mode
     milliseconds: float
-    """Of the batch that the request was in; of a stream until its first bytes."""
+    """Time of the batch; for a stream, the time until its first bytes."""
 
 
 class BatchKey(NamedTuple):
-    """What the requests of one batch have in common."""
+    """Properties that the requests of a batch share."""
 
     task: Task
     shape: tuple[int, ...]
-    """Of one item of the inputs."""
+    """Shape of an item of the inputs."""
     is_mp4: bool
     sample_mode: SampleMode
     options: DecodeOptions
 
 
 class Work(NamedTuple):
-    """What a device gets of a request."""
+    """A request and its input, for a device."""
 
     request: Request
     inputs: Tensor
     result: JobFuture[Result] | None = None
-    """Of a request for a stream: it is set as soon as there are bytes, and at the end of the pass for all others."""
-
-
-def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter that is null was not sent."""
-    return {name: value for name, value in values.items() if value is not None}
+    """Future of a streamed request, which gets its result with the first bytes."""
 
 
 def load_pipelines(models: Mapping[str, type[Model]], path: str) -> dict[str, Pipeline]:
-    """One for each model, by its key, on the devices of this machine. `path` is the deployed repository's, or "".
+    """Load each model onto the devices of this machine, and return the pipelines by key.
+
+    Args:
+        path: folder of the deployed repository, or "".
 
     Raises:
-        ValueError, OSError: a setting or weights are wrong, as `Settings.load` and `VAE.load` say.
+        ValueError, OSError: a setting or the weights are wrong; see `Settings.load` and `VAE.load`.
     """
     settings = Settings.load().within(total_memory(torch.device("cpu")))
     HEAP.reserve = int(settings.max_in_flight_mb * 1e6)
@@ -108,17 +108,17 @@ def load_pipelines(models: Mapping[str, type[Model]], path: str) -> dict[str, Pi
     def load(key: str, declared: type[Model]) -> Pipeline:
         own, folder = settings, path
         if len(models) > 1:
-            own, folder = settings.of(key), str(Path(path, "vae", key)) if path else ""
+            own, folder = settings.for_model(key), str(Path(path, "vae", key)) if path else ""
         return Pipeline([VAE.load(declared, folder, own, name) for name in names], own, admission, devices)
 
     return {key: load(key, declared) for key, declared in models.items()}
 
 
 class Pipeline:
-    """The stages of a request around one VAE.
+    """The stages of a request for one VAE.
 
-    They share nothing but the request, so different requests may be in different stages at the same time. Only
-    `forward` is bound to threads: those of the device queue, one for each device.
+    The stages share only the request, so requests may be in different stages at the same time. `forward` runs on the
+    thread of a device; the others run on any thread.
     """
 
     def __init__(
@@ -128,19 +128,19 @@ class Pipeline:
         admission: Admission | None = None,
         devices: DevicePool | None = None,
     ) -> None:
-        """`vaes` are one for each device. Other pipelines share `admission` and `devices`; None makes new ones."""
+        """Create the pipeline of `vaes`, one for each device. Pipelines may share `admission` and `devices`."""
         self.vaes = vaes
         self.vae = vaes[0]
         self.layout = self.vae.layout
         self.latents_layouts = LatentsLayouts(self.layout, self.vae.declared)
         self.fps = self.vae.declared.fps
         self.settings = settings
-        self.normalization = Normalization.of(self.vae.model, self.vae.declared)
+        self.normalization = Normalization.read(self.vae.model, self.vae.declared)
         self.admission = admission or Admission(settings, len(vaes))
         self.devices = devices or DevicePool([vae.device for vae in vaes], settings.timeout)
         self.device_queue = self.devices.queue
         for number, vae in enumerate(vaes):
-            if vae.fast.fast:  # requests are served meanwhile, by diffusers' own pass
+            if vae.fast.fast:  # diffusers' own pass serves requests meanwhile
                 Thread(target=self._check_fast, args=(number, vae), name=f"fast-{number}", daemon=True).start()
 
     def _check_fast(self, number: int, vae: VAE) -> None:
@@ -155,77 +155,76 @@ class Pipeline:
         values: Mapping[str, Any],
         task: Task | None = None,
     ) -> Request:
-        """The request that an HTTP message carries; without a `task`, its payload tells which it is."""
+        """Parse an HTTP request. Without a `task`, find the task from the payload."""
         media_type, files = media_type_of(content_type), [body]
         if media_type in ("application/json", "tensor/base64"):
             with HEAP.lend(payload.json_peak(body)):
                 files[0], more = payload.read_json(body)
-            values = {**values, **_without_nulls(more)}
+            values = {**values, **more}
         elif media_type == "multipart/form-data":
             with HEAP.lend(len(body)):
                 files, more = payload.read_form(body, content_type)
             values = {**values, **more}
-        kind: BodyKind | None = "tensor" if media_type == "tensor/binary" or "shape" in values else None
-        kind = kind or self._kind_of(files)
-        content = files[0] if len(files) == 1 else files
-        return self._request(content, kind, Parameters.parse(values), Accept.parse(accept, content_type), task)
+        is_tensor = media_type == "tensor/binary" or "shape" in values
+        kind: BodyKind = "tensor" if is_tensor else self._sniff(files)
+        return self._request(files, kind, Parameters.parse(values), Accept.parse(accept, content_type), task)
 
-    def _kind_of(self, files: list[Body]) -> BodyKind:
-        """What one file holds, or several, which are pictures."""
+    def _sniff(self, files: list[Body]) -> BodyKind:
+        """Return the kind of one file, or of several, which must be images."""
         kinds = [payload.sniff(file) for file in files]
         if len(files) > 1 and (self.layout.kind == "video" or set(kinds) != {"image"}):
-            taken = "a video model takes one file" if self.layout.kind == "video" else "a batch is of pictures alone"
-            raise RequestError(f"the form holds {len(files)} files ({', '.join(sorted(set(kinds)))}); {taken}", 422)
+            allowed = "a video model takes one file" if self.layout.kind == "video" else "a batch has images alone"
+            raise RequestError(f"the form has {len(files)} files ({', '.join(sorted(set(kinds)))}); {allowed}", 422)
         return kinds[0]
 
     def _request(
-        self, body: Any, body_kind: BodyKind, parameters: Parameters, accept: Accept, task: Task | None
+        self, files: list[Body], body_kind: BodyKind, parameters: Parameters, accept: Accept, task: Task | None
     ) -> Request:
-        if body_kind == "tensor" and isinstance(body, list):
-            raise RequestError("`shape` and `dtype` are of one tensor, but the form holds several files")
-        if task is None:
-            task = "encode" if body_kind != "tensor" or self._holds_pixels(parameters) else "decode"
+        if body_kind == "tensor" and len(files) > 1:
+            raise RequestError("`shape` and `dtype` describe one tensor, but the form has several files")
+        task = task or ("encode" if body_kind != "tensor" or self._is_pixels(parameters) else "decode")
         if task == "decode" and body_kind != "tensor":
             raise RequestError(f"the body is {body_kind} data, but decoding takes latents; POST it to /encode")
         if self.layout.kind == "image" and body_kind == "video":
             raise RequestError("the body is a video, but this is an image model; send PNG, JPEG or WebP", 422)
-        output_kind = (
-            OutputKind.LATENTS if task == "encode" else decode_output_kind(self.layout.kind, parameters, accept)
-        )
-        if task == "encode" and parameters.sample_mode == "moments":
+        output_kind = OutputKind.LATENTS
+        if task == "decode":
+            output_kind = decode_output_kind(self.layout.kind, parameters, accept)
+        elif parameters.sample_mode == "moments":
             self._check_moments(parameters)
         if parameters.stream and (output_kind is not OutputKind.MP4 or accept.json):
-            raise RequestError(
-                "`stream`: only a video that is decoded to an MP4 file is streamed, not inside JSON", 422
-            )
-        image_format: Any = parameters.image_format or "jpg"
-        if not parameters.image_format and output_kind in (OutputKind.IMAGE, OutputKind.IMAGES):
-            image_format = accept.image_format("png" if accept.json else "jpg")  # inside JSON a PNG, as in the toolkit
+            raise RequestError("`stream`: only the MP4 file of a decoded video is streamed, and not inside JSON", 422)
+        image_format = choose_image_format(parameters, accept, output_kind)
+        body = files[0] if len(files) == 1 else files
         return Request(task, body, body_kind, parameters, output_kind, accept, image_format)
 
     def _check_moments(self, parameters: Parameters) -> None:
-        """Raises `RequestError` where there are none, or where they are asked for in a way that they do not come in."""
+        """Raise `RequestError`, status 422, where the encoder has no moments, or for moments with scaling or layout."""
         if not self.layout.variational:
             raise RequestError("`sample_mode`: this VAE's encoder gives latents, no distribution with moments", 422)
         scaled = parameters.do_scaling or parameters.scaling_factor or parameters.shift_factor
         if scaled or parameters.latents_layout:
             raise RequestError(
-                "`sample_mode`: moments come raw and in the VAE's own layout, with twice the channels (means, then "
+                "`sample_mode`: moments are raw and in the VAE's own layout, with twice the channels (means, then "
                 "log-variances); send no scaling and no `latents_layout`",
                 422,
             )
 
-    def _holds_pixels(self, parameters: Parameters) -> bool:
-        """Whether a tensor that came to no explicit path is to be encoded."""
+    def _is_pixels(self, parameters: Parameters) -> bool:
+        """Return whether a tensor is pixels to encode, and not latents to decode.
+
+        Raises:
+            RequestError: it may be both.
+        """
         shape, layouts = parameters.shape or (), self.latents_layouts
         if not pixels.is_pixels(shape, parameters.dtype, self.layout):
             return False
-        found = layouts.matches(shape, parameters)
-        if "packed" in found or (found and (parameters.latents_layout or parameters.output_type)):
-            return False  # pixels would come with neither
-        if found and pixels.fits(shape, self.layout):
+        matches = layouts.matches(shape, parameters)
+        if "packed" in matches or (matches and (parameters.latents_layout or parameters.output_type)):
+            return False  # pixels have neither parameter
+        if matches and pixels.is_encodable(shape, self.layout):
             raise RequestError(
-                f"`shape` {list(shape)} may be pixels, or latents ({' or '.join(found)}); POST pixels to /encode and "
+                f"`shape` {list(shape)} may be pixels, or latents ({' or '.join(matches)}); POST pixels to /encode and "
                 "latents to /decode"
             )
         if len(shape) == 3 and shape[2] == self.layout.latent_channels * layouts.patch**2:
@@ -233,119 +232,100 @@ class Pipeline:
                 f"`shape` {list(shape)} may be pixels, or packed latents without their `height` and `width`; "
                 "POST pixels to /encode, and send height and width with packed latents"
             )
-        return not found
+        return not matches
 
     def prepare(self, request: Request) -> Prepared:
-        """What the VAE takes of a request."""
-        if request.task == "encode":
-            prepared = self._read_pixels(request)
-        else:
-            prepared = Prepared(self._read_latents(request))
-            request.hold(prepared.inputs.nbytes)
-        # the least and the greatest value are NaN where one is; `isfinite` of all would take another copy
-        if request.body_kind == "tensor" and not all(value.isfinite() for value in prepared.inputs.aminmax()):
-            dtype = str(prepared.inputs.dtype).removeprefix("torch.")
-            raise RequestError(f"the tensor holds NaN or infinity, as it came or once it is scaled in {dtype}", 422)
+        """Make the VAE's input from the body. Check its size before each step that takes memory."""
+        prepared = self._read_latents(request) if request.task == "decode" else self._read_pixels(request)
+        inputs = prepared.inputs
+        # minimum and maximum are NaN if a value is; `isfinite` of all values would take another copy
+        if request.body_kind == "tensor" and not all(value.isfinite() for value in inputs.aminmax()):
+            _, dtype = output.describe(inputs)
+            raise RequestError(f"the tensor has NaN or infinity, as sent or after scaling in {dtype}", 422)
         if request.parameters.memory_format:
             formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-            return replace(prepared, inputs=prepared.inputs.contiguous(memory_format=formats[prepared.inputs.ndim]))
-        return prepared
+            inputs = inputs.contiguous(memory_format=formats[inputs.ndim])
+        return Prepared(inputs, prepared.headers)
 
-    def _read_latents(self, request: Request) -> Tensor:
+    def _read_latents(self, request: Request) -> Prepared:
         parameters = request.parameters
-        batch, layout = self.latents_layouts.read(self._read_tensor(request), parameters)
+        batch, layout = self.latents_layouts.to_own(self._read_tensor(request), parameters)
         self._check_batch("decode", batch.shape)
         if len(batch) > 1 and not self._takes_batch(request.output_kind):
+            use_zip = ", or for images with Accept: application/zip" if self.layout.kind == "image" else ""
             raise RequestError(
-                f"`shape`: a batch of {len(batch)} cannot be answered as {request.output_kind.value}; "
-                "send one at a time "
-                "(in a UI: a batch size of 1, and a larger batch count), or ask for output_type=pt"
-                + (", or for pictures with Accept: application/zip" if self.layout.kind == "image" else "")
+                f"`shape`: a batch of {len(batch)} does not fit in {request.output_kind.value}; send one item at a "
+                "time (in a UI: a batch size of 1, and a larger batch count), or use output_type=pt" + use_zip
             )
         width, height = (side * self.layout.vae_scale_factor for side in (batch.shape[-1], batch.shape[-2]))
         output.check_size(request.output_kind, request.image_format, width, height)
         raw = self.normalization.scaling(parameters, "decode", layout).unscale(batch, self.vae.dtype)
-        return add_noise(raw, parameters) if self.vae.config.get("timestep_conditioning") else raw
+        if self.vae.config.get("timestep_conditioning"):
+            raw = add_noise(raw, parameters)
+        request.reserve(raw.nbytes)
+        return Prepared(raw)
 
     def _check_batch(self, task: Task, shape: tuple[int, ...]) -> None:
         self.settings.check_batch(shape, self.layout.frames(task, shape), self.layout.pixels(task, shape))
 
     def _read_tensor(self, request: Request) -> Tensor:
-        if isinstance(request.body, Tensor):
-            return request.body
+        assert not isinstance(request.body, list)
         return payload.read_tensor(request.body, request.parameters.shape, request.parameters.dtype)
 
     def _read_pixels(self, request: Request) -> Prepared:
-        if request.body_kind == "tensor":
-            batch = pixels.to_batch(self._read_tensor(request), self.layout, request.parameters.exact)
-            self._check_batch("encode", batch.shape)
-            self._check_encode(request, batch.shape)
-            request.hold(batch.numel() * (FLOAT if batch.dtype == torch.uint8 else batch.dtype.itemsize))
-            return Prepared(pixels.normalize(batch))
-        if request.body_kind == "video":
-            return self._read_video(request)
-        return Prepared(self._read_images(request))
+        match request.body_kind:
+            case "tensor":
+                batch = pixels.to_batch(self._read_tensor(request), self.layout, request.parameters.exact)
+                self._check_batch("encode", batch.shape)
+                self._check_encode(request, batch.shape)
+                request.reserve(batch.numel() * (FLOAT if batch.dtype == torch.uint8 else batch.dtype.itemsize))
+                return Prepared(pixels.normalize(batch))
+            case "image":
+                return Prepared(self._read_images(request))
+            case "video":
+                return self._read_video(request)
 
     def _read_images(self, request: Request) -> Tensor:
-        """Nothing is decoded before the whole batch is known, by its headers, to fit the limits and the memory."""
+        """Decode the images of a batch, after the headers of all files have shown that they fit limits and memory."""
         files = request.body if isinstance(request.body, list) else [request.body]
         self.settings.check_files(len(files))
-        images = [self._inspect_image(file, len(files)) for file in files]
+        images = [payload.inspect_image(file, self.settings, len(files)) for file in files]
         shape = pixels.shape_of_images([image.size for image in images], self.layout)
         size = FLOAT * math.prod(shape)
-        request.hold(size)
+        request.reserve(size)
         self._check_encode(request, shape)
-        decoding = max((image.peak for image in images if isinstance(image, ImageFile)), default=0)
-        with HEAP.lend(decoding, held=size):
-            decoded = (image if isinstance(image, Image.Image) else payload.decode_image(image) for image in images)
-            return pixels.from_images(decoded, shape)
-
-    def _inspect_image(self, file: Body | Image.Image, batch: int) -> ImageFile | Image.Image:
-        if isinstance(file, Image.Image):
-            return payload.upright_rgb(file)
-        return payload.inspect_image(file, self.settings, batch)
+        with HEAP.lend(max(image.peak for image in images), reserved=size):
+            return pixels.from_images(map(payload.decode_image, images), shape)
 
     def _read_video(self, request: Request) -> Prepared:
-        """Its frames are counted as they are decoded. They make way, one after the other, for their floats."""
-        held = 0
+        """Decode the frames of a video. Frames count as they are decoded, and are freed one by one for their floats."""
+        assert not isinstance(request.body, list)
+        frame_bytes = 0
 
-        def hold_frame(size: int) -> None:
-            nonlocal held
-            request.hold(size)
-            held += size
+        def reserve_frame(size: int) -> None:
+            nonlocal frame_bytes
+            request.reserve(size)
+            frame_bytes += size
 
-        frames = mp4.read_video(request.body, self.settings, hold_frame)
+        frames = mp4.read_video(request.body, self.settings, reserve_frame)
         count = len(frames)
         shape = pixels.shape_of_images([frame.size for frame in frames], self.layout)
         self._check_encode(request, shape)
-        more = max(0, FLOAT * math.prod(shape) - held)
-        request.hold(more)
+        more = max(0, FLOAT * math.prod(shape) - frame_bytes)
+        request.reserve(more)
         frames.reverse()
-        with HEAP.lend(0, held=more):
+        with HEAP.lend(0, reserved=more):
             batch = pixels.from_images((frames.pop() for _ in range(count)), shape)
         return Prepared(batch, {"X-VAE-Frames": f"the first {shape[2]} of {count}"} if shape[2] < count else {})
 
     def _check_encode(self, request: Request, shape: tuple[int, ...]) -> None:
-        """Refuse here what would be refused when pixels of this shape are decoded, or even encoded."""
-        self._to_output(request, self._no_latents(shape))
+        """Refuse pixels of this shape before they are decoded, when their latents or their pass would be refused."""
+        parameters, latents_shape = request.parameters, self.layout.encoded_shape(shape)
+        if parameters.sample_mode != "moments":
+            self.normalization.scaling(parameters, "encode", parameters.latents_layout).check_shape(latents_shape)
+            self.latents_layouts.check_layout(parameters.latents_layout, latents_shape)
         for vae in self.vaes:
             vae.check_capacity("encode", shape, self._encode_options(request).exact)
-
-    def _no_latents(self, shape: tuple[int, ...]) -> Tensor:
-        """Of the shape that pixels of this one are encoded to, without numbers."""
-        layout = self.layout
-        frames = {"image": (1,), "video": (layout.latent_frames(layout.frames("encode", shape)),)}[layout.kind]
-        side = layout.vae_scale_factor
-        sizes = (*frames[: layout.ndim - 4], shape[-2] // side, shape[-1] // side)
-        return torch.empty((shape[0], layout.latent_channels, *sizes), dtype=self.vae.dtype, device="meta")
-
-    def _to_output(self, request: Request, raw: Tensor) -> Tensor:
-        """Raw latents, scaled and laid out as was asked for; moments as they are."""
-        layout = request.parameters.latents_layout
-        if request.parameters.sample_mode == "moments":
-            return raw
-        scaled = self.normalization.scaling(request.parameters, "encode", layout).scale(raw)
-        return self.latents_layouts.write(scaled, layout)
 
     def _takes_batch(self, output_kind: OutputKind) -> bool:
         if self.layout.kind == "video":
@@ -353,9 +333,9 @@ class Pipeline:
         return output_kind is not OutputKind.IMAGE
 
     def submit(self, request: Request, inputs: Tensor) -> JobFuture[Result]:
-        """Queue the prepared request for a device. Requests that wait with an equal `BatchKey` are one batch.
+        """Queue a prepared request for a device. Waiting requests with an equal `BatchKey` become one batch.
 
-        A stream goes alone: where a batch fails, its requests are run again one by one, and sent bytes stay sent.
+        A stream runs alone: when a batch fails, its requests run again one by one, and sent bytes cannot be taken back.
         """
         parameters, streamed = request.parameters, request.parameters.stream
         key: Hashable = BatchKey(
@@ -371,61 +351,64 @@ class Pipeline:
         future: JobFuture[Result] = JobFuture()
         return self.devices.submit(self, Work(request, inputs, future if streamed else None), key, size, future)
 
-    def unsent(self, request: Request, inputs: Tensor) -> int:
-        """Bytes, at most, that wait for the reader of a stream: frames for the encoder, and what it made of them."""
+    def unread_bytes(self, request: Request, inputs: Tensor) -> int:
+        """Return the bytes that a slow reader of a stream may leave in memory: frames, and encoded bytes."""
         return 3 * self.layout.pixels(request.task, inputs.shape) + BOUND if request.parameters.stream else 0
 
     def _decode_options(self, request: Request) -> DecodeOptions:
-        asked = request.parameters
-        return DecodeOptions(asked.decode_timestep, asked.decode_chunk_size, asked.exact or self.settings.exact)
+        parameters = request.parameters
+        return DecodeOptions(
+            parameters.decode_timestep, parameters.decode_chunk_size, parameters.exact or self.settings.exact
+        )
 
     def _encode_options(self, request: Request) -> EncodeOptions:
-        asked = request.parameters
-        generator = generator_of(asked) if asked.sample_mode == "sample" else None
-        return EncodeOptions(asked.sample_mode, generator, asked.exact or self.settings.exact)
+        parameters = request.parameters
+        generator = generator_of(parameters) if parameters.sample_mode == "sample" else None
+        return EncodeOptions(parameters.sample_mode, generator, parameters.exact or self.settings.exact)
 
     def forward(self, vae: VAE, batch: list[Work]) -> list[Result]:
-        """The VAE and what belongs on its device, for requests of one task and shape.
+        """Run a batch, whose requests have equal `BatchKey`s, on a device.
 
         Raises:
-            RequestError: among others, that there is no memory beside the VAE itself; status 503.
+            RequestError: among others, the device has no free memory; status 503.
         """
         try:
-            return self._forward(vae, batch)
+            start = perf_counter()
+            values, mode = self._run_batch(vae, batch, start)
+            milliseconds = (perf_counter() - start) * 1000
+            return [Result(value, mode, milliseconds) for value in values]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             metrics.OUT_OF_MEMORY.inc()
-            raise RequestError("this device has no memory free for that now; try again soon", 503) from error
+            raise RequestError("this device has no free memory for that now; try again soon", 503) from error
 
-    def _forward(self, vae: VAE, batch: list[Work]) -> list[Result]:
-        start = perf_counter()
+    def _run_batch(self, vae: VAE, batch: list[Work], start: float) -> tuple[Sequence[Output], Mode]:
         metrics.BATCH_SIZE.observe(len(batch))
-        requests = [work.request for work in batch]
+        request, sizes = batch[0].request, [len(work.inputs) for work in batch]
         inputs = batch[0].inputs if len(batch) == 1 else torch.cat([work.inputs for work in batch])
-        options = self._decode_options(requests[0])
+        values: Sequence[Output]
         outputs: Tensor
-        values: Sequence[Tensor | output.Mp4Writer | Stream]
-        if requests[0].output_kind is OutputKind.MP4:
-            values, mode = vae.decode(inputs, partial(self._write_videos, vae, batch, start), options)
+        if request.output_kind is OutputKind.MP4:
+            write = partial(self._write_videos, vae, batch, start)
+            values, mode = vae.decode(inputs, write, self._decode_options(request))
         else:
-            if requests[0].task == "decode":
-                outputs, mode = vae.decode(inputs, options=options)
+            if request.task == "decode":
+                outputs, mode = vae.decode(inputs, options=self._decode_options(request))
             else:
-                outputs, mode = vae.encode(inputs, self._encode_options(requests[0]))
-            parts = outputs.split([len(work.inputs) for work in batch])
-            values = [vae.to_cpu(self._finish(request, part)) for request, part in zip(requests, parts, strict=True)]
-        metrics.PASSES.labels(requests[0].task, mode.value, self.settings.model or "").inc()
-        milliseconds = (perf_counter() - start) * 1000
-        return [Result(value, mode, milliseconds) for value in values]
+                outputs, mode = vae.encode(inputs, self._encode_options(request))
+            items = zip(batch, outputs.split(sizes), strict=True)
+            values = [vae.to_cpu(self._finish(work.request, item)) for work, item in items]
+        metrics.PASSES.labels(request.task, mode.value, self.settings.model or "").inc()
+        return values, mode
 
     def _write_videos(
         self, vae: VAE, batch: list[Work], start: float, chunks: Iterator[Tensor]
     ) -> list[output.Mp4Writer | Stream]:
-        """Gives each request's frames to an encoder, which works on them while the device decodes the next.
+        """Give the frames of each request to an encoder, which works while the device decodes the next chunk.
 
         Raises:
-            RequestError: an earlier pass has failed when bytes of its stream were sent; what is sent stays sent.
+            RequestError: a pass failed after bytes of its stream were sent, so it cannot run again; status 503.
         """
         streams = [self._stream(vae, work, start) for work in batch]
         with ExitStack() as stack:
@@ -434,44 +417,51 @@ class Pipeline:
                 for work, stream in zip(batch, streams, strict=True)
             ]
             for frames in chunks:
-                for writer, part in zip(writers, frames.split(1), strict=True):
-                    writer.add(vae.to_cpu(pixels.to_output(part, OutputKind.MP4)).numpy())
+                for writer, video in zip(writers, frames.split(1), strict=True):
+                    writer.add(vae.to_cpu(pixels.to_output(video, OutputKind.MP4)).numpy())
         return [stream or writer for stream, writer in zip(streams, writers, strict=True)]
 
     def _stream(self, vae: VAE, work: Work, start: float) -> Stream | None:
-        """Where one is asked for; its first bytes are the request's result, and with them it can no more be refused."""
+        """Create the stream of a request that wants one. Its first bytes set the result."""
         result = work.result
         if result is None:
             return None
         if result.done():
-            raise RequestError("the stream had begun when its pass failed, so it cannot be tried again", 503)
+            raise RequestError("the pass failed after its stream began, so it cannot run again; try again", 503)
         mode = vae.mode
 
         def begin() -> None:
             milliseconds = (perf_counter() - start) * 1000
-            with suppress(InvalidStateError):  # the pass is over already
+            with suppress(InvalidStateError):  # the pass is over
                 result.set_result(Result(stream, mode, milliseconds))
 
         stream = Stream(begin)
         return stream
 
-    def _finish(self, request: Request, output: Tensor) -> Tensor:
-        dtype, decodes = request.parameters.output_dtype, request.task == "decode"
-        answer = pixels.to_output(output, request.output_kind) if decodes else self._to_output(request, output)
-        if dtype and answer.is_floating_point():
-            answer = answer.to(payload.DTYPES[dtype])
-        if (dtype or not decodes) and not answer.isfinite().all():
-            raise RequestError(
-                "`scaling_factor`, `shift_factor`, `output_dtype`: they take the answer out of its dtype's range", 422
-            )
-        return answer
+    def _finish(self, request: Request, result: Tensor) -> Tensor:
+        return (
+            self._finish_pixels(request, result) if request.task == "decode" else self._finish_latents(request, result)
+        )
+
+    def _finish_pixels(self, request: Request, decoded: Tensor) -> Tensor:
+        result = pixels.to_output(decoded, request.output_kind)
+        dtype = request.parameters.output_dtype
+        return _to_dtype(result, dtype) if dtype and result.is_floating_point() else result
+
+    def _finish_latents(self, request: Request, raw: Tensor) -> Tensor:
+        """Scale raw latents and convert their layout. Moments stay as they are."""
+        parameters, result = request.parameters, raw
+        if parameters.sample_mode != "moments":
+            scaling = self.normalization.scaling(parameters, "encode", parameters.latents_layout)
+            result = self.latents_layouts.from_own(scaling.scale(raw), parameters.latents_layout)
+        return _to_dtype(result, parameters.output_dtype)
 
     def render(self, request: Request, value: Tensor | output.Mp4Writer) -> output.Content:
-        """The answer's bytes."""
+        """Encode the body of the response."""
         return output.render(value, request.output_kind, request.image_format, request.parameters.quality)
 
     def measure(self) -> None:
-        """Sets what `/metrics` shows of this moment."""
+        """Set the gauges of `/metrics`."""
         metrics.IN_FLIGHT.set(self.admission.bytes_in_flight)
         metrics.RUNNING.set(self.device_queue.running)
         metrics.WAITING.set(self.device_queue.waiting)
@@ -479,35 +469,25 @@ class Pipeline:
             metrics.FREE_MEMORY.labels(str(vae.device)).set(free_memory(vae.device))
             metrics.TOTAL_MEMORY.labels(str(vae.device)).set(total_memory(vae.device))
 
-    def run_object(self, data: Mapping[str, Any]) -> Any:
-        """All stages in a row for a request given as a plain object; see `EndpointHandler.__call__`."""
-        parameters = {**_without_nulls(data.get("parameters") or {}), "stream": False}
-        request = self._parse_object(data.get("inputs"), parameters)
-        work = self.submit(request, self.prepare(request).inputs)
+    def run_message(self, message: Mapping[str, Any]) -> Any:
+        """Run the object of a JSON request and return the object of its response."""
+        request = self.parse(json.dumps(message).encode(), "application/json", None, {})
+        job = self.submit(request, self.prepare(request).inputs)
         try:
-            result: Any = work.result(self.settings.timeout).value
+            value: Any = job.result(self.settings.timeout).value
         finally:
-            work.cancel()  # at the deadline; else it is done
-        if request.output_kind is OutputKind.IMAGE:
-            return output.to_image(result[0])
-        if request.output_kind is OutputKind.UINT8 and request.parameters.output_type == "pil":
-            return [output.to_image(frame) for frame in result]
-        if not request.accept.json and request.output_kind is not OutputKind.MP4:
-            return result
-        content = self.render(request, result)
-        return output.to_json(content) if request.accept.json else content.body
+            job.cancel()  # at the deadline
+        return output.to_json(self.render(request, value))
 
-    def _parse_object(self, inputs: Any, values: Mapping[str, Any]) -> Request:
-        accept = Accept(json=isinstance(inputs, str | Image.Image))
-        kind: BodyKind | None = "tensor" if "shape" in values else None
-        if isinstance(inputs, Tensor):
-            shape, dtype = output.describe(inputs)
-            kind, values = "tensor", {**values, "shape": shape, "dtype": dtype}
-        elif isinstance(inputs, Image.Image):
-            kind = "image"
-        elif not isinstance(inputs, bytes | bytearray):
-            inputs = payload.read_base64(inputs)
-        request = self._request(inputs, kind or payload.sniff(inputs), Parameters.parse(values), accept, task=None)
-        if request.output_kind is OutputKind.PIXELS:  # a video's frames, which are given as PIL images
-            request = replace(request, output_kind=OutputKind.UINT8)
-        return request
+
+def _to_dtype(result: Tensor, dtype: str | None) -> Tensor:
+    """Convert floats to a dtype; None keeps theirs. Raise `RequestError`, status 422, when a value overflows."""
+    if dtype:
+        result = result.to(payload.DTYPES[dtype])
+    if not result.isfinite().all():
+        raise RequestError(
+            "`scaling_factor`, `shift_factor`, `output_dtype`: a value of the response exceeds its dtype's range; "
+            "use a wider dtype or other factors",
+            422,
+        )
+    return result

@@ -1,4 +1,4 @@
-"""How the service is configured: environment variables, and `endpoint.json` in a deployed repository."""
+"""Configuration of the service: environment variables, and `endpoint.json` in a deployed repository."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError
 from handlers.serving.limits import Limits
 
 REPOSITORY = Path(__file__).parents[2]
-"""The folder that holds `handler.py`: this project, or the repository that an endpoint was made from."""
+"""Folder of `handler.py`: this project, or the repository of an endpoint."""
 
 
 def _separated(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    return [text.strip() for text in value.split(",") if text.strip()] if isinstance(value, str) else value
 
 
 def _origin(value: str) -> str:
-    """As browsers send it."""
+    """Check an origin and return it in lower case, like browsers send it."""
     if value != "*" and not re.fullmatch(r"https?://[^/?#@\s*]+", value):
         raise ValueError("expected origins such as https://example.org, separated by commas, or *")
     return value.lower()
@@ -31,70 +31,77 @@ Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class Settings(Limits):
-    """`VAE_<NAME>` in the environment sets each of these; the last three follow from `endpoint.json`."""
+    """Settings of the service. `VAE_<NAME>` in the environment sets each, and `endpoint.json` the last three."""
 
     model: str | None = None
-    """Key of the model, as in `handlers.MODELS`; several are separated by commas."""
+    """Key of the model in `handlers.MODELS`; several keys are separated by commas."""
     weights: str | None = None
-    """A folder with the weights, or "random" for the published architecture with seeded random ones.
+    """Folder with the weights, or "random" for the published architecture with seeded random values.
 
-    Of several models the folder holds one for each, under its key.
+    For several models, the folder has a subfolder for each, named by its key.
     """
     device: str | None = None
-    """A torch device; None takes CUDA, then MPS, then the CPU."""
+    """Torch device; None uses CUDA, then MPS, then the CPU."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """None takes the model's own on a GPU and float32 on a CPU."""
+    """Dtype of the weights; None uses the model's own on a GPU and float32 on a CPU."""
     fast: bool = False
-    """Whether the fast pass is used where a check on the device finds it right and quicker (`fast_check`)."""
+    """True if the fast pass is used when a check on the device finds it accurate and faster (`fast/check.py`)."""
     exact: bool = False
-    """Whether every request is run as diffusers runs it, bit for bit, as with `exact` in each; else it is refused."""
+    """True if every request runs diffusers' own pass, bit for bit, or is refused (`exact` of a request)."""
     api_token: str | None = None
-    """What every POST must send as a Bearer token. From the variable `API_TOKEN`."""
+    """Bearer token that every POST must send. The variable is `API_TOKEN`."""
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_separated)] = ()
-    """Origins whose pages may call the service, as `https://a.example,https://b.example`, or `*` for all."""
+    """Origins whose pages may call the service: `https://a.example,https://b.example`, or `*` for all."""
     foreign_repository: bool = False
-    """Whether the repository is that of another model, so that the weights in it are not this one's."""
+    """True if the repository belongs to another model, so its weights are not used."""
     revision: str | None = None
-    """Commit of the checkpoint on the Hub, where the weights come from there."""
+    """Commit of the checkpoint on the Hub, for weights that are downloaded."""
     revisions: dict[str, str] = {}
-    """The same of each of several models, by its key."""
+    """Commits of the checkpoints of several models, by key."""
 
     @classmethod
     def load(cls, repository: Path = REPOSITORY) -> Settings:
-        """Reads `endpoint.json` in `repository` where it is there, then the environment over it.
+        """Read `endpoint.json` in `repository`, if it exists, and the environment, which has priority.
 
-        With another model than the file's in the environment, nothing of the file holds.
+        If the environment names another model than the file, the file is ignored.
 
         Raises:
-            ValueError: a variable is blank or has a value that it cannot have, or two exclude each other; the message
-                names it. An empty variable counts as unset, except `API_TOKEN`: an empty one would open the service.
+            ValueError: a variable is blank or has a wrong value, or two exclude each other. An empty variable counts as
+                unset, except `API_TOKEN`, because an empty token would open the service.
         """
-        endpoint = repository / "endpoint.json"
-        values = json.loads(endpoint.read_text()) if endpoint.is_file() else {}
-        if several := values.pop("models", None):
-            values["model"] = ",".join(one["model"] for one in several)
-            values["revisions"] = {one["model"]: one["revision"] for one in several if "revision" in one}
+        values = _read_endpoint(repository / "endpoint.json")
         if values and os.environ.get("VAE_MODEL", values.get("model")) != values.get("model"):
             values = {"foreign_repository": True}
-        for name in cls.model_fields:
-            value = os.environ.get(_variable(name), "")
-            if value.isspace() or (name == "api_token" and _variable(name) in os.environ and not value):
-                raise ValueError(f"{_variable(name)} is blank; give it a value, or unset it")
-            if value:
-                values[name] = value
         try:
-            settings = cls.model_validate(values)
+            settings = cls.model_validate(values | cls._read_environment())
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{_variable(str(first['loc'][0]))}: {first['msg']}, got {first['input']!r}") from None
         if settings.fast and settings.exact:
-            raise ValueError("VAE_FAST and VAE_EXACT: only one can be on")
+            raise ValueError("VAE_FAST and VAE_EXACT: only one can be on; unset the other")
         return settings
 
-    def of(self, key: str) -> Settings:
-        """Those of one of several models."""
+    @classmethod
+    def _read_environment(cls) -> dict[str, str]:
+        sent = {name: os.environ[_variable(name)] for name in cls.model_fields if _variable(name) in os.environ}
+        for name, value in sent.items():
+            if value.isspace() or (name == "api_token" and not value):
+                raise ValueError(f"{_variable(name)} is blank; give it a value, or unset it")
+        return {name: value for name, value in sent.items() if value}
+
+    def for_model(self, key: str) -> Settings:
+        """Return the settings of one of several models."""
         weights = self.weights if self.weights in (None, "random") else str(Path(self.weights, key))
         return self.model_copy(update={"model": key, "weights": weights, "revision": self.revisions.get(key)})
+
+
+def _read_endpoint(file: Path) -> dict[str, Any]:
+    """Return the settings in `endpoint.json`; an empty dict without the file."""
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    if models := values.pop("models", None):
+        values["model"] = ",".join(model["model"] for model in models)
+        values["revisions"] = {model["model"]: model["revision"] for model in models if "revision" in model}
+    return values
 
 
 def _variable(name: str) -> str:

@@ -447,7 +447,7 @@ class TestVideo:
             assert eventually(page, length) == pytest.approx(37 / 24, abs=0.02)
             expect(page.locator("#facts")).to_contain_text("first bytes after")
             expect(page.locator("#decoding")).to_contain_text("until the first bytes")
-            expect(page.locator("#decoding")).to_contain_text("from there to the last byte")
+            expect(page.locator("#decoding")).to_contain_text("from the first byte to the last")
             expect(page.locator("#channels canvas")).to_have_count(16)
 
     def test_without_media_source_the_whole_file_is_shown(self, browser: Browser, video: Endpoint, clip: Path) -> None:

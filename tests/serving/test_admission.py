@@ -14,13 +14,13 @@ def test_too_much_alone_is_413_and_beside_others_503_and_neither_is_counted() ->
     first, second = admission.reservation(), admission.reservation()
     with second:
         with first:
-            first.hold(600_000)
+            first.reserve(600_000)
             for reservation, status in ((first, 413), (second, 503)):
                 with pytest.raises(RequestError) as refused:
-                    reservation.hold(500_000)
+                    reservation.reserve(500_000)
                 assert refused.value.status == status
             assert admission.bytes_in_flight == 600_000
-        second.hold(500_000)
+        second.reserve(500_000)
         assert admission.bytes_in_flight == 500_000
     assert admission.bytes_in_flight == 0
 
@@ -30,8 +30,8 @@ def test_a_thread_that_a_deadline_left_behind_keeps_its_bytes_until_it_ends() ->
     reservation = admission.reservation()
     with reservation:  # the thread
         with reservation:  # the request
-            reservation.hold(1000)
-        reservation.hold(2000)
+            reservation.reserve(1000)
+        reservation.reserve(2000)
         assert admission.bytes_in_flight == 3000
     assert admission.bytes_in_flight == 0
 
@@ -40,7 +40,7 @@ def test_slots_are_given_back_and_a_request_that_waits_too_long_is_refused() -> 
     async def run() -> None:
         admission = Admission(Limits(max_queue=1, queue_timeout=0.01), devices=1)
         async with admission.slot(), admission.slot():
-            with pytest.raises(RequestError, match=r"1 requests are waiting already") as refused:
+            with pytest.raises(RequestError, match=r"the queue has 1 requests already") as refused:
                 async with admission.slot():
                     pass
             assert refused.value.status == 503

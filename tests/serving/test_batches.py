@@ -19,7 +19,7 @@ from tests.conftest import Endpoint, uint8_pixels
 from tests.small_service import SERVED, Service, as_tensor
 
 
-def pictures(count: int = 3, size: tuple[int, int] = (96, 64)) -> list[Image.Image]:
+def make_images(count: int = 3, size: tuple[int, int] = (96, 64)) -> list[Image.Image]:
     gradient = Image.radial_gradient("L").resize(size)
     return [Image.merge("RGB", [gradient.rotate(90 * turns + index) for turns in range(3)]) for index in range(count)]
 
@@ -42,15 +42,15 @@ class TestForm:
     """What `curl -F file=@picture.png`, `requests.post(files=...)` and a browser's FormData send."""
 
     @pytest.mark.parametrize("path", ["/encode", "/"])
-    def test_a_batch_of_pictures(self, image_endpoint: Endpoint, path: str) -> None:
-        images = pictures()
+    def test_a_batch_of_images(self, image_endpoint: Endpoint, path: str) -> None:
+        images = make_images()
         latents = as_tensor(post_form(image_endpoint, form(images), path, params=image_endpoint.scaling))
         expected = image_endpoint.encoded(VaeImageProcessor().preprocess(images))
         torch.testing.assert_close(latents, expected.detach(), atol=1e-4, rtol=0)
 
     def test_fields_are_parameters(self, image_endpoint: Endpoint) -> None:
-        one = post_form(image_endpoint, form(pictures(1)), data={"do_scaling": "true", "sample_mode": "argmax"})
-        other = post_form(image_endpoint, form(pictures(1)), params={"do_scaling": "true"})
+        one = post_form(image_endpoint, form(make_images(1)), data={"do_scaling": "true", "sample_mode": "argmax"})
+        other = post_form(image_endpoint, form(make_images(1)), params={"do_scaling": "true"})
         assert torch.equal(as_tensor(one), as_tensor(other))
 
     def test_a_tensor(self, image_endpoint: Endpoint) -> None:
@@ -70,12 +70,12 @@ class TestForm:
     @pytest.mark.parametrize(
         ("files", "fields", "status", "said"),
         [
-            (form([*pictures(1), *pictures(1, (64, 64))]), {}, 422, "one size, and these have 96x64, 64x64"),
-            ([("note", (None, "no file"))], {}, 400, "the form holds no file"),
-            (form(pictures(65, (8, 8))), {}, 413, "a batch of 65 pictures; at most 64"),
-            ([*form(pictures(1)), ("b", ("b.txt", b"text"))], {}, 400, "the body is no PNG, JPEG, WebP or MP4 file"),
-            (form(pictures(1)), {"x": ["1"] * 1100}, 413, "the form has more than 1000 parts"),
-            (form(pictures(2)), {"shape": "1", "dtype": "uint8"}, 400, "the form holds several files"),
+            (form([*make_images(1), *make_images(1, (64, 64))]), {}, 422, "one size, but these have 96x64, 64x64"),
+            ([("note", (None, "no file"))], {}, 400, "the form has no file"),
+            (form(make_images(65, (8, 8))), {}, 413, "a batch of 65 images; at most 64"),
+            ([*form(make_images(1)), ("b", ("b.txt", b"text"))], {}, 400, "the body is no PNG, JPEG, WebP or MP4 file"),
+            (form(make_images(1)), {"x": ["1"] * 1100}, 413, "the form has more than 1000 parts"),
+            (form(make_images(2)), {"shape": "1", "dtype": "uint8"}, 400, "the form has several files"),
         ],
     )
     def test_what_is_refused(self, running: Any, files: Any, fields: dict[str, str], status: int, said: str) -> None:
@@ -84,7 +84,7 @@ class TestForm:
         assert said in answer.json()["error"]
 
     def test_several_files_for_a_video_model(self, video_endpoint: Endpoint) -> None:
-        answer = post_form(video_endpoint, form(pictures(2)))
+        answer = post_form(video_endpoint, form(make_images(2)))
         assert answer.status_code == 422
         assert "a video model takes one file" in answer.json()["error"]
 
@@ -125,7 +125,7 @@ class TestZip:
         headers = {"Accept": "application/zip"}
         answer = video_endpoint.post(video_endpoint.latents(), "/decode", headers, output_type="pil")
         assert answer.status_code == 400
-        assert "a video cannot be answered as images" in answer.json()["error"]
+        assert "a video cannot be sent as images" in answer.json()["error"]
 
 
 @pytest.mark.parametrize("key", SERVED)
@@ -171,7 +171,7 @@ def test_pixels_of_two_frames_are_no_image(service: Service) -> None:
 @pytest.mark.parametrize("more", [{"do_scaling": True}, {"scaling_factor": 2}, {"latents_layout": "packed"}])
 def test_moments_come_raw(service: Service, more: dict[str, Any]) -> None:
     said = service.refusal("flux", torch.zeros(1, 3, 64, 64), "encode", sample_mode="moments", **more)
-    assert "moments come raw" in said
+    assert "moments are raw" in said
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from handlers.serving.vae.fast.fused import FusedPass
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
 from tests.checkpoints import build
+from tests.support.messages import send
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +132,7 @@ def test_group_norm_keeps_its_digits_where_a_mean_is_large(height: int, width: i
     torch.nn.init.normal_(norm.bias)
     expected = torch.nn.functional.silu(norm.double()((x + bias[:, None, None]).double()))
     norm.float()
-    result = kernels.group_norm(x, norm.weight, norm.bias, 16, norm.eps, torch.empty_like(x), before=bias)
+    result = kernels.group_norm(x, norm.weight, norm.bias, 16, norm.eps, torch.empty_like(x), input_bias=bias)
     torch.testing.assert_close(result.double(), expected, atol=2e-4, rtol=0)
 
 
@@ -147,7 +148,7 @@ def test_it_takes_no_more_memory_than_diffusers(key: str) -> None:
 def test_of_other_architectures_there_is_none() -> None:
     assert fast_pass(small("taesd")) is None
     passes = FastPasses(small("taesd"), MODELS["taesd"], wanted=True)
-    assert set(passes.verdicts.values()) == {"off: there is none for this architecture"}
+    assert set(passes.verdicts.values()) == {"off: this architecture has none"}
     assert list(passes.checks()) == []
 
 
@@ -217,8 +218,8 @@ def test_where_it_fails_it_is_not_used(vae: VAE, monkeypatch: pytest.MonkeyPatch
 
 def test_what_overflows_runs_in_float32_as_diffusers_does(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     run_checks(vae, monkeypatch)
-    assert vae.fast.on("decode", torch.float32)
-    assert not vae.fast.on("decode", torch.float64)
+    assert vae.fast.is_on("decode", torch.float32)
+    assert not vae.fast.is_on("decode", torch.float64)
 
 
 def test_exact_is_refused_where_it_does_not_fit(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,13 +251,12 @@ def test_requests_are_served_before_and_after_the_check(vae: VAE) -> None:
     vae.fast.fast.prepare = lambda: None
     pipeline = Pipeline([vae], Settings(fast=True))
     latents = inputs("sd-v1", None, torch.float32)["decode"]
-    request = {"inputs": latents, "parameters": {"output_type": "pt"}}
-    own = pipeline.run_object({**request, "parameters": {"output_type": "pt", "exact": True}})
+    own = send(pipeline, latents, output_type="pt", exact=True)
     deadline = 60
     while "off: not checked yet" in vae.fast.verdicts.values() and deadline:
-        torch.testing.assert_close(pipeline.run_object(request), own, atol=1e-4, rtol=0)
+        torch.testing.assert_close(send(pipeline, latents, output_type="pt"), own, atol=1e-4, rtol=0)
         deadline -= 1
-    torch.testing.assert_close(pipeline.run_object(request), own, atol=1e-4, rtol=0)
+    torch.testing.assert_close(send(pipeline, latents, output_type="pt"), own, atol=1e-4, rtol=0)
 
 
 def test_a_copy_of_the_model_is_not_bound_to_it() -> None:

@@ -136,7 +136,7 @@ class TestOneRequest:
     @pytest.mark.parametrize("fault", [PAYLOAD_BUG, BUG, DISK_FULL])
     def test_a_fault_of_ours_is_500_with_an_id_and_no_details(self, faulty: Endpoint, fault: int) -> None:
         response = faulty.post(faulty.latents(), seed=fault, headers={"X-Request-Id": f"fault-{fault}"})
-        message = "the service failed on this request; its log says why"
+        message = "the service failed on this request; its log has the reason"
         assert (response.status_code, response.json()) == (500, {"error": message, "request_id": f"fault-{fault}"})
         assert f"request fault-{fault} failed" in faulty.log.read_text()
         self.assert_well(faulty)
@@ -144,7 +144,7 @@ class TestOneRequest:
     @pytest.mark.parametrize("fault", [PAYLOAD_HANGS, OUTPUT_HANGS])
     def test_a_stage_that_hangs_is_504(self, faulty: Endpoint, fault: int) -> None:
         response = ask(faulty, fault)
-        message = f"no answer within {TIMEOUT} s (VAE_TIMEOUT); send less at once"
+        message = f"no response within {TIMEOUT} s (VAE_TIMEOUT); send less at once"
         assert (response.status_code, response.json()) == (504, {"error": message})
         self.assert_well(faulty)
 
@@ -171,7 +171,7 @@ class TestOneRequest:
         assert metric(faulty, "vae_bytes_in_flight") <= before
         self.assert_well(faulty)
 
-    def test_out_of_memory_is_tried_one_step_down(self, faulty: Endpoint) -> None:
+    def test_out_of_memory_is_tried_in_the_next_mode(self, faulty: Endpoint) -> None:
         before = metric(faulty, "vae_out_of_memory_total")
         response = ask(faulty, OUT_OF_MEMORY)
         assert (response.status_code, response.headers["X-VAE-Mode"]) == (200, "tiled")
@@ -261,7 +261,7 @@ class TestAPassThatNobodyWaitsFor:
     @pytest.mark.usefixtures("one_pass_alone")
     def test_at_its_deadline(self, videos: Endpoint) -> None:
         response = videos.post(videos.latents(**self.LONG).half(), output_type="pt")
-        message = "no answer within 15 s (VAE_TIMEOUT); send less at once"
+        message = "no response within 15 s (VAE_TIMEOUT); send less at once"
         assert (response.status_code, response.json()) == (504, {"error": message})
 
 

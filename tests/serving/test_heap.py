@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from handlers.serving.vae import heap
-from handlers.serving.vae.heap import HOLES, KERNELS, LARGE_BLOCK, SMALL_BLOCK, Heap, map_gpu_memory
+from handlers.serving.vae.heap import HOLES, LARGE_BLOCK, MAX_KERNELS, SMALL_BLOCK, Heap, map_gpu_memory
 from scripts.local_server import ROOT
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def test_memory_that_was_used_once_is_not_mapped_again() -> None:
     code = """
 import resource, threading, torch
 from handlers.serving.vae.heap import HEAP
-HEAP.keep(pages=True)
+HEAP.configure(keep_pages=True)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     with HEAP.settle():
@@ -90,7 +90,7 @@ class Passes:
             HEAP.make_room(64 * 2**20)
             return [torch.ones(16 * 2**20).sum() for _ in batch]
 
-HEAP.keep(pages=True)
+HEAP.configure(keep_pages=True)
 devices.IDLE_SECONDS = float(sys.argv[1])
 pool = DevicePool([torch.device("cpu")], 300)
 before = psutil.Process().memory_info().rss
@@ -110,7 +110,7 @@ def test_an_idle_server_gives_its_free_pages_back() -> None:
 SHAPES = """
 import sys, torch
 from handlers.serving.vae.heap import HEAP
-HEAP.keep(pages=True)
+HEAP.configure(keep_pages=True)
 for size in map(int, sys.argv[1:]):
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
         torch.nn.functional.conv2d(torch.ones(2, 16, size, 16), torch.ones(16, 16, 3, 3))
@@ -119,7 +119,7 @@ for size in map(int, sys.argv[1:]):
 
 
 def test_what_onednn_compiles_for_each_shape_is_kept_for_some_of_them_only() -> None:
-    first, recent = range(4, KERNELS + 50), range(KERNELS, KERNELS + 50)
+    first, recent = range(4, MAX_KERNELS + 50), range(MAX_KERNELS, MAX_KERNELS + 50)
     command = [sys.executable, "-c", SHAPES, *map(str, [*first, *recent, *first])]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     passes = output.split("size ")[:-1]
@@ -210,7 +210,7 @@ def test_what_requests_may_bring_meanwhile_is_left_to_them(monkeypatch: pytest.M
 def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
     other = Heap()
-    other.keep(pages=True)
+    other.configure(keep_pages=True)
     with other.settle():
         other.make_room(2**62)
 

@@ -73,7 +73,7 @@ def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path) -> None:
         f"lab/none is not on the Hub, or the token in HF_TOKEN may not see it: {page}/none",
         f"lab/half has no {CONFIG}: {page}/half",
         f"lab/half has no vae/{WEIGHTS}: {page}/half",
-        f"lab/vae has nothing at revision {NOWHERE}: {page}/vae",
+        f"lab/vae has no files at revision {NOWHERE}: {page}/vae",
     ]
 
 
@@ -91,4 +91,4 @@ def test_a_hub_that_is_out_of_reach(hub: Hub, tmp_path: Path, reason: str) -> No
         found, said = fetch(f"http://127.0.0.1:{port}", cache, vae, ("lab/none", "vae", None), **environment)
     assert found == f"{CONFIG} {WEIGHTS}"
     assert said.startswith("the Hub cannot be reached (")
-    assert f"), and vae/{CONFIG} of lab/none is not in the cache; mend the network" in said
+    assert f"), and vae/{CONFIG} of lab/none is not in the cache; fix the network" in said

@@ -10,21 +10,21 @@ from handlers.serving.media.request import Parameters
 
 IMAGE = LatentsLayouts(Layout("image", 16, 8), MODELS["flux"])
 VIDEO = LatentsLayouts(Layout("video", 16, 8, (1, 5, 9), 5), MODELS["hunyuan-video"])
-PICTURE_OF_VIDEO_VAE = LatentsLayouts(Layout("image", 16, 8, vae_ndim=5), MODELS["qwen-image"])
+IMAGE_OF_VIDEO_VAE = LatentsLayouts(Layout("image", 16, 8, vae_ndim=5), MODELS["qwen-image"])
 FRAMES_FIRST = LatentsLayouts(Layout("video", 16, 8, (1, 8, 9), 5), MODELS["cogvideox"])
 ONE_BY_ONE = LatentsLayouts(Layout("video", 128, 32, (1, 9, 17), 5), MODELS["ltx-video"])
 PATCHIFIED = LatentsLayouts(Layout("image", 32, 8), MODELS["flux2"])
 
 
 def read(layouts: LatentsLayouts, latents: torch.Tensor, **parameters: object) -> torch.Tensor:
-    return layouts.read(latents, Parameters.parse(parameters))[0]
+    return layouts.to_own(latents, Parameters.parse(parameters))[0]
 
 
 def test_packed_latents_are_shuffled_pixels() -> None:
     packed = torch.randn(2, 4 * 6, 64)
     expected = pixel_shuffle(packed.transpose(1, 2).unflatten(2, (4, 6)), 2)
     assert torch.equal(read(IMAGE, packed, height=64, width=96), expected)
-    assert torch.equal(read(PICTURE_OF_VIDEO_VAE, packed, height=64, width=96), expected.unsqueeze(2))
+    assert torch.equal(read(IMAGE_OF_VIDEO_VAE, packed, height=64, width=96), expected.unsqueeze(2))
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_as_many_frames_as_channels_are_refused_until_the_layout_is_named() -> N
 
 
 def test_a_layout_that_the_model_does_not_have() -> None:
-    with pytest.raises(RequestError, match="`latents_layout`: 'BFHWC' is none of this model's, BCHW, packed"):
+    with pytest.raises(RequestError, match="`latents_layout`: this model has no 'BFHWC', only BCHW, packed"):
         read(PATCHIFIED, torch.randn(1, 32, 4, 6), latents_layout="BFHWC")
-    with pytest.raises(RequestError, match="is none of this model's"):
-        PATCHIFIED.write(torch.randn(1, 32, 4, 6), "BFHWC")
+    with pytest.raises(RequestError, match="this model has no 'BFHWC'"):
+        PATCHIFIED.check_layout("BFHWC", (1, 32, 4, 6))
 
 
 def test_padding_is_dropped_where_num_frames_says_so() -> None:
@@ -111,11 +111,11 @@ def test_padding_is_dropped_where_num_frames_says_so() -> None:
     assert torch.equal(read(FRAMES_FIRST, latents, num_frames=81), latents[:, 1:].movedim(1, 2))
     with pytest.raises(RequestError, match="22 latent frames of this model may begin with 1 of padding; send `num_fra"):
         read(FRAMES_FIRST, latents)
-    with pytest.raises(RequestError, match="`num_frames`: 49 frames are 13 latent frames, but 22 came"):
+    with pytest.raises(RequestError, match="`num_frames`: 49 frames are 13 latent frames, but the tensor has 22"):
         read(FRAMES_FIRST, latents, num_frames=49)
 
 
-@pytest.mark.parametrize("layouts", [IMAGE, VIDEO, PICTURE_OF_VIDEO_VAE, FRAMES_FIRST, ONE_BY_ONE, PATCHIFIED])
+@pytest.mark.parametrize("layouts", [IMAGE, VIDEO, IMAGE_OF_VIDEO_VAE, FRAMES_FIRST, ONE_BY_ONE, PATCHIFIED])
 def test_what_is_written_is_read_again(layouts: LatentsLayouts) -> None:
     layout = layouts.layout
     frames = {4: (), 5: (3,) if layout.kind == "video" else (1,)}[layout.ndim]
@@ -125,14 +125,14 @@ def test_what_is_written_is_read_again(layouts: LatentsLayouts) -> None:
     if layout.kind == "video":
         sent["num_frames"] = 2 * layout.frame_factor + 1
     for name in layouts.names:
-        written = layouts.write(latents, name)
+        written = layouts.from_own(latents, name)
         assert torch.equal(read(layouts, written, latents_layout=name, **sent), latents), name
-    assert torch.equal(layouts.write(latents, None), latents)
+    assert torch.equal(layouts.from_own(latents, None), latents)
 
 
 def test_patches_need_sizes_that_they_go_into() -> None:
     with pytest.raises(RequestError, match="packed needs a height and a width that are multiples of 16"):
-        IMAGE.write(torch.randn(1, 16, 5, 6), "packed")
+        IMAGE.check_layout("packed", (1, 16, 5, 6))
 
 
 def test_noise_is_mixed_in_by_its_share_and_the_seeds_own() -> None:

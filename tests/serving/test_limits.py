@@ -88,7 +88,7 @@ def read_answer(answers: BinaryIO) -> tuple[int, bytes]:
     return status, body
 
 
-def test_what_is_held_is_an_eighth_of_the_memory_unless_it_is_set() -> None:
+def test_bytes_in_flight_are_an_eighth_of_the_memory_unless_it_is_set() -> None:
     assert Limits().within(2 * 10**9).max_in_flight_mb == 250
     assert Limits().within(10**12).max_in_flight_mb == 2048
     assert Limits(max_in_flight_mb=2048).within(2 * 10**9).max_in_flight_mb == 2048
@@ -118,7 +118,7 @@ class TestSizes:
         assert re.search(message, response.json()["error"]), response.json()
 
     @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-    def test_a_picture_of_too_many_pixels_is_not_decoded(self, narrow: Endpoint, image_format: str) -> None:
+    def test_an_image_of_too_many_pixels_is_not_decoded(self, narrow: Endpoint, image_format: str) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (640, 512)).save(buffer, format=image_format)
         response = requests.post(narrow.url, data=buffer.getvalue(), timeout=10)
@@ -149,7 +149,7 @@ class TestSizes:
         wait_for_metric(narrow, "vae_bytes_in_flight", 1_400_000)
         response = requests.post(narrow.url, data=b"\0" * 200_000, timeout=10)
         assert response.status_code == 503
-        message = "requests hold 1.5 MB already (VAE_MAX_IN_FLIGHT_MB); try again soon"
+        message = "1.5 MB are in flight already (VAE_MAX_IN_FLIGHT_MB); try again soon"
         assert (response.json(), response.headers["Retry-After"]) == ({"error": message}, "1")
         for connection in halves:
             connection.close()
@@ -176,11 +176,11 @@ class TestValues:
         tensor[0, 1, 2, 3] = value
         response = narrow.post(tensor)
         assert response.status_code == 422
-        assert response.json()["error"].startswith("the tensor holds NaN or infinity")
+        assert response.json()["error"].startswith("the tensor has NaN or infinity")
 
     def test_scaling_out_of_range(self, narrow: Endpoint) -> None:
         response = narrow.post(narrow.latents(), scaling_factor=1e-38, shift_factor=3e38)
-        assert (response.status_code, response.json()["error"][:33]) == (422, "the tensor holds NaN or infinity,")
+        assert (response.status_code, response.json()["error"][:31]) == (422, "the tensor has NaN or infinity,")
         response = narrow.post(torch.zeros(1, 3, 64, 64), shift_factor=-3e38, scaling_factor=10)
         assert (response.status_code, response.json()["error"][:20]) == (422, "`scaling_factor`, `s")
 
@@ -188,7 +188,9 @@ class TestValues:
     def test_another_content_type_is_415(self, narrow: Endpoint, content_type: str) -> None:
         response = narrow.post(narrow.latents(), headers={"Content-Type": content_type})
         assert response.status_code == 415
-        assert response.json()["error"].startswith(f"Content-Type '{content_type}' is not taken; send none, or one of")
+        assert response.json()["error"].startswith(
+            f"Content-Type '{content_type}' is not supported; send none, or one of"
+        )
 
     @pytest.mark.parametrize(("coding", "status"), [("gzip", 415), ("identity, br", 415), ("identity", 200), ("", 200)])
     def test_a_compressed_body_is_415(self, narrow: Endpoint, coding: str, status: int) -> None:
@@ -197,7 +199,7 @@ class TestValues:
         if status == 415:
             name = coding.split()[-1]
             assert response.json()["error"].startswith(
-                f"Content-Encoding '{name}' is not taken; send the body as it is"
+                f"Content-Encoding '{name}' is not supported; send the body uncompressed"
             )
 
     @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ class TestManyAtATime:
         for response in responses:
             if response.status_code == 503:
                 assert response.headers["Retry-After"] == "1"
-                assert "requests are waiting already" in response.json()["error"]
+                assert "requests already (VAE_MAX_QUEUE)" in response.json()["error"]
         assert narrow.post(narrow.latents()).ok
 
     def test_work_of_a_client_that_is_gone_is_dropped(self, narrow: Endpoint) -> None:

@@ -46,7 +46,7 @@ def load(checkpoint: Callable[[str], Path]) -> Load:
 @pytest.fixture(params=[1, 3, 1000], ids=lambda rows: f"chunks of {rows}")
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """So few rows at a time that small pictures take several chunks; and all at once."""
-    monkeypatch.setattr(low_memory, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(low_memory, "GROUP_BYTES", {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(low_memory, "MIN_ROWS", request.param)
 
 

@@ -60,7 +60,7 @@ def test_estimates_grow_with_the_pixels_of_the_result() -> None:
 def test_a_model_that_is_not_reduced_runs_its_slices_and_tiles_in_full() -> None:
     decoded = MemoryUse(Declared, reduces=False, tile_pixels=64 * 64).estimate("decode", IMAGE, (2, 4, 16, 16), 2)
     assert decoded.full == decoded.reduced
-    assert decoded.of(Mode.SLICED, 2) == decoded.full + 2 * decoded.result
+    assert decoded.needed(Mode.SLICED, 2) == decoded.full + 2 * decoded.result
     assert decoded.tiled == decoded.full * 64 * 64 / (128 * 128)
 
 

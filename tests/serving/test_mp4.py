@@ -20,6 +20,7 @@ from handlers.serving.media.output import tensor_bytes, write_mp4
 from handlers.serving.pipeline import Work
 from handlers.serving.vae.memory import Mode
 from tests.conftest import same_video, uint8_pixels
+from tests.support.messages import send
 
 Steps = list[Callable[[], None]]
 
@@ -39,7 +40,7 @@ def no_encoder_is_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def before_spans(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> Steps:
+def before_chunks(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> Steps:
     """What is to happen before the first chunk is decoded, before the second, and so on."""
     steps: Steps = []
     layer = handler.pipeline.vae.model.post_quant_conv
@@ -72,7 +73,7 @@ def latents(seed: int = 0) -> torch.Tensor:
 
 
 def mp4(handler: EndpointHandler, z: torch.Tensor) -> bytes:
-    return handler({"inputs": z, "parameters": {"output_type": "mp4"}})
+    return send(handler.pipeline, z, output_type="mp4")
 
 
 @torch.no_grad()
@@ -81,20 +82,20 @@ def mp4_of_diffusers(handler: EndpointHandler, z: torch.Tensor) -> bytes:
 
 
 def test_the_first_frames_are_encoded_before_the_last_are_decoded(
-    handler: EndpointHandler, before_spans: Steps, taken: SimpleQueue[int]
+    handler: EndpointHandler, before_chunks: Steps, taken: SimpleQueue[int]
 ) -> None:
     first: list[int] = []
-    before_spans += [lambda: None, lambda: first.extend(taken.get(timeout=10) for _ in range(13))]
+    before_chunks += [lambda: None, lambda: first.extend(taken.get(timeout=10) for _ in range(13))]
     file = mp4(handler, latents())
     assert first == list(range(13))
     assert same_video(file, mp4_of_diffusers(handler, latents()))
 
 
-def test_out_of_memory_midway_starts_again_one_step_down(handler: EndpointHandler, before_spans: Steps) -> None:
+def test_out_of_memory_midway_starts_again_in_the_next_mode(handler: EndpointHandler, before_chunks: Steps) -> None:
     def fail() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    before_spans += [lambda: None, fail]
+    before_chunks += [lambda: None, fail]
     request, inputs = prepared(handler, latents())
     (result,) = handler.pipeline.forward(handler.pipeline.vae, [Work(request, inputs)])
     assert result.mode is Mode.REDUCED
@@ -120,8 +121,8 @@ def test_nan_midway_starts_again_in_float32(handler: EndpointHandler, monkeypatc
     assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
-def test_what_decoding_fails_with_reaches_the_request(handler: EndpointHandler, before_spans: Steps) -> None:
-    before_spans += [lambda: None, lambda: 1 / 0]
+def test_what_decoding_fails_with_reaches_the_request(handler: EndpointHandler, before_chunks: Steps) -> None:
+    before_chunks += [lambda: None, lambda: 1 / 0]
     with pytest.raises(ZeroDivisionError):
         mp4(handler, latents())
     assert same_video(mp4(handler, latents()), mp4_of_diffusers(handler, latents()))

@@ -14,7 +14,7 @@ MEAN, STD = torch.arange(16.0), torch.arange(1.0, 17.0)
 
 def normalization(key: str, buffers: dict[str, Tensor] | None = None, **config: object) -> Normalization:
     model = SimpleNamespace(config=config, named_buffers=lambda recurse: (buffers or {}).items())
-    return Normalization.of(model, MODELS[key])
+    return Normalization.read(model, MODELS[key])
 
 
 def scaling(one: Normalization, task: str = "decode", layout: str | None = None, **parameters: object) -> Scaling:
@@ -72,7 +72,7 @@ def test_a_factor_that_the_pipeline_ignores() -> None:
 def test_latents_that_may_be_raw_already_need_a_word() -> None:
     own = normalization("ltx-2", {"latents_mean": MEAN, "latents_std": STD}, scaling_factor=1.0)
     for parameters in ({"do_scaling": True}, {"scaling_factor": 1.0}):
-        with pytest.raises(RequestError, match=r"some pipelines give BCFHW .*do_scaling=false .*normalized=true"):
+        with pytest.raises(RequestError, match=r"pipelines give BCFHW .*do_scaling=false .*normalized=true"):
             scaling(own, layout="BCFHW", **parameters)
         assert scaling(own, layout="BCFHW", normalized=False, **parameters) == Scaling()
     assert scaling(own, layout="BCFHW") == Scaling()
@@ -93,7 +93,7 @@ def test_statistics_of_patches() -> None:
     raw = Scaling(1.0, mean, std).unscale(torch.zeros(1, 2, 4, 6), torch.float32)
     assert torch.equal(raw[0, 1, :2, :2], mean[0, 1])
     assert torch.equal(raw[0, 1, 2:, 4:], mean[0, 1])
-    with pytest.raises(RequestError, match="normalised in patches, so their height and width must be multiples of 2"):
+    with pytest.raises(RequestError, match="so their height and width must be multiples of 2"):
         Scaling(1.0, mean, std).unscale(torch.zeros(1, 2, 5, 6), torch.float32)
 
 

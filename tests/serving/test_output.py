@@ -37,14 +37,14 @@ def encoder_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "mp4"]
 
 
-def add_spans(writer: Mp4Writer, frames: np.ndarray) -> None:
+def add_chunks(writer: Mp4Writer, frames: np.ndarray) -> None:
     for chunk in np.split(frames, np.cumsum(CHUNKED_DECODERS)[:-1]):
         writer.add(chunk)
 
 
 def test_the_file_is_that_of_all_frames_at_once(frames: np.ndarray) -> None:
     with Mp4Writer(12.5) as writer:
-        add_spans(writer, frames)
+        add_chunks(writer, frames)
     assert same_video(writer.finish(), write_mp4(frames, 12.5))
     with av.open(io.BytesIO(writer.finish())) as container:
         assert container.streams.video[0].average_rate == 12.5
@@ -53,11 +53,11 @@ def test_the_file_is_that_of_all_frames_at_once(frames: np.ndarray) -> None:
 
 def test_a_file_that_nobody_asks_for_is_written_to_its_end(frames: np.ndarray) -> None:
     with Mp4Writer(24) as writer:
-        add_spans(writer, frames)
+        add_chunks(writer, frames)
     # `no_thread_is_left`
 
 
-def test_a_file_is_given_up_where_decoding_fails(frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_dropped_if_decoding_fails(frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     encoding, go_on, encoded = threading.Event(), threading.Event(), []
 
     def slow_write(frames: Iterator[np.ndarray], fps: float) -> bytes:
@@ -69,7 +69,7 @@ def test_a_file_is_given_up_where_decoding_fails(frames: np.ndarray, monkeypatch
 
     monkeypatch.setattr(output, "write_mp4", slow_write)
     with suppress(ZeroDivisionError), Mp4Writer(24) as writer:
-        add_spans(writer, frames)
+        add_chunks(writer, frames)
         assert encoding.wait(10)
         raise ZeroDivisionError
     go_on.set()
@@ -79,7 +79,7 @@ def test_a_file_is_given_up_where_decoding_fails(frames: np.ndarray, monkeypatch
 
 
 @pytest.mark.parametrize("when", ["before the first frames", "while waiting"])
-def test_a_file_without_frames_is_given_up_too(when: str, frames: np.ndarray) -> None:
+def test_a_file_without_frames_is_dropped_too(when: str, frames: np.ndarray) -> None:
     with suppress(ZeroDivisionError), Mp4Writer(24) as writer:
         if when == "while waiting":
             writer.add(frames)
@@ -89,7 +89,7 @@ def test_a_file_without_frames_is_given_up_too(when: str, frames: np.ndarray) ->
 def test_what_the_encoder_fails_with_comes_from_finish(frames: np.ndarray) -> None:
     with Mp4Writer(24) as writer:
         writer.add(frames[:, :31])
-    with pytest.raises(RequestError, match="the MP4 encoder failed; the log says why") as error:
+    with pytest.raises(RequestError, match="the MP4 encoder failed; the log has the reason") as error:
         writer.finish()
     assert error.value.status == 500
 
@@ -114,6 +114,6 @@ def test_adding_does_not_wait_for_the_encoder(frames: np.ndarray, monkeypatch: p
 
     monkeypatch.setattr(output, "write_mp4", stuck)
     with Mp4Writer(24) as writer:
-        add_spans(writer, frames)
+        add_chunks(writer, frames)
         all_added.set()
     assert writer.finish() == b"32 more at 24"

@@ -6,7 +6,7 @@ from PIL import Image
 
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
-from handlers.serving.media.payload import read_image, read_json, sniff, upright_rgb
+from handlers.serving.media.payload import read_image, read_json, sniff, to_rgb
 
 LIMITS = Limits()
 
@@ -18,7 +18,7 @@ def test_exif_orientation_is_applied() -> None:
     exif[0x0112] = 6  # to be turned a quarter clockwise
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", exif=exif)
-    upright = upright_rgb(read_image(buffer.getvalue(), LIMITS))
+    upright = to_rgb(read_image(buffer.getvalue(), LIMITS))
     assert upright.size == (8, 16)
     assert (upright.getpixel((4, 1)), upright.getpixel((4, 14))) == ((0, 0, 255), (255, 0, 0))
 
@@ -38,7 +38,7 @@ def test_exif_orientation_is_applied() -> None:
     ],
 )
 def test_every_mode_becomes_rgb_on_white(image: Image.Image, expected: int) -> None:
-    pixels = np.asarray(upright_rgb(image))
+    pixels = np.asarray(to_rgb(image))
     assert pixels.shape == (8, 8, 3)
     assert (pixels == expected).all()
 
@@ -48,22 +48,22 @@ def test_transparent_palette() -> None:
     image.putpalette([10, 20, 30])
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", transparency=0)
-    assert (np.asarray(upright_rgb(read_image(buffer.getvalue(), LIMITS))) == 255).all()
+    assert (np.asarray(to_rgb(read_image(buffer.getvalue(), LIMITS))) == 255).all()
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
 def test_broken_exif_is_no_obstacle(image_format: str) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, format=image_format, exif=b"Exif\0\0junk that is no TIFF")
-    assert upright_rgb(read_image(buffer.getvalue(), LIMITS)).size == (8, 8)
+    assert to_rgb(read_image(buffer.getvalue(), LIMITS)).size == (8, 8)
 
 
-def test_a_still_picture_in_a_videos_clothes_is_no_video() -> None:
+def test_a_still_image_in_a_video_container_is_no_video() -> None:
     with pytest.raises(RequestError, match="the body is no PNG, JPEG, WebP or MP4 file"):
         sniff(b"\0\0\0 ftypavif")
 
 
-def test_a_picture_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 32)).save(buffer, format="PNG")
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("it was decoded"))

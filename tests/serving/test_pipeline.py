@@ -1,6 +1,5 @@
-"""The handler as a plain object, as the toolkit's own routes call it."""
+"""The handler with JSON messages, batches, and a device with little memory."""
 
-import base64
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,8 @@ from handlers.serving.settings import Settings
 from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
-from tests.conftest import same_video, uint8_pixels
+from tests.conftest import uint8_pixels
+from tests.support.messages import message_of, send
 
 
 @pytest.fixture(scope="module")
@@ -43,60 +43,36 @@ def latents_of(handler: EndpointHandler) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def as_base64(latents: torch.Tensor) -> dict:
-    parameters = {"shape": list(latents.shape), "dtype": "float32"}
-    return {"inputs": base64.b64encode(tensor_bytes(latents)).decode(), "parameters": parameters}
-
-
-def test_tensor_to_tensor(handler: EndpointHandler) -> None:
+def test_a_tensor(handler: EndpointHandler) -> None:
     latents = latents_of(handler)
-    result = handler({"inputs": latents, "parameters": {"output_type": "pt"}})
-    torch.testing.assert_close(result, decoded(handler, latents), atol=1e-5, rtol=0)
-    result.mul_(2)  # an ordinary tensor, which may be worked on
+    response = handler(message_of(latents, output_type="pt"))
+    assert response["parameters"] == {"shape": [1, 3, 32, 48], "dtype": "float32"}
+    torch.testing.assert_close(
+        send(handler.pipeline, latents, output_type="pt"), decoded(handler, latents), atol=1e-5, rtol=0
+    )
 
 
-def test_bytes_to_tensor(handler: EndpointHandler) -> None:
+def test_an_image_is_the_default(handler: EndpointHandler) -> None:
     latents = latents_of(handler)
-    parameters = {"shape": list(latents.shape), "dtype": "float32", "output_type": "pt"}
-    result = handler({"inputs": tensor_bytes(latents), "parameters": parameters})
-    torch.testing.assert_close(result, decoded(handler, latents), atol=1e-5, rtol=0)
+    image = Image.open(io.BytesIO(send(handler.pipeline, latents)))
+    assert image.format == "PNG"
+    assert np.array_equal(np.asarray(image), uint8_pixels(decoded(handler, latents))[0])
 
 
-def test_pil_is_the_default_and_gives_a_pil_image(handler: EndpointHandler) -> None:
-    latents = latents_of(handler)
-    for data in (as_base64(latents), {"inputs": latents}):
-        image = handler(data)
-        assert isinstance(image, Image.Image)
-        assert np.array_equal(np.asarray(image), uint8_pixels(decoded(handler, latents))[0])
+def test_an_image_is_encoded(handler: EndpointHandler, photograph: Image.Image) -> None:
+    response = handler({"inputs": message_of(photograph)["inputs"], "parameters": None})
+    assert response["parameters"] == {"shape": [1, 16, 8, 12], "dtype": "float32"}
 
 
-def test_base64_to_what_json_can_carry(handler: EndpointHandler) -> None:
-    data = as_base64(latents_of(handler))
-    data["parameters"]["output_type"] = "pt"
-    result = handler(data)
-    assert result["parameters"] == {"shape": [1, 3, 32, 48], "dtype": "float32"}
-    assert base64.b64decode(result["inputs"]) == tensor_bytes(decoded(handler, latents_of(handler)))
+def test_pixels_are_encoded(handler: EndpointHandler) -> None:
+    assert send(handler.pipeline, torch.zeros(1, 3, 32, 48)).shape == (1, 16, 4, 6)
 
 
-def test_pil_image_is_encoded_for_json(handler: EndpointHandler, photograph: Image.Image) -> None:
-    result = handler({"inputs": photograph, "parameters": {"output_type": "pil"}})
-    assert result["parameters"] == {"shape": [1, 16, 8, 12], "dtype": "float32"}
-
-
-def test_pixels_to_latents_and_back(handler: EndpointHandler) -> None:
-    latents = handler({"inputs": torch.zeros(1, 3, 32, 48)})
-    assert latents.shape == (1, 16, 4, 6)
-
-
-def test_video_as_frames_and_as_mp4(video_handler: EndpointHandler) -> None:
+def test_a_video_as_frames_and_as_mp4(video_handler: EndpointHandler) -> None:
     latents = latents_of(video_handler)
-    frames = video_handler({"inputs": latents, "parameters": {"output_type": "pil"}})
-    expected = uint8_pixels(decoded(video_handler, latents))
-    assert np.array_equal(np.stack([np.asarray(frame) for frame in frames]), expected)
-    mp4 = video_handler({"inputs": latents, "parameters": {"output_type": "mp4"}})
-    in_json = video_handler(as_base64(latents))
-    assert same_video(base64.b64decode(in_json), mp4)
-    with av.open(io.BytesIO(mp4)) as container:
+    frames = send(video_handler.pipeline, latents, output_type="pil")
+    assert (frames.dtype, tuple(frames.shape)) == (torch.float32, (5, 3, 32, 48))
+    with av.open(io.BytesIO(send(video_handler.pipeline, latents, output_type="mp4"))) as container:
         assert len(list(container.decode(video=0))) == 5
 
 
@@ -108,8 +84,8 @@ def test_wrong_inputs(handler: EndpointHandler, inputs: object) -> None:
 
 def test_a_wrong_request_leaves_the_next_one_unharmed(handler: EndpointHandler) -> None:
     with pytest.raises(RequestError, match="is no shape of this VAE's latents"):
-        handler({"inputs": torch.zeros(1, 5, 4, 6)})
-    assert handler({"inputs": latents_of(handler)}).size == (48, 32)
+        send(handler.pipeline, torch.zeros(1, 5, 4, 6))
+    assert send(handler.pipeline, latents_of(handler), output_type="pt").shape == (1, 3, 32, 48)
 
 
 # A convolution over a batch may add up in another order than over one item; the output chunks about [-4, 4] here.
@@ -143,7 +119,7 @@ class TestBatches:
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn((1, 16, 4, 6 + number % 2), generator=generator) for number in range(32)]
         with ThreadPoolExecutor(32) as clients:
-            results = list(clients.map(lambda z: handler({"inputs": z, "parameters": {"output_type": "pt"}}), inputs))
+            results = list(clients.map(lambda z: send(handler.pipeline, z, output_type="pt"), inputs))
         for latents, result in zip(inputs, results, strict=True):
             torch.testing.assert_close(result, decoded(handler, latents), atol=BATCH_TOLERANCE, rtol=0)
 
@@ -160,7 +136,7 @@ class TestMemory:
         self, vae: VAE, expected: Mode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         latents = torch.randn((3, 4, 80, 80), generator=torch.Generator().manual_seed(0))
-        free = vae.memory.estimate("decode", vae.layout, latents.shape, 4).of(expected, 3)
+        free = vae.memory.estimate("decode", vae.layout, latents.shape, 4).needed(expected, 3)
         monkeypatch.setattr(HEAP, "available", lambda: free)
         result, mode = vae.decode(latents)
         assert mode is expected
@@ -170,7 +146,7 @@ class TestMemory:
             rounding = 2e-4 * float(expected_pixels.abs().max())
             torch.testing.assert_close(result, expected_pixels, atol=rounding, rtol=0)
 
-    def test_running_out_of_memory_is_survived_one_step_down(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_out_of_memory_is_tried_in_the_next_mode(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
         decode, tried = vae.model.decode, []
 
         def short_of_memory(z: torch.Tensor, **options: object) -> object:
@@ -182,8 +158,8 @@ class TestMemory:
 
         monkeypatch.setattr(vae.model, "decode", short_of_memory)
         _, mode = vae.decode(torch.zeros(2, 4, 8, 8))
-        ways = [(False, 2, False), (True, 2, False), (True, 1, False), (True, 1, True), (True, 1, True)]
-        assert (mode, tried) == (Mode.TILED, ways)
+        attempts = [(False, 2, False), (True, 2, False), (True, 1, False), (True, 1, True), (True, 1, True)]
+        assert (mode, tried) == (Mode.TILED, attempts)
         monkeypatch.setattr(vae.model, "decode", decode)
         assert vae.decode(torch.zeros(2, 4, 8, 8))[1] is Mode.FULL
 
@@ -219,8 +195,8 @@ class TestMemory:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr("handlers.serving.media.pixels.to_output", short)
-        with pytest.raises(RequestError, match="no memory free for that now; try again soon") as refused:
-            handler({"inputs": latents_of(handler)})
+        with pytest.raises(RequestError, match="no free memory for that now; try again soon") as refused:
+            send(handler.pipeline, latents_of(handler))
         assert refused.value.status == 503
 
     def test_another_error_is_no_lack_of_memory(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:

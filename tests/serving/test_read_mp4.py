@@ -140,7 +140,7 @@ class TestWhatIsRead:
 
     def test_a_file_without_video_says_so(self) -> None:
         file = video(frames_of(1), sound=1).replace(b"vide", b"text")
-        with pytest.raises(RequestError, match="the file holds no video"):
+        with pytest.raises(RequestError, match="the file has no video"):
             read_video(file, LIMITS)
 
     def test_half_a_file_says_so(self) -> None:
@@ -197,7 +197,7 @@ class TestWhatIsRead:
     @pytest.mark.parametrize("memory", [20_000_000, 30_000_000, 45_000_000])
     def test_decoding_ends_at_its_limit_of_memory(self, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mp4, "BASE_MEMORY", memory)
-        monkeypatch.setattr(mp4, "SMALLEST_MEMORY", 0)
+        monkeypatch.setattr(mp4, "MIN_FRAME_MEMORY", 0)
         monkeypatch.setattr(mp4, "PIXEL_MEMORY", 0)
         with pytest.raises(RequestError, match="the video cannot be read"):
             read_video(video(frames_of(20, 1280, 720)), LIMITS)
@@ -225,30 +225,30 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "samples of one size": (
         lambda: mp4_files.with_samples(video(frames_of(2)), 4_000_000_000),
         413,
-        "a track of 4000000000 samples; at most 257 frames (VAE_MAX_FRAMES) are encoded",
+        "the video track has 4000000000 samples; at most 100000 are read, and at most 257 frames (VAE_MAX_FRAMES)",
     ),
     "samples of a fragment": (
         lambda: mp4_files.with_fragment(fragmented(), 60_000_000),
         413,
-        "a track of 60000009 samples; at most 257 frames (VAE_MAX_FRAMES) are encoded",
+        "the video track has 60000009 samples; at most 100000 are read, and at most 257 frames (VAE_MAX_FRAMES)",
     ),
     "samples of many fragments": (
         lambda: fragmented() + 20 * mp4_files.with_fragment(b"", 9_000_000),
         413,
-        "a track of 180000009 samples",
+        "the video track has 180000009 samples",
     ),
     "composition times": (
         lambda: add(video(frames_of(2)), TABLES, table("ctts", 200_000_000)),
         413,
         "the video track has 200000000 entries in its `ctts` table; at most 100000",
     ),
-    "a compressed header": (lambda: mp4_files.compressed_header(300_000_000), 400, "the file holds no video"),
+    "a compressed header": (lambda: mp4_files.compressed_header(300_000_000), 400, "the file has no video"),
     "boxes beside each other": (lambda: many_boxes(200_000), 400, "the MP4 file has more than 100000 boxes"),
-    "boxes in each other": (lambda: nested_boxes(2000), 400, "the file holds no video"),
+    "boxes in each other": (lambda: nested_boxes(2000), 400, "the file has no video"),
     "a frame that is shown in part": (
         lambda: mp4_files.cropped(video(np.full((4, 2048, 2048, 3), 128, np.uint8), preset="ultrafast"), 64, 64),
         400,
-        "the video cannot be read (its frames have 2048x2048 pixels, but show 64x64 of them)",
+        "the video cannot be read (its frames have 2048x2048 pixels, but show only 64x64)",
     ),
 }
 """What makes a file that describes more than it holds, and the status and the error that it gets."""

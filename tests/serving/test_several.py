@@ -24,6 +24,7 @@ from handlers.version import VERSION
 from scripts.local_server import ROOT, serve
 from tests.checkpoints import build
 from tests.conftest import Endpoint, uint8_pixels
+from tests.support.messages import send
 from tests.test_handler import STAND_IN
 
 KEYS = ("sd-v1", "flux", "hunyuan-video")
@@ -110,8 +111,8 @@ def test_one_that_runs_out_of_memory_leaves_the_others_right(monkeypatch: pytest
     monkeypatch.setattr(broken.vae.model, "decode", fail)
     for _ in range(2):
         with pytest.raises(Exception, match="which this device does not have free now"):
-            broken.run_object({"inputs": torch.randn(1, 4, 4, 4)})
-        result = whole.run_object({"inputs": latents, "parameters": {"output_type": "pt"}})
+            send(broken, torch.randn(1, 4, 4, 4))
+        result = send(whole, latents, output_type="pt")
         assert torch.equal(result, expected)
 
 

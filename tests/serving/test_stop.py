@@ -80,7 +80,7 @@ def run(vae: VAE, task: str, given: Tensor, watch: Convolutions) -> tuple[Tensor
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mode], None]:
     """Has passes run in this mode alone; rows come in small chunks."""
-    monkeypatch.setattr(low_memory, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(low_memory, "GROUP_BYTES", {"cpu": 1, "cuda": 1})
     return lambda mode: monkeypatch.setattr(vae_module, "choose_modes", lambda *_: [mode])
 
 

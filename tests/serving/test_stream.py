@@ -176,7 +176,7 @@ class TestRefused:
     def test_what_is_no_mp4(self, faulty: Endpoint, parameters: dict[str, str]) -> None:
         response = ask(faulty, **parameters)
         assert response.status_code == 422
-        assert response.json()["error"].startswith("`stream`: only a video that is decoded to an MP4 file is streamed")
+        assert response.json()["error"].startswith("`stream`: only the MP4 file of a decoded video is streamed")
 
     def test_json_and_encoding(self, faulty: Endpoint) -> None:
         latents = small(faulty)
@@ -187,7 +187,7 @@ class TestRefused:
         assert [answer.status_code for answer in (inside, encoded, strange)] == [422, 422, 400]
         assert strange.json()["error"].startswith("`stream`: Input should be a valid boolean")
 
-    def test_more_than_may_be_held(self, faulty: Endpoint) -> None:
+    def test_more_than_may_be_in_flight(self, faulty: Endpoint) -> None:
         large = faulty.latents(frames=31, height=192, width=192)  # 121 frames: 13.4 MB, and what is encoded of them
         assert faulty.post(large[:, :, :1], stream="true").ok
         refused = faulty.post(large, stream="true")
@@ -241,7 +241,7 @@ class TestBroken:
         assert metric(faulty, "vae_broken_streams_total") == before + 1
         assert_well(faulty)
 
-    def test_out_of_memory_before_the_first_byte_is_tried_one_step_down(self, faulty: Endpoint) -> None:
+    def test_out_of_memory_before_the_first_byte_is_tried_in_the_next_mode(self, faulty: Endpoint) -> None:
         response = ask(faulty, seed=OUT_OF_MEMORY)
         assert response.headers["X-VAE-Mode"] == "tiled"
         assert is_complete(read(response))
@@ -274,7 +274,7 @@ class TestBroken:
             assert metric(faulty, "vae_bytes_in_flight") > latents.nbytes
             wait_for_metric(faulty, "inf_batch_current_size", 0)  # the device does not wait for it
             line = logged(faulty, "stalls")
-            assert line["error"] == f"the stream broke: no answer within {TIMEOUT} s (VAE_TIMEOUT); send less at once"
+            assert line["error"] == f"the stream broke: no response within {TIMEOUT} s (VAE_TIMEOUT); send less at once"
         assert_well(faulty)
 
 

@@ -57,7 +57,7 @@ def test_the_checkpoint_is_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_folder_without_a_vae_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"VAE_WEIGHTS=.* holds no AutoencoderKL"):
+    with pytest.raises(FileNotFoundError, match=r"VAE_WEIGHTS=.* has no AutoencoderKL"):
         VAE.load(MODELS["sd-v1"], "", Settings(weights=str(tmp_path)), "cpu")
 
 
@@ -140,7 +140,7 @@ class TestOverflow:
     def test_what_is_infinite_in_float32_too_is_an_error(self, vae: VAE) -> None:
         vae.model.decoder.conv_out.bias.fill_(float("nan"))
         with pytest.raises(
-            RequestError, match="gives NaN or infinity for this decode request, in float32 too"
+            RequestError, match="gives NaN or infinity for this decode request, even in float32"
         ) as refused:
             vae.decode(torch.ones(1, 4, 8, 8))
         assert refused.value.status == 422

@@ -1,4 +1,4 @@
-"""HTTP: routes, headers, status codes. Every answer that is no success is JSON with a string under `error`."""
+"""HTTP app: middleware, routes and error responses. Every error response is JSON with a string under `error`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from handlers.model import split_keys
 from handlers.serving import metrics
@@ -28,22 +28,22 @@ from handlers.serving.http.callers import CallerCheck
 from handlers.serving.http.config import describe, public_name
 from handlers.serving.http.openapi import describe_interface
 from handlers.serving.http.request_handler import RequestHandler, check_token
-from handlers.serving.http.web_demo import HEADERS, PAGE, asks_for_page
+from handlers.serving.http.web_demo import HEADERS, PAGE, wants_html
 from handlers.serving.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
 EXPOSED = ("dtype", "shape", "Server-Timing", "X-Request-Id", "X-VAE-Frames", "X-VAE-Mode")
-"""Headers of an answer that pages of other origins may read."""
+"""Headers of a response that pages of other origins may read."""
 
 
 def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
-    """The service; pages of `cors_origins` may call it.
+    """Build the app. It responds 503 until `app.state.handler` is set to a loaded `EndpointHandler`.
 
-    `model` is its name in the metrics. Where it is several, separated by commas, each is served under its name too, as
-    `/flux/decode`, and the first one at the root.
-
-    It answers 503 until `app.state.handler` is set to a loaded `EndpointHandler`.
+    Args:
+        model: key of the model, a label of the metrics. Of several keys, separated by commas, each is also the prefix
+            of a model's paths, as in `/flux/decode`; the first one is served at the root too.
+        cors_origins: origins whose pages may call the service.
     """
     routes = [
         Route("/", root, methods=["GET", "POST", "PUT"]),
@@ -57,7 +57,9 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
         Route("/metrics", show_metrics, methods=["GET"]),
         Route("/openapi.json", openapi, methods=["GET"]),
     ]
-    access_log = Middleware(AccessLog, split_keys(model), {route.path for route in routes}, on_crash)
+    models = split_keys(model)
+    access_log = Middleware(AccessLog, models[0], {route.path for route in routes}, on_crash)
+    router = Middleware(ModelRouter, models)
     caller_check = Middleware(CallerCheck, cors_origins, on_request_error)
     error_handlers: dict[Any, Any] = {
         RequestError: on_request_error,
@@ -66,18 +68,18 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     }
     app = Starlette(
         routes=routes,
-        middleware=[*cross_origin(cors_origins), access_log, caller_check],
+        middleware=[*cross_origin(cors_origins), access_log, router, caller_check],
         exception_handlers=error_handlers,
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.handler = None
-    app.state.loopback_host = None  # the standalone server's, where it listens on a loopback address
+    app.state.loopback_host = None  # set by the standalone server, if it listens on a loopback address
     return app
 
 
 def cross_origin(origins: Sequence[str]) -> list[Middleware]:
-    """What lets pages of these origins call the service, or of all for "*"; a preflight is answered and not logged."""
+    """Return the middleware that lets pages of these origins, or "*", call the service. It does not log preflights."""
     if not origins:
         return []
     methods = ["GET", "POST", "PUT"]
@@ -89,7 +91,7 @@ def cross_origin(origins: Sequence[str]) -> list[Middleware]:
 
 
 class CrossOrigin(CORSMiddleware):
-    """starlette's, which leaves it to the service to refuse an origin: in JSON, with a line in the log."""
+    """CORS middleware that lets the service refuse an origin, in JSON and with a log line."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
@@ -98,17 +100,37 @@ class CrossOrigin(CORSMiddleware):
         await super().__call__(scope, receive, send)
 
 
+class ModelRouter:
+    """ASGI middleware that moves a model's key from the beginning of the path to `request.state.model`.
+
+    `request.state.model` is "" for a path without a key, which belongs to the first model.
+    """
+
+    def __init__(self, app: ASGIApp, models: Sequence[str]) -> None:
+        self.app, self.models = app, models
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["state"]["model"] = ""
+            if len(self.models) > 1:
+                key, _, path = scope["path"][1:].partition("/")
+                if key in self.models:
+                    scope["state"]["model"], scope["path"] = key, f"/{path}"
+                scope["state"]["record"]["model"] = scope["state"]["model"] or self.models[0]
+        await self.app(scope, receive, send)
+
+
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Of the standalone server; the toolkit has its own."""
+    """Prepare the standalone server's shutdown. The Inference Toolkit has its own lifespan."""
     drain_on_sigterm(app)
     yield
 
 
 def drain_on_sigterm(app: Starlette) -> None:
-    """Before the server stops: no new work, 503 from `/health`, and an answer for every request within the grace time.
+    """On SIGTERM, take no new work, respond 503 to `/health`, and let requests finish within `VAE_GRACE`.
 
-    To be called once the server has its own handler in place; where there is none, nothing changes.
+    Call this after the server has installed its own signal handler. Without one, nothing changes.
     """
     stop = signal.getsignal(signal.SIGTERM)
     if not callable(stop) or threading.current_thread() is not threading.main_thread():
@@ -119,9 +141,9 @@ def drain_on_sigterm(app: Starlette) -> None:
             pipeline = app.state.handler.pipeline
             pipeline.device_queue.close()
             server = getattr(stop, "__self__", None)
-            if config := getattr(server, "config", None):  # uvicorn's, which else waits for ever
+            if config := getattr(server, "config", None):  # uvicorn's; without a timeout it waits forever
                 config.timeout_graceful_shutdown = int(pipeline.settings.grace) + 5
-            loop = asyncio.get_running_loop()  # which this signal has interrupted
+            loop = asyncio.get_running_loop()  # this signal has interrupted it
             loop.call_soon_threadsafe(loop.call_later, pipeline.settings.grace, pipeline.admission.expire)
         stop(*arguments)
 
@@ -129,9 +151,9 @@ def drain_on_sigterm(app: Starlette) -> None:
 
 
 def limit_reads() -> None:
-    """Let asyncio read 64 kB of a connection at a time rather than 256.
+    """Let asyncio read 64 kB of a connection at a time, and not 256 kB.
 
-    The HTTP chunks of one read are parsed before anything else runs. 256 kB hold 43,000 chunks of one byte.
+    All HTTP chunks of one read are parsed before anything else runs, and 256 kB have 43,000 chunks of one byte.
     """
     asyncio.selector_events._SelectorSocketTransport.max_size = 1 << 16  # type: ignore[attr-defined]
 
@@ -139,7 +161,7 @@ def limit_reads() -> None:
 async def root(request: Request) -> Response:
     if request.method not in ("GET", "HEAD"):
         return await predict(request)
-    if asks_for_page(request.headers.get("accept")):  # while the model loads too: the page waits for it
+    if wants_html(request.headers.get("accept")):  # also while the model loads: the web demo waits for it
         return Response(PAGE, media_type="text/html", headers=HEADERS)
     return await health(request)
 
@@ -157,7 +179,7 @@ async def encode(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """200 while requests are taken. 503 tells the platform to replace this replica, or to send it no more."""
+    """Respond 200 while the service takes requests. 503 tells the platform to replace this replica."""
     if problem := _pipeline(request).device_queue.problem:
         raise HTTPException(503, problem, headers={"Retry-After": "1"})
     return PlainTextResponse("Ok")
@@ -198,34 +220,36 @@ async def on_request_error(request: Request, error: RequestError) -> Response:
 
 
 async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
-    """Nobody reads this."""
+    """Return a response for the log. The client has left."""
     return Response(status_code=CLIENT_CLOSED)
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
     path = request.state.record["path"]
     models = list(getattr(request.app.state.handler, "models", {}))
-    named = f", each also under the name of a model: {', '.join(f'/{model}/decode' for model in models)}"
+    prefixed = f", each also under the name of a model: {', '.join(f'/{model}/decode' for model in models)}"
     allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
     hint = "; curl sends a file with `--data-binary @FILE`" if request.method == "GET" else ""
     detail = {
-        404: f"there is no {path}; POST to /, /predict, /decode or /encode{named if models else ''}",
+        404: f"there is no {path}; POST to /, /predict, /decode or /encode{prefixed if models else ''}",
         405: f"{path} does not take {request.method}, it takes {allowed}{hint}",
     }.get(error.status_code, error.detail)
     return error_response(request, detail, error.status_code, error.headers)
 
 
 async def on_crash(request: Request, error: Exception) -> Response:
-    """A fault of ours. In the middleware, as starlette would run a handler of `Exception` outside of it."""
+    """Respond to a bug. `AccessLog` calls this, because starlette runs handlers of `Exception` outside of it."""
     request_id = request.state.record["request_id"]
     logger.error("request %s failed", request_id, exc_info=error)
-    return error_response(request, "the service failed on this request; its log says why", 500, request_id=request_id)
+    return error_response(
+        request, "the service failed on this request; its log has the reason", 500, request_id=request_id
+    )
 
 
 def error_response(
     request: Request, message: str, status: int, headers: Mapping[str, str] | None = None, **more: str
 ) -> JSONResponse:
-    """Every error's JSON. The message may quote what no UTF-8 is: half of a surrogate pair, out of JSON."""
+    """Return the JSON of an error. Its message may quote JSON with half of a surrogate pair, which is no UTF-8."""
     message = message.encode("utf-8", "backslashreplace").decode()
     request.state.record["error"] = message[:200]
     return JSONResponse({"error": message, **more}, status_code=status, headers=headers)

@@ -1,4 +1,4 @@
-"""Callers that a browser brings along: pages of other origins, and names that were rebound to this machine."""
+"""Check of callers in a browser: pages of other origins, and names that were rebound to this machine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ PORTS = {"http": 80, "https": 443}
 
 
 class CallerCheck:
-    """ASGI middleware: refuses requests that a page makes in somebody's browser without leave.
+    """ASGI middleware that refuses requests of pages in a browser that are not allowed to call the service.
 
-    A browser sends some requests for any page: a form's POST, an image's GET. Clients that are no browsers send neither
+    A browser sends some requests for any page: the POST of a form, the GET of an image. Other clients send neither
     `Origin` nor `Sec-Fetch-Site`, and are not affected.
     """
 
     def __init__(
         self, app: ASGIApp, origins: Sequence[str], refuse: Callable[[Request, RequestError], Awaitable[Response]]
     ) -> None:
-        """Pages of `origins` may call, or all for "*"; `refuse` makes the response to all others."""
+        """Allow pages of `origins`, or all for "*". `refuse` makes the response to all others."""
         self.app, self.origins, self.refuse = app, origins, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,9 +40,9 @@ class CallerCheck:
         await self.app(scope, receive, send)
 
     def check_host(self, request: Request) -> None:
-        """Refuse foreign names of a server on a loopback address, against DNS rebinding.
+        """Refuse foreign host names on a loopback address, against DNS rebinding.
 
-        A page of `a.example` whose name is rebound to 127.0.0.1 has the same origin as this server for its browser.
+        When `a.example` is rebound to 127.0.0.1, its pages have the same origin as this server.
 
         Raises:
             RequestError: status 403.
@@ -54,13 +54,13 @@ class CallerCheck:
         if name in {own.lower(), *(_split(origin)[0] for origin in self.origins)} or _is_local(name):
             return
         raise RequestError(
-            f"the Host {host[:100]!r} is no name of this server, which listens on {own}; call it there, or set "
-            f"VAE_CORS_ORIGINS=http://{host[:100]} if that is this server's name",
+            f"the Host {host[:100]!r} is no name of this server, which listens on {own}; use that address, or set "
+            f"VAE_CORS_ORIGINS=http://{host[:100]} if the name is this server's",
             403,
         )
 
     def check_origin(self, request: Request) -> None:
-        """Refuse pages of other origins, but for the links and health checks that tell them nothing.
+        """Refuse pages of other origins, except for links and health checks, which tell them nothing.
 
         Raises:
             RequestError: status 403.
@@ -71,14 +71,14 @@ class CallerCheck:
             return
         if reads and (request.scope["path"] in ("/", "/health") or headers.get("sec-fetch-mode") == "navigate"):
             return
-        if site in ("same-origin", "none"):  # which browsers set, and no page can
+        if site in ("same-origin", "none"):  # only browsers set this header
             return
         if site or (origin and not self.is_own(origin, request)):
             page = f"a page of {origin[:100]!r}" if origin else "a page of another origin"
-            raise RequestError(f"{page} may not call this service; name its origin in VAE_CORS_ORIGINS to let it", 403)
+            raise RequestError(f"{page} may not call this service; VAE_CORS_ORIGINS allows origins", 403)
 
     def is_own(self, origin: str, request: Request) -> bool:
-        """Whether the origin is this service, by the name under which the client or its proxy called it."""
+        """Return whether an origin is this service, by the host name that the client or its proxy used."""
         scheme = origin.partition(":")[0].lower()
         hosts = [request.headers.get(name, "").split(",")[0].strip() for name in ("host", "x-forwarded-host")]
         return _split(origin)[0] is not None and any(
@@ -87,7 +87,7 @@ class CallerCheck:
 
 
 def _split(url: str) -> tuple[str | None, int | None]:
-    """Name and port of an origin or `//host`; None for a name that cannot be."""
+    """Return host name and port of an origin or `//host`; None for an invalid one."""
     try:
         parts = urlsplit(url.lower())
         return parts.hostname, parts.port or PORTS.get(parts.scheme)
@@ -96,7 +96,7 @@ def _split(url: str) -> tuple[str | None, int | None]:
 
 
 def _is_local(name: str | None) -> bool:
-    """Whether a name always means this machine; an address cannot be rebound."""
+    """Return whether a name always means this machine. An address cannot be rebound."""
     if not name or name == "localhost" or name.endswith(".localhost"):
         return bool(name)
     try:

@@ -1,4 +1,4 @@
-"""What a client need not be told, as it is asked here: the answer of `GET /config`."""
+"""Response of `GET /config`, which describes the model and the service to clients."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from handlers.serving.media.request import ImageFormat
 from handlers.serving.pipeline import Pipeline
 from handlers.version import VERSION
 
-BUFFER_NUMBERS = 4096
-"""More than any mean or deviation of latents has; larger buffers are weights."""
+MAX_BUFFER = 4096
+"""Values of a buffer with statistics. Larger buffers are weights."""
 
 
 def describe(pipeline: Pipeline) -> dict[str, Any]:
-    """JSON's own types alone, and no path of this machine. `docs/http-api.md` says what each entry means."""
+    """Describe a pipeline in types of JSON, without paths of this machine. `docs/http-api.md` explains each entry."""
     vae, declared, layout, settings = pipeline.vae, pipeline.vae.declared, pipeline.layout, pipeline.settings
     tasks: list[Task] = ["decode", "encode"]
     stored = json.loads(vae.model.to_json_string())
@@ -56,7 +56,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
             "fps": declared.fps,
         },
         "normalization": _normalization(pipeline),
-        "answers": {
+        "outputs": {
             "output_type": ["pil", "pt", "mp4"] if layout.kind == "video" else ["pil", "pt"],
             "image_format": list(get_args(ImageFormat)) if layout.kind == "image" else [],
         },
@@ -65,28 +65,28 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def public_name(checkpoint: str) -> str:
-    """A repository's name; of a folder on this machine, only the last part."""
+    """Return the name of a repository, or the last component of a local folder."""
     return Path(checkpoint).name if Path(checkpoint).is_absolute() else checkpoint
 
 
 def _normalization(pipeline: Pipeline) -> dict[str, Any]:
-    """``raw = scaled * std / factor + mean``, or ``scaled / factor + shift``; means and deviations a channel."""
-    found, declared = pipeline.normalization, pipeline.vae.declared
-    named = {"mean": found.mean, "std": found.std}
+    """Describe ``raw = scaled * std / factor + mean``, or ``scaled / factor + shift``, per channel."""
+    normalization, declared = pipeline.normalization, pipeline.vae.declared
+    statistics = {"mean": normalization.mean, "std": normalization.std}
     return {
-        "factor": found.factor if declared.uses_scaling_factor or found.mean is None else None,
-        "shift": found.shift,
-        **{name: None if values is None else values[0].tolist() for name, values in named.items()},
+        "factor": normalization.factor if declared.uses_scaling_factor or normalization.mean is None else None,
+        "shift": normalization.shift,
+        **{name: None if values is None else values[0].tolist() for name, values in statistics.items()},
         "raw_layouts": list(declared.raw_layouts),
         "unshifted_layouts": list(declared.unshifted_layouts),
     }
 
 
 def _buffers(model: Any) -> dict[str, Any]:
-    """Those that are part of the checkpoint: statistics of a BatchNorm, or the latents' mean and deviation."""
+    """Return the statistics in the checkpoint's buffers: of a BatchNorm, or mean and deviation of latents."""
     state = model.state_dict()
     return {
         name: buffer.cpu().double().tolist()
         for name, buffer in model.named_buffers()
-        if name in state and buffer.numel() <= BUFFER_NUMBERS
+        if name in state and buffer.numel() <= MAX_BUFFER
     }

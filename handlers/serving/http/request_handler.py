@@ -1,4 +1,4 @@
-"""One HTTP request and its response: `RequestHandler.run` leads from one to the other."""
+"""Request handler: from an HTTP request to its response. `RequestHandler.run` lists the stages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 CONTENT_TYPES = {
     "",
     "application/octet-stream",
-    "application/x-www-form-urlencoded",  # what curl says of any --data-binary
+    "application/x-www-form-urlencoded",  # curl sends it with any --data-binary
     "application/json",
     "multipart/form-data",
     "tensor/base64",
@@ -50,39 +50,39 @@ CONTENT_TYPES = {
 
 
 class RequestHandler:
-    """One request and its response. The stages are methods, in their order."""
+    """One request and its response. The stages are methods, in order."""
 
     def __init__(self, http: HttpRequest, pipeline: Pipeline, task: Task | None) -> None:
-        """`task` is None where the payload tells the task."""
+        """Create the handler. `task` None finds the task from the payload."""
         self.http, self.pipeline, self.task = http, pipeline, task
         self.settings = pipeline.settings
         self.record: dict[str, Any] = http.state.record
-        """The fields of the log line."""
+        """Fields of the log line."""
         self.timing: dict[str, float] = {}
         """Milliseconds of each finished stage."""
         self.resources = AsyncExitStack()
-        """The job, the slot, the bytes in flight and the deadline. They are released when the request ends."""
+        """Job, slot, bytes in flight and deadline, which are released when the request ends."""
         self.admission = pipeline.admission
         self.reservation = self.admission.reservation()
-        """The bytes in flight of this request."""
+        """Bytes in flight of this request."""
         self.arrived = False
-        """Whether the whole body was received."""
+        """True if the whole body was received."""
         self.queued_at = 0.0
 
     async def run(self) -> Response:
         """Run all stages. Heavy work runs on threads, never on the event loop."""
         async with self.resources:
             body = await self.admit()
-            request, prepared = await self.read(body)
-            work = self.queue(request, prepared)
-            result = await self.wait_for(work)
-            return await self.write(request, prepared, result)
+            request, prepared = await self.prepare(body)
+            job = self.queue(request, prepared)
+            result = await self.wait_for(job)
+            return await self.respond(request, prepared, result)
 
     async def admit(self) -> bytearray:
         """Check the headers, receive the body, take a slot.
 
         Raises:
-            RequestError: status 401, 413 or 415; 408 where the body is late; 503 where no slot or memory is free.
+            RequestError: status 401, 413 or 415; 408 for a late body; 503 without a free slot or memory.
         """
         check_token(self.http, self.settings.api_token)
         check_content_type(self.http)
@@ -94,31 +94,31 @@ class RequestHandler:
         await self.resources.enter_async_context(self.admission.slot())
         return body
 
-    async def read(self, body: bytearray) -> tuple[Request, Prepared]:
+    async def prepare(self, body: bytearray) -> tuple[Request, Prepared]:
         """Parse the request and make the input of the VAE, on a thread."""
         async with self.admission.readers:
-            request, prepared = await self.on_thread("payload", self.parse, body)
+            request, prepared = await self.run_on_thread("payload", self.parse, body)
         self.record.update(
             task=request.task, shape=list(prepared.inputs.shape), output=request.output_kind.name.lower()
         )
-        self.reservation.hold(self.pipeline.unsent(request, prepared.inputs))
+        self.reservation.reserve(self.pipeline.unread_bytes(request, prepared.inputs))
         return request, prepared
 
     def queue(self, request: Request, prepared: Prepared) -> JobFuture[Result]:
-        """Queue the job. It is given up if the request ends first."""
+        """Queue the job. It is cancelled if the request ends first."""
         self.queued_at = perf_counter()
-        work = self.pipeline.submit(request, prepared.inputs)
-        self.resources.callback(give_up, work)
-        return work
+        job = self.pipeline.submit(request, prepared.inputs)
+        self.resources.callback(cancel_job, job)
+        return job
 
-    async def wait_for(self, work: JobFuture[Result]) -> Result:
+    async def wait_for(self, job: JobFuture[Result]) -> Result:
         """Wait for the result of the job, or for the beginning of a stream."""
-        result = await self.unless_disconnected(asyncio.wrap_future(work))
+        result = await self.unless_disconnected(asyncio.wrap_future(job))
         self.timing["queue"] = milliseconds_since(self.queued_at) - result.milliseconds
         return result
 
-    async def write(self, request: Request, prepared: Prepared, result: Result) -> Response:
-        """Encode the response. Of a stream, wait for the first bytes."""
+    async def respond(self, request: Request, prepared: Prepared, result: Result) -> Response:
+        """Encode the response, or wait for the first bytes of a stream."""
         response: Response
         if isinstance(result.value, Stream):
             first = await self.unless_disconnected(asyncio.wrap_future(result.value.read()))
@@ -126,7 +126,7 @@ class RequestHandler:
             response = StreamedVideo(self, first, result.value)
         else:
             self.timing["vae"] = result.milliseconds
-            response = await self.on_thread("output", self.render, request, result.value)
+            response = await self.run_on_thread("output", self.render, request, result.value)
         self.observe(self.timing)
         self.record["mode"] = result.mode.value
         response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in self.timing.items())
@@ -139,7 +139,7 @@ class RequestHandler:
         """End a `with` block at the deadline, or when the service stops.
 
         Raises:
-            RequestError: 408 where the body did not arrive, 503 where the service stops, else 504.
+            RequestError: 408 if the body did not arrive, 503 if the service stops, else 504.
         """
         try:
             with self.admission.deadline():
@@ -149,21 +149,22 @@ class RequestHandler:
             limit = f"within {self.settings.timeout:g} s (VAE_TIMEOUT)"
             if not self.arrived:
                 raise RequestError(f"the body did not arrive {limit}", 408) from None
-            raise RequestError(f"no answer {limit}; send less at once", 504) from None
+            raise RequestError(f"no response {limit}; send less at once", 504) from None
 
     async def receive(self) -> bytearray:
-        """Receive the body. Count its bytes as they arrive, whatever Content-Length says."""
+        """Receive the body. Count its bytes as they arrive, because Content-Length may be wrong."""
         declared = self.http.headers.get("content-length", "")
         self.settings.check_body(int(declared[:20]) if declared.isdecimal() else 0)
         body = bytearray()
         async for chunk in self.http.stream():
             body += chunk
             self.settings.check_body(len(body))
-            self.reservation.hold(len(chunk))
+            self.reservation.reserve(len(chunk))
         self.arrived = True
         return body
 
     def parse(self, body: bytearray) -> tuple[Request, Prepared]:
+        """Parse the request and make the input of the VAE. Run on a thread, which may outlive the request."""
         query, headers = self.http.query_params, self.http.headers
         values: dict[str, Any] = dict(query)
         if "shape" in values:
@@ -173,8 +174,8 @@ class RequestHandler:
             with self.reservation:  # an abandoned thread keeps its bytes until it ends
                 request = self.pipeline.parse(body, content_type, accept, values, self.task)
                 if request.body is not body:
-                    body.clear()  # all of it was copied: the files of a form, the tensor in JSON
-                request = replace(request, hold=self.reservation.hold)
+                    body.clear()  # it was copied: the files of a form, the tensor in JSON
+                request = replace(request, reserve=self.reservation.reserve)
                 return request, self.pipeline.prepare(request)
         except RequestError as error:
             if not lost_bytes(body, content_type):
@@ -182,13 +183,14 @@ class RequestHandler:
             raise RequestError(f"{error}; curl's -d drops line breaks: use --data-binary", error.status) from error
 
     def render(self, request: Request, value: Any) -> Response:
+        """Encode the response. Run on a thread."""
         content = self.pipeline.render(request, value)
         if request.accept.json:
             return JSONResponse(to_json(content))
         return Response(content.body, media_type=content.media_type, headers=content.headers)
 
-    async def on_thread(self, stage: str, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function on a thread and measure it. A thread whose request ends is abandoned and runs on."""
+    async def run_on_thread(self, stage: str, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function on a thread and measure its time. If the request ends, the thread runs on, abandoned."""
 
         def timed() -> tuple[T, float]:
             start = perf_counter()
@@ -198,17 +200,17 @@ class RequestHandler:
         result, self.timing[stage] = await to_thread.run_sync(timed, abandon_on_cancel=True)
         return result
 
-    async def unless_disconnected(self, work: asyncio.Future[T]) -> T:
-        """Return the result of `work`. Cancel it when the client disconnects or the deadline passes."""
+    async def unless_disconnected(self, future: asyncio.Future[T]) -> T:
+        """Return the result of a future. Cancel it when the client disconnects or the deadline passes."""
         watch: asyncio.Future[Any] = asyncio.ensure_future(self.disconnected())
         try:
-            await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            await asyncio.wait([future, watch], return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
                 raise ClientDisconnect
-            return work.result()
+            return future.result()
         finally:
             watch.cancel()
-            work.cancel()
+            future.cancel()
 
     async def disconnected(self) -> None:
         """Return when the client disconnects."""
@@ -225,7 +227,7 @@ class RequestHandler:
 class StreamedVideo(StreamingResponse):
     """A video that is sent while it is encoded. It keeps the request's resources until the last byte is sent.
 
-    A failure breaks the connection: the last HTTP chunk is missing then, and the last box of the file.
+    A failure breaks the connection, without the last HTTP chunk and the last box of the file.
     """
 
     def __init__(self, handler: RequestHandler, first: bytes, stream: Stream) -> None:
@@ -253,41 +255,42 @@ class StreamedVideo(StreamingResponse):
             chunk = await asyncio.wrap_future(stream.read())
 
 
-def give_up(work: JobFuture[Result]) -> None:
-    """Drop a waiting job, stop its pass, end the encoder of its stream. A finished job stays as it is."""
-    work.cancel()
-    work.add_done_callback(close_stream)  # the encoder may have all its frames, and wait for a reader
+def cancel_job(job: JobFuture[Result]) -> None:
+    """Drop a waiting job, or stop its pass, and end the encoder of its stream. A finished job stays as it is."""
+    job.cancel()
+    job.add_done_callback(close_stream)  # the encoder may have all frames and wait for a reader
 
 
-def close_stream(work: Future[Result]) -> None:
+def close_stream(job: Future[Result]) -> None:
     """End the encoder of a stream without a reader."""
-    if not work.cancelled() and not work.exception() and isinstance(stream := work.result().value, Stream):
+    if not job.cancelled() and not job.exception() and isinstance(stream := job.result().value, Stream):
         stream.close()
 
 
 def check_token(http: HttpRequest, token: str | None) -> None:
-    """Raise `RequestError`, status 401, unless the request has `token`. None lets every request in."""
+    """Raise `RequestError`, status 401, unless the request has `token`. None accepts every request."""
     if token:
-        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        scheme, _, sent = http.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(
-            given.strip().encode("latin-1"), token.strip().encode()
+            sent.strip().encode("latin-1"), token.strip().encode()
         ):
             raise RequestError("send the header `Authorization: Bearer <token>` with the token of this service", 401)
 
 
 def check_content_type(http: HttpRequest) -> None:
-    """Raise `RequestError`, status 415, for a Content-Type that the service does not take."""
+    """Raise `RequestError`, status 415, for an unsupported Content-Type."""
     if (media_type := media_type_of(http.headers.get("content-type", ""))) not in CONTENT_TYPES:
         known = ", ".join(sorted(CONTENT_TYPES - {""}))
-        raise RequestError(f"Content-Type {media_type[:100]!r} is not taken; send none, or one of {known}", 415)
+        raise RequestError(f"Content-Type {media_type[:100]!r} is not supported; send none, or one of {known}", 415)
 
 
 def check_content_encoding(http: HttpRequest) -> None:
     """Raise `RequestError`, status 415, for a compressed body."""
     codings = ",".join(http.headers.getlist("content-encoding")).lower().split(",")
-    if coding := next((one.strip() for one in codings if one.strip() not in ("", "identity")), None):
-        raise RequestError(f"Content-Encoding {coding[:100]!r} is not taken; send the body as it is, without it", 415)
+    if coding := next((name.strip() for name in codings if name.strip() not in ("", "identity")), None):
+        raise RequestError(f"Content-Encoding {coding[:100]!r} is not supported; send the body uncompressed", 415)
 
 
 def milliseconds_since(start: float) -> float:
+    """Return the milliseconds since a value of `perf_counter`."""
     return (perf_counter() - start) * 1000

@@ -1,4 +1,4 @@
-"""The web demo, which a browser gets at the endpoint's root: one file, which may run nothing but what is in it."""
+"""Web demo at the root of the endpoint: one HTML file, whose policy allows only its own script and style."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 PAGE = (Path(__file__).parent / "web_demo.html").read_bytes()
 
 
-def asks_for_page(accept: str | None) -> bool:
-    """Whether the header is a browser's: it names HTML, and health probes do not."""
+def wants_html(accept: str | None) -> bool:
+    """Return whether an `Accept` header names HTML, as browsers do and health probes do not."""
     return "text/html" in (accept or "").lower()
 
 
 def _hash(tag: str) -> str:
-    """Of what stands inside the page's one element of this name, as a content security policy has it."""
+    """Return the hash of an element's content, for the content security policy. The page has one such element."""
     (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), PAGE, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
@@ -37,7 +37,7 @@ POLICY = "; ".join(
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "Cache-Control": "no-cache",
-    "Referrer-Policy": "same-origin",  # with "no-referrer" some browsers hide the origin of a POST, too
+    "Referrer-Policy": "same-origin",  # "no-referrer" makes some browsers hide the origin of a POST
     "Vary": "Accept",
     "X-Content-Type-Options": "nosniff",
 }

@@ -1,9 +1,8 @@
-"""Latents between the layouts that clients send and the one that a VAE takes."""
+"""Conversion of latents between the layouts of clients and the layout of the VAE."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -20,14 +19,17 @@ PATTERNS: dict[LatentsLayout, str] = {
     "BCFHW": "b c f h w",
     "BFCHW": "b f c h w",
     "BFHWC": "b f h w c",
-    "packed": "b (f h w) (c p q)",
-    "patchified": "b (c p q) h w",
+    "packed": "b tokens features",
+    "patchified": "b features h w",
 }
-"""As einops writes them: batch, channels, frames, height and width; or rows and columns h, w of patches of p by q."""
+"""Dimensions of each layout: batch, channels, frames, height and width."""
+
+GROUPS = {"tokens": "(f h w)", "features": "(c p q)"}
+"""Dimensions that combine several axes, as einops writes them. h and w then count patches of p by q latents."""
 
 
 class LatentsLayouts:
-    """The layouts in which a model's latents travel: the VAE's own, and those that the model declares."""
+    """The layouts that requests may use for a model's latents: the VAE's own, packed, and the declared ones."""
 
     def __init__(self, layout: Layout, declared: type[Model]) -> None:
         self.layout = layout
@@ -40,155 +42,157 @@ class LatentsLayouts:
         self.names: tuple[LatentsLayout, ...] = tuple(dict.fromkeys(filter(None, names)))
 
     def matches(self, shape: Sequence[int], parameters: Parameters) -> list[LatentsLayout]:
-        """The layouts that latents of this shape may have.
+        """Return the layouts that latents of this shape may have.
 
-        Packed latents are told by the height and width that came along; where they fit, it is no other layout, although
-        an unbatched [C, H, W] has three dimensions too, and one client sends height and width with any. So it is with
-        batches: without one, pictures 128 pixels wide with their channels last are [1, H, 16, 16], as a batch is.
+        Packed latents are recognized by `height` and `width`. Where these fit, no other layout counts: an unbatched
+        [C, H, W] has three dimensions too, and one client always sends height and width. A batched layout wins over an
+        unbatched one: [1, H, 16, 16] may be a batch of one, or an image 128 pixels wide with its channels last.
         """
-        asked = (parameters.latents_layout,) if parameters.latents_layout else self.names
-        found = [name for name in asked if name in self.names and self._sizes(name, shape, parameters)]
-        batched = [name for name in found if len(shape) == len(_groups(PATTERNS[name]))]
-        return ["packed"] if "packed" in found else batched or found
+        candidates = (parameters.latents_layout,) if parameters.latents_layout else self.names
+        matching = [name for name in candidates if name in self.names and self._fits(name, shape, parameters)]
+        batched = [name for name in matching if len(shape) == len(PATTERNS[name].split())]
+        return ["packed"] if "packed" in matching else batched or matching
 
-    def read(self, latents: Tensor, parameters: Parameters) -> tuple[Tensor, LatentsLayout]:
-        """Latents as they came, with or without their batch dimension, to the VAE's own [B, C, (F,) H, W].
+    def to_own(self, latents: Tensor, parameters: Parameters) -> tuple[Tensor, LatentsLayout]:
+        """Convert latents, with or without a batch dimension, to the VAE's layout [B, C, (F,) H, W].
 
         Returns:
-            The latents, and the layout that they came in.
+            The latents, and the layout that they had.
 
         Raises:
-            RequestError: the shape is that of none of these layouts, or of more than one.
+            RequestError: the shape fits none of the layouts, or more than one; status 422.
         """
         shape = list(latents.shape)
-        found = self.matches(shape, parameters)
-        if len(found) > 1:
-            ways = " or ".join(f"{name}, {self._describe(name)}" for name in found)
-            raise RequestError(f"`shape` {shape} may be {ways}; say which with `latents_layout`", 422)
-        if not found:
+        names = self.matches(shape, parameters)
+        if len(names) > 1:
+            candidates = " or ".join(f"{name}, {self._describe(name)}" for name in names)
+            raise RequestError(f"`shape` {shape} may be {candidates}; say which with `latents_layout`", 422)
+        if not names:
             raise RequestError(self._refusal(shape, parameters), 422)
-        source, target = self._patterns(found[0])
-        if len(shape) < len(_groups(source)):
+        name, axes = names[0], self._patch_axes(names[0])
+        source, target = self._patterns(name)
+        if name == "packed":
+            _, axes["h"], axes["w"] = self._packed_grid(parameters)
+        elif len(shape) < len(PATTERNS[name].split()):
             source, target = source.removeprefix("b "), f"1 {target.removeprefix('b ')}"
-        sizes = self._sizes(found[0], shape, parameters) or {}
-        axes = {name: sizes[name] for name in "hwpq" if name in sizes and "(" in source}
         latents = rearrange(latents, f"{source} -> {target}", **axes).contiguous()
-        return self._without_padding(latents, parameters), found[0]
+        return self._without_padding(latents, parameters), name
 
-    def write(self, latents: Tensor, name: LatentsLayout | None) -> Tensor:
-        """The VAE's own layout to the one that was asked for; None for its own.
+    def check_layout(self, name: LatentsLayout | None, shape: Sequence[int]) -> None:
+        """Check that latents [B, C, (F,) H, W] of the VAE can be converted to a layout.
 
         Raises:
-            RequestError: the model's latents do not have it, or cannot be cut into its patches.
+            RequestError: the model does not have the layout, or its patches do not fit; status 422.
         """
         if name is None:
-            return latents
+            return
         if name not in self.names:
-            raise RequestError(f"`latents_layout`: {name!r} is none of this model's, {', '.join(self.names)}", 422)
-        target, source = self._patterns(name)
-        if "p" in target and (latents.shape[-2] % self.patch or latents.shape[-1] % self.patch):
+            raise RequestError(self._unknown(name), 422)
+        if self._patch_axes(name) and (shape[-2] % self.patch or shape[-1] % self.patch):
             side = self.patch * self.layout.vae_scale_factor
             raise RequestError(f"`latents_layout`: {name} needs a height and a width that are multiples of {side}", 422)
-        axes = {"p": self.patch, "q": self.patch} if "p" in target else {}
-        return rearrange(latents, f"{source} -> {target}", **axes)
+
+    def from_own(self, latents: Tensor, name: LatentsLayout | None) -> Tensor:
+        """Convert the VAE's latents to a layout that `check_layout` has accepted; None keeps the VAE's own."""
+        if name is None:
+            return latents
+        target, source = self._patterns(name)
+        return rearrange(latents, f"{source} -> {target}", **self._patch_axes(name))
 
     def _patterns(self, name: LatentsLayout) -> tuple[str, str]:
-        """einops' pattern of a layout, and of the VAE's own with the same axes; the one frame of a picture is 1."""
+        """Return einops' pattern of a layout, and of the VAE's own with the same axes."""
         pattern, own = PATTERNS[name], PATTERNS[self.own]
-        if "p" in pattern:
+        if self._patch_axes(name):
             own = own.replace("h", "(h p)").replace("w", "(w q)")
-        if self.layout.kind == "image":
+        pattern = " ".join(GROUPS.get(dimension, dimension) for dimension in pattern.split())
+        if self.layout.kind == "image":  # its one frame
             pattern, own = pattern.replace("f", "1"), own.replace("f", "1")
         return pattern, own
 
-    def _sizes(self, name: LatentsLayout, shape: Sequence[int], parameters: Parameters) -> dict[str, int] | None:
-        """The size of each axis, where latents of this shape have this layout; else None."""
-        groups = _groups(self._patterns(name)[0])
-        if len(shape) == len(groups) - 1 and name != "packed":
-            groups = groups[1:]
-        if len(shape) != len(groups):
-            return None
-        sizes = {"1": 1, "c": self.layout.latent_channels, "p": self.patch, "q": self.patch}
-        if name == "packed":
-            sizes |= self._packed_grid(parameters)
-        for axes, size in zip(groups, shape, strict=True):
-            known = math.prod(sizes.get(axis, 1) for axis in axes)
-            unknown = [axis for axis in axes if axis not in sizes]
-            if len(unknown) > 1 or not known or size % known or (not unknown and size != known):
-                return None
-            sizes |= dict.fromkeys(unknown, size // known)
-        return sizes
+    def _patch_axes(self, name: LatentsLayout) -> dict[str, int]:
+        return {"p": self.patch, "q": self.patch} if name in ("packed", "patchified") else {}
 
-    def _packed_grid(self, parameters: Parameters) -> dict[str, int]:
-        """Frames, and rows and columns of patches, in pixels of the height and width that came; 0 where none came."""
+    def _fits(self, name: LatentsLayout, shape: Sequence[int], parameters: Parameters) -> bool:
+        """Return whether latents of this shape may have a layout. Only packed latents need a batch dimension."""
+        channels, dimensions = self.layout.latent_channels, PATTERNS[name].split()
+        if len(shape) == len(dimensions) - 1 and name != "packed":
+            dimensions = dimensions[1:]
+        sizes = {"c": channels, "features": channels * self.patch**2}
+        if self.layout.kind == "image":
+            sizes["f"] = 1
+        if name == "packed":
+            sizes["tokens"] = math.prod(self._packed_grid(parameters))
+        return len(shape) == len(dimensions) and all(
+            size == sizes.get(dimension, size) for dimension, size in zip(dimensions, shape, strict=True)
+        )
+
+    def _packed_grid(self, parameters: Parameters) -> tuple[int, int, int]:
+        """Return the frames, rows and columns of patches; no rows and columns without `height` and `width`."""
         side = self.patch * self.layout.vae_scale_factor
         num_frames = None if self.layout.kind == "image" else parameters.num_frames
         frames = 1 if num_frames is None else self._latent_frames(num_frames)
         try:
             rows, columns = int(parameters.height) // side, int(parameters.width) // side
         except (TypeError, ValueError, OverflowError):
-            return {"f": frames, "h": 0, "w": 0}
-        return {"f": frames, "h": max(rows, 0), "w": max(columns, 0)}
+            return frames, 0, 0
+        return frames, max(rows, 0), max(columns, 0)
 
     def _latent_frames(self, num_frames: int) -> int:
-        """As pipelines count them."""
+        """Return the latent frames of a video, counted like diffusers' pipelines do."""
         return (num_frames - 1) // self.layout.frame_factor + 1
 
     def _without_padding(self, latents: Tensor, parameters: Parameters) -> Tensor:
-        """A video's latents without what its pipeline put before them, where `num_frames` says that it did.
+        """Remove the frames that a pipeline puts before a video, where `num_frames` shows that it did.
 
         Raises:
-            RequestError: `num_frames` is missing where it matters, or is not what came.
+            RequestError: `num_frames` is missing but needed, or does not match the latents; status 422.
         """
         if self.layout.kind == "image":
             return latents
-        came, padding, num_frames = latents.shape[2], self.padding_frames, parameters.num_frames
+        count, padding, num_frames = latents.shape[2], self.padding_frames, parameters.num_frames
         if num_frames is None:
-            if padding and came % (padding + 1) == 0:
+            if padding and count % (padding + 1) == 0:
                 raise RequestError(
-                    f"{came} latent frames of this model may begin with {padding} of padding; send `num_frames`", 422
+                    f"{count} latent frames of this model may begin with {padding} of padding; send `num_frames`", 422
                 )
             return latents
         expected = self._latent_frames(num_frames)
-        if not expected <= came <= expected + padding:
-            raise RequestError(f"`num_frames`: {num_frames} frames are {expected} latent frames, but {came} came", 422)
-        return latents[:, :, came - expected :]
+        if not expected <= count <= expected + padding:
+            raise RequestError(
+                f"`num_frames`: {num_frames} frames are {expected} latent frames, but the tensor has {count}", 422
+            )
+        return latents[:, :, count - expected :]
+
+    def _unknown(self, name: LatentsLayout) -> str:
+        return f"`latents_layout`: this model has no {name!r}, only {', '.join(self.names)}"
 
     def _refusal(self, shape: list[int], parameters: Parameters) -> str:
+        """Describe the shapes that the model takes, for an error text."""
         if parameters.latents_layout and parameters.latents_layout not in self.names:
-            names = ", ".join(self.names)
-            return f"`latents_layout`: {parameters.latents_layout!r} is none of this model's, {names}"
-        plain = [self._describe(name) for name in self.names if name != "packed"]
-        expected = " or ".join(plain) + ", the same without B"
-        if "packed" in self.names:
-            sizes = f"height={str(parameters.height)[:20]}, width={str(parameters.width)[:20]}"
-            video = self.layout.kind == "video"
-            expected += f", or packed {self._describe('packed')} with `height` and `width` (got {sizes}"
-            expected += f", num_frames={parameters.num_frames})" if video else ")"
-        return f"`shape` {shape} is no shape of this VAE's latents: expected {expected}"
+            return self._unknown(parameters.latents_layout)
+        plain = " or ".join(self._describe(name) for name in self.names if name != "packed")
+        sizes = f"height={str(parameters.height)[:20]}, width={str(parameters.width)[:20]}"
+        if self.layout.kind == "video":
+            sizes += f", num_frames={parameters.num_frames}"
+        return (
+            f"`shape` {shape} is no shape of this VAE's latents: expected {plain}, the same without B, or packed "
+            f"{self._describe('packed')} with `height` and `width` (got {sizes})"
+        )
 
     def _describe(self, name: LatentsLayout) -> str:
-        """Its shape in words."""
-        scale, channels = self.layout.vae_scale_factor, self.layout.latent_channels
-        side = scale * self.patch
-        words = {
-            **{"b": "B", "f": "F", "1": "1", "c": f"{channels}", "h": f"height/{scale}", "w": f"width/{scale}"},
-            "c p q": f"{channels * self.patch**2}",
-            "f h w": f"F*(height/{side})*(width/{side})",
-            "1 h w": f"(height/{side})*(width/{side})",
-        }
-        if name == "patchified":
-            words |= {"h": f"height/{side}", "w": f"width/{side}"}
-        return f"[{', '.join(words[' '.join(axes)] for axes in _groups(self._patterns(name)[0]))}]"
-
-
-def _groups(pattern: str) -> list[list[str]]:
-    """The axes in each dimension of a pattern."""
-    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", pattern)]
+        """Return the shape of a layout in words, for error texts."""
+        channels = self.layout.latent_channels
+        side = self.layout.vae_scale_factor * (self.patch if self._patch_axes(name) else 1)
+        words = {"b": "B", "f": "F", "c": f"{channels}", "h": f"height/{side}", "w": f"width/{side}"}
+        words["tokens"] = f"F*({words['h']})*({words['w']})"
+        words["features"] = f"{channels * self.patch**2}"
+        if self.layout.kind == "image":
+            words |= {"f": "1", "tokens": words["tokens"].removeprefix("F*")}
+        return f"[{', '.join(words[dimension] for dimension in PATTERNS[name].split())}]"
 
 
 def add_noise(latents: Tensor, parameters: Parameters) -> Tensor:
-    """Latents with the share of noise that a VAE with a timestep expects, as LTX's pipelines mix it."""
+    """Mix noise into latents for a VAE with a timestep, like LTX's pipelines do."""
     share = parameters.decode_timestep if parameters.decode_noise_scale is None else parameters.decode_noise_scale
     if not share:
         return latents
@@ -197,7 +201,7 @@ def add_noise(latents: Tensor, parameters: Parameters) -> Tensor:
 
 
 def generator_of(parameters: Parameters) -> torch.Generator:
-    """The source of noise and samples, on the CPU so that a seed gives the same on every device."""
+    """Return the random generator of a request. It is on the CPU, so a seed gives the same values on every device."""
     generator = torch.Generator()
     generator.seed() if parameters.seed is None else generator.manual_seed(parameters.seed)
     return generator

@@ -1,4 +1,4 @@
-"""Tensors to the bytes that go back: pictures, videos, raw tensors."""
+"""Encoding of responses: images, videos and raw tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Content:
-    """What goes back to the client."""
+    """Body and headers of a response."""
 
     body: bytes
     media_type: str
@@ -39,22 +39,22 @@ class Content:
 
 
 MAX_SIDE = {"jpg": 65500, "webp": 16383, "png": 65535, "mp4": 16384}
-"""Pixels of width or height that a format, or its encoder, takes."""
+"""Largest height and width in pixels of a format or its encoder."""
 
 
 def check_size(output_kind: OutputKind, image_format: str, width: int, height: int) -> None:
-    """Raises `RequestError` where the answer's file cannot be that large."""
+    """Raise `RequestError`, status 422, when the file format does not allow this size."""
     name = {OutputKind.IMAGE: image_format, OutputKind.IMAGES: image_format, OutputKind.MP4: "mp4"}.get(output_kind)
     if name and max(width, height) > MAX_SIDE[name]:
         raise RequestError(
-            f"`shape`: {width}x{height} pixels do not fit in a {name} file, which takes {MAX_SIDE[name]} each way; "
+            f"`shape`: {width}x{height} pixels are too large for a {name} file ({MAX_SIDE[name]} per side); "
             "use output_type=pt with partial_postprocess=True",
             422,
         )
 
 
 def render(value: Tensor | Mp4Writer, output_kind: OutputKind, image_format: str, quality: int) -> Content:
-    """The answer's tensor, on the CPU, or its video, as bytes."""
+    """Encode the output tensor, on the CPU, or finish the video."""
     if isinstance(value, Mp4Writer):
         return Content(value.finish(), "video/mp4")
     if output_kind is OutputKind.IMAGE:
@@ -66,9 +66,9 @@ def render(value: Tensor | Mp4Writer, output_kind: OutputKind, image_format: str
 
 
 def to_json(content: Content) -> str | dict[str, Any]:
-    """The same for JSON: a file as base64 text, a tensor as `{"inputs": <base64>, "parameters": {"shape", "dtype"}}`.
+    """Convert to JSON: a file to base64 text, a tensor to `{"inputs": <base64>, "parameters": {"shape", "dtype"}}`.
 
-    Like this the toolkit's own serializer sends a picture.
+    The serializer of the Inference Toolkit sends images in the same form.
     """
     text = base64.b64encode(content.body).decode()
     if "shape" not in content.headers:
@@ -78,21 +78,22 @@ def to_json(content: Content) -> str | dict[str, Any]:
 
 
 def describe(tensor: Tensor) -> tuple[list[int], str]:
+    """Return the shape and the name of the dtype."""
     return list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """C-contiguous little-endian bytes; numpy, which has no bfloat16, sees bytes only."""
+    """Return C-contiguous little-endian bytes. numpy has no bfloat16, so it gets a view of bytes."""
     return tensor.contiguous().reshape(-1).view(uint8).numpy().tobytes()
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """uint8 [H, W, 3] to a PIL image."""
+    """Convert uint8 pixels [H, W, 3] to a PIL image."""
     return Image.fromarray(pixels.numpy())
 
 
 def write_image(image: Image.Image, image_format: str, quality: int) -> Content:
-    """A picture file; JPEG with its colours at full resolution (4:4:4)."""
+    """Encode an image file. JPEG keeps the full resolution of colors (4:4:4)."""
     if image_format == "png":
         return Content(write_png(np.asarray(image)), "image/png")
     name, options = {
@@ -105,7 +106,7 @@ def write_image(image: Image.Image, image_format: str, quality: int) -> Content:
 
 
 def write_zip(images: list[Content], image_format: str) -> Content:
-    """The files as `0.png`, `1.png`, ... in their order; stored as they are, since pictures are compressed already."""
+    """Pack files as `0.png`, `1.png`, ... in order. They are stored without further compression."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for index, image in enumerate(images):
@@ -114,18 +115,18 @@ def write_zip(images: list[Content], image_format: str) -> Content:
 
 
 def write_png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] as PNG: each row less the one above, deflated by ISA-L.
+    """Encode uint8 pixels [H, W, 3] as PNG, with the filter "up" and ISA-L's deflate.
 
-    A photograph takes a quarter of FFmpeg's time at its quickest, and an eighth of Pillow's at zlib's level 1, for as
-    many bytes (benchmarks/NOTES.md).
+    A photograph takes a quarter of the time of FFmpeg's fastest setting and an eighth of Pillow's at zlib level 1, for
+    the same size (benchmarks/NOTES.md).
     """
     height, width, _ = pixels.shape
     flat = pixels.reshape(height, -1)
     rows = np.empty((height, 1 + width * 3), np.uint8)
-    rows[:, 0] = 2  # PNG's number of the filter "up"
+    rows[:, 0] = 2  # the filter "up"
     rows[0, 1:] = flat[0]
     np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits of red, green and blue each
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits per channel, RGB
     chunks = ((b"IHDR", header), (b"IDAT", isal_zlib.compress(rows, 1)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(kind, data) for kind, data in chunks)
 
@@ -136,19 +137,19 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 class Mp4Writer:
-    """An MP4 that a thread of its own encodes, from the first frames on, while later ones are still decoded.
+    """Encoder of an MP4 file on a thread, which works while later frames are still decoded.
 
-    A `with` block adds the frames. Its end is the video's, and `finish` then gives the file. Where the block fails, the
-    file is given up. The thread ends in both cases, whether or not anybody asks for the file.
+    Add frames in a `with` block, then call `finish` for the file. If the block fails, the file is dropped. The thread
+    ends in both cases, even if nobody calls `finish`.
 
-    With a `stream` the file goes there while it is made, and `finish` gives nothing. A reader that is slow then holds
-    back this thread, and not who adds frames: they wait here.
+    With a `stream` the file goes there, and `finish` returns no bytes. A slow reader delays only the encoder's thread;
+    frames wait in the queue.
     """
 
     def __init__(self, fps: float, stream: Stream | None = None) -> None:
         self._frames: SimpleQueue[np.ndarray | None] = SimpleQueue()
         self._file: Future[bytes] = Future()
-        self._given_up = False
+        self._is_cancelled = False
         self._stream = stream
         Thread(target=self._run, args=(fps,), name="mp4", daemon=True).start()
 
@@ -156,16 +157,16 @@ class Mp4Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        self._given_up = kind is not None
+        self._is_cancelled = kind is not None
         if self._stream and error:
             self._stream.fail(error)
         self._frames.put(None)
 
     def add(self, frames: np.ndarray) -> None:
-        """Takes the next frames, uint8 [F, H, W, 3]. It does not wait for the encoder.
+        """Queue the next frames, uint8 [F, H, W, 3], without waiting for the encoder.
 
         Raises:
-            RequestError: the encoder has failed with earlier ones, or nobody reads the stream.
+            RequestError: the encoder failed on earlier frames, or nobody reads the stream.
         """
         if self._stream:
             self._stream.check()
@@ -174,40 +175,40 @@ class Mp4Writer:
         self._frames.put(frames)
 
     def finish(self) -> bytes:
-        """The file, as soon as all its frames are encoded.
+        """Wait until all frames are encoded and return the file.
 
         Raises:
-            RequestError: the encoder has failed; status 500.
+            RequestError: the encoder failed; status 500.
         """
         return self._file.result()
 
     def _run(self, fps: float) -> None:
         try:
             if self._stream:
-                stream_mp4(self._added(), fps, self._stream)
+                stream_mp4(self._queued(), fps, self._stream)
                 self._file.set_result(b"")
             else:
-                self._file.set_result(write_mp4(self._added(), fps))
-        except BaseException as error:  # whatever it is, `finish` raises it
+                self._file.set_result(write_mp4(self._queued(), fps))
+        except BaseException as error:  # `finish` raises it
             self._file.set_exception(error)
             if self._stream:
                 self._stream.fail(error)
 
-    def _added(self) -> Iterator[np.ndarray]:
+    def _queued(self) -> Iterator[np.ndarray]:
         while (frames := self._frames.get()) is not None:
             for frame in frames:
-                if self._given_up:
+                if self._is_cancelled:
                     return
                 yield frame
 
 
 def write_mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
-    """uint8 frames [H, W, 3] to H.264 in yuv420p, BT.709: what every browser plays.
+    """Encode uint8 frames [H, W, 3] as H.264 in yuv420p, BT.709, which every browser plays.
 
-    yuv420p halves the colour resolution, so height and width must be even; every VAE here gives multiples of 8.
+    yuv420p halves the resolution of colors, so height and width must be even. Every VAE here gives multiples of 8.
 
     Raises:
-        RequestError: the encoder has failed; status 500.
+        RequestError: the encoder failed; status 500.
     """
     buffer = io.BytesIO()
     _encode(frames, fps, buffer, {})
@@ -215,21 +216,21 @@ def write_mp4(frames: Iterable[np.ndarray], fps: float) -> bytes:
 
 
 FRAGMENTED = {
-    # a box for each frame as it is encoded, behind a header that is written with the first and says where time begins
+    # a fragment per frame; the header waits for the first frame, because it contains the start time
     "movflags": "frag_every_frame+empty_moov+delay_moov+default_base_moof",
     "flush_packets": "1",
 }
-"""Of FFmpeg's muxer. Such a file plays from its first bytes on, and ends with a box `mfra` if it is complete."""
+"""Options of FFmpeg's muxer for a file that plays from its first bytes on. A complete file ends with a box `mfra`."""
 
 
 def stream_mp4(frames: Iterable[np.ndarray], fps: float, stream: Stream) -> None:
-    """The same, written to the stream as it is made: the same frames in a fragmented MP4.
+    """Encode the frames like `write_mp4` and write them to the stream, as a fragmented MP4.
 
-    The encoder looks 10 frames ahead, so that the first bytes come with the frame after them, or with the last one.
+    The encoder looks 10 frames ahead, so the first bytes come after 11 frames, or after the last one.
 
     Raises:
-        RequestError: the encoder has failed; status 500.
-        Exception: what the stream has failed with.
+        RequestError: the encoder failed; status 500.
+        Exception: the error of a stream that failed.
     """
     _encode(frames, fps, stream, FRAGMENTED)
     stream.end()
@@ -248,9 +249,8 @@ def _encode(frames: Iterable[np.ndarray], fps: float, file: Any, options: dict[s
                 container.mux(stream.encode(None))
     except av.FFmpegError:
         logger.exception("the MP4 encoder failed")
-        raise RequestError(
-            "the MP4 encoder failed; the log says why, and output_type=pt gives the frames", 500
-        ) from None
+        message = "the MP4 encoder failed; the log has the reason; output_type=pt returns the frames"
+        raise RequestError(message, 500) from None
 
 
 def _add_stream(container: av.container.OutputContainer, height: int, width: int, fps: float) -> av.VideoStream:
@@ -259,9 +259,10 @@ def _add_stream(container: av.container.OutputContainer, height: int, width: int
     stream.pix_fmt = "yuv420p"
     stream.options = {"crf": "17", "preset": "veryfast"}
     context = stream.codec_context
-    context.colorspace = context.color_primaries = context.color_trc = _BT709
+    context.colorspace = context.color_primaries = context.color_trc = BT709
     context.color_range = av.video.reformatter.ColorRange.MPEG
     return stream
 
 
-_BT709 = 1  # the code point of its matrix, primaries and transfer function alike, in ITU-T H.273
+BT709 = 1
+"""Code point of the matrix, the primaries and the transfer function in ITU-T H.273."""

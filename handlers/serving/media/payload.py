@@ -1,16 +1,15 @@
-"""Bytes as they came to what they hold: a tensor or an image. The frames of a video are read in mp4.py."""
+"""Parsing of request bodies: JSON, forms, tensors and images. mp4.py reads videos."""
 
 from __future__ import annotations
 
 import binascii
 import json
 import math
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -19,10 +18,10 @@ from handlers.serving.limits import Limits
 from handlers.serving.media.image_files import JPEG, PNG, ImageFile, inspect
 from handlers.serving.media.request import Body, BodyKind
 
-Image.MAX_IMAGE_PIXELS = None  # `Limits` has its own limit, and it is one for the whole request
+Image.MAX_IMAGE_PIXELS = None  # `Limits` bounds the pixels of the whole request
 
 IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")
-"""Of files that have an MP4's structure and hold a still picture."""
+"""Brands of files with the structure of an MP4 that contain a still image."""
 
 DTYPES = {
     "float16": torch.float16,
@@ -32,145 +31,150 @@ DTYPES = {
 }
 
 NAME_LENGTH = 200
-"""Bytes of a body that may be the name of a file, sent in place of the file."""
+"""Bytes up to which a body may be a file's name, sent by mistake instead of the file."""
 
 JSON_VALUES = 10_000
-"""Lists, objects and their elements in a JSON body, which take 25 times their size; parameters are a few dozen."""
+"""Values in a JSON body. Each takes 25 times its size in memory; a request needs a few dozen."""
 
 FORM_PARTS = 1000
-"""Files and fields of a form; how many pictures make a batch is one of `Limits`."""
+"""Files and fields of a form. `Limits` bounds the images of a batch."""
 
 FORM_FIELD = 10_000
-"""Bytes of a field of a form that is no file, and so a parameter."""
+"""Bytes of a form field that contains a parameter."""
 
 
 def sniff(body: Body) -> BodyKind:
-    """What a body without a shape holds, from its first bytes. Raises `RequestError` when they are no known file's."""
+    """Return the kind of a body without a shape, by its first bytes. Raise `RequestError` for an unknown kind."""
     if body.startswith((PNG, JPEG)) or (body[:4] == b"RIFF" and body[8:12] == b"WEBP"):
         return "image"
     if body[4:8] == b"ftyp" and body[8:12] not in IMAGE_BRANDS:
         return "video"
-    seen = ""
+    hint = ""
     if not body:
-        seen = ", it is empty"
+        hint = ", it is empty"
     elif len(body) <= NAME_LENGTH and body.isascii() and (name := body.decode()).isprintable():
-        seen = f", it is the text {name!r} (curl sends the content of a file with `--data-binary @FILE`)"
+        hint = f", it is the text {name!r} (curl sends the content of a file with `--data-binary @FILE`)"
     raise RequestError(
-        f"`shape` is missing, and the body is no PNG, JPEG, WebP or MP4 file{seen}; a tensor needs its shape and dtype "
+        f"`shape` is missing, and the body is no PNG, JPEG, WebP or MP4 file{hint}; a tensor needs its shape and dtype "
         "as parameters, e.g. ?shape=1,4,64,64&dtype=float16"
     )
 
 
 def lost_bytes(body: Body, content_type: str) -> bool:
-    """Return whether a file was sent with curl's -d, which drops every line break and zero byte in it."""
+    """Return whether curl sent a file with `-d`, which drops every line break and zero byte."""
     sent_by_curl = content_type == "application/x-www-form-urlencoded"
     return sent_by_curl and len(body) > NAME_LENGTH and not any(byte in body for byte in b"\n\r\0")
 
 
 def read_json(body: Body) -> tuple[bytes, dict[str, Any]]:
-    """The decoded `inputs` and the `parameters` of `{"inputs": <base64>, "parameters": {...}}`."""
+    """Return the decoded `inputs` and the `parameters` of `{"inputs": <base64>, "parameters": {...}}`."""
     try:
-        if sum(map(body.count, (b"[", b"{", b","))) > JSON_VALUES:  # none of these is in base64
+        if sum(map(body.count, (b"[", b"{", b","))) > JSON_VALUES:  # base64 has none of these
             raise ValueError(f"more than {JSON_VALUES} values")
         message = json.loads(body)
-    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 included
+    except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(message, dict) or "inputs" not in message:
         raise RequestError('the body must be a JSON object with base64 text under `inputs`: {"inputs": "..."}')
     parameters = message.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise RequestError(f"`parameters` must be a JSON object, got {type(parameters).__name__}")
-    return read_base64(message["inputs"]), parameters
+    sent = {name: value for name, value in parameters.items() if value is not None}  # null counts as not sent
+    return read_base64(message["inputs"]), sent
 
 
 def json_peak(body: Body) -> int:
-    """Bytes that reading a JSON body takes at its peak: two copies, in which a character may be 4 bytes long."""
+    """Return the bytes that `read_json` takes at its peak: two copies with up to 4 bytes per character."""
     is_ascii = body.isascii() and b"\\u" not in body
     return len(body) * (2 if is_ascii else 8)
 
 
 def read_form(body: Body, content_type: str) -> tuple[list[Body], dict[str, Any]]:
-    """The files of a `multipart/form-data` body in their order, and its other fields, which are parameters."""
-    files: list[Body] = []
-    values: dict[str, Any] = {}
-    headers: dict[str, str] = {}
-    name, part, parts = bytearray(), bytearray(), 0
-
-    def end_header() -> None:
-        headers[name.decode("latin-1").lower()] = part.decode("latin-1")
-        name.clear()
-        part.clear()
-
-    def end_part() -> None:
-        nonlocal part, parts
-        parts += 1
-        disposition, options = parse_options_header(headers.get("content-disposition", ""))
-        field = options.get(b"name", b"").decode("utf-8", "replace")
-        if disposition != b"form-data" or not (field or b"filename" in options):
-            raise RequestError("a part of the form has no `Content-Disposition: form-data` with a name")
-        if b"filename" in options:
-            files.append(part)
-        else:
-            if len(part) > FORM_FIELD:
-                raise RequestError(
-                    f"a field of the form is longer than {FORM_FIELD} bytes; send a file with a filename"
-                )
-            values.setdefault(field, []).append(part.decode("utf-8", "replace"))
-        if parts > FORM_PARTS:
-            raise RequestError(f"the form has more than {FORM_PARTS} parts", 413)
-        headers.clear()
-        part = bytearray()
-
+    """Return the files of a `multipart/form-data` body, in order, and its other fields as parameters."""
+    form = _Form()
     _, options = parse_options_header(content_type)
     try:
-        parser = MultipartParser(
-            options.get(b"boundary", b""),
-            {
-                "on_header_field": lambda data, start, end: name.extend(data[start:end]),
-                "on_header_value": lambda data, start, end: part.extend(data[start:end]),
-                "on_header_end": end_header,
-                "on_part_data": lambda data, start, end: part.extend(data[start:end]),
-                "on_part_end": end_part,
-            },
-        )
+        parser = MultipartParser(options.get(b"boundary", b""), form.callbacks)  # type: ignore[arg-type]
         parser.write(body)  # type: ignore[arg-type]  # it takes a bytearray too
         parser.finalize()
     except FormParserError as error:
         raise RequestError(f"the body is no multipart/form-data: {error}") from None
-    if not files:
-        raise RequestError("the form holds no file: send one as `curl -F file=@picture.png` does, with a filename")
-    return files, {field: value if field == "shape" else value[-1] for field, value in values.items()}
+    if not form.files:
+        raise RequestError("the form has no file: send one as `curl -F file=@image.png` does, with a filename")
+    return form.files, {name: values if name == "shape" else values[-1] for name, values in form.fields.items()}
+
+
+class _Form:
+    """Files and fields of a form, filled by the callbacks of a parser."""
+
+    def __init__(self) -> None:
+        self.files: list[Body] = []
+        self.fields: dict[str, list[str]] = {}
+        self._headers: dict[str, str] = {}
+        self._header_name, self._content = bytearray(), bytearray()
+        self._count = 0
+        self.callbacks = {
+            "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._content.extend(data[start:end]),
+            "on_header_end": self._end_header,
+            "on_part_data": lambda data, start, end: self._content.extend(data[start:end]),
+            "on_part_end": self._end_part,
+        }
+
+    def _end_header(self) -> None:
+        self._headers[self._header_name.decode("latin-1").lower()] = self._content.decode("latin-1")
+        self._header_name.clear()
+        self._content.clear()
+
+    def _end_part(self) -> None:
+        """Add a finished part of the form. Its content becomes a file without a copy."""
+        headers, content = self._headers, self._content
+        self._headers, self._content, self._count = {}, bytearray(), self._count + 1
+        if self._count > FORM_PARTS:
+            raise RequestError(f"the form has more than {FORM_PARTS} parts", 413)
+        disposition, options = parse_options_header(headers.get("content-disposition", ""))
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        if disposition != b"form-data" or not (name or b"filename" in options):
+            raise RequestError("a part of the form has no `Content-Disposition: form-data` with a name")
+        if b"filename" in options:
+            self.files.append(content)
+            return
+        if len(content) > FORM_FIELD:
+            raise RequestError(f"a field of the form is longer than {FORM_FIELD} bytes; send a file with a filename")
+        self.fields.setdefault(name, []).append(content.decode("utf-8", "replace"))
 
 
 def read_base64(text: Any) -> bytes:
+    """Decode base64 text. Raise `RequestError` for anything else."""
     if not isinstance(text, str):
         raise RequestError(f"`inputs` must be base64 text, got {type(text).__name__}")
     try:
-        return binascii.a2b_base64(text, strict_mode=True)  # `base64` would copy the text first
+        return binascii.a2b_base64(text, strict_mode=True)  # the module base64 copies the text first
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"`inputs` is not base64: {error}") from None
 
 
 def read_tensor(body: Body, shape: tuple[int, ...] | None, dtype: str | None) -> torch.Tensor:
-    """Raw C-contiguous little-endian bytes to a tensor of `shape` and `dtype` on the CPU."""
+    """Convert C-contiguous little-endian bytes to a tensor of `shape` and `dtype` on the CPU."""
     if shape is None:
         raise RequestError("`shape` is missing: repeat it for each dimension, e.g. shape=1&shape=4&shape=64&shape=64")
     if dtype is None:
         raise RequestError(f"`dtype` is missing: one of {', '.join(DTYPES)}")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if len(body) != expected:
-        raise RequestError(f"`shape` {list(shape)} of {dtype} is {expected} bytes, but {len(body)} came")
-    writable = body if isinstance(body, bytearray) else bytearray(body)  # torch warns of memory that it may not write
+        raise RequestError(f"`shape` {list(shape)} of {dtype} is {expected} bytes, but the body has {len(body)}")
+    writable = body if isinstance(body, bytearray) else bytearray(body)  # torch warns of read-only memory
     return torch.frombuffer(writable, dtype=DTYPES[dtype]).reshape(shape)
 
 
 def inspect_image(body: Body, limits: Limits, batch: int = 1) -> ImageFile:
-    """Read the structure of a PNG, JPEG or WebP file, of which a small one may hold a huge image, but no pixel.
+    """Read the structure of a PNG, JPEG or WebP file, but no pixel. A small file may contain a huge image.
 
-    It is one of a batch of so many, all of one size.
+    Args:
+        batch: images in the request, all of one size.
 
     Raises:
-        RequestError: the file has no image (400), more pixels than the limit (413), or too many parts (422).
+        RequestError: the file has no image (400), more pixels than the limit (413), or too many chunks (422).
     """
     file = inspect(body)
     limits.check_image(*file.size, batch=batch)
@@ -178,32 +182,25 @@ def inspect_image(body: Body, limits: Limits, batch: int = 1) -> ImageFile:
 
 
 def decode_image(file: ImageFile) -> Image.Image:
-    """The upright image of a file, in the mode of the file. Raises `RequestError` where it is broken."""
+    """Decode the upright image of a file, in the mode of the file. Raise `RequestError` for a broken file."""
     try:
         return file.decode()
     except RequestError:
         raise
     except UnidentifiedImageError:
         raise RequestError("the image cannot be read; send a PNG, JPEG or WebP file") from None
-    except Exception as error:  # Pillow's decoders raise a dozen types for broken files
+    except Exception as error:  # Pillow raises a dozen types for broken files
         raise RequestError(f"the image cannot be read ({error}); send a PNG, JPEG or WebP file") from None
 
 
 def read_image(body: Body, limits: Limits, batch: int = 1) -> Image.Image:
-    """The upright image of a PNG, JPEG or WebP file, in the mode of the file."""
+    """Decode the upright image of a PNG, JPEG or WebP file, in the mode of the file."""
     return decode_image(inspect_image(body, limits, batch))
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as a viewer shows it: its EXIF orientation applied, its transparency flattened on white."""
-    with suppress(Exception):  # EXIF that cannot be read, for which Pillow raises a dozen types too, turns nothing
-        image = ImageOps.exif_transpose(image)
-    return to_rgb(image)
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image with its transparency flattened on white, and 16 bits a pixel rounded to 8."""
-    if image.mode.startswith("I"):  # which Pillow would clip to 8 bits
+    """Convert an image to RGB, with transparency flattened on white and 16 bits per channel rounded to 8."""
+    if image.mode.startswith("I"):  # Pillow would clip it to 8 bits
         gray = np.asarray(image, np.int64)
         levels = ((gray + 128) // 257).clip(0, 255).astype(np.uint8)
         levels[gray == image.info.get("transparency", -1)] = 255

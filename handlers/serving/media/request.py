@@ -1,4 +1,4 @@
-"""What a client asks for: parameters as they came, validated once, and the answer's form."""
+"""A client's request: its parameters, validated once, and the kind of its response."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,7 @@ from handlers.model import Kind, LatentsLayout, SampleMode, Task
 from handlers.serving.errors import RequestError
 
 Body = bytes | bytearray
+"""Body of a request, or one of the files in it."""
 BodyKind = Literal["tensor", "image", "video"]
 ImageFormat = Literal["jpg", "png", "webp"]
 
@@ -29,10 +30,10 @@ def _image_format(value: str) -> str:
 
 
 def _dimensions(value: Any) -> Any:
-    """`shape=1,4,64,64` and `shape=[1,4,64,64]`, which people try first, beside one `shape` a dimension."""
+    """Split `shape=1,4,64,64` and `shape=[1,4,64,64]`. The usual form is one `shape` for each dimension."""
     values = value if isinstance(value, list | tuple) else [value]
     if len(values) == 1 and isinstance(values[0], str):
-        return [part.strip() for part in values[0].strip("[]() ").split(",")]
+        return [size.strip() for size in values[0].strip("[]() ").split(",")]
     return value
 
 
@@ -98,10 +99,10 @@ class Parameters(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Parameters:
-        """Validates what came.
+        """Validate the parameters of a request.
 
         Raises:
-            RequestError: it names the first three wrong parameters, what came and what is expected.
+            RequestError: a parameter is wrong; the message names the first three, their values and what is expected.
         """
         try:
             return cls.model_validate(values)
@@ -116,14 +117,14 @@ def _describe(error: Any) -> str:
 
 
 class OutputKind(Enum):
-    """The form of an answer."""
+    """Kind of output of a request."""
 
     IMAGE = "one encoded image"
-    IMAGES = "a ZIP of one encoded image for each of the batch"
+    IMAGES = "a ZIP with an encoded image for each item of the batch"
     MP4 = "one MP4 file"
     PIXELS = "floats in [0, 1], [B, C, H, W] or [F, C, H, W]"
     UINT8 = "uint8, [B, H, W, C] or [F, H, W, C]"
-    DECODED = "floats about [-1, 1] as the decoder gave them, [B, C, H, W] or [B, C, F, H, W]"
+    DECODED = "floats about [-1, 1] from the decoder, [B, C, H, W] or [B, C, F, H, W]"
     LATENTS = "latents"
 
 
@@ -133,25 +134,25 @@ IMAGE_FORMATS: dict[str, ImageFormat] = {
     "image/png": "png",
     "image/webp": "webp",
 }
-"""Image formats by media type."""
+"""Image formats, by media type."""
 KNOWN_RANGES = {*IMAGE_FORMATS, "image/*", "application/json", "application/zip", "*/*"}
-"""Media ranges that the service gives something of, beside those that begin with `tensor/`."""
+"""Media ranges that the service can send, beside those that begin with `tensor/`."""
 
 
 @dataclass(frozen=True)
 class Accept:
-    """The `Accept` header of a request, as far as it matters."""
+    """Preferences from the `Accept` header of a request."""
 
     tensor: bool = False
-    """A tensor rather than an image file."""
+    """True if the client prefers a tensor to a file."""
     json: bool = False
-    """Bytes as base64 inside JSON."""
+    """True if the client wants base64 inside JSON."""
     image: bool = False
-    """An image file, so nothing for a video model."""
+    """True if the client wants an image file, which a video model cannot send."""
     zip: bool = False
-    """A file for each of a batch, together in a ZIP."""
+    """True if the client wants a ZIP with a file for each item of the batch."""
     ranges: tuple[str, ...] = ()
-    """Media ranges that are wanted, as `image/png` or `image/*`, best first."""
+    """Wanted media ranges, such as `image/png` or `image/*`, best first."""
     refused: frozenset[str] = frozenset()
     """Media ranges with the quality 0."""
 
@@ -159,99 +160,114 @@ class Accept:
     def parse(cls, header: str | None, content_type: str = "") -> Accept:
         """Read the header (RFC 9110, section 12.5.1).
 
-        The media range of the highest quality decides; of several the most specific one, and of these the first. Ranges
-        that the service gives nothing of are passed over; where none is left, the default response is given. As in the
-        toolkit, a JSON request that accepts anything gets JSON.
+        The media range with the highest quality wins, then the most specific one, then the first. Unknown ranges do not
+        count; without a known one, the client gets the default response. A JSON request that accepts anything gets
+        JSON, like in the Inference Toolkit.
         """
         qualities = _qualities(header or "*/*")
         if list(qualities) == ["*/*"] and media_type_of(content_type) == "application/json":
             qualities = {"application/json": 1}
-        ranges = sorted(filter(qualities.get, qualities), key=lambda one: (-qualities[one], one.count("*")))
-        best = next((one for one in ranges if one in KNOWN_RANGES or one.startswith("tensor/")), "*/*")
+        ranges = sorted(filter(qualities.get, qualities), key=lambda name: (-qualities[name], name.count("*")))
+        best = next((known for known in ranges if known in KNOWN_RANGES or known.startswith("tensor/")), "*/*")
         return cls(
             tensor=best.startswith("tensor/"),
             json=best in ("tensor/base64", "application/json"),
             image=best in IMAGE_FORMATS,
             zip=best == "application/zip",
             ranges=tuple(ranges),
-            refused=frozenset(one for one, quality in qualities.items() if not quality),
+            refused=frozenset(media_range for media_range, quality in qualities.items() if not quality),
         )
 
     def image_format(self, default: ImageFormat) -> ImageFormat:
-        """The image format that the header wants most, or `default` where it has no preference.
+        """Return the image format that the header prefers, or `default` without a preference.
 
         Raises:
             RequestError: the header refuses every format; status 406.
         """
-        named = {IMAGE_FORMATS.get(one) for one in (*self.ranges, *self.refused)}
-        others = [one for one in (default, *IMAGE_FORMATS.values()) if one not in named]
+        named = {IMAGE_FORMATS.get(media_range) for media_range in (*self.ranges, *self.refused)}
+        others = [image_format for image_format in (default, *IMAGE_FORMATS.values()) if image_format not in named]
         if "image/*" in self.refused:
             others = []
-        for one in self.ranges:
-            if one in IMAGE_FORMATS:
-                return IMAGE_FORMATS[one]
-            if others and one in ("image/*", "*/*"):
+        for media_range in self.ranges:
+            if media_range in IMAGE_FORMATS:
+                return IMAGE_FORMATS[media_range]
+            if others and media_range in ("image/*", "*/*"):
                 break
         if not others:
-            raise RequestError("`Accept` refuses JPEG, PNG and WebP (q=0); an image comes as one of them", 406)
+            raise RequestError("`Accept` refuses JPEG, PNG and WebP (q=0); accept at least one of them", 406)
         return others[0]
 
 
 def _qualities(header: str) -> dict[str, float]:
-    """The header's media ranges without their parameters, in order, and their qualities from 0 to 1.
+    """Return the media ranges of a header, in order, with their qualities from 0 to 1.
 
-    A quality that is no number counts as 1.
+    An invalid quality counts as 1.
     """
     qualities: dict[str, float] = {}
     for entry in header.lower().split(","):
-        media_range, *parameters = (part.strip() for part in entry.split(";"))
-        quality = next((part[2:] for part in parameters if re.fullmatch(r"q=(0(\.\d*)?|1(\.0*)?)", part)), "1")
+        media_range, *parameters = (text.strip() for text in entry.split(";"))
+        quality = next((text[2:] for text in parameters if re.fullmatch(r"q=(0(\.\d*)?|1(\.0*)?)", text)), "1")
         if media_range:
             qualities.setdefault(media_range, float(quality))
     return qualities
 
 
 def media_type_of(content_type: str) -> str:
-    """The header without its parameters."""
+    """Return a Content-Type without its parameters."""
     return content_type.split(";")[0].strip().lower()
 
 
 def decode_output_kind(kind: Kind, parameters: Parameters, accept: Accept) -> OutputKind:
-    """The answer to a decode request: the table of `docs/http-api.md`. Raises `RequestError` where it has no row."""
-    output_type = parameters.output_type or _default_output_type(kind, accept)
-    answers = {
-        ("image", "pil"): OutputKind.PIXELS if accept.tensor else OutputKind.IMAGES if accept.zip else OutputKind.IMAGE,
-        ("image", "pt"): OutputKind.UINT8 if parameters.partial_postprocess else OutputKind.DECODED,
-        ("video", "pil"): OutputKind.PIXELS,
-        ("video", "pt"): OutputKind.UINT8 if parameters.partial_postprocess else OutputKind.DECODED,
-        ("video", "mp4"): OutputKind.MP4,
-    }
-    if (kind, output_type) not in answers:
-        message = "`output_type`: 'mp4' needs a video model, and this is an image model; use 'pil' or 'pt'"
-        raise RequestError(message, 422)
+    """Return the kind of output of a decode request. `docs/http-api.md` has the table.
+
+    Raises:
+        RequestError: the model or the `Accept` header rules the output out; status 422 or 400.
+    """
     if kind == "video" and (accept.image or accept.zip) and parameters.output_type in (None, "pil"):
-        raise RequestError("a video cannot be answered as images: use output_type=mp4, or Accept: tensor/binary")
-    return answers[kind, output_type]
+        raise RequestError("a video cannot be sent as images; use output_type=mp4, or Accept: tensor/binary")
+    default = "pt" if accept.tensor else "mp4" if kind == "video" else "pil"
+    match kind, parameters.output_type or default:
+        case _, "pt":
+            return OutputKind.UINT8 if parameters.partial_postprocess else OutputKind.DECODED
+        case "video", "mp4":
+            return OutputKind.MP4
+        case "image", "mp4":
+            message = "`output_type`: 'mp4' needs a video model, and this is an image model; use 'pil' or 'pt'"
+            raise RequestError(message, 422)
+        case "image", _ if accept.zip:
+            return OutputKind.IMAGES
+        case "image", _ if not accept.tensor:
+            return OutputKind.IMAGE
+    return OutputKind.PIXELS
 
 
-def _default_output_type(kind: Kind, accept: Accept) -> str:
-    if accept.tensor:
-        return "pt"
-    return "mp4" if kind == "video" else "pil"
+def choose_image_format(parameters: Parameters, accept: Accept, output_kind: OutputKind) -> ImageFormat:
+    """Return the format of an image response: the parameter, the `Accept` header's, or the default.
+
+    The default is JPEG, and PNG inside JSON, like in the Inference Toolkit.
+
+    Raises:
+        RequestError: the header refuses every format; status 406.
+    """
+    if parameters.image_format:
+        return cast(ImageFormat, parameters.image_format)
+    if output_kind in (OutputKind.IMAGE, OutputKind.IMAGES):
+        return accept.image_format("png" if accept.json else "jpg")
+    return "jpg"
 
 
 @dataclass(frozen=True)
 class Request:
-    """A validated request: what to do with which body, and how to answer."""
+    """A validated request: the task, the body, and the kind of output."""
 
     task: Task
-    body: Any
-    """Bytes, or several files' in a list; a tensor or PIL image where the request came as a plain object."""
+    body: Body | list[Body]
+    """Bytes of a tensor or file; a list for several files."""
     body_kind: BodyKind
     parameters: Parameters
     output_kind: OutputKind
     accept: Accept
     image_format: ImageFormat
     """Format of an image response."""
-    hold: Callable[[int], None] = lambda size: None
-    """Counts bytes before they are taken for this request, and raises `RequestError` where they are too many."""
+    reserve: Callable[[int], None] = lambda size: None
+    """Function that counts bytes before they are allocated. It raises `RequestError` above the limit."""

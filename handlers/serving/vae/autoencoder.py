@@ -1,4 +1,4 @@
-"""diffusers' autoencoders, all called alike: what each takes and gives besides is settled here."""
+"""Calls of diffusers' autoencoders, with one signature for all of them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from handlers.model import SampleMode
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """What some autoencoders take beside latents."""
+    """Options of a decode, for some autoencoders."""
 
     timestep: float = 0.0
-    """Of those that are conditioned on one (LTX-Video from 0.9.1 on); the noise that goes with it is in the latents."""
+    """Timestep for LTX-Video from version 0.9.1 on. The latents contain its noise already."""
     chunk_frames: int | None = None
-    """Frames at a time of those that take a video as a batch of pictures; None for all of a video."""
+    """Frames per chunk, if a video is decoded as a batch of images; None for all."""
     exact: bool = False
-    """Whether only diffusers' own pass will do."""
+    """True if diffusers' own pass is required."""
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What is taken of the distribution that an encoder gives; without one, as of AutoencoderTiny, the latents are."""
+    """Options of an encode. They do not matter for an encoder without a distribution, as in AutoencoderTiny."""
 
     sample_mode: SampleMode = "argmax"
     generator: torch.Generator | None = None
-    """Of a sample."""
+    """Random generator of a sample."""
     exact: bool = False
-    """Whether only diffusers' own pass will do."""
+    """True if diffusers' own pass is required."""
 
-    def of(self, posterior: Any) -> Tensor:
-        """Latents [B, C, ...], or moments [B, 2 * C, ...]."""
+    def apply(self, posterior: Any) -> Tensor:
+        """Return latents [B, C, ...] of a distribution, or its moments [B, 2 * C, ...]."""
         match self.sample_mode:
             case "argmax":
                 return posterior.mode()
@@ -46,12 +46,12 @@ class EncodeOptions:
 
 
 def has_frames(model: Any) -> bool:
-    """Whether its tensors have a dimension for frames, also those of pictures."""
+    """Return whether the model's tensors have a dimension for frames, even for images."""
     return any(isinstance(module, nn.Conv3d) for module in model.encoder.modules())
 
 
 def decode_at_once(model: Any, latents: Tensor, options: DecodeOptions = DecodeOptions()) -> Tensor:
-    """Raw latents [B, C, H, W] or [B, C, F, H, W] to pixels [B, 3, H, W] or [B, 3, F, H, W]."""
+    """Decode raw latents [B, C, H, W] or [B, C, F, H, W] to pixels [B, 3, H, W] or [B, 3, F, H, W]."""
     if latents.ndim == 5 and not has_frames(model):
         return torch.stack([_decode_images(model, video, options) for video in latents])
     arguments = {}
@@ -61,38 +61,38 @@ def decode_at_once(model: Any, latents: Tensor, options: DecodeOptions = DecodeO
 
 
 def _decode_images(model: Any, video: Tensor, options: DecodeOptions) -> Tensor:
-    """Latents [C, F, H, W] to [3, F, H, W], the frames as a batch. Most such models mix the frames of a batch."""
+    """Decode latents [C, F, H, W] to [3, F, H, W], with the frames as a batch. Some models mix frames of a batch."""
     mixes = "num_frames" in inspect.signature(model.decoder.forward).parameters
     chunks = video.movedim(0, 1).split(options.chunk_frames or video.shape[1])
-    pictures = [
+    images = [
         model.decode(chunk, return_dict=False, **({"num_frames": len(chunk)} if mixes else {}))[0] for chunk in chunks
     ]
-    return torch.cat(pictures).movedim(1, 0)
+    return torch.cat(images).movedim(1, 0)
 
 
 def encode_at_once(
     model: Any, pixels: Tensor, options: EncodeOptions = EncodeOptions(), one_by_one: bool = False
 ) -> Tensor:
-    """Pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents, of pictures [B, C, 1, H, W] by some."""
+    """Encode pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents, or [B, C, 1, H, W] for some images."""
     if pixels.ndim == 5 and not has_frames(model):
-        pictures = encode_at_once(model, pixels.movedim(2, 1).flatten(0, 1), options, one_by_one)
-        return pictures.unflatten(0, (-1, pixels.shape[2])).movedim(1, 2)
+        images = encode_at_once(model, pixels.movedim(2, 1).flatten(0, 1), options, one_by_one)
+        return images.unflatten(0, (-1, pixels.shape[2])).movedim(1, 2)
     encoded = posterior_of(model, pixels, one_by_one)
-    return encoded if isinstance(encoded, Tensor) else options.of(encoded)
+    return encoded if isinstance(encoded, Tensor) else options.apply(encoded)
 
 
 def posterior_of(model: Any, pixels: Tensor, one_by_one: bool = False) -> Any:
-    """diffusers' distribution of the latents; or the latents, of the autoencoders that are not variational."""
+    """Return diffusers' distribution of the latents, or the latents of an autoencoder that is not variational."""
     if pixels.ndim == 4 and has_frames(model):
         pixels = pixels.unsqueeze(2)
-    encoded = [model.encode(part, return_dict=False)[0] for part in (pixels.split(1) if one_by_one else [pixels])]
+    encoded = [model.encode(item, return_dict=False)[0] for item in (pixels.split(1) if one_by_one else [pixels])]
     if isinstance(encoded[0], Tensor):
         return torch.cat(encoded)
-    return type(encoded[0])(torch.cat([part.parameters for part in encoded])) if one_by_one else encoded[0]
+    return type(encoded[0])(torch.cat([posterior.parameters for posterior in encoded])) if one_by_one else encoded[0]
 
 
 def forget(model: Any) -> None:
-    """Drops what a failed pass may have left in the model, and would go into the next one's result."""
+    """Clear the frames that a failed pass may have left in the model's caches."""
     for name in ("clear_cache", "_clear_conv_cache"):
         if clear := getattr(model, name, None):
             clear()

@@ -1,9 +1,8 @@
-"""What the encoders and decoders of diffusers' autoencoders are made of, as steps that a pass of our own runs its way.
+"""Blocks of diffusers' encoders and decoders, as a sequence of ops that another pass can replace.
 
-diffusers' own forward pass is a tree of modules that call each other. For another way to run it (`low_memory`, `fast`)
-what counts is that an encoder or decoder is a row of residual blocks, with an attention or a change of size between
-some. `run` goes through that row; Wan's and Qwen-Image's keep earlier frames inside their modules, so those are
-replaced one by one instead.
+diffusers' forward pass is a tree of modules that call each other. For another pass (`low_memory`, `fast`), an encoder
+or decoder is a sequence of residual blocks, with attention or a change of size between some. `run` goes through this
+sequence. The modules of Wan and Qwen-Image keep earlier frames, so their `forward`s are replaced one by one instead.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from handlers.serving.vae.stop import check_wanted
 
-Part = Any
-"""A module of diffusers', or a part of one: which attributes it has no type tells, but the sets of names below do."""
-Step = Callable[[Tensor], Tensor]
+Module = Any
+"""A module of diffusers. No type describes its attributes; the sets of class names below do."""
+Op = Callable[[Tensor], Tensor]
 
 CAUSAL_CODERS = {"WanEncoder3d", "WanDecoder3d", "QwenImageEncoder3d", "QwenImageDecoder3d"}
 CODERS = {"Encoder", "Decoder", "HunyuanVideoEncoder3D", "HunyuanVideoDecoder3D"}
@@ -32,26 +31,27 @@ BLOCKS = {
     "HunyuanVideoDownBlock3D",
     "HunyuanVideoUpBlock3D",
 }
-"""Those whose steps are known here; others have other parts, or a `forward` with other arguments."""
+"""Classes of blocks whose ops are known. Others have other modules, or a `forward` with other arguments."""
 
 
 class BlockOps(NamedTuple):
-    """How each step is run; what it is given, a tensor [B, C, H, W] or [B, C, F, H, W], nobody else holds."""
+    """Ops of a pass. Each takes a tensor [B, C, H, W] or [B, C, F, H, W] that it may overwrite."""
 
-    residual: Callable[[Part, Tensor], Tensor]
-    upsample: Callable[[Part, Tensor], Tensor]
-    downsample: Callable[[Part, Tensor], Tensor]
-    attend: Callable[[Part, Tensor], Tensor]
-    finish: Callable[[Part, Tensor], Tensor]
-    """The coder's last normalisation, activation and convolution."""
+    residual: Callable[[Module, Tensor], Tensor]
+    upsample: Callable[[Module, Tensor], Tensor]
+    downsample: Callable[[Module, Tensor], Tensor]
+    attend: Callable[[Module, Tensor], Tensor]
+    finish: Callable[[Module, Tensor], Tensor]
+    """Last normalization, activation and convolution of the coder."""
 
 
-def coders_of(model: Any) -> list[Part]:
+def coders_of(model: Any) -> list[Module]:
+    """Return the encoder and the decoder."""
     return [model.encoder, model.decoder]
 
 
 def is_known(model: Any) -> bool:
-    """Whether all that the model is made of is known here."""
+    """Return whether all blocks of the model are known."""
     coders = [getattr(model, "encoder", None), getattr(model, "decoder", None)]
     return is_causal(coders) or all(
         type(coder).__name__ in CODERS and all(type(block).__name__ in BLOCKS for block in _blocks(coder))
@@ -60,34 +60,34 @@ def is_known(model: Any) -> bool:
 
 
 def is_causal(coders: list[Any]) -> bool:
-    """Whether they are Wan's or Qwen-Image's."""
+    """Return whether the coders are Wan's or Qwen-Image's."""
     return all(type(coder).__name__ in CAUSAL_CODERS for coder in coders)
 
 
 @torch.no_grad()
-def run(coder: Part, ops: BlockOps, sample: Tensor, latent_embeds: None = None) -> Tensor:
-    """What `forward` of the coder gives. No step's input outlives it: nothing else refers to it."""
-    for step in _steps(coder, ops):
+def run(coder: Module, ops: BlockOps, sample: Tensor, latent_embeds: None = None) -> Tensor:
+    """Run a coder's ops, instead of its `forward`. The input of each op is freed after it."""
+    for op in _ops(coder, ops):
         check_wanted()
-        sample = step(sample)
+        sample = op(sample)
     return sample
 
 
-def _blocks(coder: Part) -> list[Part]:
+def _blocks(coder: Module) -> list[Module]:
     if hasattr(coder, "down_blocks"):
-        return [*coder.down_blocks, getattr(coder, "mid_block", None)]  # DC-AE's has none
+        return [*coder.down_blocks, getattr(coder, "mid_block", None)]  # none in DC-AE
     return [getattr(coder, "mid_block", None), *getattr(coder, "up_blocks", ())]
 
 
-def _steps(coder: Part, ops: BlockOps) -> Iterator[Step]:
+def _ops(coder: Module, ops: BlockOps) -> Iterator[Op]:
     yield coder.conv_in
     for block in _blocks(coder):
-        yield from _block_steps(block, ops)
+        yield from _block_ops(block, ops)
     yield partial(ops.finish, coder)
 
 
-def _block_steps(block: Part, ops: BlockOps) -> Iterator[Step]:
-    """A residual block, then what comes between two of them or after the last."""
+def _block_ops(block: Module, ops: BlockOps) -> Iterator[Op]:
+    """Yield the residual blocks with attention between them, then changes of size."""
     between = getattr(block, "attentions", ())
     for index, resnet in enumerate(block.resnets):
         if 0 < index <= len(between) and between[index - 1] is not None:
@@ -99,10 +99,15 @@ def _block_steps(block: Part, ops: BlockOps) -> Iterator[Step]:
         yield partial(ops.downsample, layer)
 
 
-def attend(attention: Part, x: Tensor) -> Tensor:
-    """Attention between the pixels of a picture; a video's see those of their own frame and the frames before it.
+def identity(x: Tensor) -> Tensor:
+    """Return x, as the `forward` of a module whose work is done elsewhere."""
+    return x
 
-    diffusers says the latter with a mask, (F * H * W) squared; here each frame is given the frames that it sees.
+
+def attend(attention: Module, x: Tensor) -> Tensor:
+    """Compute attention between the pixels of an image, or of each video frame and the frames before it.
+
+    For videos diffusers uses a mask of (F * H * W) squared. Here each frame gets only the frames that it attends to.
     """
     if x.ndim == 4:
         return attention(x)
@@ -112,11 +117,11 @@ def attend(attention: Part, x: Tensor) -> Tensor:
         project(tokens).unflatten(2, (heads, -1)).transpose(1, 2)
         for project in (attention.to_q, attention.to_k, attention.to_v)
     )
-    seen = [
+    frames = [
         F.scaled_dot_product_attention(frame, key[:, :, : last + 1], value[:, :, : last + 1])
         for frame, last in zip(
             query.split(frame_size, dim=2), range(frame_size - 1, key.shape[2], frame_size), strict=True
         )
     ]
-    result = attention.to_out[0](torch.cat(seen, dim=2).transpose(1, 2).flatten(2))
+    result = attention.to_out[0](torch.cat(frames, dim=2).transpose(1, 2).flatten(2))
     return result.transpose(1, 2).unflatten(2, x.shape[2:]) + x

@@ -1,23 +1,19 @@
-"""The process's heap on a CPU, and torch's on a GPU: what of freed memory is kept for the next pass, and what is not.
+"""Heap of the process on a CPU, and torch's allocator on a GPU: which freed memory is kept for the next pass.
 
-A decode makes and frees tensors of up to hundreds of MB. glibc takes those from the system and gives them back, so that
-each page is mapped and zeroed anew, which is half of the time of a pass. `keep` makes it keep them. But what was freed
-by passes of one shape is full of holes for the next, small blocks in between, so that a heap which gives nothing back
-grows with each new shape. So:
+A decode allocates and frees tensors of hundreds of MB. By default glibc returns them to the system, so that all pages
+are mapped and zeroed again, which is half of the time of a pass. `configure` makes glibc keep them. But free blocks of
+one shape fit badly for the next shape, so a heap that returns nothing grows with each new shape. Therefore:
 
-- `settle`, after a pass: where the process holds clearly more than the largest pass took, all free pages go back; not
-  while one shape is repeated, which takes nothing new after a few passes. Of mixed shapes several share the cost.
-- `make_room`, before a pass: where it may not find enough beside the pages that are kept, they go back first. Where
-  even then there is less than `HOLES` times what its tensors take, each block of a MB and more is mapped by itself for
-  this pass: slower, but without holes.
-- `trim`, when nothing has come for some seconds (`devices.IDLE_SECONDS`): all free pages go back.
+- `settle`, after a pass: all free pages are returned if the process grew by more than its largest pass did, and the
+  shape is a new one.
+- `make_room`, before a pass: free pages are returned if the pass may need them. If there is still less than `HOLES`
+  times its estimate, blocks from 1 MB are mapped one by one for this pass: slower, but without holes.
+- `trim`, on an idle device (`devices.IDLE_SECONDS`): all free pages are returned.
+- `MAX_KERNELS` bounds oneDNN's compiled kernels, which no trim frees.
 
-- oneDNN's compiled kernels, which no trim reaches, are kept for the last shapes alone (`KERNELS`).
-
-All figures are resident bytes, as the system counts them: the heap's own do not say which of its free pages are still
-in memory. So the plan (`memory.free_memory`) counts nothing that the heap keeps. What was weighed: benchmarks/NOTES.md.
-
-Without glibc (macOS, musl) all of this does nothing.
+All figures are resident bytes, as the system counts them, because the heap does not know which of its free pages are in
+memory. benchmarks/NOTES.md has the measurements and the alternatives. Without glibc (macOS, musl), nothing here has an
+effect.
 """
 
 from __future__ import annotations
@@ -36,76 +32,76 @@ from handlers.serving.errors import RequestError
 from handlers.serving.vae.memory import free_memory, total_memory
 
 MARGIN = 1.1
-"""What may be kept, in parts of what the largest pass took."""
+"""Growth that is kept, as a multiple of the growth in the largest pass."""
 HOLES = 5
-"""Bytes that the heap may grow by for each byte of a pass's estimate: 2.1 were measured where it was empty, and up to
-4.8 where other shapes had left their holes."""
+"""Most bytes that the heap grows by for each byte of a pass's estimate: 2.1 were measured in an empty heap, and up to
+4.8 after passes of other shapes."""
 SMALL_BLOCK = 2**20
-"""Bytes; where memory is short, blocks from this size are mapped by themselves."""
+"""Bytes from which blocks are mapped one by one, if memory is short."""
 LARGE_BLOCK = 2**30
-"""Bytes; larger ones always are."""
-KERNELS = 256
-"""Compiled kernels that oneDNN keeps. Each shape has its own, some 100 KB each, and by default 1,024 stay for ever. An
-encode and a decode of one shape need up to 168 (CogVideoX in bfloat16), those of an image's VAE 55 to 85."""
+"""Bytes from which blocks are always mapped one by one."""
+MAX_KERNELS = 256
+"""Compiled kernels that oneDNN keeps, some 100 KB each; by default 1,024. Each shape has its own: 55 to 85 for an image
+VAE's encode and decode, and up to 168 for a video VAE's (CogVideoX in bfloat16)."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-"""Of glibc's malloc.h."""
+"""Parameters of glibc's `mallopt`, from malloc.h."""
 
 
 class Heap:
-    """One for the whole process: `HEAP`."""
+    """The heap of the process. There is one object, `HEAP`."""
 
     def __init__(self) -> None:
         self.reserve = 0
-        """Bytes that are left to other requests, whose bodies come at any time."""
+        """Bytes reserved for the bodies of other requests."""
         self.base = 0
-        """Resident bytes after the free pages were last given back."""
+        """Resident bytes after the last trim."""
         self.floor = sys.maxsize
-        """The fewest of these: what the process always holds."""
+        """Fewest resident bytes after a trim."""
         self.largest = 0
-        """The most resident bytes that the process grew by in a pass."""
+        """Most resident bytes that the process grew by in a pass."""
         self.needed = 0
-        """Bytes of the last pass's tensors."""
+        """Estimated bytes of the last pass."""
         self.repeated = False
-        """Whether the pass before it needed as many: their blocks are of the same sizes then."""
+        """True if the pass before it had the same estimate, so its blocks have the same sizes."""
         self.planned = 0
-        """Bytes that the pass which runs now takes at its peak, by its estimate; 0 between passes."""
+        """Estimated bytes of the current pass; 0 between passes."""
         self.before = 0
-        """Resident bytes when that pass began."""
+        """Resident bytes when the current pass began."""
         self.lent = 0
-        """Bytes that threads take beside the passes for a while, and that no request holds: see `lend`."""
+        """Bytes that threads use beside the passes; see `lend`."""
         self.lending = Lock()
 
-    def keep(self, pages: bool) -> None:
-        """One heap for all threads, which by itself gives nothing back if `pages` are kept; a GPU's process needs none.
+    def configure(self, keep_pages: bool) -> None:
+        """Use one heap for all threads, so that each can use what another frees.
 
-        By default each thread has one of its own, so that what one frees another cannot use. The number of kernels is
-        read by oneDNN when torch first computes.
+        Args:
+            keep_pages: keep free pages. A process that computes on a GPU does not need them.
         """
         _mallopt(M_ARENA_MAX, 1)
-        if pages:
+        if keep_pages:
             _mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
             _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-            _set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS), "DNNL_PRIMITIVE_CACHE_CAPACITY")
+            _set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(MAX_KERNELS), "DNNL_PRIMITIVE_CACHE_CAPACITY")
 
     def trim(self) -> None:
-        """Gives every free page back to the system."""
-        _give_back()
+        """Return all free pages to the system."""
+        _return_pages()
         self.base = _resident()
         self.floor = min(self.floor, self.base)
 
     def available(self) -> int:
-        """Bytes that a pass could get now."""
+        """Return the bytes that a pass can get now."""
         return _available() - self.reserve - self.lent
 
     def capacity(self) -> int:
-        """Bytes that a pass could get at best."""
+        """Return the most bytes that a pass can ever get."""
         if not self.base:
             self.trim()
-        return total_memory(torch.device("cpu")) - self.reserve - min(self.floor, self.base)
+        return total_memory(torch.device("cpu")) - self.reserve - self.floor
 
     def make_room(self, needed: int) -> None:
-        """Before a pass whose tensors take so many bytes at their peak."""
+        """Prepare for a pass with an estimate of `needed` bytes."""
         self.repeated, self.needed = needed == self.needed, needed
         if short := self.available() < needed * HOLES:
             self.trim()
@@ -113,20 +109,20 @@ class Heap:
         _mallopt(M_MMAP_THRESHOLD, SMALL_BLOCK if short else LARGE_BLOCK)
 
     @contextmanager
-    def lend(self, size: int, held: int = 0) -> Iterator[None]:
-        """Around work on a thread that takes so many bytes for as long as it lasts, such as an image that is decoded.
+    def lend(self, size: int, reserved: int = 0) -> Iterator[None]:
+        """Reserve bytes for work on a thread, such as decoding an image, in a `with` block.
 
         Args:
-            held: bytes that are taken too, but are counted among those of the request, which passes leave to it.
+            reserved: further bytes that the work takes, which count among the request's bytes in flight.
 
         Raises:
-            RequestError: they are not free now, beside what others were promised; status 503.
+            RequestError: the bytes are not free now; status 503.
         """
         with self.lending:
-            if self._spare() < size + held:
-                _give_back()
-            if self._spare() < size + held:
-                needed = (size + held) / 1e6
+            if self._spare() < size + reserved:
+                _return_pages()
+            if self._spare() < size + reserved:
+                needed = (size + reserved) / 1e6
                 raise RequestError(
                     f"reading this takes about {needed:.0f} MB of memory, which are not free now; try again soon", 503
                 )
@@ -138,13 +134,13 @@ class Heap:
                 self.lent -= size
 
     def _spare(self) -> int:
-        """Bytes that nobody has, and that neither the pass which runs now nor a thread is going to take."""
+        """Return the free bytes that neither the current pass nor a thread will take."""
         growth = max(0, _resident() - self.before)
         return _available() - self.lent - max(0, self.planned - growth)
 
     @contextmanager
     def settle(self) -> Iterator[None]:
-        """Around a pass. What is kept is also no more than what stays available to the rest of the service."""
+        """Run a pass in a `with` block. Keep its free pages, unless they take more memory than stays available."""
         if not self.base:
             self.trim()
         self.before = _resident()
@@ -163,22 +159,21 @@ HEAP = Heap()
 
 
 def map_gpu_memory() -> None:
-    """Has torch's allocator put GPU memory together from pages, so that what is free fits any shape.
+    """Let torch's allocator build GPU memory from pages, so that free memory fits any shape.
 
-    By default it keeps blocks of the sizes that were asked for, each of them fragmented by the next shapes. Works only
-    before CUDA is first used; what is set already stays. Source: `expandable_segments` in torch's notes on CUDA.
+    By default it keeps blocks of the requested sizes, which other shapes fragment. This works only before the first use
+    of CUDA, and does not change what the user set. Source: `expandable_segments` in torch's notes on CUDA.
     """
     _set_default("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def _set_default(variable: str, value: str, *others: str) -> None:
-    """Sets it in the environment, unless the user set it, by this name or one of the others."""
+    """Set a variable of the environment, unless the user set it, by this name or another."""
     if not {variable, *others} & os.environ.keys():
         os.environ[variable] = value
 
 
-def _give_back() -> None:
-    """Free pages of the heap to the system."""
+def _return_pages() -> None:
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

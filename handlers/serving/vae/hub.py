@@ -1,4 +1,4 @@
-"""A checkpoint's files on the Hub. Each reason why they cannot be had is one line that says how to mend it."""
+"""Download of a checkpoint's files from the Hub. Each error is one line that says how to fix it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # p
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """Files of a VAE, as diffusers names them."""
 REACH_SECONDS = 3
-"""Seconds in which the Hub has to respond. huggingface_hub would try for half a minute."""
+"""Seconds in which the Hub must respond. huggingface_hub would try for half a minute."""
 
 
 def fetch(checkpoint: str, subfolder: str | None, revision: str | None) -> Path:
-    """Download `FILES` of a checkpoint, or find them in the cache, and return the folder that holds them.
+    """Download `FILES` of a checkpoint, or find them in the cache, and return their folder.
 
     Raises:
-        OSError: the Hub does not give them, or cannot be reached and they are not in the cache.
+        OSError: the Hub refuses them, or cannot be reached and they are not in the cache.
     """
     at = f" at revision {revision}" if revision else ""
     files = ["/".join(filter(None, (subfolder, name))) for name in FILES]
@@ -34,13 +34,13 @@ def fetch(checkpoint: str, subfolder: str | None, revision: str | None) -> Path:
     for file in files:
         try:
             path = hf_hub_download(checkpoint, file, revision=revision, local_files_only=unreachable is not None)
-        except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+        except Exception as error:  # the HTTP library depends on the version of huggingface_hub
             raise OSError(_explain(error, unreachable, checkpoint, file, at)) from error
     return Path(path).parent
 
 
 def _find_obstacle() -> str | None:
-    """The reason why the Hub does not respond; None where it responds, whatever its response is."""
+    """Return why the Hub does not respond; None if it responds, even with an error."""
     for pause in (1, 0):
         try:
             get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS)
@@ -48,23 +48,24 @@ def _find_obstacle() -> str | None:
         except Exception as error:  # as above
             obstacle: BaseException = error
             time.sleep(pause)
-    while below := obstacle.__cause__ or obstacle.__context__:
-        obstacle = below
+    while cause := obstacle.__cause__ or obstacle.__context__:
+        obstacle = cause
     return _line(obstacle)
 
 
 def _explain(error: Exception, unreachable: str | None, checkpoint: str, file: str, at: str) -> str:
+    """Return one line about a failed download and how to fix it."""
     page = f"https://huggingface.co/{checkpoint}"
     if isinstance(error, GatedRepoError):
         return f"{checkpoint} is gated: accept its conditions on {page}, then set HF_TOKEN to a token of that account"
     if isinstance(error, RepositoryNotFoundError):
         return f"{checkpoint} is not on the Hub, or the token in HF_TOKEN may not see it: {page}"
     if isinstance(error, RevisionNotFoundError):
-        return f"{checkpoint} has nothing{at}: {page}"
+        return f"{checkpoint} has no files{at}: {page}"
     if isinstance(error, LocalEntryNotFoundError):
         if unreachable:
             reason = f"the Hub cannot be reached ({unreachable}), and {file} of {checkpoint} is not in the cache"
-            return f"{reason}; mend the network, or name a folder that holds the VAE in VAE_WEIGHTS"
+            return f"{reason}; fix the network, or name a folder with the VAE in VAE_WEIGHTS"
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     elif isinstance(error, EntryNotFoundError):
         return f"{checkpoint} has no {file}{at}: {page}"
@@ -73,7 +74,7 @@ def _explain(error: Exception, unreachable: str | None, checkpoint: str, file: s
 
 
 def _status(error: Exception) -> int | None:
-    """Status of the response that became this error; None where there was no response."""
+    """Return the status of the response that became this error; None without a response."""
     return getattr(getattr(error, "response", None), "status_code", None) if isinstance(error, HfHubHTTPError) else None
 
 

@@ -1,4 +1,4 @@
-"""How much memory a forward pass needs, and the best way to run it in what is free."""
+"""Memory of a pass: its estimate, the free memory, and the modes that fit."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from handlers.serving.layout import Layout
 
 
 class Mode(Enum):
-    """Ways to run a batch, from the best."""
+    """Modes of a pass, best first."""
 
     FAST = "fast"
-    """Full frame through `fast`: the same pixels but for rounding."""
+    """Full frame through `fast`: the same pixels except for rounding."""
     FULL = "full"
-    """As diffusers runs it."""
+    """diffusers' own pass."""
     REDUCED = "reduced"
-    """Full frame through `low_memory`: the same pixels but for rounding."""
+    """Full frame through `low_memory`: the same pixels except for rounding."""
     SLICED = "sliced"
-    """The same, one item of the batch after the other."""
+    """Reduced memory, one item of the batch after the other."""
     TILED = "tiled"
-    """Overlapping tiles, blended: seams may show."""
+    """Overlapping tiles that are blended: seams may show."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that one item of a batch takes at the peak."""
+    """Bytes of one item of a batch at the peak of a pass."""
 
     full: int
-    """Of activations as diffusers runs it; the fast pass takes less."""
+    """Activations of diffusers' own pass; the fast pass takes less."""
     reduced: int
     tiled: int
     result: int
-    """Of what is there besides: the result, and the parts that it is put together from."""
+    """Result, and the tiles that it is joined from."""
 
-    def of(self, mode: Mode, batch: int) -> int:
-        """Bytes that so many items take in this mode."""
+    def needed(self, mode: Mode, batch: int) -> int:
+        """Return the bytes of a batch in this mode."""
         activations = {
             Mode.FAST: self.full * batch,
             Mode.FULL: self.full * batch,
@@ -56,18 +56,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What was measured for a model, as it declares it, and how its tiles are cut."""
+    """Measurements that a model declares, and its tiles."""
 
     declared: type[Model]
     reduces: bool
-    """Whether it runs in reduced memory; where it does not, slices and tiles are run as diffusers does."""
+    """True if `low_memory` knows the model. If not, slices and tiles run diffusers' own pass."""
     tile_pixels: int
-    """Of one frame in one tile."""
+    """Pixels of one frame in one tile."""
 
     def estimate(self, task: Task, layout: Layout, shape: Sequence[int], itemsize: int) -> Estimate:
-        """Of a forward pass over inputs of this shape, in a dtype of `itemsize` bytes.
+        """Estimate a pass over inputs of this shape, in a dtype of `itemsize` bytes.
 
-        With a quarter on top for what the measurement does not see: the workspaces of convolutions.
+        The factor 1.25 covers the workspaces of convolutions, which the measurements do not include.
         """
         frame, frames = layout.frame_pixels(task, shape), layout.frames(task, shape)
         peak = self.declared.peak[task]
@@ -80,48 +80,49 @@ class MemoryUse:
 
 
 JOINING: dict[Task, int] = {"decode": 15, "encode": 9}
-"""Numbers for each pixel and frame: the overlapping tiles, the rows of them, the result and its copy in [-1, 1]."""
+"""Values per pixel and frame: the overlapping tiles, rows of tiles, the result and its copy in [-1, 1]."""
 
 
 def choose_modes(estimate: Estimate, batch: int, free: int, capacity: int, offered: Sequence[Mode]) -> list[Mode]:
-    """The modes to try, in this order: the first that fits in `free` bytes, then those that need less.
+    """Return the modes to try: those that fit in `free` bytes, best first.
 
-    Where none fits now, it is the last all the same: the estimate has a margin. None where it needs more than
-    `capacity`, the device's whole memory.
+    If none fits now, return the last one, because the estimate has a margin. If it exceeds `capacity`, the whole memory
+    of the device, return no mode.
 
     Args:
-        offered: what the model has, from the best.
+        offered: modes of the model, best first.
     """
-    if estimate.of(offered[-1], batch) > capacity:
+    if estimate.needed(offered[-1], batch) > capacity:
         return []
-    return [mode for mode in offered if estimate.of(mode, batch) <= free] or [offered[-1]]
+    return [mode for mode in offered if estimate.needed(mode, batch) <= free] or [offered[-1]]
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has a class for it where torch's own allocator fails, and messages elsewhere, as the CPU has."""
+    """Return whether an error is a lack of memory. Only torch's allocator for CUDA has a class for it."""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED")
-"""Of torch's CPU allocator, of the driver, of cuDNN's workspaces."""
+"""Messages of torch's CPU allocator, the CUDA driver, and cuDNN."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that an allocation on this device could get now.
+    """Return the bytes that an allocation on this device could get now.
 
-    Of a GPU, what torch keeps for it included; on a CPU what the heap keeps is not: a larger tensor fits into no hole.
+    A GPU's include the blocks that torch keeps. A CPU's exclude the free pages of the heap, because a large tensor may
+    not fit in them.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = psutil.virtual_memory().available
-    if (limit := _container_limit()) and (used := _read_number("memory.current", "memory/memory.usage_in_bytes")):
+    if (limit := _container_limit()) and (used := _read_integer("memory.current", "memory/memory.usage_in_bytes")):
         free = min(free, limit - used + _file_cache())
     return free
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of this device's memory."""
+    """Return the bytes of a device's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return min(psutil.virtual_memory().total, _container_limit() or sys.maxsize)
@@ -131,12 +132,12 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def _container_limit() -> int | None:
-    """Bytes that the container may use, where it has a limit."""
-    return _read_number("memory.max", "memory/memory.limit_in_bytes")
+    """Return the bytes that the container may use; None without a limit."""
+    return _read_integer("memory.max", "memory/memory.limit_in_bytes")
 
 
 def _file_cache() -> int:
-    """Bytes of files that count as used by the container and are given up when memory is short."""
+    """Return the bytes of cached files, which count as used but are freed when memory is short."""
     for name in ("memory.stat", "memory/memory.stat"):
         with suppress(OSError):
             stat = dict(line.split() for line in (CGROUP / name).read_text().splitlines())
@@ -144,9 +145,9 @@ def _file_cache() -> int:
     return 0
 
 
-def _read_number(*names: str) -> int | None:
-    """Of the first of these files that is there: the newer and the older way of Linux's control groups."""
+def _read_integer(*names: str) -> int | None:
+    """Read the first file that exists, for version 2 or 1 of Linux's control groups."""
     for name in names:
-        with suppress(OSError, ValueError):  # not there, or "max"
+        with suppress(OSError, ValueError):  # no such file, or "max"
             return int((CGROUP / name).read_text())
     return None

@@ -1,4 +1,4 @@
-"""What a loaded autoencoder's tensors look like: found on a copy without weights, which takes no memory."""
+"""Probe of a model's tensor shapes, on a copy without weights, which takes no memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from handlers.serving.layout import Layout
 from handlers.serving.vae.autoencoder import decode_at_once, encode_at_once, forget, has_frames, posterior_of
 
 SIDE = 64
-"""Pixels of the picture that is encoded: a multiple of what every known VAE shrinks by, 8 to 32."""
+"""Height and width of the encoded image in pixels: a multiple of the scale factors of known VAEs, 8 to 32."""
 
 
 class Probe:
@@ -23,17 +23,15 @@ class Probe:
             self.copy = type(model).from_config(model.config).eval()
 
     def layout(self, declared: type[Model]) -> Layout:
-        """Found in about 0.1 s for pictures and 0.4 s for videos.
+        """Find the shapes, in about 0.1 s for an image model and 0.4 s for a video model.
 
         Raises:
-            ValueError: it takes no RGB pictures.
+            ValueError: the model takes no RGB images.
         """
         try:
             encoded = self._run(posterior_of, (1, 3, SIDE, SIDE))
         except RuntimeError as error:
-            raise ValueError(
-                f"the {declared.vae_class} of {declared.__name__} takes no RGB pictures: {error}"
-            ) from None
+            raise ValueError(f"the {declared.vae_class} of {declared.__name__} takes no RGB images: {error}") from None
         variational = not isinstance(encoded, torch.Tensor)
         latents = encoded.mode() if variational else encoded
         channels, frames = latents.shape[1], (1, 2, 3) if declared.kind == "video" else (1, 1, 1)
@@ -43,11 +41,11 @@ class Probe:
         return Layout(declared.kind, channels, SIDE // latents.shape[-1], frames, ndim, variational)
 
     def refuses(self, task: Task, shape: Sequence[int], tiled: bool) -> bool:
-        """Whether the model fails for every batch of this shape, whatever its values and wherever it runs."""
+        """Return whether the model fails for every input of this shape, on any device."""
         self.copy.use_tiling = tiled
         try:
             self._run(encode_at_once if task == "encode" else decode_at_once, shape)
-        except NotImplementedError:  # an op that the copy's device lacks says nothing of the shape
+        except NotImplementedError:  # the meta device lacks an op
             return False
         except (RuntimeError, ValueError):
             return True
@@ -60,16 +58,17 @@ class Probe:
             return forward(self.copy, torch.zeros(tuple(shape)))
 
 
-def differs(layout: Layout, declared: type[Model]) -> str | None:
-    """What the model declares otherwise than it was found, with what was found; None where all is right."""
-    found = {
+def find_difference(layout: Layout, declared: type[Model]) -> str | None:
+    """Describe what a model declares wrongly, with the probed values; None if all is right."""
+    probed = {
         "latent_channels": layout.latent_channels,
         "vae_scale_factor": layout.vae_scale_factor,
         "frame_factor": layout.frame_factor if layout.kind == "video" else 1,
     }
-    wrong = [f"{name} = {value}" for name, value in found.items() if getattr(declared, name, None) != value]
+    wrong = {name: value for name, value in probed.items() if getattr(declared, name, None) != value}
     if not wrong:
         return None
-    said = ", ".join(f"{name.split()[0]} = {getattr(declared, name.split()[0], None)}" for name in wrong)
-    name = next(part.__name__ for part in declared.__mro__ if "vae_class" in vars(part))
-    return f"{name} declares {said}, but its {declared.vae_class} has {', '.join(wrong)}"
+    declares = ", ".join(f"{name} = {getattr(declared, name, None)}" for name in wrong)
+    has = ", ".join(f"{name} = {value}" for name, value in wrong.items())
+    owner = next(base.__name__ for base in declared.__mro__ if "vae_class" in vars(base))
+    return f"{owner} declares {declares}, but its {declared.vae_class} has {has}"

@@ -1,8 +1,7 @@
-"""Stop a pass whose result nobody waits for any more: between two modules of the model, or two chunks of rows.
+"""Stopping of a pass whose result nobody waits for any more, between two modules or two groups of rows.
 
-A thread cannot be interrupted from outside, so a pass looks by itself whether it is wanted. Between two looks it runs
-one operation of torch, or a few, which end by themselves. A look asks nothing of the device and takes a few
-microseconds of a core. The values stay the same.
+A thread cannot be interrupted from outside, so a pass checks by itself. Between two checks it runs a few operations of
+torch. A check takes a few microseconds of a core, nothing of the device, and changes no value.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from torch import nn
 
 
 class PassStopped(Exception):
-    """Nobody waits for the result of this pass any more."""
+    """Exception that ends a pass whose result nobody waits for."""
 
 
 _is_unwanted: ContextVar[Callable[[], bool]] = ContextVar("is_unwanted", default=lambda: False)
-"""Of the pass that this thread runs; each thread has its own."""
+"""Function that tells whether nobody waits for the pass of this thread."""
 
 
 @contextmanager
 def stoppable(is_unwanted: Callable[[], bool]) -> Iterator[None]:
-    """End a pass in the `with` block with `PassStopped`, soon after `is_unwanted` becomes true."""
+    """Let a `with` block end with `PassStopped` soon after `is_unwanted` returns True."""
     token = _is_unwanted.set(is_unwanted)
     try:
         yield
@@ -34,12 +33,12 @@ def stoppable(is_unwanted: Callable[[], bool]) -> Iterator[None]:
 
 
 def check_wanted(*_: Any) -> None:
-    """Raise `PassStopped` where nobody waits for the pass that this thread runs. Takes what a hook is given."""
+    """Raise `PassStopped` if nobody waits for the pass of this thread. It takes any arguments, to be a hook."""
     if _is_unwanted.get()():
         raise PassStopped
 
 
 def make_stoppable(model: nn.Module) -> None:
-    """Have every module of a model look before each of its calls, in all modes."""
+    """Add a check before each call of every module of a model, in all modes."""
     for module in model.modules():
         module.register_forward_pre_hook(check_wanted)

@@ -1,4 +1,4 @@
-"""The weights of a model: a folder, the deployed repository, the Hub, or random values."""
+"""Weights of a model: from a folder, the deployed repository, the Hub, or random values."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(declared: type[Model], path: str, settings: Settings, dtype: torch.dtype) -> Any:
-    """Load a diffusers autoencoder in `dtype`: from `settings.weights`, the repository at `path`, or its checkpoint.
+    """Load a diffusers autoencoder in `dtype` from `settings.weights`, the repository at `path`, or its checkpoint.
 
     Raises:
-        OSError: `settings.weights` names a folder that holds no VAE of the model's class, or the Hub does not give
-            the checkpoint.
+        OSError: the folder `settings.weights` has no VAE of the model's class, or the Hub does not provide the
+            checkpoint.
         ValueError: diffusers does not have the class of the model.
     """
     vae_class = _diffusers_class(declared)
@@ -38,24 +38,24 @@ def load_model(declared: type[Model], path: str, settings: Settings, dtype: torc
 
 
 def _diffusers_class(declared: type[Model]) -> Any:
-    """Return the class of an autoencoder. Raises `ValueError` where diffusers or the named module lacks it."""
+    """Return the class of an autoencoder. Raise `ValueError` if diffusers or the named module lacks it."""
     module, _, name = declared.vae_class.rpartition(":")
     try:
         return getattr(importlib.import_module(module or "diffusers"), name)
     except AttributeError:
         version = f"diffusers {diffusers.__version__}"
-        missing = f"{version} has no {name}; it needs {declared.diffusers} or later"
+        missing = f"{version} has no {name}; install {declared.diffusers} or later"
         raise ValueError(f"{module} has no {name}" if module else missing) from None
 
 
 def _find_weights(declared: type[Model], path: str, settings: Settings) -> Path:
-    """Find the folder to load from. Files of a checkpoint on the Hub are downloaded."""
+    """Find the folder of the weights, after downloading a checkpoint from the Hub if necessary."""
     if settings.weights:
         folder = _vae_folder(Path(settings.weights), declared.vae_class)
         if folder is None:
             raise FileNotFoundError(
-                f"VAE_WEIGHTS={settings.weights} holds no {declared.vae_class}: neither the folder nor its vae/ has a "
-                "config.json of that class"
+                f"VAE_WEIGHTS={settings.weights} has no {declared.vae_class}: neither the folder nor its vae/ has a "
+                "config.json of that class; name a folder that has"
             )
         return folder
     if path and (folder := _vae_folder(Path(path), declared.vae_class)):
@@ -67,6 +67,7 @@ def _find_weights(declared: type[Model], path: str, settings: Settings) -> Path:
 
 
 def _vae_folder(folder: Path, vae_class: str) -> Path | None:
+    """Return `folder` or its vae/, whichever has a config of this class."""
     for candidate in (folder, folder / "vae"):
         file = candidate / "config.json"
         config = json.loads(file.read_text()) if file.is_file() else None

@@ -1,7 +1,7 @@
-"""Whether the fast pass may be used: tried on the device, against diffusers' own, when a model has been loaded.
+"""Check of the fast pass against diffusers' own, on the device, after a model is loaded.
 
-It has to be no further from the truth than diffusers' own pass is in the same dtype, and quicker. The truth is the next
-wider dtype. Until that is known, and where it is not so, the service runs diffusers' own.
+The fast pass is on if it is faster than diffusers' own pass and at least as near to the exact result, within
+`TOLERANCE`. The exact result is computed in the next wider dtype. Until the check is done, diffusers' own pass runs.
 """
 
 from __future__ import annotations
@@ -29,38 +29,39 @@ from handlers.serving.vae.low_memory import reduced_peak
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.5
-"""dB that the fast pass may be further from the truth."""
-TURNS = 3
+"""Error in dB that the fast pass may have in excess."""
+REPETITIONS = 3
+"""Measured passes of each kind."""
 SMALL = 128
-"""Height and width of the smaller of the two that are tried, in pixels."""
+"""Height and width of the smaller input in pixels."""
 LARGEST_ON_CPU = 256
-"""The same of the larger one; a GPU takes the model's usual size."""
+"""Largest height and width of the larger input on a CPU. A GPU takes the model's usual size."""
 LATENT_FRAMES = 3
-"""Of a video: the first one alone, and some with others before them."""
+"""Latent frames of a video: the first one, and others after it."""
 
 
 UNWANTED = "off: VAE_FAST is not set"
-NONE = "off: there is none for this architecture"
+UNKNOWN = "off: this architecture has none"
 PENDING = "off: not checked yet"
 
 
 class FastPasses:
-    """The fast pass of a model, and for each task whether it is on, in words. Only its device's thread runs it."""
+    """Fast pass of a model, and for each task whether it is on. Only the thread of its device runs it."""
 
     def __init__(self, model: Any, declared: type[Model], wanted: bool, name: str = "") -> None:
-        """`name` is the model's in metrics and the log."""
+        """Create the fast pass, if `wanted` and possible. `name` is the model's in metrics and the log."""
         self.declared, self.name, self.device = declared, name, str(model.device)
         self.fast = fast_pass(model) if wanted else None
-        state = PENDING if self.fast else NONE if wanted else UNWANTED
+        state = PENDING if self.fast else UNKNOWN if wanted else UNWANTED
         self.verdicts: dict[Task, str] = {"decode": state, "encode": state}
         self._on: set[Task] = set()
 
-    def on(self, task: Task, dtype: torch.dtype) -> bool:
-        """Whether it is to be used by a model that is in this dtype now."""
+    def is_on(self, task: Task, dtype: torch.dtype) -> bool:
+        """Return whether a model that is in this dtype now uses the fast pass."""
         return task in self._on and self.fast is not None and self.fast.dtype == dtype
 
     def checks(self) -> Iterator[Callable[[], None]]:
-        """What the device is to do before it is on, in pieces; what needs no device is done first, here."""
+        """Prepare the fast pass, and yield its checks, which must run on the thread of the device."""
         if self.fast is None:
             return
         try:
@@ -72,12 +73,12 @@ class FastPasses:
         yield from (partial(self._check, self.fast, task) for task in self.verdicts)
 
     def installed(self) -> AbstractContextManager[None]:
-        """The model runs it for as long as a `with` block lasts. It is there where it is on."""
+        """Let the model run the fast pass in a `with` block. It must be on."""
         assert self.fast
         return self.fast.installed()
 
     def _check(self, fast: FastPass, task: Task) -> None:
-        """Runs both passes at a small and at the model's usual size."""
+        """Compare both passes at a small size and at the model's usual size."""
         try:
             for height, width in _sizes(fast, self.declared):
                 ratio, nearer = _compare(fast, task, _inputs(fast, self.declared, task, height, width))
@@ -90,17 +91,17 @@ class FastPasses:
             return
         self._set(task, ratio <= 1, f"{ratio:.2f} of diffusers' time at {width}x{height}, {nearer:+.1f} dB")
 
-    def _set(self, task: Task, on: bool, why: str) -> None:
-        self.verdicts[task] = f"{'on' if on else 'off'}: {why}"
-        if on:
+    def _set(self, task: Task, is_on: bool, reason: str) -> None:
+        self.verdicts[task] = f"{'on' if is_on else 'off'}: {reason}"
+        if is_on:
             self._on.add(task)
-        metrics.FAST.labels(task, self.device, self.name).set(on)
-        level = logging.INFO if on else logging.WARNING
+        metrics.FAST.labels(task, self.device, self.name).set(is_on)
+        level = logging.INFO if is_on else logging.WARNING
         logger.log(level, "fast pass, %s %s on %s, %s", self.name, task, self.device, self.verdicts[task])
 
 
 def fast_pass(model: Any) -> FastPass | None:
-    """The best that there is for the model on its device; None for one whose parts are not known."""
+    """Return the best fast pass for the model on its device; None for an unknown architecture."""
     if not is_known(model):
         return None
     if model.device.type == "cuda" and importlib.util.find_spec("triton"):
@@ -111,19 +112,21 @@ def fast_pass(model: Any) -> FastPass | None:
 
 
 def _reason(error: Exception) -> str:
+    """Return one line about an error."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
 def _sizes(fast: FastPass, declared: type[Model]) -> Iterator[tuple[int, int]]:
+    """Yield height and width of the inputs."""
     yield SMALL, SMALL
     height, width = declared.usual_size[:2]
-    most = LARGEST_ON_CPU if fast.model.device.type == "cpu" else max(height, width)
-    yield min(height, most), min(width, most)
+    limit = LARGEST_ON_CPU if fast.model.device.type == "cpu" else max(height, width)
+    yield min(height, limit), min(width, limit)
 
 
 def _inputs(fast: FastPass, declared: type[Model], task: Task, height: int, width: int) -> Tensor:
-    """Of one item, on the device: normal latents, or pixels in [-1, 1]."""
+    """Return one item on the device: normal latents, or pixels in [-1, 1]."""
     device, generator = fast.model.device, torch.Generator().manual_seed(0)
     latent_frames = LATENT_FRAMES if declared.kind == "video" else 1
     side = declared.vae_scale_factor
@@ -138,36 +141,41 @@ def _inputs(fast: FastPass, declared: type[Model], task: Task, height: int, widt
 
 @torch.no_grad()
 def _compare(fast: FastPass, task: Task, inputs: Tensor) -> tuple[float, float]:
-    """The fast pass's time in parts of diffusers' own, and by how many dB it is nearer to the exact result."""
+    """Return the time of the fast pass relative to diffusers' own, and by how many dB it is nearer to exact."""
 
     def run(inputs: Tensor = inputs) -> Tensor:
         return join(decode_chunks(fast.model, inputs)) if task == "decode" else encode_at_once(fast.model, inputs)
 
-    fast.model.use_tiling = False  # the last request may have left it on
+    fast.model.use_tiling = False  # the last request may have set it
     passes: dict[str, Callable[[], Any]] = {"own": nullcontext, "fast": fast.installed}
     results: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for turn in range(TURNS + 1):
+    for repetition in range(REPETITIONS + 1):
         for name, installed in passes.items():
             with installed():
                 start = _now(inputs)
                 results[name] = run()
-                if turn:  # not the first one, which sets up what the others use
+                if repetition:  # the first one also sets up caches
                     seconds[name].append(_now(inputs) - start)
     wider = torch.float64 if fast.dtype == torch.float32 else torch.float32
     try:
         with reduced_peak(fast.model.to(wider)):
             exact = run(inputs.to(wider))
     finally:
-        fast.model.to(fast.dtype)  # exact: its weights were in it
-    errors = {name: (result.to(wider) - exact).square().mean().item() for name, result in results.items()}
-    nearer = 10 * math.log10(errors["own"] / errors["fast"]) if errors["own"] and errors["fast"] else 0.0
-    if errors["fast"] and not errors["own"]:
-        nearer = -math.inf
-    return min(seconds["fast"]) / min(seconds["own"]), nearer
+        fast.model.to(fast.dtype)  # exact, because the weights were in this dtype
+    own_error, fast_error = ((results[name].to(wider) - exact).square().mean().item() for name in ("own", "fast"))
+    return min(seconds["fast"]) / min(seconds["own"]), _decibels(own_error, fast_error)
+
+
+def _decibels(own_error: float, fast_error: float) -> float:
+    """Return the ratio of two mean squared errors in dB; 0 if the fast pass is exact, or if both errors are 0."""
+    if not fast_error:
+        return 0.0
+    return 10 * math.log10(own_error / fast_error) if own_error else -math.inf
 
 
 def _now(inputs: Tensor) -> float:
+    """Return the time after the device has finished its work."""
     if inputs.device.type == "cuda":
         torch.cuda.synchronize(inputs.device)
     return perf_counter()

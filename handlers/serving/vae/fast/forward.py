@@ -1,14 +1,13 @@
-"""The fast pass: what diffusers computes, with less arithmetic and fewer trips through memory.
+"""Fast pass: diffusers' results with less arithmetic and fewer passes through memory.
 
-It is exact algebra, and rounds otherwise than diffusers' own pass, which `exact` asks for. What it does otherwise:
+It is algebraically exact, but rounds differently from diffusers' own pass, which `exact` requires. The differences:
 
-- A nearest upsampling by two and the convolution of 3x3 behind it are four convolutions of 2x2 on the small picture,
-  one for each position of a pixel in its square: 4 multiplications instead of 9. Of a video that doubles in time too,
-  8 instead of 27.
-- What is normalised is activated in place, what is convolved is added to in place, and nothing is padded by a copy
-  that a convolution pads by itself.
-- On a GPU normalisation and activation are one kernel (`kernels`); pictures have their channels last in memory, as its
-  convolutions want them, and a convolution's bias is added by the kernel that reads its result.
+- A nearest upsampling by 2 and the 3x3 convolution after it become four 2x2 convolutions of the small image. There is
+  one for each position in a square of pixels, with 4 multiplications instead of 9. For a video that doubles in time
+  too, it is 8 instead of 27.
+- Activations and sums are computed in place, and convolutions pad by themselves instead of a padded copy.
+- On a GPU, normalization and activation are one kernel (`kernels`). Images are channels-last in memory, as its
+  convolutions prefer, and a convolution's bias is added by the kernel that reads its result.
 """
 
 from __future__ import annotations
@@ -23,45 +22,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handlers.serving.vae import blocks as coders
-from handlers.serving.vae.blocks import BlockOps, Part, attend
+from handlers.serving.vae import blocks
+from handlers.serving.vae.blocks import BlockOps, Module, attend, identity
 
 FoldedKernels = list[tuple[tuple[int, ...], Tensor]]
-"""A folded convolution: for each position in the square, or cube, where it is, and the kernel of its pixels."""
+"""A folded convolution: for each position in the square or cube of pixels, the position and its kernel."""
 
 
 class FastPass:
-    """For one model in one dtype, with the kernels that it has of its own. Operators of torch alone, on any device."""
+    """Fast pass of one model in one dtype, with operators of torch, on any device."""
 
     def __init__(self, model: Any, fold: bool = True) -> None:
-        """Of a model of which `coders.is_known` is true, and whose weights do not change any more.
+        """Prepare the pass of a known model (`blocks.is_known`), whose weights must not change afterwards.
 
         Args:
-            fold: whether an upsampling is folded into its convolution. Without, and with operators of torch alone, the
-                pass of Wan's and of Qwen-Image's is bit for bit diffusers'.
+            fold: fold upsamplings into their convolutions. Without it, this class computes Wan and Qwen-Image bit for
+                bit like diffusers.
         """
         self.model = model
         self.dtype: torch.dtype = model.dtype
         self._folded: dict[nn.Module, FoldedKernels] = {}
-        for layer in self._parts if fold else ():
+        for layer in self._modules if fold else ():
             if type(layer).__name__ in ("Upsample2D", "HunyuanVideoUpsampleCausal3D"):
                 self._fold(layer.conv, *getattr(layer, "upsample_factor", ()))
             elif getattr(layer, "mode", "").startswith("upsample"):
                 self._fold(layer.resample[1])
 
     @property
-    def _parts(self) -> Iterator[Part]:
-        for coder in coders.coders_of(self.model):
+    def _modules(self) -> Iterator[Module]:
+        for coder in blocks.coders_of(self.model):
             yield from coder.modules()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The model runs this pass for as long as a `with` block lasts."""
-        both = coders.coders_of(self.model)
+        """Let the model run this pass in a `with` block."""
+        coders = blocks.coders_of(self.model)
         replaced = [
             pair
-            for coder in both
-            for pair in (self._causal(coder) if coders.is_causal(both) else [(coder, partial(self._run, coder))])
+            for coder in coders
+            for pair in (self._causal(coder) if blocks.is_causal(coders) else [(coder, partial(self._run, coder))])
         ]
         for module, forward in replaced:
             module.forward = forward
@@ -72,73 +71,75 @@ class FastPass:
                 del module.forward
 
     def prepare(self) -> None:
-        """What may take long and needs no turn on the device. To be called before the first pass, on any thread."""
+        """Do slow preparations that do not need the device's queue. Call it before the first pass, on any thread."""
 
-    def _run(self, coder: Part, sample: Tensor, latent_embeds: None = None) -> Tensor:
-        return coders.run(coder, self._ops, sample)
+    def _run(self, coder: Module, sample: Tensor, latent_embeds: None = None) -> Tensor:
+        return blocks.run(coder, self._ops, sample)
 
     @cached_property
     def _ops(self) -> BlockOps:
-        return BlockOps(self._residual, self._upsample, _as_it_is, attend, self._finish)
+        return BlockOps(self._residual, self._upsample, _unchanged_layer, attend, self._finish)
 
-    def _normalize(self, norm: Part, activation: Part, x: Tensor) -> Tensor:
-        x = type(norm).forward(norm, x)  # not `norm(x)`: the last one's forward may be this
+    def _normalize(self, norm: Module, activation: Module, x: Tensor) -> Tensor:
+        x = type(norm).forward(norm, x)  # not `norm(x)`, whose forward may be this function
         return F.silu(x, inplace=True) if isinstance(activation, nn.SiLU) else activation(x)
 
-    def _residual(self, block: Part, x: Tensor) -> Tensor:
+    def _residual(self, block: Module, x: Tensor) -> Tensor:
         hidden = block.conv1(self._normalize(block.norm1, block.nonlinearity, x))
         hidden = block.conv2(self._normalize(block.norm2, block.nonlinearity, hidden))
         return hidden.add_(x if block.conv_shortcut is None else block.conv_shortcut(x))
 
-    def _finish(self, coder: Part, x: Tensor) -> Tensor:
+    def _finish(self, coder: Module, x: Tensor) -> Tensor:
         return coder.conv_out(self._normalize(coder.conv_norm_out, coder.conv_act, x))
 
-    def _fold(self, conv: Part, time: int = 1, scale: int = 2, _: int = 2) -> None:
+    def _fold(self, conv: Module, time: int = 1, scale: int = 2, _: int = 2) -> None:
         if scale == 2:
             inner = getattr(conv, "conv", None) or conv
             self._folded[conv] = _fold(inner.weight, [*([2] if time == 2 else []), -2, -1])
 
-    def _upsample(self, layer: Part, x: Tensor) -> Tensor:
+    def _upsample(self, layer: Module, x: Tensor) -> Tensor:
         if layer.conv not in self._folded:
             return layer(x)
         return self._upsample_video(layer.conv, x) if x.ndim == 5 else self._upsample_image(layer.conv, x)
 
     def _upsample_image(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, 2 * H, 2 * W], convolved."""
+        """Upsample [B, C, H, W] to [B, C, 2 * H, 2 * W] and convolve."""
         height, width = x.shape[-2:]
         out = None
         for (row, column), weight in self._folded[conv]:
-            part = F.conv2d(x, weight, conv.bias, padding=1)[..., row : row + height, column : column + width]
+            pixels = F.conv2d(x, weight, conv.bias, padding=1)[..., row : row + height, column : column + width]
             if out is None:
-                out = _empty_like(part, (2 * height, 2 * width))
-            out[..., row::2, column::2] = part
-        assert out is not None  # there are four
+                out = _empty_like(pixels, (2 * height, 2 * width))
+            out[..., row::2, column::2] = pixels
+        assert out is not None  # there are four kernels
         return out
 
-    def _upsample_video(self, conv: Part, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] to [B, C, F, 2 * H, 2 * W], convolved; or to 2 * F - 1 frames of that size.
+    def _upsample_video(self, conv: Module, x: Tensor) -> Tensor:
+        """Upsample [B, C, F, H, W] to [B, C, F, 2 * H, 2 * W], or to 2 * F - 1 frames of that size, and convolve.
 
-        The edges are repeated outwards, which is the same of a small picture as of one whose pixels are doubled.
+        Edges are padded by repetition, which is the same before and after pixels are doubled.
         """
         frames, height, width = x.shape[-3:]
         doubles = len(self._folded[conv][0][0]) == 3
         padded = F.pad(x, (1, 1, 1, 1, 1 if doubles else 2, 0), mode=conv.pad_mode)
         out = None
         for (*odd, row, column), weight in self._folded[conv]:
-            # the first frame is not doubled, so the odd ones begin with what the second and the first are made of
+            # the first frame is not doubled, so odd frames start at the second one
             first, count = (1, frames - 1) if odd == [1] else (0, frames)
             if count == 0:
                 continue
-            part = padded[:, :, first:, row : row + height + 1, column : column + width + 1]
-            part = F.conv3d(part, weight, conv.conv.bias)
+            pixels = padded[:, :, first:, row : row + height + 1, column : column + width + 1]
+            pixels = F.conv3d(pixels, weight, conv.conv.bias)
             if out is None:
-                out = part.new_empty((*part.shape[:2], 2 * frames - 1 if doubles else frames, 2 * height, 2 * width))
-            out[:, :, first :: 2 if doubles else 1, row::2, column::2] = part
-        assert out is not None  # there are four, or eight
+                out = pixels.new_empty(
+                    (*pixels.shape[:2], 2 * frames - 1 if doubles else frames, 2 * height, 2 * width)
+                )
+            out[:, :, first :: 2 if doubles else 1, row::2, column::2] = pixels
+        assert out is not None  # there are four or eight kernels
         return out
 
-    def _causal(self, coder: Part) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-        """What runs for `forward` in each part of Wan's and Qwen-Image's coders."""
+    def _causal(self, coder: Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+        """Yield the modules of a coder of Wan or Qwen-Image, with their new `forward`s."""
         for module in coder.modules():
             if hasattr(module, "norm1"):
                 yield module, partial(self._causal_residual, module)
@@ -147,63 +148,61 @@ class FastPass:
             elif getattr(module, "mode", "").startswith("upsample") and module.resample[1] in self._folded:
                 yield module.resample, partial(self._upsample_image, module.resample[1])
         yield coder.norm_out, partial(self._normalize, coder.norm_out, coder.nonlinearity)
-        yield coder.nonlinearity, _unchanged
+        yield coder.nonlinearity, identity
 
     def _causal_residual(
-        self, block: Part, x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] | None = None
+        self, block: Module, x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] | None = None
     ) -> Tensor:
-        """Each convolution finds the frames before in `feat_cache`, and leaves its last two there."""
+        """Compute a residual block of a video. Each convolution keeps its last two frames in `feat_cache`."""
 
-        def convolve(norm: Part, conv: Part, frames: Tensor) -> Tensor:
+        def convolve(norm: Module, conv: Module, frames: Tensor) -> Tensor:
             frames = self._normalize(norm, block.nonlinearity, frames)
-            before = None
+            earlier = None
             if feat_cache is not None and feat_idx is not None:
-                before = feat_cache[feat_idx[0]]
-                frames = frames if before is None else torch.cat([before, frames], dim=2)
+                earlier = feat_cache[feat_idx[0]]
+                frames = frames if earlier is None else torch.cat([earlier, frames], dim=2)
                 feat_cache[feat_idx[0]] = frames[:, :, -2:].clone()
                 feat_idx[0] += 1
-            return _causal_convolve(conv, frames, there=0 if before is None else before.shape[2])
+            return _causal_convolve(conv, frames, earlier=0 if earlier is None else earlier.shape[2])
 
         hidden = convolve(block.norm1, block.conv1, x)
         return convolve(block.norm2, block.conv2, hidden).add_(block.conv_shortcut(x))
 
 
-def _causal_convolve(conv: Part, x: Tensor, cache_x: Tensor | None = None, there: int = 0) -> Tensor:
-    """`there` of the frames that the convolution reaches back to are in x already; the cached ones come before it."""
+def _causal_convolve(conv: Module, x: Tensor, cache_x: Tensor | None = None, earlier: int = 0) -> Tensor:
+    """Convolve x, which begins with `earlier` frames of the past. Cached frames are put before it."""
     columns, _, rows, _, missing, _ = conv._padding
     if cache_x is not None and missing:
-        x, there = torch.cat([cache_x, x], dim=2), cache_x.shape[2]
-    if missing > there:
-        x = F.pad(x, (0, 0, 0, 0, missing - there, 0))
+        x, earlier = torch.cat([cache_x, x], dim=2), cache_x.shape[2]
+    if missing > earlier:
+        x = F.pad(x, (0, 0, 0, 0, missing - earlier, 0))
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, rows, columns))
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-def _as_it_is(layer: Part, x: Tensor) -> Tensor:
+def _unchanged_layer(layer: Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
 def _fold(weight: Tensor, doubled: list[int]) -> FoldedKernels:
-    """A kernel of 3 in each of the doubled dimensions, as kernels of 2 on what is not doubled yet, one for each phase.
+    """Fold a doubling of dimensions into a kernel of size 3: kernels of size 2, one for each position.
 
-    Of ``a b c`` the first of two equal pixels sees ``a`` in the pixel before and ``b + c`` in its own, the second ``a +
-    b`` in its own and ``c`` in the next. Frames are seen two back, so of two equal ones the first sees ``a + b`` in the
-    frame before and ``c`` in its own, the second ``a`` and ``b + c``.
+    In space, a kernel ``a b c`` becomes ``a, b + c`` (previous and own pixel) for the first of two equal pixels, and
+    ``a + b, c`` (own and next pixel) for the second. In time the kernel reaches two frames back: it becomes ``a + b,
+    c`` (previous and own frame) for the first of two equal frames, and ``a, b + c`` for the second.
     """
-    phases = []
-    for phase in itertools.product((0, 1), repeat=len(doubled)):
+    kernels = []
+    for position in itertools.product((0, 1), repeat=len(doubled)):
         folded = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for dim, second in zip(doubled, phase, strict=True):
+        for dim, second in zip(doubled, position, strict=True):
             a, b, c = folded.split(1, dim=dim)
             folded = torch.cat([a + b, c] if second else [a, b + c], dim=dim)
-        phases.append((phase, folded.to(weight.dtype)))
-    return phases
+        kernels.append((position, folded.to(weight.dtype)))
+    return kernels
 
 
-def _empty_like(part: Tensor, size: tuple[int, int]) -> Tensor:
-    channels_last = part.ndim == 4 and part.stride(1) == 1 and part.shape[1] > 1
+def _empty_like(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    channels_last = pixels.ndim == 4 and pixels.stride(1) == 1 and pixels.shape[1] > 1
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((*part.shape[:2], *size), dtype=part.dtype, device=part.device, memory_format=memory_format)
+    return torch.empty(
+        (*pixels.shape[:2], *size), dtype=pixels.dtype, device=pixels.device, memory_format=memory_format
+    )

@@ -1,10 +1,10 @@
-"""GPU kernels in Triton: what torch does in several passes through memory, in as few as it takes.
+"""GPU kernels in Triton, with fewer passes through memory than torch takes.
 
-Each computes in float32, whatever the tensors are in, and rounds once. They keep to what Triton 3.1 has, which comes
-with torch 2.5. Sizes of pictures are plain arguments, so that no new size has anything compiled; `fused` launches each
-kernel once for each number of channels before the first request is run through it.
+Each kernel computes in float32 for every dtype, and rounds once. They use only features of Triton 3.1, which comes with
+torch 2.5. Sizes of images are plain arguments, so a new size compiles nothing. `fused` launches each kernel once for
+each number of channels before the first request.
 
-With `TRITON_INTERPRET=1` in the environment they run on a CPU, slowly, which the tests do.
+With `TRITON_INTERPRET=1` in the environment they run on a CPU, slowly. The tests do this.
 """
 
 from __future__ import annotations
@@ -15,48 +15,54 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 8192
-"""Numbers that a program holds at a time."""
-PARTS = 1024
-"""Programs at most that share a picture's moments: several for each multiprocessor of the largest GPUs."""
+"""Values that a program processes at a time."""
+PARTIALS = 1024
+"""Most programs that share the moments of an image: several per multiprocessor of the largest GPUs."""
 
 
 def group_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, out: Tensor, before: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, out: Tensor, input_bias: Tensor | None = None
 ) -> Tensor:
-    """``silu(group_norm(x + before))`` into `out`, which may be x.
+    """Write ``silu(group_norm(x + input_bias))`` to `out`, which may be x.
 
     Args:
-        x: [B, C, H, W] with the channels last in memory; C and `groups` are powers of two.
-        before: [C], of the convolution that made x, which left its bias to this one; None for none.
+        x: [B, C, H, W], channels-last in memory; C and `groups` are powers of two.
+        input_bias: [C], bias of the convolution before, which did not add it; None for no bias.
     """
     batch, channels, height, width = x.shape
     pixels, rows = height * width, TILE // channels
     tiles = triton.cdiv(pixels, rows)
-    parts = min(PARTS, tiles)
-    moments = torch.empty(3, batch, groups, parts, device=x.device, dtype=torch.float32)
+    partials = min(PARTIALS, tiles)
+    moments = torch.empty(3, batch, groups, partials, device=x.device, dtype=torch.float32)
     merged = torch.empty(2, batch, groups, device=x.device, dtype=torch.float32)
-    given = weight if before is None else before
-    shape = {"CHANNELS": channels, "GROUPS": groups, "ROWS": rows, "BEFORE": before is not None, "num_warps": 8}
-    _part_moments[(parts, batch)](x, given, moments, pixels, parts, batch, **shape)
-    _merge_moments[(groups, batch)](moments, merged, parts, batch, eps, GROUPS=groups, PARTS=PARTS)
-    _apply[(tiles, batch)](x, given, merged, weight, bias, out, pixels, batch, **shape)
+    pointer = weight if input_bias is None else input_bias
+    shape = {
+        "CHANNELS": channels,
+        "GROUPS": groups,
+        "ROWS": rows,
+        "HAS_INPUT_BIAS": input_bias is not None,
+        "num_warps": 8,
+    }
+    _partial_moments[(partials, batch)](x, pointer, moments, pixels, partials, batch, **shape)
+    _merge_moments[(groups, batch)](moments, merged, partials, batch, eps, GROUPS=groups, PARTIALS=PARTIALS)
+    _apply[(tiles, batch)](x, pointer, merged, weight, bias, out, pixels, batch, **shape)
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """``silu(x / |x| * scale * weight + bias)``, contiguous; |x| is that of a pixel's channels.
+    """Return ``silu(x / |x| * scale * weight + bias)``, contiguous. |x| is the norm of a pixel's channels.
 
     Args:
-        x: [B, C, F, H, W], of which each channel of a frame lies in one piece.
-        weight: C numbers, as many as the bias.
+        x: [B, C, F, H, W]; each channel of a frame is contiguous.
+        weight: C values, like the bias.
     """
     batch, channels, frames, height, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     size, pixels = triton.next_power_of_2(channels), height * width
     columns = max(16, TILE // size)
-    given = weight if bias is None else bias
+    pointer = weight if bias is None else bias
     _rms_norm[(triton.cdiv(pixels, columns), batch * frames)](
-        *(x, weight, given, out),
+        *(x, weight, pointer, out),
         *(pixels, frames, *x.stride()[:3], *out.stride()[:3], scale),
         **{"CHANNELS": channels, "SIZE": size, "COLUMNS": columns, "BIAS": bias is not None, "num_warps": 8},
     )
@@ -64,48 +70,47 @@ def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Te
 
 
 def add(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """``x + bias + residual`` into x.
+    """Write ``x + bias + residual`` to x.
 
     Args:
-        x: [B, C, ...] with the channels last in memory, as `residual`.
-        bias: [C], of the convolution that made x, which left it to this one.
+        x: [B, C, ...], channels-last in memory, like `residual`.
+        bias: [C], bias of the convolution before, which did not add it.
     """
     count = x.numel()
     _add[(triton.cdiv(count, TILE),)](x, bias, residual, count, CHANNELS=x.shape[1], TILE=TILE, num_warps=8)
     return x
 
 
-@triton.jit(do_not_specialize=["pixels", "parts", "batch"])
-def _part_moments(
+@triton.jit(do_not_specialize=["pixels", "partials", "batch"])
+def _partial_moments(
     x,
-    before,
+    input_bias,
     moments,
     pixels,
-    parts,
+    partials,
     batch,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
-    BEFORE: tl.constexpr,
+    HAS_INPUT_BIAS: tl.constexpr,
 ):
-    """Count, mean and sum of squares about it, of each group in every parts-th tile of a picture.
+    """Compute count, mean and sum of squared distances of each group, in every partials-th tile of an image.
 
-    A tile's own are exact to rounding, as it is held; those of two are merged as Chan, Golub and LeVeque (1979) do, so
-    that nothing cancels where a mean is large.
+    Two tiles are merged by the formula of Chan, Golub and LeVeque (1979), so nothing cancels for a large mean.
     """
-    part, item = tl.program_id(0), tl.program_id(1)
+    partial, item = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, CHANNELS)
     start = x + item.to(tl.int64) * pixels * CHANNELS
     count = tl.zeros([GROUPS], tl.float32)
     mean = tl.zeros([GROUPS], tl.float32)
     squares = tl.zeros([GROUPS], tl.float32)
-    for first in range(part * ROWS, pixels, parts * ROWS):
+    for first in range(partial * ROWS, pixels, partials * ROWS):
         row = first + tl.arange(0, ROWS)
         inside = (row < pixels)[:, None]
         offset = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         tile = tl.load(start + offset, mask=inside, other=0.0).to(tl.float32)
-        if BEFORE:
-            tile += tl.load(before + channel).to(tl.float32)[None, :]
+        if HAS_INPUT_BIAS:
+            tile += tl.load(input_bias + channel).to(tl.float32)[None, :]
         tile = tl.where(inside, tile, 0.0)
         size = (tl.minimum(ROWS, pixels - first) * (CHANNELS // GROUPS)).to(tl.float32)
         grouped = tl.reshape(tile, (ROWS, GROUPS, CHANNELS // GROUPS))
@@ -118,24 +123,24 @@ def _part_moments(
         squares += tile_squares + delta * delta * (count * size / total)
         count = total
     groups = tl.arange(0, GROUPS)
-    into = (item * GROUPS + groups) * parts + part
-    stride = batch * GROUPS * parts
+    into = (item * GROUPS + groups) * partials + partial
+    stride = batch * GROUPS * partials
     tl.store(moments + into, count)
     tl.store(moments + stride + into, mean)
     tl.store(moments + 2 * stride + into, squares)
 
 
-@triton.jit(do_not_specialize=["parts", "batch", "eps"])
-def _merge_moments(moments, merged, parts, batch, eps, GROUPS: tl.constexpr, PARTS: tl.constexpr):
-    """Mean and reciprocal deviation of one group of one picture."""
+@triton.jit(do_not_specialize=["partials", "batch", "eps"])
+def _merge_moments(moments, merged, partials, batch, eps, GROUPS: tl.constexpr, PARTIALS: tl.constexpr):
+    """Merge the partial moments of one group of one image to its mean and reciprocal deviation."""
     group, item = tl.program_id(0), tl.program_id(1)
-    part = tl.arange(0, PARTS)
-    inside = part < parts
+    partial = tl.arange(0, PARTIALS)
+    inside = partial < partials
     index = item * GROUPS + group
-    stride = batch * GROUPS * parts
-    count = tl.load(moments + index * parts + part, mask=inside, other=0.0)
-    means = tl.load(moments + stride + index * parts + part, mask=inside, other=0.0)
-    squares = tl.load(moments + 2 * stride + index * parts + part, mask=inside, other=0.0)
+    stride = batch * GROUPS * partials
+    count = tl.load(moments + index * partials + partial, mask=inside, other=0.0)
+    means = tl.load(moments + stride + index * partials + partial, mask=inside, other=0.0)
+    squares = tl.load(moments + 2 * stride + index * partials + partial, mask=inside, other=0.0)
     total = tl.sum(count, axis=0)
     mean = tl.sum(count * means, axis=0) / total
     distance = tl.where(inside, means - mean, 0.0)
@@ -147,7 +152,7 @@ def _merge_moments(moments, merged, parts, batch, eps, GROUPS: tl.constexpr, PAR
 @triton.jit(do_not_specialize=["pixels", "batch"])
 def _apply(
     x,
-    before,
+    input_bias,
     merged,
     weight,
     bias,
@@ -157,9 +162,9 @@ def _apply(
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
-    BEFORE: tl.constexpr,
+    HAS_INPUT_BIAS: tl.constexpr,
 ):
-    """One tile of a picture, normalised."""
+    """Normalize and activate one tile of an image."""
     item = tl.program_id(1)
     channel = tl.arange(0, CHANNELS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -169,8 +174,8 @@ def _apply(
     group = item * GROUPS + channel // (CHANNELS // GROUPS)
     mean = tl.load(merged + group)
     scale = tl.load(merged + batch * GROUPS + group) * tl.load(weight + channel).to(tl.float32)
-    if BEFORE:
-        mean -= tl.load(before + channel).to(tl.float32)
+    if HAS_INPUT_BIAS:
+        mean -= tl.load(input_bias + channel).to(tl.float32)
     tile = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     tile = (tile - mean[None, :]) * scale[None, :] + tl.load(bias + channel).to(tl.float32)[None, :]
     tile = tile / (1.0 + tl.exp(-tile))
@@ -209,7 +214,7 @@ def _rms_norm(
     COLUMNS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """Some pixels of a frame, all their channels."""
+    """Normalize and activate some pixels of a frame, with all their channels."""
     item = (tl.program_id(1) // frames).to(tl.int64)
     frame = (tl.program_id(1) % frames).to(tl.int64)
     channel = tl.arange(0, SIZE)

@@ -78,13 +78,13 @@ def test_bit_for_bit_what_diffusers_gives(model: Any, mode: str, latent_frames: 
 
 
 @torch.inference_mode()
-def test_frames_are_there_before_the_next_are_decoded(model: Any, decoded: list[int]) -> None:
+def test_frames_are_yielded_before_the_next_are_decoded(model: Any, decoded: list[int]) -> None:
     there = [(frames.shape[2], list(decoded)) for frames in decode_chunks(model, latents(7))]
     assert there == [(13, [5]), (12, [5, 4])]
 
 
 @torch.inference_mode()
-def test_a_span_without_frames_of_its_own_is_not_decoded(model: Any, decoded: list[int]) -> None:
+def test_a_chunk_without_frames_of_its_own_is_not_decoded(model: Any, decoded: list[int]) -> None:
     list(decode_chunks(model, latents(7)))
     ours = decoded.copy()
     model.decode(latents(7))
@@ -105,7 +105,7 @@ def test_a_failure_midway_leaves_the_model_as_it_was(model: Any, monkeypatch: py
 
 @pytest.mark.parametrize("key", ["sd-v1", "tiny"])
 @torch.inference_mode()
-def test_a_picture_is_one_span(key: str) -> None:
+def test_an_image_is_one_chunk(key: str) -> None:
     handler = MODELS[key]
     model = getattr(diffusers, handler.vae_class).from_config(handler.published_config).eval()
     z = torch.zeros(1, handler.published_config["latent_channels"], 4, 4)
