@@ -132,6 +132,24 @@ class TestMetadata:
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(body))).convert("RGB")
         assert (rgb(body) == np.asarray(expected)).all()
 
+    @pytest.mark.parametrize("kind", [1, 3, 4])
+    def test_an_orientation_counts_in_the_types_in_which_pillow_reads_it(self, photo: Image.Image, kind: int) -> None:
+        exif = b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, kind, 1, 6) + bytes(4)
+        body = with_chunks(saved(photo, "PNG"), chunk(b"eXIf", exif))
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(body)))
+        assert expected.size == (photo.size if kind == 1 else photo.size[::-1])
+        assert (rgb(body) == np.asarray(expected)).all()
+
+    @pytest.mark.parametrize(("way", "flag"), [("exif", 0b1000), ("xmp", 0b100)])
+    def test_metadata_that_a_webp_does_not_announce_is_ignored(self, photo: Image.Image, way: str, flag: int) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        body = saved(photo, "WEBP", lossless=True, **{way: exif if way == "exif" else b'<x tiff:Orientation="6"/>'})
+        assert rgb(body).shape == (40, 24, 3)
+        unannounced = body[:20] + bytes([body[20] & ~flag]) + body[21:]
+        assert (rgb(unannounced) == np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(unannounced))))).all()
+        assert rgb(unannounced).shape == (24, 40, 3)
+
     @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
     def test_exif_that_refers_to_itself_a_thousand_times_takes_no_memory(
         self, photo: Image.Image, image_format: str

@@ -43,11 +43,23 @@ def _image(file: bytes) -> list[Image.Image] | None:
             if image.width * image.height > MOST_PIXELS:
                 return None
             image.load()
-            if file[24:26] == b"\x10\2" and b"tRNS" in file:  # Pillow drops the low bytes that tell what is transparent
+            if image.format == "PNG" and _has_other_transparency(file):
                 return None
             return [_on_white(ImageOps.exif_transpose(image))]
     except Exception:  # a dozen types
         return None
+
+
+def _has_other_transparency(png: bytes) -> bool:
+    """Return whether Pillow finds other transparent pixels in a PNG than the PNG specification and libpng do.
+
+    Pillow drops the low bytes of 16-bit colors, and compares all bits of a gray value where only `depth` bits count.
+    """
+    depth, color_type = png[24], png[25]
+    _, chunk, value = png.partition(b"tRNS")
+    return bool(chunk) and (
+        (depth, color_type) == (16, 2) or (color_type == 0 and int.from_bytes(value[:2]) >> depth > 0)
+    )
 
 
 def _on_white(image: Image.Image) -> Image.Image:

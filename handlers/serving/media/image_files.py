@@ -33,8 +33,10 @@ JPEG_TABLES = 1_000_000
 
 ORIENTATION = 0x0112
 """EXIF tag of the orientation."""
-EXIF_INTEGERS = {1: "B", 3: "H", 4: "I"}
-"""EXIF's integer types and their codes in `struct`."""
+EXIF_INTEGERS = {3: "H", 4: "I"}
+"""EXIF's integer types that Pillow reads an orientation of, and their codes in `struct`. The standard has the first."""
+WEBP_EXIF, WEBP_XMP = 0b1000, 0b100
+"""Flags of a WebP file's first chunk, VP8X."""
 PNG_EXIF, PNG_XMP = b"Raw profile type exif", b"XML:com.adobe.xmp"
 """Keywords of PNG text chunks that may contain an orientation."""
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -335,11 +337,12 @@ def _open_jpeg(body: Body) -> Image.Image:
 
 def _inspect_webp(body: Body) -> ImageFile:
     size, exif, xmp = None, b"", b""
+    flags = body[20] if body[12:16] == b"VP8X" else 0  # libwebp reads only metadata that they announce
     for kind, start, stop in _chunks(body, "WebP"):
         size = size or _webp_size(body, kind, start)
-        if kind == b"EXIF":
+        if kind == b"EXIF" and flags & WEBP_EXIF:
             exif = exif or _beginning(body, start, stop)
-        elif kind == b"XMP ":
+        elif kind == b"XMP " and flags & WEBP_XMP:
             xmp = xmp or _beginning(body, start, stop)
     if size is None:
         raise struct.error
