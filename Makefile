@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENDPOINT_VENV := .venv-endpoint
 DEPLOY_VENV := .venv-deploy
-SOURCES := handler.py handlers models remote_vae clients scripts benchmarks tests
+SOURCES := handler.py handlers models remote_vae clients scripts benchmarks traffic tests
 
 # scripts/make_options.py has the variables that each target takes. Any other variable is an error before a recipe runs.
 quoted = '$(subst ','\'',$(1))'
@@ -131,10 +131,10 @@ bench: install  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [
 TRAFFIC_VENV := $(if $(TOOLKIT),$(ENDPOINT_VENV),$(VENV))
 
 fuzz: $(TRAFFIC_VENV)/bin/.installed  ## send malformed requests [COUNT=10000] [SEED=0] [KIND=files] [MEMORY_MB=2000] [ONLY=n] [TOOLKIT=checkout]
-	exec $(TRAFFIC_VENV)/bin/python -m tests.fuzz $(options)
+	exec $(TRAFFIC_VENV)/bin/python -m traffic fuzz $(options)
 
 soak: $(TRAFFIC_VENV)/bin/.installed  ## send mixed traffic for minutes, into benchmarks/soak.md [MINUTES=10] [SEED=0] [TOOLKIT=checkout]
-	exec $(TRAFFIC_VENV)/bin/python -m tests.soak $(options)
+	exec $(TRAFFIC_VENV)/bin/python -m traffic soak $(options)
 
 lint: install  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

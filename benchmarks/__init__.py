@@ -2,4 +2,5 @@
 
 `forward` compares the VAE with plain diffusers. `service` and `clients` measure the service over HTTP. `peak` and
 `memory` count bytes. `report` writes the page of a machine.
+`published_sizes` starts every model with random weights.
 """

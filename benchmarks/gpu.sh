@@ -21,7 +21,7 @@ fi
 
 status=0
 if [ "${1:-tests}" = tests ]; then
-    TRITON_INTERPRET=0 $python -m pytest tests/gpu.py tests/serving/test_fast.py -q -s -p no:cacheprovider
+    TRITON_INTERPRET=0 $python -m pytest tests/test_gpu.py tests/serving/test_fast.py -q -s -p no:cacheprovider
     status=$?
 fi
 if [ "${1:-bench}" = bench ]; then

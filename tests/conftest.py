@@ -29,8 +29,8 @@ from handlers import MODELS
 from handlers.serving.media.output import describe, tensor_bytes
 from scripts import local_server
 from scripts.local_server import serve
-from tests import forked
-from tests.small_service import Service, running_service, save_checkpoints
+from tests.support import forked
+from tests.support.small_service import Service, running_service, save_checkpoints
 
 local_server.start_process = forked.start
 for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "PYTEST_ADDOPTS"):  # of the `make` that runs the tests
@@ -165,8 +165,8 @@ def running(
 
 @contextmanager
 def faulty_endpoint(kind: str, key: str, weights: Path, log: Path, **environment: str) -> Iterator[Endpoint]:
-    """A server of `tests/faulty_server.py`."""
-    command = ("-m", "tests.faulty_server", kind)
+    """A server of `tests/support/faulty_server.py`."""
+    command = ("-m", "tests.support.faulty_server", kind)
     if toolkit := os.environ.get("TOOLKIT"):
         environment["TOOLKIT"] = toolkit
     with serve("--model", key, "--weights", str(weights), log=log, command=command, **environment) as url:

@@ -15,8 +15,8 @@ from diffusers.utils.remote_utils import remote_decode
 
 from scripts import local_server
 from scripts.local_server import ROOT, serve
-from tests import forked
-from tests.project_copy import copy_project
+from tests.support import forked
+from tests.support.project_copy import copy_project
 
 pytestmark = pytest.mark.slow
 

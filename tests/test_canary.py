@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import scripts.canary  # noqa: F401  (which adds the command)
-from tests.deploy_runner import NAMESPACE, TOKEN, Runner, deploy, hub, storage_client
-from tests.hub_server import Hub
+from tests.support.deploy_runner import NAMESPACE, TOKEN, Runner, deploy, hub, storage_client
+from tests.support.hub_server import Hub
 
 __all__ = ["deploy", "hub", "storage_client"]  # fixtures
 

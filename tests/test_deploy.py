@@ -18,7 +18,7 @@ from handlers import MODELS
 from scripts.deployment.plan import default_name
 from scripts.local_server import ROOT
 from scripts.models import license_link
-from tests.deploy_runner import (
+from tests.support.deploy_runner import (
     NAMESPACE,
     PUBLISHED,
     TOKEN,
@@ -28,8 +28,8 @@ from tests.deploy_runner import (
     hub,
     publish,
 )
-from tests.hub_server import Hub
-from tests.project_copy import copy_project
+from tests.support.hub_server import Hub
+from tests.support.project_copy import copy_project
 
 __all__ = ["deploy", "hub"]  # fixtures
 

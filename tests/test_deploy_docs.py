@@ -13,8 +13,8 @@ import pytest
 
 from handlers import MODELS
 from scripts.instances import table_price
-from tests.deploy_runner import NAMESPACE, PROJECT, PUBLISHED, TOKEN, Runner, deploy, hub
-from tests.hub_server import Hub, identity
+from tests.support.deploy_runner import NAMESPACE, PROJECT, PUBLISHED, TOKEN, Runner, deploy, hub
+from tests.support.hub_server import Hub, identity
 
 __all__ = ["deploy", "hub"]  # fixtures
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from handlers import MODELS
-from tests.deploy_runner import NAMESPACE, TOKEN, Result, Runner, deploy, hub
-from tests.hub_server import Hub, Repo, identity
+from tests.support.deploy_runner import NAMESPACE, TOKEN, Result, Runner, deploy, hub
+from tests.support.hub_server import Hub, Repo, identity
 
 __all__ = ["deploy", "hub"]  # fixtures
 

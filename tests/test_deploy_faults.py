@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from handlers import MODELS
-from tests.deploy_runner import NAMESPACE, Runner, deploy, hub, storage_client
-from tests.hub_server import Hub
+from tests.support.deploy_runner import NAMESPACE, Runner, deploy, hub, storage_client
+from tests.support.hub_server import Hub
 
 __all__ = ["deploy", "hub", "storage_client"]  # fixtures
 

@@ -11,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from handlers import MODELS
-from tests.deploy_runner import NAMESPACE, TOKEN, Runner, deploy, hub, storage_client
-from tests.endpoints_server import Hardware
-from tests.hub_server import Hub, identity
+from tests.support.deploy_runner import NAMESPACE, TOKEN, Runner, deploy, hub, storage_client
+from tests.support.endpoints_server import Hardware
+from tests.support.hub_server import Hub, identity
 
 __all__ = ["deploy", "hub", "storage_client"]  # fixtures
 

@@ -16,16 +16,16 @@ from PIL import Image
 
 from handlers import MODELS
 from handlers.serving.media.output import tensor_bytes
-from tests.traffic import report, soak
-from tests.traffic.clients import CLIENTS, Traffic
-from tests.traffic.fuzz import Fuzz, Target, send_case
-from tests.traffic.ledger import Ledger
-from tests.traffic.memory import Memory
-from tests.traffic.messages import Answer, Hang, Message, NoAnswer, exchange
-from tests.traffic.mutations import FILES, MUTATIONS, WIRE_MUTATIONS, Case, case
-from tests.traffic.samples import Sample, samples
-from tests.traffic.servers import TRACEBACK, server
-from tests.traffic.truth import Truth, Wrong, check, check_refusal
+from traffic import report, soak
+from traffic.clients import CLIENTS, Traffic
+from traffic.fuzz import Fuzz, Target, send_case
+from traffic.ledger import Ledger
+from traffic.memory import Memory
+from traffic.messages import Answer, Hang, Message, NoAnswer, exchange
+from traffic.mutations import FILES, MUTATIONS, WIRE_MUTATIONS, Case, case
+from traffic.samples import Sample, samples
+from traffic.servers import TRACEBACK, server
+from traffic.truth import Truth, Wrong, check, check_refusal
 
 COUNT = 600
 """Requests of the quick fuzz, each kind of mutation among them; `make fuzz` sends ten thousand."""

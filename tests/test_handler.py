@@ -20,7 +20,7 @@ from tests.conftest import Endpoint, uint8_pixels
 
 pytestmark = pytest.mark.slow
 
-STAND_IN = ("-m", "uvicorn", "webservice_starlette:app", "--app-dir", str(ROOT / "tests" / "toolkit"))
+STAND_IN = ("-m", "uvicorn", "webservice_starlette:app", "--app-dir", str(ROOT / "tests" / "support" / "toolkit"))
 
 
 @pytest.fixture(scope="module")

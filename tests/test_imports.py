@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "models": set(),
     "scripts": {"handler", "handlers", "remote_vae"},
     "benchmarks": {"handlers", "remote_vae", "scripts"},
-    "tests": {"handlers", "remote_vae", "clients", "scripts", "benchmarks"},
+    "traffic": {"handlers", "scripts", "benchmarks"},
+    "tests": {"handlers", "remote_vae", "clients", "scripts", "benchmarks", "traffic"},
 }
 """What each part of the project knows of the others: what is deployed or installed by itself, nothing around it."""
 SERVING = ROOT / "handlers" / "serving"

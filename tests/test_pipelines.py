@@ -21,10 +21,10 @@ from handlers.serving.media.output import write_mp4
 from handlers.serving.vae.autoencoder import DecodeOptions, decode_at_once, encode_at_once, has_frames
 from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.vae import VAE
-from tests import pipelines
-from tests.checkpoints import SMALL, build, model_of, small_tiles
-from tests.pipelines import FIRST_FRAME, PIPELINES, Unavailable
-from tests.small_service import SERVED, Service, as_tensor
+from tests.support import pipelines
+from tests.support.checkpoints import SMALL, build, model_of, small_tiles
+from tests.support.pipelines import FIRST_FRAME, PIPELINES, Unavailable
+from tests.support.small_service import SERVED, Service, as_tensor
 
 DECODERS = [(key, pipeline) for key in SERVED for pipeline in PIPELINES[key][0]]
 ENCODERS = [(key, pipeline) for key in SERVED for pipeline in PIPELINES[key][1]]

@@ -22,8 +22,8 @@ from handlers.serving import metrics
 from handlers.serving.limits import Limits
 from scripts import models
 from scripts.local_server import ROOT
-from tests.small_pipelines import CASES, make
-from tests.small_service import Service
+from tests.support.small_pipelines import CASES, make
+from tests.support.small_service import Service
 
 README = (ROOT / "README.md").read_text()
 DIFFUSERS = (ROOT / "docs" / "diffusers.md").read_text()

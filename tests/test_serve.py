@@ -14,8 +14,8 @@ import requests
 
 from handlers import MODELS
 from scripts.local_server import ROOT, clean_environment, free_port, wait_until_healthy
-from tests import forked
-from tests.hub_server import Repo, running_hub
+from tests.support import forked
+from tests.support.hub_server import Repo, running_hub
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from PIL import Image
 from handlers import MODELS
 from remote_vae import check
 from scripts import snippets
-from tests.checkpoints import SMALL
-from tests.small_service import Service
+from tests.support.checkpoints import SMALL
+from tests.support.small_service import Service
 
 SERVED = [key for key in MODELS if key in SMALL or key == "tiny"]
 """Models with a small checkpoint."""

@@ -32,7 +32,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from handlers import MODELS
 from scripts.local_server import ROOT, free_port, serve
-from tests.small_service import running_service
+from tests.support.small_service import running_service
 
 SMALL = ("tiny", "sd-v1", "flux", "wan-2.1")
 PUBLISHED = ("sd-v1", "flux", "wan-2.1")
@@ -217,7 +217,7 @@ def main(
         for key in published:
             file = base / "models" / "vae" / f"{key}.safetensors"
             save_published(key, base / "large" / key, file, checkout, python)
-        command = ("-m", "tests.models_server")
+        command = ("-m", "tests.support.models_server")
         with (
             running_service(base / "checkpoints", base / "checkpoints.log") as service,
             serve("--folder", str(base / "large"), log=base / "large.log", command=command) as large,

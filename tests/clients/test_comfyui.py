@@ -28,8 +28,8 @@ from handlers import MODELS
 from handlers.version import VERSION
 from remote_vae import RemoteVAEError
 from scripts.local_server import ROOT
-from tests.faulty_proxy import faulty_proxy
-from tests.small_service import Service
+from tests.support.faulty_proxy import faulty_proxy
+from tests.support.small_service import Service
 
 STAND_IN = Path(__file__).parent / "comfyui_stand_in"
 TOKEN = "hf_theTokenThatNobodyMaySee"

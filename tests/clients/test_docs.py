@@ -16,7 +16,7 @@ import torch
 
 from scripts.local_server import ROOT
 from tests.remote_vae.test_proxy import proxy
-from tests.small_service import Service, as_tensor
+from tests.support.small_service import Service, as_tensor
 
 CLIENTS = (ROOT / "docs" / "clients.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", CLIENTS, re.MULTILINE)

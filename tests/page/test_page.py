@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 
 from handlers.serving.media.output import write_mp4
 from scripts.local_server import ROOT, serve
-from tests.checkpoints import SMALL, model_of
 from tests.conftest import Endpoint, faulty_endpoint, same_video
-from tests.faulty_server import THIRD_SPAN_SLOW
 from tests.page.conftest import Visit, visit
 from tests.remote_vae.test_proxy import proxy
-from tests.small_service import Service
+from tests.support.checkpoints import SMALL, model_of
+from tests.support.faulty_server import THIRD_SPAN_SLOW
+from tests.support.small_service import Service
 
 TOKEN = "a-token-of-this-test"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -69,7 +69,7 @@ def as_array(pixels: list[int], height: int, width: int) -> np.ndarray:
 
 def toolkit(folder: Path) -> AbstractContextManager[str]:
     """The service of `tiny` in the Inference Toolkit, or its stand-in."""
-    command = ("-m", "tests.faulty_server", "toolkit")
+    command = ("-m", "tests.support.faulty_server", "toolkit")
     environment = {"TOOLKIT": os.environ["TOOLKIT"]} if "TOOLKIT" in os.environ else {}
     weights = str(ROOT / "models" / "tiny")
     return serve("--model", "tiny", "--weights", weights, log=folder / "log", command=command, **environment)

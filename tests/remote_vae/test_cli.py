@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scripts.local_server import ROOT, free_port
-from tests import forked
 from tests.conftest import same_video
-from tests.faulty_proxy import faulty_proxy
-from tests.small_service import Service
+from tests.support import forked
+from tests.support.faulty_proxy import faulty_proxy
+from tests.support.small_service import Service
 
 LATENTS = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(0))
 

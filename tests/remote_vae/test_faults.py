@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from remote_vae import Client, RemoteVAE, RemoteVAEError
-from tests.faulty_proxy import FaultyProxy, faulty_proxy
-from tests.small_service import Service
+from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.support.small_service import Service
 
 TOKEN = "hf_theTokenThatNobodyMaySee"
 LATENTS = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))

@@ -25,10 +25,10 @@ from safetensors import safe_open
 from remote_vae.latents.format import Format
 from remote_vae.latents.formats import FORMATS
 from scripts.local_server import ROOT
-from tests import forked
-from tests.faulty_proxy import FaultyProxy, faulty_proxy
-from tests.forked import killed_at_the_end
-from tests.small_service import Service
+from tests.support import forked
+from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.support.forked import killed_at_the_end
+from tests.support.small_service import Service
 
 SIZES = [(300, 200), (200, 300), (256, 256), (100, 90), (640, 200), (128, 128), (90, 100), (257, 255)]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from tests.remote_vae.test_latents import failures, run
-from tests.small_service import Service, as_tensor
+from tests.support.small_service import Service, as_tensor
 
 
 def save(path: Path, size: tuple[int, int] = (128, 128), mode: str = "RGB") -> Path:

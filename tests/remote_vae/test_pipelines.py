@@ -18,8 +18,8 @@ from PIL import Image
 from handlers import MODELS
 from remote_vae import RemoteVAE, RemoteVAEError
 from remote_vae.vae import empty_vae
-from tests.small_pipelines import CASES, Case, make, run
-from tests.small_service import Service
+from tests.support.small_pipelines import CASES, Case, make, run
+from tests.support.small_service import Service
 
 pytestmark = pytest.mark.filterwarnings(
     # schedulers of diffusers, with the newest torch and numpy

@@ -26,9 +26,9 @@ from PIL import Image
 
 from remote_vae import RemoteVAE
 from scripts.local_server import ROOT, free_port
-from tests.faulty_proxy import FaultyProxy, faulty_proxy
-from tests.forked import killed_at_the_end
-from tests.small_service import Service
+from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.support.forked import killed_at_the_end
+from tests.support.small_service import Service
 
 TOKEN = "hf_theTokenThatNobodyMaySee"
 LATENTS = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))

@@ -22,8 +22,8 @@ from PIL import Image
 
 from remote_vae import Client, RemoteVAE, RemoteVAEError, files, tensors
 from scripts.local_server import ROOT
-from tests import forked
-from tests.checkpoints import KL
+from tests.support import forked
+from tests.support.checkpoints import KL
 
 LATENTS = torch.zeros(1, 4, 8, 8)
 PIXELS = torch.zeros(1, 3, 64, 64)

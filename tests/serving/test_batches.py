@@ -16,7 +16,7 @@ from PIL import Image
 
 from handlers import MODELS
 from tests.conftest import Endpoint, uint8_pixels
-from tests.small_service import SERVED, Service, as_tensor
+from tests.support.small_service import SERVED, Service, as_tensor
 
 
 def make_images(count: int = 3, size: tuple[int, int] = (96, 64)) -> list[Image.Image]:

@@ -26,7 +26,7 @@ from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.fast.fused import FusedPass
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
-from tests.checkpoints import build
+from tests.support.checkpoints import build
 from tests.support.messages import send
 
 pytestmark = pytest.mark.slow

@@ -25,7 +25,8 @@ from handlers.serving.media.output import tensor_bytes
 from scripts import local_server
 from scripts.local_server import ROOT, clean_environment, free_port
 from tests.conftest import SERVERS, Endpoint, faulty_endpoint
-from tests.faulty_server import (
+from tests.serving.test_limits import metric, open_connection, wait_for_metric
+from tests.support.faulty_server import (
     BUG,
     DEVICE_LOST,
     DISK_FULL,
@@ -39,8 +40,7 @@ from tests.faulty_server import (
     SLOW,
     THREAD_ENDS,
 )
-from tests.serving.test_limits import metric, open_connection, wait_for_metric
-from tests.traffic.servers import listening
+from traffic.servers import listening
 
 TIMEOUT = 2
 OPERATING = (ROOT / "docs" / "operating.md").read_text()
@@ -112,7 +112,7 @@ def looks(url: str, last: str) -> list[str]:
 @pytest.mark.parametrize("kind", SERVERS)
 def test_nothing_listens_while_the_model_loads(kind: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     gate, log, port = tmp_path / "gate", tmp_path / "log", free_port()
-    arguments = ("-m", "tests.faulty_server", kind, "--port", str(port), "--weights", str(checkpoint("sd-v1")))
+    arguments = ("-m", "tests.support.faulty_server", kind, "--port", str(port), "--weights", str(checkpoint("sd-v1")))
     toolkit = {"TOOLKIT": os.environ["TOOLKIT"]} if "TOOLKIT" in os.environ else {}
     process = local_server.start_process(arguments, log, {**clean_environment(), **toolkit, "GATE": str(gate)})
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scripts.local_server import ROOT, clean_environment, free_port
-from tests.hub_server import Hub, Repo, running_hub
+from tests.support.hub_server import Hub, Repo, running_hub
 
 FETCH = """
 import json, sys

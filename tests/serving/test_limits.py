@@ -24,7 +24,7 @@ from PIL import Image
 
 from handlers.serving.limits import Limits
 from tests.conftest import SERVERS, Endpoint, faulty_endpoint
-from tests.faulty_server import SLOW
+from tests.support.faulty_server import SLOW
 
 TOKEN = "a-token-of-this-test"
 

@@ -18,8 +18,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from scripts.local_server import ROOT
-from tests.small_service import as_tensor
-from tests.support.memory_limit import LimitedServer, limited_server
+from tests.support.small_service import as_tensor
+from traffic.memory_limit import LimitedServer, limited_server
 
 LIMIT = 2 * 10**9
 

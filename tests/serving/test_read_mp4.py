@@ -23,8 +23,8 @@ from handlers.serving.limits import Limits
 from handlers.serving.media import mp4
 from handlers.serving.media.mp4 import read_video
 from tests.support import mp4_files
-from tests.support.memory_limit import LimitedServer, limited_server
 from tests.support.mp4_files import add, box, change, frames_of, table, video
+from traffic.memory_limit import LimitedServer, limited_server
 
 LIMITS = Limits()
 TABLES = "moov/trak/mdia/minf/stbl"

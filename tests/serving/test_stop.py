@@ -21,8 +21,8 @@ from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.stop import PassStopped, stoppable
 from handlers.serving.vae.vae import VAE
-from tests.checkpoints import SMALL, build, model_of, small_tiles
-from tests.small_service import SERVED
+from tests.support.checkpoints import SMALL, build, model_of, small_tiles
+from tests.support.small_service import SERVED
 
 CONVOLUTIONS = {torch.conv2d, torch.conv3d, torch.conv1d, torch.nn.functional.linear}
 CLASSES = list({SMALL[key][0]: key for key in SERVED}.values())

@@ -22,7 +22,8 @@ from handlers.serving.errors import RequestError
 from handlers.serving.media.output import Mp4Writer, tensor_bytes
 from handlers.serving.media.stream import BOUND, Stream
 from tests.conftest import SERVERS, Endpoint, faulty_endpoint
-from tests.faulty_server import (
+from tests.serving.test_limits import metric, wait_for_metric
+from tests.support.faulty_server import (
     BUG,
     NEVER_ENOUGH,
     NOISE,
@@ -36,7 +37,6 @@ from tests.faulty_server import (
     SPAN_OUT_OF_MEMORY,
     SPAN_SLOW,
 )
-from tests.serving.test_limits import metric, wait_for_metric
 
 TIMEOUT = 4
 DEVICE_SECONDS = 0.5

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.traffic.ledger import Ledger
-from tests.traffic.soak import Result
+from traffic.ledger import Ledger
+from traffic.soak import Result
 
 SHOWN = 20
 """Findings that are listed on the console."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from handlers.serving.media.output import describe, tensor_bytes
 from scripts.local_server import ROOT, serve
-from tests.checkpoints import SMALL, model_of, save
+from tests.support.checkpoints import SMALL, model_of, save
 
 SERVED = [key for key in SMALL if model_of(key)]
 
@@ -69,5 +69,5 @@ def save_checkpoints(folder: Path) -> None:
 def running_service(folder: Path, log: Path, **environment: str) -> Iterator[Service]:
     """Of the checkpoints in a folder, which are made where they are not there."""
     save_checkpoints(folder)
-    with serve("--folder", str(folder), log=log, command=("-m", "tests.models_server"), **environment) as url:
+    with serve("--folder", str(folder), log=log, command=("-m", "tests.support.models_server"), **environment) as url:
         yield Service(url, folder)

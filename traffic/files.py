@@ -75,7 +75,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _frames(file: bytes) -> list[Image.Image] | None:
-    command = [sys.executable, "-m", "tests.traffic.files"]
+    command = [sys.executable, "-m", "traffic.files"]
     try:
         read = subprocess.run(command, input=file, capture_output=True, timeout=MOST_SECONDS, check=True)
     except subprocess.SubprocessError:

@@ -1,4 +1,4 @@
-"""A server in which things go wrong on request: `python -m tests.faulty_server standalone|toolkit --port N`.
+"""A server in which things go wrong on request: `python -m tests.support.faulty_server standalone|toolkit --port N`.
 
 `seed`, which decoding ignores, names what goes wrong. The toolkit is its stand-in in `tests/toolkit`, or the real one,
 from the checkout that the variable TOOLKIT names.

@@ -17,13 +17,13 @@ from random import Random
 
 from torch import Tensor
 
-from tests.traffic.fuzz import send_case
-from tests.traffic.ledger import Ledger
-from tests.traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
-from tests.traffic.mutations import case
-from tests.traffic.samples import Sample, any_size, large, samples, stream
-from tests.traffic.servers import Server
-from tests.traffic.truth import Truth, Wrong, check, check_refusal
+from traffic.fuzz import send_case
+from traffic.ledger import Ledger
+from traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
+from traffic.mutations import case
+from traffic.samples import Sample, any_size, large, samples, stream
+from traffic.servers import Server
+from traffic.truth import Truth, Wrong, check, check_refusal
 
 TIMEOUT = 60.0
 """Seconds in which every request of a soak is answered, bursts and all."""

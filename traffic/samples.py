@@ -18,7 +18,7 @@ from torch import Tensor
 from handlers import MODELS
 from handlers.base import EndpointHandler
 from handlers.serving.media.output import describe, tensor_bytes, write_mp4
-from tests.traffic.messages import Message
+from traffic.messages import Message
 
 TENSOR = (("Content-Type", "tensor/binary"),)
 FRAMES = 5

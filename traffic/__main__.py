@@ -1,12 +1,4 @@
-"""Malformed requests against servers on this machine.
-
-`make fuzz [COUNT=10000] [SEED=0] [KIND=files] [MEMORY_MB=2000] [ONLY=n] [TOOLKIT=checkout]`
-
-`tiny` takes nine of ten, and a video model with few channels and random weights the others, for its MP4 files. With
-`KIND=files` every request is an image or a video with a mutated structure. With `MEMORY_MB` each server has so much
-memory, as in a container of that size, and must give back what it took. Each request follows from the seed and its
-number, so `ONLY=n` sends one again and shows the response.
-"""
+"""Send hostile and heavy traffic to servers on this machine: `make fuzz` and `make soak`."""
 
 from __future__ import annotations
 
@@ -19,11 +11,17 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from tests.traffic import report
-from tests.traffic.fuzz import Fuzz, Target
-from tests.traffic.servers import server
+from benchmarks.bench import BENCHMARKS, about
+from scripts.local_server import ROOT
+from traffic import report
+from traffic import soak as soak_run
+from traffic.clients import Traffic
+from traffic.fuzz import Fuzz, Target
+from traffic.servers import server
+
+app = typer.Typer(add_completion=False)
 
 console = Console(highlight=False, markup=False, soft_wrap=True, width=None if Console().is_terminal else 160)
 
@@ -33,7 +31,8 @@ class Kind(StrEnum):
     FILES = "files"
 
 
-def main(
+@app.command()
+def fuzz(
     count: Annotated[int, typer.Option(help="Requests to send.", min=100)] = 10_000,
     seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
     kind: Annotated[Kind, typer.Option(help="Every kind of request, or files with a mutated structure.")] = Kind.ALL,
@@ -45,6 +44,11 @@ def main(
         Path | None, typer.Option(help="Checkout of the Inference Toolkit to serve with.", exists=True)
     ] = None,
 ) -> None:
+    """Send malformed requests, one by one.
+
+    `tiny` takes nine of ten, and a small video model the others. With --kind=files every request is an image or a video
+    file with a mutated structure. With --memory-mb each server has a memory limit, and must return what it took.
+    """
     torch.set_num_threads(1)  # the other cores are the servers'
     memory = None if memory_mb is None else memory_mb * 10**6
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -54,16 +58,16 @@ def main(
                 Target(servers.enter_context(server(key, folder / key, toolkit, memory)))
                 for key in ("tiny", "hunyuan-video")
             ]
-            fuzz = Fuzz(targets, seed, files=kind is Kind.FILES)
-            show(fuzz, only) if only is not None else run(fuzz, count)
+            run = Fuzz(targets, seed, files=kind is Kind.FILES)
+            show(run, only) if only is not None else run_all(run, count)
     except RuntimeError as error:
         raise SystemExit(f"error: {error}") from None
-    if broken := report.summary(fuzz.ledger):
+    if broken := report.summary(run.ledger):
         options = (f"KIND={kind} " if kind is Kind.FILES else "") + (f"MEMORY_MB={memory_mb} " if memory_mb else "")
         raise SystemExit(f"error: {broken}; to send one again: make fuzz {options}SEED={seed} ONLY=<number>")
 
 
-def run(fuzz: Fuzz, count: int) -> None:
+def run_all(fuzz: Fuzz, count: int) -> None:
     columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=count)
@@ -90,5 +94,39 @@ def show(fuzz: Fuzz, number: int) -> None:
     fuzz.check_logs()
 
 
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(help="Of traffic.", min=0.1)] = 10,
+    seed: Annotated[int, typer.Option(help="Of the malformed requests.")] = 0,
+    toolkit: Annotated[
+        Path | None, typer.Option(help="Checkout of the Inference Toolkit to serve with.", exists=True)
+    ] = None,
+) -> None:
+    """Send mixed traffic for some minutes, then SIGTERM under load. Write benchmarks/soak.md."""
+    facts = about("cpu")
+    torch.set_num_threads(1)  # the other cores are the server's
+    columns = TextColumn("soak"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="soak-"))
+        with server("tiny,hunyuan-video", folder, toolkit) as running:
+            traffic = Traffic(running, seed)
+            with Progress(*columns, console=console) as progress:
+                task = progress.add_task("", total=minutes * 60)
+                result = soak_run.run(traffic, minutes * 60, lambda seconds: progress.update(task, completed=seconds))
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from None
+    soak_run.check_memory(traffic, result)
+    console.print(report.console_table(report.rows(traffic.ledger)))
+    path = BENCHMARKS / ("soak.md" if toolkit is None else "soak-toolkit.md")
+    path.write_text(report.soak_page(traffic.ledger, result, facts, toolkit is not None))
+    for line in (report.memory_line(result), report.throughput_line(result), report.end_line(result)):
+        console.print(line)
+    console.print(f"Written to {path.relative_to(ROOT)}")
+    for finding in traffic.ledger.findings[: report.SHOWN]:
+        console.print(f"broken: {finding.describe()}")
+    if broken := report.summary(traffic.ledger):
+        raise SystemExit(f"error: {broken}")
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,5 +1,4 @@
-"""Hostile and heavy traffic against a real server: `make fuzz` and `make soak`, which are `tests/fuzz.py` and
-`tests/soak.py`.
+"""Hostile and heavy traffic against a real server: `make fuzz` and `make soak`.
 
 `samples` are good requests, `mutations` makes malformed ones of them, `images` and `videos` make mutated files, `files`
 reads files without the service, `truth` knows what is a right answer, `clients` send them well and badly, `fuzz` and

@@ -96,7 +96,7 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, errors:
     os.chdir(folder)
     others = [path for path in sys.path if path and Path(path).resolve() != ROOT]
     sys.path[:] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep), *others]
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("scripts", "tests")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("scripts", "tests", "traffic")]:
         del sys.modules[name]  # of this project, which may be another folder's there
     _, module, *sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)

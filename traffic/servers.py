@@ -19,8 +19,8 @@ import torch
 
 from handlers import MODELS
 from scripts.local_server import ROOT, serve
-from tests.support.memory_limit import LimitedServer, limited_server
-from tests.traffic.messages import Address, address_of
+from traffic.memory_limit import LimitedServer, limited_server
+from traffic.messages import Address, address_of
 
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 LIMITS = {"VAE_MAX_BODY_MB": "4", "VAE_MAX_PIXELS": "1048576", "VAE_MAX_QUEUE": "16"}

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.traffic.clients import CLIENTS, CROWD, HEALTH, HEALTH_TIMEOUT, TIMEOUT, Good, Traffic
-from tests.traffic.memory import Memory
-from tests.traffic.messages import Connection, Hang, Message, NoAnswer, exchange
-from tests.traffic.truth import Wrong, check_error
+from traffic.clients import CLIENTS, CROWD, HEALTH, HEALTH_TIMEOUT, TIMEOUT, Good, Traffic
+from traffic.memory import Memory
+from traffic.messages import Connection, Hang, Message, NoAnswer, exchange
+from traffic.truth import Wrong, check_error
 
 EXIT_TIME = 30.0
 """Seconds from SIGTERM to the end of the process; Kubernetes kills it then."""

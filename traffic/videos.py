@@ -13,7 +13,7 @@ from random import Random
 
 from tests.support import mp4_files
 from tests.support.mp4_files import CONTAINERS, frames_of, video
-from tests.traffic.images import COUNTS, cut, number, scrambled
+from traffic.images import COUNTS, cut, number, scrambled
 
 TABLES = (b"stts", b"ctts", b"stsc", b"stsz", b"stco", b"stss")
 MATRICES = (

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from handlers.serving.devices import IDLE_SECONDS
-from tests.traffic.images import IMAGES
-from tests.traffic.ledger import Ledger
-from tests.traffic.messages import Address, Answer, Hang, NoAnswer, exchange
-from tests.traffic.mutations import Case, case
-from tests.traffic.samples import Sample, samples
-from tests.traffic.servers import Server
-from tests.traffic.truth import Truth, Wrong, check, check_refusal
-from tests.traffic.videos import VIDEOS
+from traffic.images import IMAGES
+from traffic.ledger import Ledger
+from traffic.messages import Address, Answer, Hang, NoAnswer, exchange
+from traffic.mutations import Case, case
+from traffic.samples import Sample, samples
+from traffic.servers import Server
+from traffic.truth import Truth, Wrong, check, check_refusal
+from traffic.videos import VIDEOS
 
 TIMEOUT = 5.0
 """Seconds in which every request is answered."""

@@ -22,9 +22,9 @@ import pytest
 from typer.testing import CliRunner
 
 from handlers import MODELS
-from tests.forked import killed_at_the_end
-from tests.hub_server import Hub, Repo, identity, running_hub
-from tests.project_copy import PROJECT
+from tests.support.forked import killed_at_the_end
+from tests.support.hub_server import Hub, Repo, identity, running_hub
+from tests.support.project_copy import PROJECT
 
 CLOCK = Path(__file__).parent / "fast_clock"
 TOKEN = "hf_writeTokenOfTheTests"

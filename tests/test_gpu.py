@@ -1,6 +1,6 @@
-"""What only a GPU can tell of the service: `benchmarks/gpu.sh`. pytest finds this file only where it is named.
+"""Tests that need a GPU: `benchmarks/gpu.sh` runs them on CUDA.
 
-The device is VAE_TEST_DEVICE, CUDA by default; with "cpu" all of it runs that is not about a GPU's memory.
+VAE_TEST_DEVICE names another device. With "cpu" all tests run but those of a GPU's memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from handlers.serving.settings import Settings
 from handlers.serving.vae import vae as vae_module
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
-from tests.checkpoints import build, model_of
 from tests.serving.test_fast import inputs, outputs
-from tests.small_service import SERVED, Service, running_service
+from tests.support.checkpoints import build, model_of
+from tests.support.small_service import SERVED, Service, running_service
 
 DEVICE = os.environ.get("VAE_TEST_DEVICE", "cuda")
+pytestmark = pytest.mark.skipif(
+    DEVICE.startswith("cuda") and not torch.cuda.is_available(),
+    reason="there is no GPU; VAE_TEST_DEVICE=cpu runs these tests on the CPU",
+)
 MODEL_FRAMES = [("sd-v1", None), ("flux2", None), ("wan-2.1", 3), ("qwen-image", 1), ("hunyuan-video", 3)]
 
 

@@ -1,7 +1,7 @@
-"""Starts each model at its published size with random weights, encodes and decodes: `python -m tests.published_sizes`.
+"""Start each model at its published size with random weights: `python -m benchmarks.published_sizes`.
 
-One picture of 256x256, or the fewest frames of at least 5 that the model has. For all it takes a quarter of an hour
-and up to 10 GB, so it is no part of the tests; name keys for some.
+The input is an image of 256x256, or the fewest frames of at least 5 that the model has. All models take a quarter of an
+hour and up to 10 GB. Name keys to run some.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(keys: Annotated[list[str] | None, typer.Argument()] = None) -> None:
 
 
 def check(url: str, key: str, task: str) -> str:
-    """One request; raises `AssertionError` unless the answer has the shape that the model declares."""
+    """Send one request. Raise `AssertionError` unless the response has the shape that the model declares."""
     model = MODELS[key]
     side, factor = SIDE // model.vae_scale_factor, model.frame_factor
     latent_frames = 1 + -(-4 // factor) + model.padding_frames  # whose grid has 8 and 9 frames

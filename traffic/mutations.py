@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from tests.traffic.images import IMAGES
-from tests.traffic.messages import Message
-from tests.traffic.samples import Sample
-from tests.traffic.videos import VIDEOS
+from traffic.images import IMAGES
+from traffic.messages import Message
+from traffic.samples import Sample
+from traffic.videos import VIDEOS
 
 TEXTS = (
     "", "0", "1", "-1", "-0", "+8", " 8", "8 ", "08", "0x10", "1_000", "1.0", "1.5", "1e3", "1e-400", "1e309",

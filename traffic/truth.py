@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from handlers import MODELS
-from tests.traffic.files import read_pixels
-from tests.traffic.messages import Answer, Message
-from tests.traffic.samples import Sample
+from traffic.files import read_pixels
+from traffic.messages import Answer, Message
+from traffic.samples import Sample
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 COUNT = re.compile(r"[1-9][0-9]{0,4}")

@@ -76,7 +76,7 @@ def limited_server(
     if group is None:
         environment = {"VAE_MAX_IN_FLIGHT_MB": str(limit // 8_000_000), **environment}
     name = log.with_suffix(".pid")
-    wrapper = ("-m", "tests.support.memory_limit", str(name), str(group or ""), *command)
+    wrapper = ("-m", "traffic.memory_limit", str(name), str(group or ""), *command)
     # A process from the start: one forked from the tests' has their pages, which no group counts.
     environment = {**environment, "PYTHONUNBUFFERED": "1"}
     try:

@@ -1,4 +1,4 @@
-"""A server of all small checkpoints, each app under `/<key>`: `python -m tests.models_server --folder F`.
+"""A server of all small checkpoints, each app under `/<key>`: `python -m tests.support.models_server --folder F`.
 
 `/<key>-float16` and `/<key>-bfloat16` are the same models in these dtypes. Their first request loads them.
 
@@ -26,7 +26,7 @@ from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
 from handlers.serving.vae import vae
 from handlers.serving.vae.memory import Mode, choose_modes
-from tests.checkpoints import model_of, small_tiles
+from tests.support.checkpoints import model_of, small_tiles
 
 forced: Mode | None = None
 
