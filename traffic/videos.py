@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from random import Random
 
-from tests.support import mp4_files
-from tests.support.mp4_files import CONTAINERS, frames_of, video
+from traffic import mp4_files
 from traffic.images import COUNTS, cut, number, scrambled
+from traffic.mp4_files import CONTAINERS, frames_of, video
 
 TABLES = (b"stts", b"ctts", b"stsc", b"stsz", b"stco", b"stss")
 MATRICES = (

@@ -22,9 +22,9 @@ from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.media import mp4
 from handlers.serving.media.mp4 import read_video
-from tests.support import mp4_files
-from tests.support.mp4_files import add, box, change, frames_of, table, video
+from traffic import mp4_files
 from traffic.memory_limit import LimitedServer, limited_server
+from traffic.mp4_files import add, box, change, frames_of, table, video
 
 LIMITS = Limits()
 TABLES = "moov/trak/mdia/minf/stbl"
