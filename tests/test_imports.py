@@ -25,10 +25,10 @@ MAY_IMPORT = {
 }
 """What each part of the project knows of the others: what is deployed or installed by itself, nothing around it."""
 SERVING = ROOT / "handlers" / "serving"
-ROOMS = [line.split()[0] for line in serving.__doc__.splitlines()[2:] if re.match(r"[a-z]+ {2,}", line)]
+LAYERS = [line.split()[0] for line in serving.__doc__.splitlines()[2:] if re.match(r"[a-z]+ {2,}", line)]
 
 
-def room_of(path: Path) -> str:
+def layer_of(path: Path) -> str:
     return path.relative_to(SERVING).with_suffix("").parts[0]
 
 
@@ -46,14 +46,14 @@ def imported(path: Path) -> set[str]:
 FILES = [path for path in SERVING.rglob("*.py") if path.parent != SERVING or path.stem != "__init__"]
 
 
-def test_the_list_of_rooms_is_the_folder() -> None:
-    assert set(ROOMS) == {path.stem for path in SERVING.iterdir()} - {"__init__", "__pycache__"}
+def test_the_list_of_layers_is_the_folder() -> None:
+    assert set(LAYERS) == {path.stem for path in SERVING.iterdir()} - {"__init__", "__pycache__"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SERVING).as_posix())
-def test_a_room_imports_only_from_the_rooms_below_it(path: Path) -> None:
-    rooms = {name.split(".")[2] for name in imported(path) if name.startswith("handlers.serving.")}
-    assert rooms <= set(ROOMS[ROOMS.index(room_of(path)) :])
+def test_a_layer_imports_only_from_the_layers_below_it(path: Path) -> None:
+    layers = {name.split(".")[2] for name in imported(path) if name.startswith("handlers.serving.")}
+    assert layers <= set(LAYERS[LAYERS.index(layer_of(path)) :])
     outside = {name.split(".")[1] for name in imported(path) if name.startswith("handlers.")} - {"serving"}
     assert outside <= {"model", "version"}  # what a model declares, and of which version it all is
 
@@ -61,7 +61,7 @@ def test_a_room_imports_only_from_the_rooms_below_it(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SERVING).as_posix())
 def test_http_knows_no_torch_and_only_http_knows_http(path: Path) -> None:
     libraries = {name.split(".")[0] for name in imported(path)}
-    if room_of(path) == "http":
+    if layer_of(path) == "http":
         assert not libraries & {"torch", "diffusers", "numpy", "PIL"}
     else:
         assert not libraries & {"starlette", "uvicorn", "httptools"}
