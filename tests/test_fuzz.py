@@ -94,7 +94,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
         "stream: read",
         "stream: read slowly",
         "stream: left",
-    }  # chosen at random: a slow computer takes one turn
+    }  # a slow computer has time for one
     about = {"device": "a CPU", "date": "today", "commit": "abc", "versions": {"python": "3"}}
     page = report.soak_page(traffic.ledger, result, about, toolkit=False)
     assert "Nothing broke" in page
@@ -201,9 +201,7 @@ def test_the_checker_notices_a_hang_and_a_closed_connection(
     (finding,) = send(misbehaving, truth, png.message, "hang").findings
     assert finding.text == "no response in time"
     assert send(misbehaving, truth, png.message, "close").findings
-    assert not send(
-        misbehaving, truth, png.message, "close", http=False
-    ).findings  # correct for bytes that are not HTTP
+    assert not send(misbehaving, truth, png.message, "close", http=False).findings  # correct without HTTP
     with pytest.raises(Hang):
         send_request(misbehaving, Message(headers=(("Act", "hang"),)).wire(), timeout=0.2)
     with pytest.raises(NoResponse):
