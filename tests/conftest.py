@@ -1,11 +1,13 @@
-"""Small checkpoints of the published classes, and a real server for each, started when a test first asks for it."""
+"""Fixtures: small checkpoints of the published classes, and a real server for each, started on first use."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on a CPU then
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin take the cores of other processes
+os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before the import of Triton: kernels run on a CPU
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # must be set before the import of torch: spinning threads block other processes
 
 import io
 import signal
@@ -33,19 +35,25 @@ from tests.support import forked
 from tests.support.small_service import Service, running_service, save_checkpoints
 
 local_server.start_process = forked.start
-for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "PYTEST_ADDOPTS"):  # of the `make` that runs the tests
+for variable in (
+    "MAKEFLAGS",
+    "MAKEOVERRIDES",
+    "MFLAGS",
+    "PYTEST_ADDOPTS",
+):  # variables of the `make` that runs the tests
     os.environ.pop(variable, None)
 # A shell starts a background process (`nohup make test &`) with Ctrl-C ignored, and the tests' processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# An endpoint never deploys: its container has a huggingface_hub that the deploying side (requirements/deploy.txt)
-# cannot use. So where that older one is installed, the tests of deploying are not collected.
+# An endpoint never deploys. Its container has an older huggingface_hub than deploying needs (requirements/deploy.txt).
+# With that older version, pytest does not collect the tests of deploying.
 collect_ignore_glob = (
     ["test_deploy*.py", "test_canary.py"] if int(huggingface_hub.__version__.split(".")[0]) < 2 else []
 )
 
 SLOW = {"service", "running", "checkpoint", "hub"}
-"""Fixtures of servers: what asks for one is marked `slow`, as the few are that take seconds for something else."""
+"""Fixtures that start servers. Tests that use them are marked `slow`. A few other slow tests carry the mark themselves.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,8 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def quick_ones_start_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that `make test-quick` stays quick."""
+def forbid_servers_in_quick_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a quick test that starts a server, so that `make test-quick` stays quick."""
     if not request.node.get_closest_marker("slow"):
         monkeypatch.setattr(
             local_server, "start_process", lambda *_: pytest.fail("mark this test slow: it starts a server")
@@ -64,14 +72,17 @@ def quick_ones_start_nothing(request: pytest.FixtureRequest, monkeypatch: pytest
 
 
 SERVERS = ("standalone", "toolkit")
-"""In which the service runs."""
+"""Servers that run the service."""
 
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 IMAGE_MODELS = ("sd-v1", "sdxl", "flux")
 
 
 def save_small_checkpoint(key: str, folder: Path) -> Path:
-    """The model's published config with few channels and random weights that fill [-1, 1] and beyond, in float32."""
+    """Save a model with few channels and the rest of its published config, in float32.
+
+    Its random weights give values that fill [-1, 1] and beyond.
+    """
     model = MODELS[key]
     torch.manual_seed(sum(key.encode()))
     vae = getattr(diffusers, model.vae_class).from_config({**model.published_config, **SMALL})
@@ -84,7 +95,7 @@ def save_small_checkpoint(key: str, folder: Path) -> Path:
 
 @dataclass
 class Endpoint:
-    """A running service, and the same weights in plain diffusers: what is true."""
+    """A running service, and the same weights in plain diffusers as the reference."""
 
     key: str
     url: str
@@ -92,7 +103,7 @@ class Endpoint:
     log: Path
     kind: str = field(init=False)
     scaling: dict[str, float] = field(init=False)
-    """What a client sends for this model."""
+    """Scaling parameters that a client sends for this model."""
 
     def __post_init__(self) -> None:
         self.kind = MODELS[self.key].kind
@@ -102,7 +113,7 @@ class Endpoint:
     def latents(
         self, batch: int = 1, height: int = 64, width: int = 96, frames: int = 2, seed: int = 0
     ) -> torch.Tensor:
-        """Scaled latents as a diffusion model gives them, for pixels of this height and width."""
+        """Return random scaled latents for images of this height and width."""
         time_axis = (frames,) if self.kind == "video" else ()
         shape = (batch, self.vae.config.latent_channels, *time_axis, height // 8, width // 8)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * self.vae.config.scaling_factor
@@ -120,7 +131,7 @@ class Endpoint:
     def post(
         self, tensor: torch.Tensor, path: str = "/", headers: dict[str, str] | None = None, **parameters: Any
     ) -> Any:
-        """POSTs a tensor as `remote_decode` does, with its shape and dtype unless they are among the parameters."""
+        """POST a tensor as `remote_decode` does. Add its shape and dtype unless `parameters` has them."""
         shape, dtype = describe(tensor)
         return requests.post(
             self.url + path,
@@ -133,7 +144,7 @@ class Endpoint:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a model's small checkpoint."""
+    """Return a function that makes a model's small checkpoint and returns its folder."""
     folders: dict[str, Path] = {}
 
     def get(key: str) -> Path:
@@ -148,7 +159,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def running(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Endpoint]]:
-    """The endpoint of a model key, started once in a session."""
+    """Return a function that starts the endpoint of a model key once in a session."""
     endpoints: dict[str, Endpoint] = {}
     with ExitStack() as servers:
 
@@ -165,7 +176,7 @@ def running(
 
 @contextmanager
 def faulty_endpoint(kind: str, key: str, weights: Path, log: Path, **environment: str) -> Iterator[Endpoint]:
-    """A server of `tests/support/faulty_server.py`."""
+    """Run `tests/support/faulty_server.py`."""
     command = ("-m", "tests.support.faulty_server", kind)
     if toolkit := os.environ.get("TOOLKIT"):
         environment["TOOLKIT"] = toolkit
@@ -175,10 +186,10 @@ def faulty_endpoint(kind: str, key: str, weights: Path, log: Path, **environment
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The server of every model's small checkpoint."""
+    """Run the server of every model's small checkpoint."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with FileLock(shared / "checkpoints.lock"):  # the first of the tests' processes makes them
+    with FileLock(shared / "checkpoints.lock"):  # the first process makes the checkpoints
         save_checkpoints(shared / "checkpoints")
     with running_service(shared / "checkpoints", base / "service.log") as running:
         yield running
@@ -201,14 +212,14 @@ def endpoint(request: pytest.FixtureRequest, running: Callable[[str], Endpoint])
 
 @pytest.fixture(scope="session")
 def photograph() -> Image.Image:
-    """A crop of scikit-image's astronaut, 96x64 pixels."""
+    """Return a crop of scikit-image's astronaut, 96x64 pixels."""
     from skimage import data
 
     return Image.fromarray(data.astronaut()).crop((180, 40, 276, 104))
 
 
 def uint8_pixels(decoded: torch.Tensor) -> np.ndarray:
-    """What diffusers' own pipelines make of a decoded batch: uint8 [B, H, W, 3], or [F, H, W, 3] of a video."""
+    """Convert a decoded batch as diffusers' pipelines do: to uint8 [B, H, W, 3], or [F, H, W, 3] for a video."""
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.video_processor import VideoProcessor
 
@@ -219,14 +230,13 @@ def uint8_pixels(decoded: torch.Tensor) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def same_video(one: bytes, other: bytes) -> bool:
-    """Whether two MP4 files show the same frames.
+def same_video(actual: bytes, expected: bytes) -> bool:
+    """Return whether two MP4 files show the same frames.
 
-    Of the same frames x264's threads do not always make the same bytes, and noise differs by up to 3.5 levels then;
-    another frame differs by tens.
+    x264's threads do not always give the same bytes. Noise then differs by up to 3.5 levels, and another frame by tens.
     """
     videos = []
-    for file in (one, other):
+    for file in (actual, expected):
         with av.open(io.BytesIO(file)) as container:
             videos.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
     first, second = videos

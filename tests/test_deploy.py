@@ -240,12 +240,12 @@ def test_the_whole_life_of_an_endpoint(
     asleep = deploy("smoke", "--model", "tiny")
     assert asleep.status == 0
 
-    refused = deploy("undeploy", "--model", "tiny", answer="n\n")
+    refused = deploy("undeploy", "--model", "tiny", stdin="n\n")
     assert (refused.status, key in hub.endpoints) == (1, True)
     assert refused.lines[-1].endswith("error: nothing was deleted; YES=1 deletes without asking")
     silent = deploy("undeploy", "--model", "tiny")
     assert (silent.status, silent.lines[-1]) == (1, "error: nothing was deleted; YES=1 deletes without asking")
-    removed = deploy("undeploy", "--model", "tiny", answer="y\n")
+    removed = deploy("undeploy", "--model", "tiny", stdin="y\n")
     assert (removed.status, hub.endpoints, key in hub.repos) == (0, {}, True)
     assert deploy("undeploy", "--model", "tiny", "--delete-repo", "--yes").status == 0
     assert key not in hub.repos

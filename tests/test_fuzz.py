@@ -1,4 +1,4 @@
-"""A quick fuzz and a short soak of real servers, and that both would notice a service that misbehaves."""
+"""Tests of a quick fuzz and a short soak of real servers, and of their checks of a service that misbehaves."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from traffic.clients import CLIENTS, Traffic
 from traffic.fuzz import Fuzz, Target, send_case
 from traffic.ledger import Ledger
 from traffic.memory import Memory
-from traffic.messages import Answer, Hang, Message, NoAnswer, exchange
-from traffic.mutations import FILES, MUTATIONS, WIRE_MUTATIONS, Case, case
+from traffic.messages import Hang, Message, NoResponse, Response, send_request
+from traffic.mutations import FILES, MUTATIONS, WIRE_MUTATIONS, Case, make_case
 from traffic.samples import Sample, samples
 from traffic.servers import TRACEBACK, server
 from traffic.truth import Truth, Wrong, check, check_refusal
 
 COUNT = 600
-"""Requests of the quick fuzz, each kind of mutation among them; `make fuzz` sends ten thousand."""
+"""Requests of the quick fuzz, with each kind of mutation. `make fuzz` sends ten thousand."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """torch's threads here and those of the servers would wait for each other."""
+    """Use one thread, because torch's threads here and the servers' would wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -90,7 +90,11 @@ def test_a_short_soak(tmp_path: Path) -> None:
     goods.add("good: the video model")
     sent = set(traffic.ledger.sent)
     assert goods | {"burst", "health", "SIGTERM: in flight"} <= sent
-    assert sent & {"stream: read", "stream: read slowly", "stream: left"}  # by lot: a slow machine takes one turn
+    assert sent & {
+        "stream: read",
+        "stream: read slowly",
+        "stream: left",
+    }  # a slow computer has time for one
     about = {"device": "a CPU", "date": "today", "commit": "abc", "versions": {"python": "3"}}
     page = report.soak_page(traffic.ledger, result, about, toolkit=False)
     assert "Nothing broke" in page
@@ -104,11 +108,11 @@ def truth() -> Truth:
 
 @pytest.fixture(scope="module")
 def png() -> Sample:
-    """A decode to PNG of 32x48 pixels."""
+    """Return a decode to PNG of 32x48 pixels."""
     return next(sample for sample in samples("tiny", sides=(32,)) if sample.name == "png")
 
 
-def picture(colour: str, size: tuple[int, int] = (48, 32)) -> bytes:
+def encode_png(colour: str, size: tuple[int, int] = (48, 32)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, "png")
     return buffer.getvalue()
@@ -121,15 +125,15 @@ MISBEHAVIOUR = {
     "a bad gateway": (502, JSON, b'{"error": "it failed"}', "status 502"),
     "a queue that is not full": (503, JSON, b'{"error": "later"}', "status 503"),
     "a redirect": (307, {"Location": "/"}, b"", "status 307"),
-    "an empty answer": (204, {}, b"", "status 204"),
+    "an empty response": (204, {}, b"", "status 204"),
     "an error in HTML": (400, {"Content-Type": "text/html"}, b"<h1>Bad</h1>", "not JSON"),
     "JSON that says HTML": (400, {"Content-Type": "text/html"}, b'{"error": "bad"}', "not JSON"),
     "an error without a text": (400, JSON, b'{"error": ["bad"]}', "not JSON"),
     "an error of another name": (422, JSON, b'{"detail": "bad"}', "not JSON"),
     "uvicorn's refusal of what is HTTP": (400, {}, b"Invalid HTTP request received.", "refused a request that is HTTP"),
-    "a black picture": (200, {"Content-Type": "image/png"}, picture("black"), "pixels differ"),
-    "a picture of another size": (200, {"Content-Type": "image/png"}, picture("black", (48, 40)), "instead of"),
-    "half a picture": (200, {"Content-Type": "image/png"}, picture("red")[:60], "cannot be read"),
+    "a black image": (200, {"Content-Type": "image/png"}, encode_png("black"), "pixels differ"),
+    "an image of another size": (200, {"Content-Type": "image/png"}, encode_png("black", (48, 40)), "instead of"),
+    "half an image": (200, {"Content-Type": "image/png"}, encode_png("red")[:60], "cannot be read"),
     "another tensor": (200, TENSOR, bytes(4 * 3 * 32 * 48), "values differ"),
     "a tensor of too few bytes": (200, TENSOR, bytes(100), "cannot be read"),
     "a tensor without a shape": (200, {"Content-Type": "tensor/binary"}, bytes(100), "cannot be read"),
@@ -139,7 +143,7 @@ MISBEHAVIOUR = {
 
 
 class Misbehaving(BaseHTTPRequestHandler):
-    """Answers every POST as `MISBEHAVIOUR` says of its header `Act`."""
+    """A server that responds to a POST as `MISBEHAVIOUR` declares for its header `Act`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -163,7 +167,7 @@ class Misbehaving(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def misbehaving() -> Iterator[tuple[str, int]]:
-    """Its address."""
+    """Run the misbehaving server and return its address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
@@ -173,75 +177,77 @@ def misbehaving() -> Iterator[tuple[str, int]]:
 
 
 def send(address: tuple[str, int], truth: Truth, message: Message, act: str, *, http: bool = True) -> Ledger:
-    """What is noted of this request to the misbehaving server."""
+    """Send a request to the misbehaving server. Return the ledger."""
     message = Message(message.method, message.path, message.query, (*message.headers, ("Act", act)), message.body)
     ledger = Ledger()
-    made = Case(7, "kind", message.wire(), message, message.method, http=http, ends=False)
-    send_case(ledger, address, truth, made, timeout=0.5)
+    case = Case(7, "kind", message.wire(), message, message.method, http=http, ends=False)
+    send_case(ledger, address, truth, case, timeout=0.5)
     assert not ledger.lost
     return ledger
 
 
 @pytest.mark.parametrize("act", MISBEHAVIOUR)
-def test_the_checker_notices(act: str, misbehaving: tuple[str, int], truth: Truth, png: Sample) -> None:
+def test_the_checker_notices_each_misbehaviour(
+    act: str, misbehaving: tuple[str, int], truth: Truth, png: Sample
+) -> None:
     (finding,) = send(misbehaving, truth, png.message, act).findings
     assert MISBEHAVIOUR[act][3] in finding.text
     assert report.summary(send(misbehaving, truth, png.message, act)).startswith("1 broke; the first: kind (request 7)")
 
 
-def test_the_checker_notices_a_hang_and_a_connection_that_is_just_closed(
+def test_the_checker_notices_a_hang_and_a_closed_connection(
     misbehaving: tuple[str, int], truth: Truth, png: Sample
 ) -> None:
     (finding,) = send(misbehaving, truth, png.message, "hang").findings
-    assert finding.text == "no answer in time"
+    assert finding.text == "no response in time"
     assert send(misbehaving, truth, png.message, "close").findings
-    assert not send(misbehaving, truth, png.message, "close", http=False).findings  # that is right for what is not HTTP
+    assert not send(misbehaving, truth, png.message, "close", http=False).findings  # correct without HTTP
     with pytest.raises(Hang):
-        exchange(misbehaving, Message(headers=(("Act", "hang"),)).wire(), timeout=0.2)
-    with pytest.raises(NoAnswer):
-        exchange(misbehaving, Message(headers=(("Act", "close"),)).wire(), timeout=5)
+        send_request(misbehaving, Message(headers=(("Act", "hang"),)).wire(), timeout=0.2)
+    with pytest.raises(NoResponse):
+        send_request(misbehaving, Message(headers=(("Act", "close"),)).wire(), timeout=5)
 
 
-def test_the_checker_notices_that_nobody_listens(truth: Truth, png: Sample) -> None:
+def test_the_checker_notices_a_refused_connection(truth: Truth, png: Sample) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as gone:
         address = gone.server_address
     assert "refused" in send(address, truth, png.message, "").findings[0].text
 
 
-def test_a_right_answer_is_right_and_is_compared(truth: Truth, png: Sample) -> None:
-    expected = truth.of_message(png.message)
-    assert torch.equal(expected, truth.of_sample(png))
+def test_the_checker_compares_a_response_with_diffusers(truth: Truth, png: Sample) -> None:
+    expected = truth.expected_for_message(png.message)
+    assert torch.equal(expected, truth.expected_for_sample(png))
     headers = {"content-type": "tensor/binary", "shape": json.dumps(list(expected.shape)), "dtype": "float32"}
-    check(Answer(200, headers, tensor_bytes(expected)), png.message, expected)
+    check(Response(200, headers, tensor_bytes(expected)), png.message, expected)
     with pytest.raises(Wrong, match="values differ"):
-        check(Answer(200, headers, tensor_bytes(expected + 0.1)), png.message, expected)
+        check(Response(200, headers, tensor_bytes(expected + 0.1)), png.message, expected)
     with pytest.raises(Wrong, match="NaN or infinity"):
-        check(Answer(200, headers, tensor_bytes(expected)), png.message, expected / 0)
+        check(Response(200, headers, tensor_bytes(expected)), png.message, expected / 0)
 
 
-def test_an_error_is_not_good_enough_for_a_good_request() -> None:
-    error = Answer(400, {"content-type": "application/json"}, b'{"error": "no"}')
+def test_a_good_request_must_not_get_an_error() -> None:
+    error = Response(400, {"content-type": "application/json"}, b'{"error": "no"}')
     check(error)
     with pytest.raises(Wrong, match="for a good request"):
         check(error, good=True)
 
 
-def test_a_refusal_says_when_to_come_back() -> None:
+def test_a_refusal_must_have_retry_after() -> None:
     headers = {"content-type": "application/json", "retry-after": "1"}
-    check_refusal(Answer(503, headers, b'{"error": "later"}'))
+    check_refusal(Response(503, headers, b'{"error": "later"}'))
     with pytest.raises(Wrong, match="Retry-After"):
-        check_refusal(Answer(503, {"content-type": "application/json"}, b'{"error": "later"}'))
+        check_refusal(Response(503, {"content-type": "application/json"}, b'{"error": "later"}'))
 
 
-def test_a_request_follows_from_its_seed_and_number() -> None:
+def test_seed_and_number_determine_a_request() -> None:
     good = samples("tiny")
-    cases = [case(good, 0, number) for number in range(500)]
-    assert cases[123] == case(samples("tiny"), 0, 123)
-    assert cases[123] != case(good, 1, 123)
-    assert {made.kind for made in cases} == {*MUTATIONS, *WIRE_MUTATIONS, *FILES}
+    cases = [make_case(good, 0, number) for number in range(500)]
+    assert cases[123] == make_case(samples("tiny"), 0, 123)
+    assert cases[123] != make_case(good, 1, 123)
+    assert {case.kind for case in cases} == {*MUTATIONS, *WIRE_MUTATIONS, *FILES}
 
 
-def test_what_has_no_outcome_is_lost() -> None:
+def test_a_request_without_an_outcome_is_lost() -> None:
     ledger = Ledger()
     for _ in range(3):
         ledger.send("good")
@@ -251,15 +257,15 @@ def test_what_has_no_outcome_is_lost() -> None:
     assert report.rows(ledger) == [["kind", "sent", "200"], ["good", "3", "1"], ["all", "3", "1"]]
 
 
-def test_memory_is_compared_by_halves() -> None:
+def test_memory_returns_the_peaks_of_both_halves() -> None:
     memory = Memory()
     for second in range(100):
-        peak = 1000 if second in (25, 95) else 0  # of one request
+        peak = 1000 if second in (25, 95) else 0  # the peak of one request
         memory.add(second, (500 if second < 20 else 100 + second // 2) + peak)
     assert memory.halves() == (1112, 1147)
 
 
-def test_of_a_chain_of_stack_traces_the_last_error_counts() -> None:
+def test_the_last_error_of_a_chain_of_stack_traces_counts() -> None:
     log = """INFO: x
 Traceback (most recent call last):
   File "a"

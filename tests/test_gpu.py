@@ -21,7 +21,7 @@ from handlers.serving.vae import vae as vae_module
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
 from tests.serving.test_fast import inputs, outputs
-from tests.support.checkpoints import build, model_of
+from tests.support.checkpoints import build, model_for
 from tests.support.small_service import SERVED, Service, running_service
 
 DEVICE = os.environ.get("VAE_TEST_DEVICE", "cuda")
@@ -91,7 +91,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def test_every_model_over_http(service: Service, key: str) -> None:
     about = requests.get(f"{service.url}/{key}/config", timeout=5).json()
     assert about["device"].startswith(DEVICE)
-    model = model_of(key)
+    model = model_for(key)
     frames = [1] if model.kind == "video" else []
     latents = torch.randn(1, model.latent_channels, *frames, 4, 6)
     pixels = service.tensor(key, latents, "decode", output_type="pt")

@@ -22,7 +22,7 @@ from handlers.serving.vae.autoencoder import DecodeOptions, decode_at_once, enco
 from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.vae import VAE
 from tests.support import pipelines
-from tests.support.checkpoints import SMALL, build, model_of, small_tiles
+from tests.support.checkpoints import SMALL, build, model_for, small_tiles
 from tests.support.pipelines import FIRST_FRAME, PIPELINES, Unavailable
 from tests.support.small_service import SERVED, Service, as_tensor
 
@@ -64,7 +64,7 @@ def mode(service: Service) -> Iterator[Callable[[str], None]]:
 
 def some_latents(key: str, batch: int = 1, rows: int = 6, columns: int = 4, frames: int = 3, seed: int = 0) -> Tensor:
     """As a pipeline unpacks them, [B, C, h, w] or [B, C, F, h, w], in the range that its transformer gives."""
-    model = model_of(key)
+    model = model_for(key)
     time = (frames,) if model.kind == "video" else ()
     shape = (batch, model.latent_channels, *time, rows, columns)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -88,7 +88,7 @@ def available(pipeline: str, call: Callable[..., Any], *args: Any, **given: Any)
 
 def sent_along(key: str, pipeline: str, latents: Tensor) -> dict[str, Any]:
     """What a client sends with the latents that a pipeline gave."""
-    model = model_of(key)
+    model = model_for(key)
     rows, columns = latents.shape[-2:]
     sent: dict[str, Any] = {
         "height": rows * model.vae_scale_factor,
@@ -109,7 +109,7 @@ def factors_of(key: str) -> dict[str, float]:
     return {name: config[name] for name in ("scaling_factor", "shift_factor") if name in config}
 
 
-def as_decoded(made: pipelines.Made, model: type[Model]) -> Tensor:
+def as_decoded(made: pipelines.PipelineResult, model: type[Model]) -> Tensor:
     """What the pipeline's VAE gave, without the one frame of a picture, and the frames of a video as such."""
     if model.kind == "image":
         return made.decoded[:, :, 0] if made.decoded.ndim == 5 else made.decoded
@@ -142,7 +142,7 @@ def assert_same_pixels(pixels: np.ndarray, expected: np.ndarray, decoded: Tensor
 
 @pytest.mark.parametrize(("key", "pipeline"), DECODERS)
 def test_decoding_gives_what_the_pipeline_gives(service: Service, key: str, pipeline: str) -> None:
-    model, latents = model_of(key), some_latents(key)
+    model, latents = model_for(key), some_latents(key)
     conditions = NOISE if service.model(key).config.get("timestep_conditioning") else {}
     generator = torch.Generator().manual_seed(SEED)
     made = available(pipeline, pipelines.decode, service.model(key), latents, generator=generator, **conditions)
@@ -163,12 +163,12 @@ def test_explicit_factors_give_what_the_pipeline_gives(service: Service, key: st
     if pipeline == "Kandinsky5T2IPipeline":
         factors.pop("shift_factor")
     sent = {**sent_along(key, pipeline, latents), **factors}
-    assert_close(service.tensor(key, made.latent, "decode", **sent), as_decoded(made, model_of(key)))
+    assert_close(service.tensor(key, made.latent, "decode", **sent), as_decoded(made, model_for(key)))
 
 
 @pytest.mark.parametrize(("key", "pipeline"), ENCODERS)
 def test_encoding_gives_what_the_pipeline_gives(service: Service, key: str, pipeline: str) -> None:
-    model, vae = model_of(key), service.model(key)
+    model, vae = model_for(key), service.model(key)
     frames = 1 if pipeline in FIRST_FRAME or key == "svd" else 2 * model.frame_factor + 1
     pixels = some_pixels(model, frames)
     expected = available(pipeline, pipelines.encode, vae, pixels[:, :, 0] if key == "svd" else pixels)
@@ -186,7 +186,7 @@ def test_every_mode_gives_what_diffusers_gives(
     service: Service, mode: Callable[[str], None], key: str, name: str
 ) -> None:
     """A batch of two, of sizes that no patch goes into; a mode that a model does not have is not offered."""
-    model, vae = model_of(key), service.model(key)
+    model, vae = model_for(key), service.model(key)
     mode(name)
     latents = torch.cat([some_latents(key, rows=5, columns=6, seed=seed) for seed in (1, 2)])
     pixels = some_pixels(model, 2 * model.frame_factor + 1, batch=2, rows=5, columns=6)
@@ -267,7 +267,7 @@ class TestWhatCanBeReadInTwoWays:
         assert_close(decoded, by_itself(service.model("cogvideox"), latents))
 
     def test_scaling_of_the_images_of_cogvideox_15(self, service: Service) -> None:
-        error = service.refusal("cogvideox-1.5", some_pixels(model_of("cogvideox-1.5"), 1), "encode", do_scaling=True)
+        error = service.refusal("cogvideox-1.5", some_pixels(model_for("cogvideox-1.5"), 1), "encode", do_scaling=True)
         assert "send scaling_factor=1.42" in error
 
 
@@ -286,12 +286,12 @@ class TestFrames:
         ],
     )
     def test_a_tensor_off_the_grid_is_refused(self, service: Service, key: str, frames: int, nearest: str) -> None:
-        error = service.refusal(key, some_pixels(model_of(key), frames), "encode")
+        error = service.refusal(key, some_pixels(model_for(key), frames), "encode")
         assert error.endswith(f"this VAE would drop some of the {frames} frames; send {nearest}")
 
     def test_every_count_of_frames_fits_one_by_one(self, service: Service) -> None:
         for frames in (1, 2, 3):
-            latents = service.tensor("svd", some_pixels(model_of("svd"), frames), "encode")
+            latents = service.tensor("svd", some_pixels(model_for("svd"), frames), "encode")
             assert latents.shape[2] == frames
 
     def test_a_file_is_cut_and_the_answer_says_so(self, service: Service) -> None:
@@ -316,9 +316,9 @@ class TestNothingStaysBroken:
 
     @pytest.mark.parametrize("key", ["easyanimate", "wan-2.1", "qwen-image", "cogvideox", "hunyuan-video", "ltx-2"])
     def test_the_next_pass_is_right(self, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        vae = VAE(build(key), model_of(key))
+        vae = VAE(build(key), model_for(key))
         raw = some_latents(key).unsqueeze(2) if key == "qwen-image" else some_latents(key)
-        pixels = some_pixels(model_of(key), 2 * model_of(key).frame_factor + 1)
+        pixels = some_pixels(model_for(key), 2 * model_for(key).frame_factor + 1)
         expected = vae.decode(raw)[0], vae.encode(pixels)[0]
         for coder, run, inputs in ((vae.model.decoder, vae.decode, raw), (vae.model.encoder, vae.encode, pixels)):
             last = [module for module in coder.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d))][-1]
@@ -345,7 +345,7 @@ class TestReleasedClient:
 
     def test_wan(self, service: Service) -> None:
         vae, latents = service.model("wan-2.1"), some_latents("wan-2.1")
-        expected = as_decoded(pipelines.decode("WanPipeline", vae, latents), model_of("wan-2.1"))
+        expected = as_decoded(pipelines.decode("WanPipeline", vae, latents), model_for("wan-2.1"))
         url = f"{service.url}/wan-2.1"
         assert_close(remote_decode(url, latents, output_type="pt", return_type="pt"), expected)
         frames = remote_decode(url, latents, processor=VideoProcessor(), return_type="pt")

@@ -34,7 +34,7 @@ class Kind(StrEnum):
 @app.command()
 def fuzz(
     count: Annotated[int, typer.Option(help="Requests to send.", min=100)] = 10_000,
-    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 0,
     kind: Annotated[Kind, typer.Option(help="Every kind of request, or files with a mutated structure.")] = Kind.ALL,
     memory_mb: Annotated[
         int | None, typer.Option(help="Memory of each server, in megabytes; without a limit by default.", min=1000)
@@ -44,12 +44,14 @@ def fuzz(
         Path | None, typer.Option(help="Checkout of the Inference Toolkit to serve with.", exists=True)
     ] = None,
 ) -> None:
-    """Send malformed requests, one by one.
+    """Send malformed requests, one after another.
 
-    `tiny` takes nine of ten, and a small video model the others. With --kind=files every request is an image or a video
-    file with a mutated structure. With --memory-mb each server has a memory limit, and must return what it took.
+    `tiny` gets nine of ten requests and a small video model the others. With --kind=files every request is an image or
+    a
+    video file with a mutated structure. With --memory-mb each server has a memory limit, and must free the memory that
+    requests used.
     """
-    torch.set_num_threads(1)  # the other cores are the servers'
+    torch.set_num_threads(1)  # leave the other cores to the servers
     memory = None if memory_mb is None else memory_mb * 10**6
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
@@ -85,26 +87,26 @@ def run_all(fuzz: Fuzz, count: int) -> None:
 
 
 def show(fuzz: Fuzz, number: int) -> None:
-    """Sends one, and prints both sides of it."""
-    made = fuzz.case(number)
-    console.print(f"request {number}, {made.kind}, {len(made.wire)} bytes:\n{made.wire[:2000]!r}")
-    answer = fuzz.send(number)
-    if answer is not None:
-        console.print(f"answer: {answer.status} {answer.headers}\n{answer.body[:2000]!r}")
+    """Send one request. Print the request and the response."""
+    case = fuzz.make_case(number)
+    console.print(f"request {number}, {case.kind}, {len(case.wire)} bytes:\n{case.wire[:2000]!r}")
+    response = fuzz.send(number)
+    if response is not None:
+        console.print(f"response: {response.status} {response.headers}\n{response.body[:2000]!r}")
     fuzz.check_logs()
 
 
 @app.command()
 def soak(
-    minutes: Annotated[float, typer.Option(help="Of traffic.", min=0.1)] = 10,
-    seed: Annotated[int, typer.Option(help="Of the malformed requests.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Minutes of traffic.", min=0.1)] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the malformed requests.")] = 0,
     toolkit: Annotated[
         Path | None, typer.Option(help="Checkout of the Inference Toolkit to serve with.", exists=True)
     ] = None,
 ) -> None:
     """Send mixed traffic for some minutes, then SIGTERM under load. Write benchmarks/soak.md."""
     facts = about("cpu")
-    torch.set_num_threads(1)  # the other cores are the server's
+    torch.set_num_threads(1)  # leave the other cores to the server
     columns = TextColumn("soak"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     try:
         folder = Path(tempfile.mkdtemp(prefix="soak-"))

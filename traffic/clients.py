@@ -1,6 +1,6 @@
-"""Clients of a soak: good ones, slow ones, ones that leave, crowds, and malformed requests.
+"""Clients of a soak: good, slow, disconnecting and malformed ones, and crowds.
 
-Each function is one turn of one client; a thread takes turns until the run is over.
+Each function is one turn of one client. A thread repeats turns until the run is over.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from traffic.fuzz import send_case
 from traffic.ledger import Ledger
-from traffic.messages import Address, Connection, Hang, Message, NoAnswer, exchange
-from traffic.mutations import case
+from traffic.messages import Address, Connection, Hang, Message, NoResponse, send_request
+from traffic.mutations import make_case
 from traffic.samples import Sample, any_size, large, samples, stream
 from traffic.servers import Server
 from traffic.truth import Truth, Wrong, check, check_refusal
 
 TIMEOUT = 60.0
-"""Seconds in which every request of a soak is answered, bursts and all."""
+"""Seconds within which the server responds to every request of a soak, bursts included."""
 HEALTH_TIMEOUT = 5.0
 CROWD = 200
 """Connections of a burst."""
@@ -36,7 +36,7 @@ BURST_EVERY = 10.0
 
 @dataclass(frozen=True)
 class Good:
-    """A good request, and what the VAE in plain diffusers makes of it where that was asked for."""
+    """A good request, with the output of the VAE in plain diffusers if the test compares it."""
 
     message: Message
     expected: Tensor | None = None
@@ -44,29 +44,29 @@ class Good:
 
 @dataclass
 class Traffic:
-    """What the clients share."""
+    """State that all clients share."""
 
     server: Server
-    """Of a model of pictures, and of the video model as well."""
+    """The server of an image model and of the video model."""
     seed: int
     video: str = "hunyuan-video"
-    """The key of a video model: it streams."""
+    """Key of a video model that streams."""
     ledger: Ledger = field(default_factory=Ledger)
     over: threading.Event = field(default_factory=threading.Event)
-    """Set when the clients have to end."""
+    """Event that ends all clients."""
     numbers: Iterator[int] = field(default_factory=itertools.count)
-    """Of the malformed requests."""
+    """Numbers of the malformed requests."""
 
     def __post_init__(self) -> None:
         weights = self.server.weights
         self.truth = Truth(self.server.key, weights[self.server.key])
         self.samples: list[Sample] = samples(self.server.key, sides=(32, 64, 128, 192))
-        self.goods = [Good(sample.message, self.truth.of_sample(sample)) for sample in self.samples]
+        self.goods = [Good(sample.message, self.truth.expected_for_sample(sample)) for sample in self.samples]
         sample = large(self.server.key)
-        self.large = Good(sample.message, self.truth.of_sample(sample))
+        self.large = Good(sample.message, self.truth.expected_for_sample(sample))
         truth = Truth(self.video, weights[self.video])
         self.stream, *self.videos = [
-            Good(replace(sample.message, path=f"/{self.video}{sample.message.path}"), truth.of_sample(sample))
+            Good(replace(sample.message, path=f"/{self.video}{sample.message.path}"), truth.expected_for_sample(sample))
             for sample in (stream(self.video), *samples(self.video))
         ]
 
@@ -75,37 +75,40 @@ class Traffic:
         return self.server.address
 
     def settle(self, kind: str, connection: Connection, good: Good, others: tuple[int, ...] = ()) -> None:
-        """Receives the answer to a good request: a right success, a refusal, or an error with one of the `others`."""
+        """Receive the response to a good request.
+
+        It must be a correct success, a refusal, or one of the error statuses in `others`.
+        """
         try:
-            answer = connection.receive()
-            if answer.status == 503:
-                check_refusal(answer)
+            response = connection.receive()
+            if response.status == 503:
+                check_refusal(response)
             else:
-                check(answer, good.message, good.expected, good=answer.status not in others)
-        except (NoAnswer, Hang, Wrong) as error:
+                check(response, good.message, good.expected, good=response.status not in others)
+        except (NoResponse, Hang, Wrong) as error:
             self.ledger.fail(kind, str(error))
         else:
-            self.ledger.end(kind, str(answer.status))
+            self.ledger.end(kind, str(response.status))
 
     def send_alone(self, kind: str, good: Good) -> None:
-        """A good request on a connection of its own, and its answer."""
+        """Send a good request on its own connection and check the response."""
         self.ledger.send(kind)
         with Connection(self.address, TIMEOUT) as connection:
             connection.send(good.message.wire())
             self.settle(kind, connection, good)
 
     def keep(self, client: Callable[[Traffic, Random], None]) -> None:
-        """Lets a client take turns until the run is over."""
+        """Repeat turns of a client until the run is over."""
         rng = Random(f"{self.seed}-{client.__name__}-{threading.get_ident()}")
         try:
             while not self.over.is_set():
                 client(self, rng)
-        except Exception as error:  # else the thread would end without a word
+        except Exception as error:  # an exception would end the thread silently
             self.ledger.find(client.__name__, f"{type(error).__name__}: {error}")
 
 
 def keep_alive(traffic: Traffic, rng: Random) -> None:
-    """Ten good requests on one connection."""
+    """Send ten good requests on one connection."""
     with Connection(traffic.address, TIMEOUT) as connection:
         for _ in range(10):
             good = rng.choice(traffic.goods)
@@ -116,19 +119,22 @@ def keep_alive(traffic: Traffic, rng: Random) -> None:
 
 
 def fresh(traffic: Traffic, rng: Random) -> None:
-    """A good request on a connection of its own."""
+    """Send a good request on its own connection."""
     traffic.send_alone("good: a connection each", rng.choice(traffic.goods))
     traffic.over.wait(rng.random() * 0.1)
 
 
 def sizes(traffic: Traffic, rng: Random) -> None:
-    """A size that the server has not seen yet: its memory is that of the largest, not of all of them."""
+    """Send a request of a random size.
+
+    The server's memory depends on the largest size, not on the number of sizes.
+    """
     traffic.send_alone("good: random sizes", Good(any_size(traffic.server.key, rng)))
     traffic.over.wait(rng.random() * 0.1)
 
 
 def pipelined(traffic: Traffic, rng: Random) -> None:
-    """Three requests at once on a connection; the answers come in their order."""
+    """Send three requests at once on a connection. The responses arrive in the same order."""
     goods = rng.choices(traffic.goods, k=3)
     with Connection(traffic.address, TIMEOUT) as connection:
         for _ in goods:
@@ -140,28 +146,28 @@ def pipelined(traffic: Traffic, rng: Random) -> None:
 
 
 def slow(traffic: Traffic, rng: Random) -> None:
-    """Sends its head or its body, or reads its answer, in small parts over some seconds."""
-    part = rng.choice(("head", "body", "answer"))
-    kind, good = f"slow: {part}", traffic.large if part == "answer" else rng.choice(traffic.goods)
+    """Send the head or the body, or read the response, in small pieces over some seconds."""
+    stage = rng.choice(("head", "body", "response"))
+    kind, good = f"slow: {stage}", traffic.large if stage == "response" else rng.choice(traffic.goods)
     head, body = good.message.head(), good.message.body
     traffic.ledger.send(kind)
     with Connection(traffic.address, TIMEOUT) as connection:
-        for piece in pieces(head, 20 if part == "head" else 1):
+        for piece in pieces(head, 20 if stage == "head" else 1):
             connection.send(piece)
             traffic.over.wait(0.1)
-        for piece in pieces(body, 20 if part == "body" else 1):
+        for piece in pieces(body, 20 if stage == "body" else 1):
             connection.send(piece)
             traffic.over.wait(0.1)
-        if part == "answer":  # of 3 MB, which the kernel's buffers do not hold
+        if stage == "response":  # 3 MB of response, more than the kernel's buffers take
             traffic.over.wait(3)
         traffic.settle(kind, connection, good)
 
 
 def leaver(traffic: Traffic, rng: Random) -> None:
-    """Disconnects in the middle of its head or body, in the queue, on the device, or in the middle of the answer."""
-    stage = rng.choice(("in the head", "in the body", "in the queue", "on the device", "in the answer"))
+    """Disconnect during the head, the body, the queue, the work on the device, or the response."""
+    stage = rng.choice(("in the head", "in the body", "in the queue", "on the device", "in the response"))
     kind, message = f"left: {stage}", rng.choice(traffic.goods).message
-    if stage in ("on the device", "in the answer"):
+    if stage in ("on the device", "in the response"):
         message = traffic.large.message
     head, body = message.head(), message.body
     traffic.ledger.send(kind)
@@ -174,16 +180,16 @@ def leaver(traffic: Traffic, rng: Random) -> None:
             connection.send(head + body)
         if stage == "on the device":
             time.sleep(0.1)
-        elif stage == "in the answer":
+        elif stage == "in the response":
             connection.socket.recv(1000)
-        if rng.random() < 0.5:  # a reset instead of an end
+        if rng.random() < 0.5:  # reset the connection
             connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     traffic.ledger.end(kind, "abandoned")
     traffic.over.wait(rng.random() * 0.2)
 
 
 def streams(traffic: Traffic, rng: Random) -> None:
-    """Watches a video as it is decoded: to its end, in small parts, or until it has seen enough."""
+    """Read a streamed video to its end, slowly, or only its start."""
     kind = rng.choice(("read", "read slowly", "left"))
     name = f"stream: {kind}"
     traffic.ledger.send(name)
@@ -199,20 +205,20 @@ def streams(traffic: Traffic, rng: Random) -> None:
 
 
 def videos(traffic: Traffic, rng: Random) -> None:
-    """A good request to the other model of the service."""
+    """Send a good request to the video model of the service."""
     traffic.send_alone("good: the video model", rng.choice(traffic.videos))
     traffic.over.wait(rng.random() * 0.3)
 
 
 def malformed(traffic: Traffic, rng: Random) -> None:
-    """The fuzz generator's next request."""
-    made = case(traffic.samples, traffic.seed, next(traffic.numbers))
-    send_case(traffic.ledger, traffic.address, traffic.truth, made, TIMEOUT, busy=True)
+    """Send the next request of the fuzz generator."""
+    case = make_case(traffic.samples, traffic.seed, next(traffic.numbers))
+    send_case(traffic.ledger, traffic.address, traffic.truth, case, TIMEOUT, busy=True)
     traffic.over.wait(rng.random() * 0.1)
 
 
 def crowd(traffic: Traffic, rng: Random) -> None:
-    """Good requests on `CROWD` connections at once."""
+    """Send good requests on `CROWD` connections at once."""
     goods = rng.choices(traffic.goods, k=CROWD)
     with ExitStack() as stack:
         connections = []
@@ -226,13 +232,13 @@ def crowd(traffic: Traffic, rng: Random) -> None:
 
 
 def health(traffic: Traffic, rng: Random) -> None:
-    """Asks for `/health`, which is `Ok` all the time."""
+    """Request `/health`, which always returns `Ok`."""
     traffic.ledger.send("health")
     try:
-        answer = exchange(traffic.address, HEALTH.wire(), HEALTH_TIMEOUT, method="GET")
-        if (answer.status, answer.body) != (200, b"Ok"):
-            raise Wrong(f"status {answer.status} while it served: {answer.body[:200]!r}")
-    except (NoAnswer, Hang, Wrong) as error:
+        response = send_request(traffic.address, HEALTH.wire(), HEALTH_TIMEOUT, method="GET")
+        if (response.status, response.body) != (200, b"Ok"):
+            raise Wrong(f"status {response.status} while it served: {response.body[:200]!r}")
+    except (NoResponse, Hang, Wrong) as error:
         traffic.ledger.fail("health", str(error))
     else:
         traffic.ledger.end("health", "200")
@@ -255,10 +261,10 @@ CLIENTS = (
     crowd,
     health,
 )
-"""One thread each."""
+"""Clients of a run. Each has its own thread."""
 
 
 def pieces(data: bytes, count: int) -> list[bytes]:
-    """The data in so many parts, or a few less."""
+    """Split the data into at most `count` pieces of equal size."""
     size = -(-len(data) // count)
     return [data[start : start + size] for start in range(0, len(data), size)]

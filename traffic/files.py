@@ -1,7 +1,7 @@
-"""Pixels of image and video files, read by Pillow and FFmpeg without the service: what is true of an encoded file.
+"""Pixels of image and video files as Pillow and FFmpeg read them, without the service.
 
-Run as a module, it reads an MP4 file from standard input and writes its frames, as numpy saves them, in a process of
-its own, which a crafted file may crash.
+Run as a module, it reads an MP4 file from standard input and writes its frames in numpy's format. A crafted file can
+crash this process without harm to the caller.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MOST_BYTES = 300_000
-"""Bytes of a file that is compared. Pillow takes seconds for the segments of a longer one."""
+"""Largest file that is compared, in bytes. Pillow takes seconds to read the segments of a longer one."""
 MOST_PIXELS = 300_000
-"""Pixels of an image that is compared, or of all frames of a video."""
+"""Most pixels that are compared, of an image or of all frames of a video."""
 MOST_MEMORY = 2 * 10**9
-"""Bytes that reading a video may take."""
+"""Memory limit of the process that reads a video, in bytes."""
 MOST_SECONDS = 20
 
 
 def read_pixels(file: bytes, kind: str) -> list[Image.Image] | None:
-    """Return the images of a file in RGB on white, upright: the one of an image file, or the frames of a video.
+    """Return the images of a file in RGB on white, upright: one for an image file, or the frames of a video.
 
-    None where the reader refuses the file, or shows an image of which it is not known how it is right.
+    Return None if the reader refuses the file, or if the correct image is not known.
     """
     if len(file) > MOST_BYTES:
         return None
@@ -46,12 +46,12 @@ def _image(file: bytes) -> list[Image.Image] | None:
             if image.format == "PNG" and _has_other_transparency(file):
                 return None
             return [_on_white(ImageOps.exif_transpose(image))]
-    except Exception:  # a dozen types
+    except Exception:  # Pillow raises a dozen types
         return None
 
 
 def _has_other_transparency(png: bytes) -> bool:
-    """Return whether Pillow finds other transparent pixels in a PNG than the PNG specification and libpng do.
+    """Return whether Pillow disagrees with libpng and the PNG specification about transparent pixels.
 
     Pillow drops the low bytes of 16-bit colors, and compares all bits of a gray value where only `depth` bits count.
     """
@@ -84,7 +84,7 @@ def _frames(file: bytes) -> list[Image.Image] | None:
 
 
 def _write_frames() -> None:
-    """Write uint8 [F, H, W, 3] of the file on standard input, each frame turned as its display matrix says."""
+    """Write the frames of the file on standard input as uint8 [F, H, W, 3], rotated by their display matrix."""
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     with av.open(io.BytesIO(sys.stdin.buffer.read()), format="mp4", metadata_errors="replace") as container:
         stream = container.streams.video[0]
@@ -101,7 +101,7 @@ def _upright(frame: av.VideoFrame) -> np.ndarray:
     a, b, _, c, d = np.frombuffer(side_data, np.int32)[:5] / 65_536
     if sorted(map(abs, (a, b, c, d))) != [0, 0, 1, 1] or abs(a) != abs(d):
         sys.exit("the matrix is none of the eight orientations")
-    if b:  # x and y change places
+    if b:  # swap x and y
         array = array.transpose(1, 0, 2)
     flip_x, flip_y = (c < 0, b < 0) if b else (a < 0, d < 0)
     return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]

@@ -1,4 +1,4 @@
-"""The fuzz run: malformed requests one by one, good ones between them, and what came back."""
+"""The fuzz run: malformed requests, with good requests between them, and their results."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dataclasses import dataclass, field
 from handlers.serving.devices import IDLE_SECONDS
 from traffic.images import IMAGES
 from traffic.ledger import Ledger
-from traffic.messages import Address, Answer, Hang, NoAnswer, exchange
-from traffic.mutations import Case, case
+from traffic.messages import Address, Hang, NoResponse, Response, send_request
+from traffic.mutations import Case, make_case
 from traffic.samples import Sample, samples
 from traffic.servers import Server
 from traffic.truth import Truth, Wrong, check, check_refusal
 from traffic.videos import VIDEOS
 
 TIMEOUT = 5.0
-"""Seconds in which every request is answered."""
+"""Seconds within which the server responds to every request."""
 FILE_TIMEOUT = 30.0
-"""Seconds in which every file is answered by a server with the service's own limits."""
+"""Seconds within which a server with the service's own limits responds to every file."""
 GOOD_EVERY = 20
-"""Requests from one good one to the next."""
+"""Number of requests from one good request to the next."""
 IDLE = IDLE_SECONDS + 2
-"""Seconds without a request, after which a server has given back the memory that requests took."""
+"""Seconds without a request, after which a server has freed the memory that requests used."""
 KEPT = 50_000_000
-"""Bytes that a server may keep then, beside those that it kept after one good request of each sample."""
+"""Bytes that an idle server may use beyond its memory after the warm-up."""
 
 
 @dataclass
 class Target:
-    """A server under attack, and what is right for it."""
+    """A server under test, and the checker of its responses."""
 
     server: Server
     truth: Truth = field(init=False)
@@ -46,48 +46,48 @@ class Target:
 @dataclass
 class Fuzz:
     targets: list[Target]
-    """The first takes nine requests of ten and the last the others; of files, two of three."""
+    """Servers. The first gets nine requests of ten and the last the others; for files, two of three."""
     seed: int
     files: bool = False
-    """Whether every request is a file with a mutated structure: an image to the first target, a video to the last."""
+    """True if every request is a file with a mutated structure: images to the first target, videos to the last."""
     ledger: Ledger = field(default_factory=Ledger)
 
     def target(self, number: int) -> Target:
         turn = 3 if self.files else 10
         return self.targets[-1] if number % turn == turn - 1 else self.targets[0]
 
-    def case(self, number: int) -> Case:
+    def make_case(self, number: int) -> Case:
         target = self.target(number)
         kinds = (list(VIDEOS) if target.truth.kind == "video" else list(IMAGES)) if self.files else None
-        return case(target.samples, self.seed, number, kinds)
+        return make_case(target.samples, self.seed, number, kinds)
 
     def warm_up(self) -> None:
-        """Sends one good request of each sample, and notes what memory the servers have then."""
+        """Send one good request of each sample, and record the memory of the servers."""
         for target in self.targets:
             for sample in target.samples:
                 self._send_good(target, sample, 0)
             target.start = target.server.memory
 
     def run(self, numbers: Iterable[int], advance: Callable[[], None] = lambda: None) -> None:
-        """Sends the requests with these numbers, and a good one after every `GOOD_EVERY`, to each target by turns.
+        """Send the requests with these numbers, and a good one after every `GOOD_EVERY`, to the targets in turn.
 
         Raises:
             RuntimeError: a server has died.
         """
         for number in numbers:
             self.send(number)
-            turn, rest = divmod(number, GOOD_EVERY)
-            if rest == 0:
+            turn, remainder = divmod(number, GOOD_EVERY)
+            if remainder == 0:
                 target = self.targets[turn % len(self.targets)]
                 self._send_good(target, target.samples[turn // len(self.targets) % len(target.samples)], number)
                 if not target.server.alive:
                     raise RuntimeError(f"the server has died behind request {number}; its log is {target.server.log}")
             advance()
 
-    def send(self, number: int) -> Answer | None:
-        """Sends one; None where nothing came back, or something wrong."""
-        target, made = self.target(number), self.case(number)
-        return send_case(self.ledger, target.server.address, target.truth, made, self._timeout(target))
+    def send(self, number: int) -> Response | None:
+        """Send one request. Return None if no response arrived, or a wrong one."""
+        target, case = self.target(number), self.make_case(number)
+        return send_case(self.ledger, target.server.address, target.truth, case, self._timeout(target))
 
     def _timeout(self, target: Target) -> float:
         return FILE_TIMEOUT if target.server.limited else TIMEOUT
@@ -96,18 +96,18 @@ class Fuzz:
         kind = "good, in between"
         self.ledger.send(kind)
         try:
-            answer = exchange(target.server.address, sample.message.wire(), self._timeout(target))
-            check(answer, sample.message, target.truth.of_sample(sample), good=True)
-        except (NoAnswer, Hang, Wrong, ConnectionError) as error:
+            response = send_request(target.server.address, sample.message.wire(), self._timeout(target))
+            check(response, sample.message, target.truth.expected_for_sample(sample), good=True)
+        except (NoResponse, Hang, Wrong, ConnectionError) as error:
             self.ledger.fail(kind, f"{sample.name}: {error}", number)
         else:
             self.ledger.end(kind, "200")
 
     def check_memory(self, kept: int = KEPT) -> list[str]:
-        """Notes it where a server has died, took more than its limit, or keeps more than this of what requests took.
+        """Record a finding if a server has died, exceeded its limit, or still uses more than `kept` bytes of memory.
 
         Returns:
-            A line for each server, of the memory it had.
+            One line for each server, with its memory.
         """
         time.sleep(IDLE)
         lines = []
@@ -130,43 +130,45 @@ class Fuzz:
         return lines
 
     def check_logs(self) -> None:
-        """Notes the stack traces in the servers' logs."""
+        """Record the stack traces in the servers' logs."""
         for target in self.targets:
             for error in target.server.logged_errors():
                 self.ledger.find("log", f"{error} in {target.server.log}")
 
 
 def send_case(
-    ledger: Ledger, address: Address, truth: Truth, made: Case, timeout: float, *, busy: bool = False
-) -> Answer | None:
-    """Sends a malformed request, checks what comes, and notes it; None where nothing came, or something wrong.
+    ledger: Ledger, address: Address, truth: Truth, case: Case, timeout: float, *, busy: bool = False
+) -> Response | None:
+    """Send a malformed request, check the response, and record the outcome.
+
+    Return None if no response arrived, or a wrong one.
 
     Args:
-        busy: whether the server has so much to do that it may refuse the request with 503.
+        busy: whether the server is busy, so that a 503 is correct.
     """
-    ledger.send(made.kind)
+    ledger.send(case.kind)
     try:
         start = time.monotonic()
         try:
-            answer = exchange(address, made.wire, timeout, method=made.method, ends=made.ends)
+            response = send_request(address, case.wire, timeout, method=case.method, ends=case.ends)
         finally:
-            ledger.took(time.monotonic() - start, made.number)
-        if busy and answer.status == 503:
-            check_refusal(answer)
+            ledger.record_duration(time.monotonic() - start, case.number)
+        if busy and response.status == 503:
+            check_refusal(response)
         else:
-            if made.is_file:
-                expected = truth.of_file(made.message.body) if answer.status == 200 else None
+            if case.is_file:
+                expected = truth.expected_for_file(case.message.body) if response.status == 200 else None
             else:
-                expected = truth.of_message(made.message)
-            check(answer, made.message, expected, method=made.method, http=made.http)
-    except NoAnswer as error:
-        if made.http:
-            ledger.fail(made.kind, str(error), made.number)
+                expected = truth.expected_for_message(case.message)
+            check(response, case.message, expected, method=case.method, http=case.http)
+    except NoResponse as error:
+        if case.http:
+            ledger.fail(case.kind, str(error), case.number)
         else:
-            ledger.end(made.kind, "closed")
+            ledger.end(case.kind, "closed")
     except (Hang, Wrong, ConnectionError) as error:
-        ledger.fail(made.kind, str(error), made.number)
+        ledger.fail(case.kind, str(error), case.number)
     else:
-        ledger.end(made.kind, "plain 400" if answer.is_plain_refusal else str(answer.status))
-        return answer
+        ledger.end(case.kind, "plain 400" if response.is_plain_refusal else str(response.status))
+        return response
     return None

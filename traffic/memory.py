@@ -1,4 +1,4 @@
-"""Whether a server's resident memory grows."""
+"""Growth of a server's resident memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Memory:
-    """Samples over a run."""
+    """Samples of resident memory over a run."""
 
     samples: list[tuple[float, int]] = field(default_factory=list)
     """Seconds since the start, and resident bytes."""
@@ -16,7 +16,7 @@ class Memory:
         self.samples.append((when, resident))
 
     def halves(self) -> tuple[int, int]:
-        """The most bytes in the first half of the run, and in the second."""
+        """Return the maximum in the first half of the run, and in the second, in bytes."""
         middle = self.samples[-1][0] / 2
         first = max(resident for when, resident in self.samples if when <= middle)
         return first, max(resident for when, resident in self.samples if when > middle)

@@ -1,4 +1,4 @@
-"""HTTP as bytes on a socket, so that a request can be wrong in every way, and the answer to it."""
+"""HTTP as bytes on a socket, so that a request can be malformed in every way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class Message:
-    """A request that is HTTP, whatever it asks for."""
+    """A valid HTTP request with any content."""
 
     method: str = "POST"
     path: str = "/"
@@ -26,15 +26,15 @@ class Message:
     body: bytes = b""
 
     def header(self, name: str) -> str | None:
-        """The value of the last header of this name, given in lower case."""
+        """Return the value of the last header with this name. `name` is in lower case."""
         return {key.lower(): value for key, value in self.headers}.get(name)
 
     def wire(self, *, close: bool = True) -> bytes:
-        """The bytes to send; `close` asks the server to end the connection after its answer."""
+        """Return the bytes to send. With `close`, ask the server to close the connection after its response."""
         return self.head(close=close) + self.body
 
     def head(self, *, close: bool = True) -> bytes:
-        """All before the body."""
+        """Return everything before the body."""
         target = self.path + ("?" + urlencode(self.query, errors="surrogatepass") if self.query else "")
         lines = [f"{self.method} {target} HTTP/1.1"]
         headers = {"Host": "localhost", "Content-Length": str(len(self.body))}
@@ -46,10 +46,10 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     status: int
     headers: dict[str, str]
-    """Names in lower case."""
+    """Headers with names in lower case."""
     body: bytes
 
     @property
@@ -58,20 +58,20 @@ class Answer:
 
     @property
     def is_plain_refusal(self) -> bool:
-        """Whether it is uvicorn's own, which refuses what is not HTTP."""
+        """Return whether this is uvicorn's own response to bytes that are not HTTP."""
         return self.status == 400 and self.body == b"Invalid HTTP request received."
 
 
-class NoAnswer(Exception):
-    """The connection ended without an answer, or with a part of one."""
+class NoResponse(Exception):
+    """The connection ended without a complete response."""
 
 
 class Hang(Exception):
-    """No answer in time."""
+    """The response did not arrive in time."""
 
 
 class _Stream(BufferedReader):
-    """A connection's bytes as `HTTPResponse` reads them. It closes what it read to the end; here more may follow."""
+    """A connection's bytes for `HTTPResponse`. It stays open at the end of a response, because more may follow."""
 
     def makefile(self, mode: str) -> Self:
         return self
@@ -81,10 +81,10 @@ class _Stream(BufferedReader):
 
 
 class Connection:
-    """A connection for one request after another."""
+    """A connection for a sequence of requests."""
 
     def __init__(self, address: Address, timeout: float) -> None:
-        """Raises `ConnectionError` where nobody listens. `timeout` is in seconds, of each answer."""
+        """Connect. `timeout` is in seconds, for each response. Raise `ConnectionError` if nobody listens."""
         self.timeout = timeout
         with in_time():
             self.socket = socket.create_connection(address, timeout)
@@ -103,17 +103,17 @@ class Connection:
         self.socket.close()
 
     def send(self, data: bytes) -> None:
-        """Sends what the server takes; it may have answered and closed before it read everything."""
+        """Send data. The server may have responded and closed the connection before it read everything."""
         with suppress(BrokenPipeError, ConnectionResetError), in_time():
             self.socket.sendall(data)
 
     def end(self) -> None:
-        """Nothing more will be sent; an answer can still come."""
+        """End the sending side. A response can still arrive."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
-    def receive(self, method: str = "POST") -> Answer:
-        """The next answer. Raises `Hang` or `NoAnswer`."""
+    def receive(self, method: str = "POST") -> Response:
+        """Return the next response. Raise `Hang` or `NoResponse`."""
         start = monotonic()
         response = HTTPResponse(self._stream, method=method)
         try:
@@ -121,31 +121,33 @@ class Connection:
                 response.begin()
                 body = response.read()
         except (ConnectionError, HTTPException) as error:
-            raise NoAnswer(f"{type(error).__name__}: {error}") from None
+            raise NoResponse(f"{type(error).__name__}: {error}") from None
         if monotonic() - start > self.timeout:
             raise Hang(f"{response.status} after {monotonic() - start:.1f} s")
-        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
+        return Response(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
 
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """Raises `Hang` for the socket's timeout."""
+    """Raise `Hang` at the socket's timeout."""
     try:
         yield
     except TimeoutError:
-        raise Hang("no answer in time") from None
+        raise Hang("no response in time") from None
 
 
-def exchange(address: Address, wire: bytes, timeout: float, *, method: str = "POST", ends: bool = False) -> Answer:
-    """Sends bytes on a connection of their own and gives the answer.
+def send_request(
+    address: Address, wire: bytes, timeout: float, *, method: str = "POST", ends: bool = False
+) -> Response:
+    """Send bytes on a new connection and return the response.
 
     Args:
-        ends: end the sending side then, as the request is shorter than it says.
+        ends: end the sending side afterwards, because the request is shorter than its length says.
 
     Raises:
         ConnectionError: nobody listens.
-        NoAnswer: the connection ended without an answer.
-        Hang: none came within `timeout` seconds.
+        NoResponse: the connection ended without a complete response.
+        Hang: no response arrived within `timeout` seconds.
     """
     with Connection(address, timeout) as connection:
         connection.send(wire)
@@ -154,6 +156,6 @@ def exchange(address: Address, wire: bytes, timeout: float, *, method: str = "PO
         return connection.receive(method)
 
 
-def address_of(url: str) -> Address:
+def parse_address(url: str) -> Address:
     parts = urlsplit(url)
     return parts.hostname, parts.port

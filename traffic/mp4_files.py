@@ -1,7 +1,7 @@
-"""MP4 files for tests: real ones, encoded by PyAV, and crafted ones, whose boxes say what is not true.
+"""MP4 files for tests: real ones, encoded by PyAV, and crafted ones with false fields in their boxes.
 
-An MP4 file is a row of boxes: a size (4 bytes, its own 8 included), a type (4 letters) and a content, which may be
-boxes again. `change(file, "moov/trak/tkhd", edit)` replaces the content of a box by what `edit` makes of it.
+An MP4 file is a sequence of boxes: a size (4 bytes, its own 8 included), a type (4 letters) and a content, which may be
+more boxes. `change(file, "moov/trak/tkhd", edit)` replaces the content of a box with the result of `edit`.
 """
 
 from __future__ import annotations
@@ -19,46 +19,49 @@ CONTAINERS = (b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl", b"mvex", b"m
 
 
 def box(kind: str, *contents: bytes) -> bytes:
-    """One box."""
+    """Return a box."""
     content = b"".join(contents)
     return struct.pack(">I4s", 8 + len(content), kind.encode("latin-1")) + content
 
 
 def table(kind: str, *fields: int, version: int = 0) -> bytes:
-    """A box of a version, flags and fields of 4 bytes."""
+    """Return a box with a version, flags and fields of 4 bytes."""
     return box(kind, bytes([version, 0, 0, 0]), *(struct.pack(">I", field) for field in fields))
 
 
 def boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Type and content of each of the boxes beside each other."""
-    place = 0
-    while place < len(content):
-        size, kind = struct.unpack_from(">I4s", content, place)
-        yield kind, content[place + 8 : place + size]
-        place += size
+    """Yield type and content of each box in `content`."""
+    offset = 0
+    while offset < len(content):
+        size, kind = struct.unpack_from(">I4s", content, offset)
+        yield kind, content[offset + 8 : offset + size]
+        offset += size
 
 
 def change(file: bytes, path: str, edit: Callable[[bytes], bytes]) -> bytes:
-    """The file with another content in the first box at a path. Boxes behind it move, so it is to be behind `mdat`."""
-    name, _, rest = path.partition("/")
-    parts, is_found = [], False
+    """Replace the content of the first box at a path.
+
+    The boxes after it move, so `mdat` must come before it.
+    """
+    name, _, inner_path = path.partition("/")
+    changed, is_changed = [], False
     for kind, content in boxes(file):
-        if kind == name.encode() and not is_found:
-            is_found, content = True, change(content, rest, edit) if rest else edit(content)
-        parts.append(box(kind.decode("latin-1"), content))
-    assert is_found, path
-    return b"".join(parts)
+        if kind == name.encode() and not is_changed:
+            is_changed, content = True, change(content, inner_path, edit) if inner_path else edit(content)
+        changed.append(box(kind.decode("latin-1"), content))
+    assert is_changed, path
+    return b"".join(changed)
 
 
 def add(file: bytes, path: str, *more: bytes) -> bytes:
-    """The file with more boxes at the end of a box."""
+    """Append boxes to the content of a box."""
     return change(file, path, lambda content: content + b"".join(more))
 
 
-def frames_of(count: int, width: int = 64, height: int = 32) -> np.ndarray:
-    """uint8 [count, height, width, 3]: no frame is like another, and none like itself turned or mirrored.
+def make_frames(count: int, width: int = 64, height: int = 32) -> np.ndarray:
+    """Return uint8 [count, height, width, 3]. All frames differ, and no frame equals itself rotated or mirrored.
 
-    A red quarter at the top left, a green eighth beside it, and a brightness that tells the number of the frame.
+    The top left quarter is red, an eighth beside it green, and the brightness tells the number of the frame.
     """
     frames = np.empty((count, height, width, 3), np.uint8)
     frames[:] = np.linspace(40, 200, count, dtype=np.uint8)[:, None, None, None]
@@ -76,7 +79,7 @@ def video(
     flags: str = "",
     **options: str,
 ) -> bytes:
-    """An MP4 file of these frames at 24 a second, and of so many tracks with 3 s of silence."""
+    """Encode frames to an MP4 file at 24 frames a second, with `sound` tracks of 3 s of silence."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"movflags": flags} if flags else {}) as container:
         stream = container.add_stream(codec, rate=24, options=options)
@@ -99,20 +102,20 @@ def video(
 
 
 def with_matrix(file: bytes, *matrix: float) -> bytes:
-    """The file with a, b, c, d of the display matrix in its track header, as 16.16 fixed point."""
-    a, b, c, d = (round(part * 65536) for part in matrix)
+    """Set a, b, c, d of the display matrix in the track header, as 16.16 fixed point."""
+    a, b, c, d = (round(value * 65536) for value in matrix)
     values = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     return change(file, "moov/trak/tkhd", lambda header: header[:40] + values + header[76:])
 
 
 def with_edits(file: bytes, *edits: tuple[int, int]) -> bytes:
-    """The file with an edit list: duration in 1/1000 s and start in units of the track's time, of each edit."""
+    """Set the edit list. Each edit is a duration in 1/1000 s and a start in units of the track's time."""
     fields = [field for duration, start in edits for field in (duration, start & 0xFFFFFFFF, 0x10000)]
     return change(file, "moov/trak/edts", lambda _: table("elst", len(edits), *fields))
 
 
 def with_samples(file: bytes, count: int) -> bytes:
-    """The file with a track that is said to have so many samples of one size, in one chunk."""
+    """Declare `count` samples of one size in one chunk."""
     for name, edited in {
         "stsz": table("stsz", 10, count),
         "stts": table("stts", 1, count, 512),
@@ -123,14 +126,14 @@ def with_samples(file: bytes, count: int) -> bytes:
 
 
 def with_fragment(file: bytes, count: int) -> bytes:
-    """The file, which is in fragments, with one more, whose `trun` names so many samples without a byte for each."""
+    """Append a fragment to a fragmented file. Its `trun` declares `count` samples without a byte for each."""
     header = box("tfhd", b"\0\2\0\x38", struct.pack(">4I", 1, 512, 1, 0))  # defaults: duration, size, flags
     run = table("trun", count)
     return file + box("moof", table("mfhd", 9), box("traf", header, run)) + box("mdat", b"\0")
 
 
 def cropped(file: bytes, width: int, height: int) -> bytes:
-    """The file with H.264 frames that are still as large, of which the decoder shows this part alone."""
+    """Crop the H.264 frames in their metadata. Their coded size stays."""
     buffer = io.BytesIO()
     with av.open(io.BytesIO(file)) as source, av.open(buffer, "w", format="mp4") as target:
         stream = source.streams.video[0]
@@ -138,9 +141,9 @@ def cropped(file: bytes, width: int, height: int) -> bytes:
         right, bottom = stream.width - width, stream.height - height
         crop = BitStreamFilterContext(f"h264_metadata=crop_right={right}:crop_bottom={bottom}", stream, copy)
         for packet in source.demux(stream):
-            for part in crop.filter(packet) if packet.dts is not None else ():
-                part.stream = copy
-                target.mux(part)
+            for copied in crop.filter(packet) if packet.dts is not None else ():
+                copied.stream = copy
+                target.mux(copied)
     sizes = struct.pack(">HH", width, height)
     return change(
         buffer.getvalue(),
@@ -150,7 +153,7 @@ def cropped(file: bytes, width: int, height: int) -> bytes:
 
 
 def compressed_header(size: int) -> bytes:
-    """A file whose header is compressed, and has so many bytes of nothing in it."""
+    """Return a file with a compressed header, which contains `size` zero bytes."""
     data = struct.pack(">I", size) + zlib.compress(b"\0" * size, 9)
     header = box("cmov", box("dcom", b"zlib"), box("cmvd", data))
     return box("ftyp", b"isom\0\0\0\0") + box("moov", header) + box("mdat", b"\0")

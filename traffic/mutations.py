@@ -1,4 +1,4 @@
-"""Malformed and mutated requests, each from a seed and a number alone, so that every one can be sent again."""
+"""Malformed and mutated requests. A seed and a number determine each request, so that it can be sent again."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TEXTS = (
     "float64", "int8", "complex64", "FLOAT32", "object", "mp4", "gif", "jpeg", "PIL", "sample", "tensor",
     "4096", "65536", "1000000",
 )  # fmt: skip
-"""What a parameter may come as."""
+"""Values of a parameter."""
 
 JSON_VALUES = (
     None, True, 0, -1, 1.5, 10**400, float("inf"), float("nan"), "", "8", "\ud800", "\0", "💥", [], [[]], {},
     [None], [8], ["8", 8], {"a": []}, 1e308, 2**63, "9" * 5000, [8] * 10_000, {"shape": [8]}, "a" * 20_000,
 )  # fmt: skip
-"""What a value inside JSON may come as; the infinities are spelled as Python's `json` does."""
+"""Values inside JSON. The infinities are spelled as in Python's `json`."""
 
 PARAMETERS = (
     "shape", "dtype", "scaling_factor", "shift_factor", "do_scaling", "output_type", "partial_postprocess",
@@ -68,32 +68,32 @@ HEADERS = (
 
 
 HEAD_LIMIT = 65_536
-"""Bytes of a request's head from which on uvicorn may refuse it in plain text."""
+"""Length of a request's head in bytes from which uvicorn may refuse it in plain text."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One request to send."""
+    """A request to send."""
 
     number: int
     kind: str
     wire: bytes
     message: Message | None
-    """What the request says; None where its bytes were changed after it was written."""
+    """Content of the request; None if its bytes were changed after it was written."""
     method: str
     http: bool
-    """Whether it is HTTP, so that the service itself must answer."""
+    """True for HTTP, to which the service itself must respond."""
     ends: bool
-    """Whether it is shorter than it says, so that the sending side has to be ended behind it."""
+    """True if it is shorter than its length says, so that the client must end the sending side."""
     is_file: bool = False
-    """Whether it is a good request to encode a file, which alone is mutated."""
+    """True for a good request to encode a file, of which only the file is mutated."""
 
 
-def case(samples: Sequence[Sample], seed: int, number: int, kinds: Sequence[str] | None = None) -> Case:
-    """The request with this number: a good one, mutated in one way or in two, or a mutated file.
+def make_case(samples: Sequence[Sample], seed: int, number: int, kinds: Sequence[str] | None = None) -> Case:
+    """Return the request with this number: a good one with one or two mutations, or a mutated file.
 
     Args:
-        kinds: names in `MUTATIONS`, `WIRE_MUTATIONS` and `FILES`, of one of which it is; None for all of them.
+        kinds: names in `MUTATIONS`, `WIRE_MUTATIONS` and `FILES` to choose from; None for all of them.
     """
     rng = Random(f"{seed}-{number}")
     message = rng.choice(samples).message
@@ -111,13 +111,13 @@ def case(samples: Sequence[Sample], seed: int, number: int, kinds: Sequence[str]
     return Case(number, kind, wire, None, message.method, http and len(message.head()) < HEAD_LIMIT - 5000, ends)
 
 
-# Each takes a message and gives another, which is HTTP still.
+# Each function returns a mutated message that is still HTTP.
 
 
 def missing(rng: Random, message: Message) -> Message:
     names = sorted({name for name, _ in message.query})
     gone = rng.choice(names) if names else None
-    if rng.random() < 0.3:  # one dimension of the shape
+    if rng.random() < 0.3:  # drop a dimension of the shape
         query = list(message.query)
         if query:
             query.pop(rng.randrange(len(query)))
@@ -143,7 +143,7 @@ def value(rng: Random, message: Message) -> Message:
 
 
 def dimensions(rng: Random, message: Message) -> Message:
-    """Another shape: permuted, negative, overflowing, of many dimensions; often of as many bytes as before."""
+    """Send another shape: permuted, negative, overflowing or with many dimensions, often for as many bytes."""
     shape = [int(size) for name, size in message.query if name == "shape" and size.isdecimal() and len(size) < 20]
     shape = shape or [1, 8, 8, 16]
     change = rng.randrange(8)
@@ -163,8 +163,8 @@ def dimensions(rng: Random, message: Message) -> Message:
         shape = [*shape[:-1], 0]
     else:
         shape[rng.randrange(len(shape))] = rng.choice((3, 4, 5, 7, 16, 2**31, 2**63 - 1))
-    rest = [pair for pair in message.query if pair[0] != "shape"]
-    return replace(message, query=(*(("shape", str(size)) for size in shape), *rest))
+    others = [pair for pair in message.query if pair[0] != "shape"]
+    return replace(message, query=(*(("shape", str(size)) for size in shape), *others))
 
 
 def unknown(rng: Random, message: Message) -> Message:
@@ -194,20 +194,20 @@ def header(rng: Random, message: Message) -> Message:
 
 
 def preflight(rng: Random, message: Message) -> Message:
-    """What a browser asks before a page of another origin may call, or half of it."""
+    """Send a browser's preflight request, or half of it."""
     origins = ("https://a.example", "https://b.example", "null", "", "*", "https://a.example.evil", "ü", "a" * 5000)
-    asked = (
+    headers = (
         ("Origin", rng.choice(origins)),
         ("Access-Control-Request-Method", rng.choice(("POST", "GET", "DELETE", "", "ü", "POST, PUT"))),
         ("Access-Control-Request-Headers", rng.choice(("authorization", "*", "", "a," * 3000, "X-\u202e"))),
     )
-    sent = tuple(rng.sample(asked, rng.choice((1, 2, 3, 3))))
+    sent = tuple(rng.sample(headers, rng.choice((1, 2, 3, 3))))
     method = rng.choice(("OPTIONS", "OPTIONS", message.method))
     return replace(message, method=method, headers=(*message.headers, *sent))
 
 
 def browse(rng: Random, message: Message) -> Message:
-    """As a browser asks for a page."""
+    """Request a page as a browser does."""
     accepted = "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"
     method, path = (
         rng.choice(("GET", "GET", "HEAD", "POST")),
@@ -229,7 +229,7 @@ def truncated(rng: Random, message: Message) -> Message:
 
 
 def flipped(rng: Random, message: Message) -> Message:
-    """Some bits, often in the first bytes, where files say what they are."""
+    """Flip some bits, often in the first bytes, which identify a file."""
     body = bytearray(message.body or b"\0")
     end = len(body) if rng.random() < 0.5 else min(len(body), 200)
     for _ in range(rng.choice((1, 1, 2, 8, 100))):
@@ -248,12 +248,12 @@ def empty(rng: Random, message: Message) -> Message:
 
 
 def oversized(rng: Random, message: Message) -> Message:
-    """Of more than the limit."""
+    """Exceed the size limit of a body."""
     return replace(message, body=message.body + bytes(rng.choice((4_000_001, 5_000_000))))
 
 
 def foreign(rng: Random, message: Message) -> Message:
-    """A body of another format, or its first bytes."""
+    """Send a body of another format, or its first bytes."""
     starts = (
         b"GIF89a", b"BM", b"%PDF-1.7", b"PK\3\4", b"\x1f\x8b", b"II*\0", b"<svg>", b"\x93NUMPY", b"\x80\4\x95", b"{",
         b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\xff\xff\xff\xffWEBP", b"\0\0\0\x18ftypavif",
@@ -263,7 +263,7 @@ def foreign(rng: Random, message: Message) -> Message:
 
 
 def numbers(rng: Random, message: Message) -> Message:
-    """The body's floats made NaN, infinite or huge."""
+    """Make the body's floats NaN, infinite or huge."""
     body = bytearray(message.body)
     special = rng.choice((b"\xff\xff\xff\xff", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f", b"\1\0\0\0"))
     for _ in range(rng.choice((1, 5, len(body) // 4))):
@@ -272,12 +272,12 @@ def numbers(rng: Random, message: Message) -> Message:
     return replace(message, body=bytes(body))
 
 
-def picture_header(rng: Random, message: Message) -> Message:
-    """A PNG whose header, with its checksum right, says another size or format than its data has, or a bomb."""
+def png_header(rng: Random, message: Message) -> Message:
+    """Send a PNG with a valid checksum and a header that does not match its data, or a decompression bomb."""
     sides = (0, 1, 7, 8, 9, 2**31 - 1, 2**31, 65_536, 30_000, 13_000, 1)
     width, height = rng.choice(sides), rng.choice(sides)
     depth, colour = rng.choice((0, 1, 2, 4, 8, 16, 32)), rng.choice((0, 2, 3, 4, 6, 7))
-    if rng.random() < 0.1:  # some kilobytes that are 16 megapixels
+    if rng.random() < 0.1:  # some kilobytes for 16 megapixels
         width, height, depth, colour, data = 4000, 4000, 8, 0, bytes(4001 * 4000)
     else:
         data = rng.randbytes(rng.choice((0, 100, 5000)))
@@ -293,7 +293,7 @@ def picture_header(rng: Random, message: Message) -> Message:
 
 
 def json_text(rng: Random, message: Message) -> Message:
-    """A JSON body that is broken, deep, or no object."""
+    """Send a JSON body that is broken, deep, or no object."""
     depth = rng.choice((10, 500, 900, 990, 5000, 100_000))
     text = base64.b64encode(message.body[:3000]).decode()
     bodies = (
@@ -311,7 +311,7 @@ def json_text(rng: Random, message: Message) -> Message:
 
 
 def json_parameters(rng: Random, message: Message) -> Message:
-    """A good JSON body with bad values among its parameters."""
+    """Send a valid JSON body with bad parameters."""
     latents = base64.b64encode(bytes(4 * 16 * 64)).decode()
     parameters: dict[str, Any] = {"shape": [1, 8, 8, 16], "dtype": "float32"}
     if rng.random() < 0.5:
@@ -345,31 +345,48 @@ MUTATIONS: dict[str, Callable[[Random, Message], Message]] = {
     "body: over the limit": oversized,
     "body: another format": foreign,
     "body: NaN, infinity, huge": numbers,
-    "body: a PNG's header": picture_header,
+    "body: a PNG's header": png_header,
     "body: JSON text": json_text,
     "body: JSON parameters": json_parameters,
 }
 
 
-# Each takes a message and gives bytes, whether they are HTTP, and whether they are shorter than they say.
+# Each function returns bytes, whether they are HTTP, and whether they are shorter than their length says.
 Wire = tuple[bytes, bool, bool]
 
 
 def raw_query(rng: Random, message: Message) -> Wire:
-    """Percent signs, separators and bytes as no client encodes them."""
-    parts = ("%", "%zz", "%ff%fe", "%00", "&&&", "===", "shape", "shape=", "=8", ";", "+", "?", "/", "#", "%2", "dtype")
-    query = "&".join(rng.choice(parts) + rng.choice(parts) for _ in range(rng.choice((1, 5, 300))))
-    start, _, rest = message.wire().partition(b" HTTP/1.1\r\n")
+    """Send percent signs, separators and bytes that no client encodes like this."""
+    chunks = (
+        "%",
+        "%zz",
+        "%ff%fe",
+        "%00",
+        "&&&",
+        "===",
+        "shape",
+        "shape=",
+        "=8",
+        ";",
+        "+",
+        "?",
+        "/",
+        "#",
+        "%2",
+        "dtype",
+    )
+    query = "&".join(rng.choice(chunks) + rng.choice(chunks) for _ in range(rng.choice((1, 5, 300))))
+    start, _, others = message.wire().partition(b" HTTP/1.1\r\n")
     target = b"&" if b"?" in start else b"?"
-    return start + target + query.encode() + b" HTTP/1.1\r\n" + rest, True, False
+    return start + target + query.encode() + b" HTTP/1.1\r\n" + others, True, False
 
 
 def chunked(rng: Random, message: Message) -> Wire:
-    """A body in chunks without a length, as it should be."""
+    """Send a correct chunked body without a length."""
     head = _chunked_head(message)
     size = rng.choice((1, 7, 1000, 100_000)) if len(message.body) < 10_000 else 10_000
-    parts = (message.body[start : start + size] for start in range(0, len(message.body), size))
-    return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n", True, False
+    chunks = (message.body[start : start + size] for start in range(0, len(message.body), size))
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n", True, False
 
 
 def bad_chunks(rng: Random, message: Message) -> Wire:
@@ -379,13 +396,13 @@ def bad_chunks(rng: Random, message: Message) -> Wire:
 
 
 def long_length(rng: Random, message: Message) -> Wire:
-    """A Content-Length that promises more than comes."""
+    """Send a Content-Length larger than the body."""
     more = rng.choice((1, 1000, 10**9, 10**15))
     return _with_length(message, str(len(message.body) + more)), False, True
 
 
 def short_length(rng: Random, message: Message) -> Wire:
-    """A Content-Length of less than comes; the rest is no request of its own."""
+    """Send a Content-Length smaller than the body. The remaining bytes are no request."""
     return _with_length(message, str(rng.randrange(len(message.body) or 1))), False, False
 
 
@@ -395,7 +412,7 @@ def bad_length(rng: Random, message: Message) -> Wire:
 
 
 def no_length(rng: Random, message: Message) -> Wire:
-    """Neither a length nor chunks: a request without a body, and something behind it that is no request."""
+    """Send a body without a length or chunks: a request without a body, and bytes after it that are no request."""
     return b"\r\n".join(_lines(message, without=b"content-length")) + b"\r\n\r\n" + message.body, False, False
 
 
@@ -405,7 +422,7 @@ def cut_head(rng: Random, message: Message) -> Wire:
 
 
 def bad_head(rng: Random, message: Message) -> Wire:
-    """Lines that no HTTP request has."""
+    """Send lines that are not HTTP."""
     lines = _lines(message)
     bad = (
         b"no colon", b": no name", b"bad name : 1", b"X: \0", b"X: \x01", b"\xff\xfe: 1", b"X" * 100_000, b" folded",
@@ -427,7 +444,7 @@ def bad_start(rng: Random, message: Message) -> Wire:
 
 
 def garbage(rng: Random, message: Message) -> Wire:
-    """Other protocols, and none."""
+    """Send other protocols, or random bytes."""
     kinds = (
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.randbytes(500),  # TLS
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + rng.randbytes(50),
@@ -458,7 +475,7 @@ WIRE_MUTATIONS: dict[str, Callable[[Random, Message], Wire]] = {
 
 
 FILES: dict[str, Callable[[Random], bytes]] = {**IMAGES, **VIDEOS}
-"""Each makes a file whose structure is mutated, to be encoded."""
+"""Makers of files with a mutated structure, for requests to encode."""
 
 
 def _with_header(message: Message, name: str, value: str) -> Message:
@@ -475,7 +492,7 @@ def _png_chunk(name: bytes, data: bytes) -> bytes:
 
 
 def _lines(message: Message, without: bytes = b"") -> list[bytes]:
-    """The lines before the body, but for the header of this name in lower case."""
+    """Return the lines before the body without the header of this name, which is in lower case."""
     lines = message.head().removesuffix(b"\r\n\r\n").split(b"\r\n")
     return [line for line in lines if not without or not line.lower().startswith(without + b":")]
 

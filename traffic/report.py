@@ -1,4 +1,4 @@
-"""The results as tables, on the console and in Markdown."""
+"""Results as tables, for the console and in Markdown."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from traffic.ledger import Ledger
 from traffic.soak import Result
 
 SHOWN = 20
-"""Findings that are listed on the console."""
+"""Number of findings on the console."""
 
 
 def rows(ledger: Ledger) -> list[list[str]]:
-    """A row for each kind and one for all; the first row holds the names of the columns."""
+    """Return a row for each kind and one for all. The first row holds the names of the columns."""
     outcomes = sorted({outcome for counts in ledger.outcomes.values() for outcome in counts})
     kinds = sorted(ledger.sent, key=str.lower)
     table = [["kind", "sent", *outcomes]]
@@ -46,7 +46,7 @@ def markdown_table(table: list[list[str]]) -> str:
 
 
 def summary(ledger: Ledger) -> str:
-    """One line of what broke, or an empty text."""
+    """Summarize the findings in one line. Return "" if there is none."""
     if ledger.findings:
         return f"{len(ledger.findings)} broke; the first: {ledger.findings[0].describe()}"
     if ledger.lost:
@@ -65,8 +65,8 @@ def memory_line(result: Result) -> str:
 def throughput_line(result: Result) -> str:
     (few, right), (crowd, crowd_right) = result.throughput.items()
     return (
-        f"Right answers a second: {right:.1f} to {few} clients, {crowd_right:.1f} to {crowd} "
-        f"({crowd_right / right:.2f}); each sends again as soon as it is answered or refused."
+        f"Correct responses a second: {right:.1f} to {few} clients, {crowd_right:.1f} to {crowd} "
+        f"({crowd_right / right:.2f}); each sends again as soon as it has a response or a refusal."
     )
 
 
@@ -75,7 +75,7 @@ def end_line(result: Result) -> str:
 
 
 def soak_page(ledger: Ledger, result: Result, about: dict[str, Any], toolkit: bool) -> str:
-    """`benchmarks/soak.md`."""
+    """Return the text of `benchmarks/soak.md`."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     command = f"make soak MINUTES={result.seconds / 60:g}" + (" TOOLKIT=<checkout>" if toolkit else "")
     ended = sum(counts.total() for counts in ledger.outcomes.values())
@@ -86,8 +86,8 @@ def soak_page(ledger: Ledger, result: Result, about: dict[str, Any], toolkit: bo
 Written by `{command}` on {about["date"]}, at commit {about["commit"]}: {result.seconds:.0f} s of mixed traffic against
 a service of `tiny` and a small `hunyuan-video` under {served}, with a queue of 16. {versions}.
 
-**{verdict}.** {ledger.sent.total():,} requests were sent, and {ended:,} ended in an answer or as the table says. Each
-answer to a good request was compared with plain diffusers.
+**{verdict}.** {ledger.sent.total():,} requests were sent, and {ended:,} got a response or ended as in the table. Each
+response to a good request was compared with plain diffusers.
 
 {memory_line(result)} {end_line(result)}
 
@@ -95,7 +95,7 @@ answer to a good request was compared with plain diffusers.
 
 {markdown_table(rows(ledger))}
 
-"closed" is a connection that the server closed on what is not HTTP, "plain 400" what uvicorn answers to it,
-"abandoned" a client that left by itself, "refused" a connection that a server which is ending did not take. `health`
-was asked for all the time. Bursts are 200 connections at once; 503 is a full queue, or the end.
+"closed" is a connection that sent no HTTP and that the server closed. "plain 400" is uvicorn's response to no HTTP.
+"abandoned" is a client that disconnected, and "refused" a connection that a stopping server did not accept. `health`
+was requested all the time. Bursts are 200 connections at once. 503 is a full queue, or a stopping server.
 """

@@ -1,4 +1,4 @@
-"""Good requests, small enough for a CPU: every path, answer and form of body that clients use."""
+"""Good requests, small enough for a CPU: every path, output kind and form of body that clients use."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Sample:
     name: str
     message: Message
     task: str
-    """decode or encode"""
+    """"decode" or "encode"."""
     inputs: Tensor
-    """What the VAE gets for it: raw latents, or pixels in [-1, 1], with a batch dimension."""
+    """Input of the VAE: raw latents, or pixels in [-1, 1], with a batch dimension."""
 
 
 def samples(key: str, sides: tuple[int, ...] = (32, 64)) -> list[Sample]:
-    """Of the model with this key: for pictures of these sides in pixels, with other contents for each."""
-    made = []
+    """Return requests to a model for each side length in pixels. Each side has other contents."""
+    requests = []
     for seed, side in enumerate(sides):
         make = _video_samples if MODELS[key].kind == "video" else _image_samples
-        made += make(MODELS[key], side, torch.Generator().manual_seed(seed))
-    return made
+        requests += make(MODELS[key], side, torch.Generator().manual_seed(seed))
+    return requests
 
 
 def large(key: str) -> Sample:
-    """A decode of 512x512 pixels, which takes a CPU a while, to 3 MB."""
+    """Return a decode of 512x512 pixels to 3 MB, which takes a CPU a while."""
     channels = MODELS[key].latent_channels
     side = 512 // MODELS[key].vae_scale_factor
     latents = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
@@ -52,19 +52,19 @@ def large(key: str) -> Sample:
 
 
 def stream(key: str) -> Sample:
-    """A streamed decode of 25 frames of 64x96 pixels, which are decoded in two spans."""
+    """Return a streamed decode of 25 frames of 64x96 pixels in two chunks."""
     latents = torch.randn(1, MODELS[key].latent_channels, 7, 8, 12, generator=torch.Generator().manual_seed(0))
     return Sample("stream", _tensor(latents, stream="true"), "decode", latents)
 
 
 def any_size(key: str, rng: Random, pixels: int = 2**20) -> Message:
-    """A batch of 1 to 4 pictures with sides of 64 to 768, of no more `pixels` in all, to decode or to encode."""
+    """Return a decode or encode of 1 to 4 images with sides of 64 to 768, at most `pixels` in all."""
     factor = MODELS[key].vae_scale_factor
     height, width = (rng.randrange(64 // factor, 768 // factor + 1) for _ in range(2))
     batch = rng.randint(1, min(4, pixels // (height * width * factor**2)))
     if rng.random() < 0.5:
-        picture = torch.zeros(batch, height * factor, width * factor, 3, dtype=torch.uint8)
-        return replace(_tensor(picture), path="/encode")
+        uint8 = torch.zeros(batch, height * factor, width * factor, 3, dtype=torch.uint8)
+        return replace(_tensor(uint8), path="/encode")
     channels = MODELS[key].published_config["latent_channels"]
     return _tensor(torch.zeros(batch, channels, height, width), output_type="pt")
 
@@ -76,9 +76,9 @@ def _image_samples(model: type[EndpointHandler], side: int, generator: torch.Gen
     packed = packed.reshape(1, -1, channels * 4)
     factors = {"scaling_factor": 0.5, "shift_factor": 0.25}
     scaled = (latents - 0.25) * 0.5
-    picture = torch.randint(0, 256, (side, wide, 3), generator=generator, dtype=torch.uint8)
-    pixels = picture.permute(2, 0, 1)[None].float() / 127.5 - 1
-    image = Image.fromarray(picture.numpy())
+    uint8 = torch.randint(0, 256, (side, wide, 3), generator=generator, dtype=torch.uint8)
+    pixels = uint8.permute(2, 0, 1)[None].float() / 127.5 - 1
+    image = Image.fromarray(uint8.numpy())
     jpeg = _file(image, "jpeg", quality=90)
     webp = _file(image, "webp", lossless=True)
     shape_in_json = {"shape": list(latents.shape), "dtype": "float32"}
@@ -105,7 +105,7 @@ def _image_samples(model: type[EndpointHandler], side: int, generator: torch.Gen
         Sample("encode jpeg", Message(body=jpeg, headers=(("Content-Type", "image/jpeg"),)), encode, _pixels(jpeg)),
         Sample("encode webp", Message(body=webp), encode, pixels),
         Sample("encode pixels", replace(_tensor(pixels), path="/encode"), encode, pixels),
-        Sample("encode uint8", replace(_tensor(picture[None]), path="/encode"), encode, pixels),
+        Sample("encode uint8", replace(_tensor(uint8[None]), path="/encode"), encode, pixels),
         Sample("encode json", Message(path="/predict", headers=json_form, body=_json(_file(image, "png"))), encode,
                pixels),
     ]  # fmt: skip
@@ -146,13 +146,13 @@ def _file(image: Image.Image, image_format: str, **options: Any) -> bytes:
 
 
 def _pixels(file: bytes) -> Tensor:
-    """[1, 3, H, W] in [-1, 1] of a picture file."""
+    """Return the pixels of an image file as [1, 3, H, W] in [-1, 1]."""
     array = np.array(Image.open(io.BytesIO(file)).convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def _frames(file: bytes) -> Tensor:
-    """[1, 3, F, H, W] in [-1, 1] of an MP4 file."""
+    """Return the frames of an MP4 file as [1, 3, F, H, W] in [-1, 1]."""
     with av.open(io.BytesIO(file)) as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""The servers that take the traffic: this project's own, or the Inference Toolkit with a deployed repository."""
+"""Servers that take the traffic: this project's own, or the Inference Toolkit with a deployed repository."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ import torch
 from handlers import MODELS
 from scripts.local_server import ROOT, serve
 from traffic.memory_limit import LimitedServer, limited_server
-from traffic.messages import Address, address_of
+from traffic.messages import Address, parse_address
 
 SMALL = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
 LIMITS = {"VAE_MAX_BODY_MB": "4", "VAE_MAX_PIXELS": "1048576", "VAE_MAX_QUEUE": "16"}
-"""Small ones, so that what is over them takes no time."""
+"""Small limits, so that a request over them takes no time."""
 ORIGIN = "https://a.example"
-"""Whose pages may call a server."""
+"""Origin whose pages may call a server."""
 TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ |+].*\n)*+(.*)\n(?!\nDuring handling of)")
 KNOWN = "h11._util."
-"""Of uvicorn and h11 themselves, where a body turned out not to be HTTP while the service already answered."""
+"""Errors of uvicorn and h11 themselves, when a body was not HTTP and the service had already responded."""
 
 
 @dataclass(frozen=True)
 class Server:
     key: str
-    """Of the model that the root serves."""
+    """Key of the model at the root."""
     url: str
     weights: dict[str, Path]
-    """Of each model that it serves, by its key."""
+    """Weights of each served model, by its key."""
     log: Path
     process: psutil.Process
     limited: LimitedServer | None = None
-    """The same server where it runs in a memory limit."""
+    """The same server if it runs within a memory limit."""
 
     @property
     def address(self) -> Address:
-        return address_of(self.url)
+        return parse_address(self.url)
 
     @property
     def memory(self) -> int:
-        """Resident bytes."""
+        """Return the resident memory in bytes."""
         return self.process.memory_info().rss
 
     @property
@@ -58,29 +58,28 @@ class Server:
         return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
 
     def logged_errors(self) -> list[str]:
-        """The last lines of the stack traces in its log, of a chain the last one's, but for `KNOWN`."""
-        found = TRACEBACK.findall(self.log.read_text(errors="replace"))
-        return [error for error in found if not error.startswith(KNOWN)]
+        """Return the last line of each stack trace in the log, or of each chain of them, except `KNOWN`."""
+        errors = TRACEBACK.findall(self.log.read_text(errors="replace"))
+        return [error for error in errors if not error.startswith(KNOWN)]
 
 
 @contextmanager
 def server(
     models: str, folder: Path, toolkit: Path | None = None, memory: int | None = None, **environment: str
 ) -> Iterator[Server]:
-    """A server of the model with this key, or of several, as in "tiny,flux"; its files go into `folder`.
+    """Start a server of one model, or of several as in "tiny,flux". Write its files into `folder`.
 
-    `tiny` has its own weights; another model has its published architecture with few channels and random weights.
+    `tiny` has its own weights. Another model has its published architecture with few channels and random weights.
 
     Args:
         toolkit: a checkout of the Inference Toolkit, which then serves a repository as it is deployed.
-        memory: bytes that the server may take, as in a container of that size; it then has the service's own limits
-            in place of `LIMITS`.
-        environment: of the server, over `LIMITS`.
+        memory: memory limit in bytes, as in a container. The server then has the service's own limits, not `LIMITS`.
+        environment: variables of the server, which override `LIMITS`.
     """
     keys, all_weights = models.split(","), folder / "weights"
     weights = {key: all_weights / key if len(keys) > 1 else all_weights for key in keys}
-    for key, place in weights.items():
-        make_checkpoint(key, place)
+    for key, checkpoint in weights.items():
+        make_checkpoint(key, checkpoint)
     options: dict[str, Any] = {"log": folder / "server.log", "VAE_CORS_ORIGINS": ORIGIN}
     options |= environment if memory else {**LIMITS, **environment}
     start = serve if memory is None else partial(limited_server, memory)
@@ -92,19 +91,19 @@ def server(
             command=("-m", "uvicorn", "huggingface_inference_toolkit.webservice_starlette:app"),
             HF_MODEL_DIR=str(_repository(keys, all_weights, folder / "repository")),
             PYTHONPATH=path,
-            PYTHONSAFEPATH="1",  # the handlers of the repository, not those here
+            PYTHONSAFEPATH="1",  # import the repository's handlers, not those here
             VAE_DEVICE="cpu",
             **options,
         )
     with running as started:
         limited = started if isinstance(started, LimitedServer) else None
         url = limited.url if limited else started
-        process = limited.process if limited else listening(address_of(url)[1])
+        process = limited.process if limited else listening(parse_address(url)[1])
         yield Server(keys[0], url, weights, options["log"], process, limited)
 
 
 def listening(port: int) -> psutil.Process:
-    """The process that does so, of those that this one started."""
+    """Return the child process that listens on a port."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has just ended
             if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections()):
@@ -113,7 +112,7 @@ def listening(port: int) -> psutil.Process:
 
 
 def make_checkpoint(key: str, folder: Path) -> None:
-    """With weights as chance has them: frames are pale, and H.264 loses little of them."""
+    """Write a checkpoint with random weights. Its frames are pale, so H.264 loses little of them."""
     model = MODELS[key]
     if key == "tiny":
         shutil.copytree(model.checkpoint, folder)
@@ -124,7 +123,7 @@ def make_checkpoint(key: str, folder: Path) -> None:
 
 
 def _repository(keys: list[str], weights: Path, folder: Path) -> Path:
-    """What `make deploy` uploads, as far as a server reads it."""
+    """Copy the files that `make deploy` uploads and a server reads."""
     folder.mkdir()
     shutil.copy(ROOT / "handler.py", folder)
     shutil.copytree(ROOT / "handlers", folder / "handlers", ignore=shutil.ignore_patterns("__pycache__"))

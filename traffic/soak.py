@@ -14,35 +14,35 @@ import psutil
 
 from traffic.clients import CLIENTS, CROWD, HEALTH, HEALTH_TIMEOUT, TIMEOUT, Good, Traffic
 from traffic.memory import Memory
-from traffic.messages import Connection, Hang, Message, NoAnswer, exchange
+from traffic.messages import Connection, Hang, Message, NoResponse, send_request
 from traffic.truth import Wrong, check_error
 
 EXIT_TIME = 30.0
-"""Seconds from SIGTERM to the end of the process; Kubernetes kills it then."""
+"""Seconds from SIGTERM until Kubernetes kills the process."""
 GROWTH = 0.2
-"""By which the second half's highest resident memory may be above the first half's: both see many random sizes."""
+"""Allowed growth of the maximum resident memory from the first half to the second. Both see many random sizes."""
 FEW = 8
-"""Clients whose throughput that of a crowd is compared with."""
+"""Number of clients whose throughput is compared with that of a crowd."""
 IN_FLIGHT = 32
-"""Requests at SIGTERM: twice as many as the queue takes."""
+"""Number of requests in flight at SIGTERM: twice the queue's size."""
 NOTICE = 1.0
-"""Seconds in which the server may not have seen its SIGTERM yet."""
+"""Seconds within which the server notices SIGTERM."""
 
 
 @dataclass(frozen=True)
 class Result:
     seconds: float
-    """Of the traffic before SIGTERM."""
+    """Seconds of traffic before SIGTERM."""
     throughput: dict[int, float]
-    """Right answers a second, by the number of clients."""
+    """Correct responses a second, by the number of clients."""
     memory: tuple[int, int]
-    """The most bytes in the first half of the traffic, and in the second."""
+    """Maximum resident bytes in the first half of the traffic, and in the second."""
     exit_seconds: float
-    """From SIGTERM."""
+    """Seconds from SIGTERM to the end of the process."""
 
 
 def throughput(traffic: Traffic, clients: int, seconds: float) -> float:
-    """Right answers a second to clients each of which sends again as soon as it has its answer, or is refused."""
+    """Measure correct responses a second. Each client sends again as soon as it has a response or a refusal."""
     kind, good, end = f"throughput: {clients} clients", traffic.goods[0], time.monotonic() + seconds
 
     def keep_sending(_: int) -> None:
@@ -59,7 +59,7 @@ def throughput(traffic: Traffic, clients: int, seconds: float) -> float:
 
 
 def run(traffic: Traffic, seconds: float, advance: Callable[[float], None] = lambda _: None) -> Result:
-    """Few clients, a crowd, then mixed traffic for so long, then SIGTERM under load; what broke is in the ledger."""
+    """Run few clients, a crowd, mixed traffic for `seconds`, then SIGTERM under load. The ledger has the findings."""
     rates = {clients: throughput(traffic, clients, min(10, seconds / 10)) for clients in (FEW, CROWD)}
     memory, threads = Memory(), [threading.Thread(target=traffic.keep, args=(client,)) for client in CLIENTS]
     start = time.monotonic()
@@ -83,17 +83,21 @@ def run(traffic: Traffic, seconds: float, advance: Callable[[float], None] = lam
 
 
 def check_memory(traffic: Traffic, result: Result, growth: float = GROWTH) -> None:
-    """Notes it where the memory grew by more than this share."""
+    """Record a finding if the memory grew by more than this share."""
     before, after = result.memory
     if after > before * (1 + growth):
         traffic.ledger.find("memory", f"{before / 1e6:.0f} MB grew to {after / 1e6:.0f} MB")
 
 
 def end(traffic: Traffic) -> float:
-    """SIGTERM while requests wait and run, and one client is slow, and one stalls; seconds until the process was gone.
+    """Send SIGTERM while requests wait and run, one client is slow and one stalls.
 
-    Whoever was in gets an answer, 503 or 408 where the request cannot be finished. Whoever comes later is refused, and
-    `/health` is no success any more.
+    Accepted requests get a response: 503 or 408 if the server cannot finish them. Later requests are refused, and
+    `/health`
+    stops to succeed.
+
+    Returns:
+        Seconds until the process has ended.
     """
     ledger, good = traffic.ledger, traffic.large
     half = len(good.message.body) // 2
@@ -106,7 +110,9 @@ def end(traffic: Traffic) -> float:
         for kind, connection in (("SIGTERM: slow body", slow), ("SIGTERM: stalled body", stalled)):
             ledger.send(kind)
             connection.send(good.message.head() + good.message.body[:half])
-        exchange(traffic.address, HEALTH.wire(), TIMEOUT, method="GET")  # it has taken those connections by then,
+        send_request(
+            traffic.address, HEALTH.wire(), TIMEOUT, method="GET"
+        )  # the server has accepted the connections by then,
         time.sleep(0.5)  # and read them
         start = time.monotonic()
         traffic.server.process.send_signal(signal.SIGTERM)
@@ -122,19 +128,19 @@ def end(traffic: Traffic) -> float:
             traffic.server.process.wait(max(1.0, EXIT_TIME - passed))
         except psutil.TimeoutExpired:
             ledger.find("SIGTERM", f"the process has not ended after {EXIT_TIME:g} s")
-            traffic.server.process.kill()  # which ends the receivers too
+            traffic.server.process.kill()  # this ends the receivers too
     return passed
 
 
 def _finish(traffic: Traffic, slow: Connection, good: Good, sent: int) -> None:
-    """The slow client's second half, a second after SIGTERM."""
+    """Send the slow client's second half one second after SIGTERM."""
     time.sleep(1)
     slow.send(good.message.body[sent:])
     traffic.settle("SIGTERM: slow body", slow, good, others=(408,))
 
 
 def _come_late(traffic: Traffic, good: Good, passed: float) -> None:
-    """A request and a look at the health, so many seconds after SIGTERM."""
+    """Send a request and a health check, `passed` seconds after SIGTERM."""
     for kind, message in (("SIGTERM: came later", good.message), ("SIGTERM: health", HEALTH)):
         traffic.ledger.send(kind)
         try:
@@ -147,11 +153,11 @@ def _come_late(traffic: Traffic, good: Good, passed: float) -> None:
 
 def _late_outcome(traffic: Traffic, message: Message, passed: float) -> str:
     try:
-        answer = exchange(traffic.address, message.wire(), HEALTH_TIMEOUT, method=message.method)
-    except (ConnectionError, NoAnswer):  # it was never taken in: the server had stopped listening
+        response = send_request(traffic.address, message.wire(), HEALTH_TIMEOUT, method=message.method)
+    except (ConnectionError, NoResponse):  # the server had stopped listening
         return "refused"
-    if answer.status == 503:
-        check_error(answer)
-    elif answer.status != 200 or passed > NOTICE:
-        raise Wrong(f"status {answer.status} {passed:.1f} s after SIGTERM: {answer.body[:200]!r}")
-    return str(answer.status)
+    if response.status == 503:
+        check_error(response)
+    elif response.status != 200 or passed > NOTICE:
+        raise Wrong(f"status {response.status} {passed:.1f} s after SIGTERM: {response.body[:200]!r}")
+    return str(response.status)

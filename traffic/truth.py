@@ -1,4 +1,4 @@
-"""What a right answer is: the same weights in plain diffusers, and the rules that every answer keeps."""
+"""Correct responses: the same weights in plain diffusers, and rules for every response."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from handlers import MODELS
 from traffic.files import read_pixels
-from traffic.messages import Answer, Message
+from traffic.messages import Message, Response
 from traffic.samples import Sample
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
@@ -36,20 +36,20 @@ PLAIN = {
     "image_format": re.compile("png|jpg|webp"),
     "quality": COUNT,
 }
-"""How the parameters of a plain decode are spelled; a request with another spelling may be valid all the same."""
+"""Spellings of the parameters of a plain decode. A request with other spellings can also be valid."""
 
 TENSOR_TOLERANCE = 2e-3
 LOSSY_TOLERANCE = 12
-"""Of JPEG, WebP and H.264: the mean difference, of 255; the samples' noise is the hardest there is."""
+"""Mean difference for JPEG, WebP and H.264, of 255. The samples are noise, which is hardest to encode."""
 
 
 class Wrong(Exception):
-    """An answer that breaks a rule; the text says which."""
+    """A response that breaks a rule, which the text names."""
 
 
 class Truth:
     def __init__(self, key: str, weights: Path) -> None:
-        """The model with this key and the weights in this folder, on the CPU in float32."""
+        """Load the model with this key from a folder of weights, on the CPU in float32."""
         model = MODELS[key]
         self.vae = getattr(diffusers, model.vae_class).from_pretrained(weights).eval().requires_grad_(False)
         self.kind = model.kind
@@ -57,26 +57,31 @@ class Truth:
         self.scale = model.vae_scale_factor
 
     @torch.inference_mode()
-    def of_sample(self, sample: Sample) -> Tensor:
-        """[B, 3, (F,) H, W] as the decoder gives it, or the latents [B, C, (F,) h, w]."""
+    def expected_for_sample(self, sample: Sample) -> Tensor:
+        """Return the decoder's output [B, 3, (F,) H, W], or the latents [B, C, (F,) h, w]."""
         if sample.task == "decode":
             return self.vae.decode(sample.inputs, return_dict=False)[0]
         return self.vae.encode(sample.inputs, return_dict=False)[0].mode()
 
     @torch.inference_mode()
-    def of_message(self, message: Message | None) -> Tensor | None:
-        """What the decoder gives for a request that is a plain decode of a tensor; None for every other request."""
+    def expected_for_message(self, message: Message | None) -> Tensor | None:
+        """Return the decoder's output for a plain decode of a tensor, and None for every other request."""
         latents = None if message is None else self._latents(message)
         return None if latents is None else self.vae.decode(latents, return_dict=False)[0]
 
     @torch.inference_mode()
-    def of_file(self, file: bytes) -> Tensor | None:
-        """Latents of an image or a video by Pillow, FFmpeg and diffusers; None where they read no such file."""
+    def expected_for_file(self, file: bytes) -> Tensor | None:
+        """Return the latents of an image or a video by Pillow, FFmpeg and diffusers.
+
+        Return None if they cannot read it.
+        """
         images = read_pixels(file, self.kind)
         if images is None or min(images[0].size) < self.scale:
             return None
         if self.kind == "video":
-            frames = images[: (len(images) - 1) // 4 * 4 + 1]  # as many as the VAE encodes without dropping one
+            frames = images[
+                : (len(images) - 1) // 4 * 4 + 1
+            ]  # the most frames that the VAE encodes without dropping one
             pixels = VideoProcessor(vae_scale_factor=self.scale).preprocess_video(frames)
         else:
             pixels = VaeImageProcessor(vae_scale_factor=self.scale).preprocess(images[0])
@@ -105,7 +110,7 @@ class Truth:
 
 
 def check(
-    answer: Answer,
+    response: Response,
     message: Message | None = None,
     expected: Tensor | None = None,
     *,
@@ -113,67 +118,69 @@ def check(
     http: bool = True,
     good: bool = False,
 ) -> None:
-    """Raises `Wrong` for an answer that is neither an error as it should be nor a right success.
+    """Raise `Wrong` unless the response is a correct error or a correct success.
 
     Args:
-        message: the request, where it is known what it says.
-        expected: what the VAE in plain diffusers makes of it, where that is known.
-        method: that the request was made from.
-        http: whether the request is HTTP; what is not may be refused by the server in plain text.
-        good: whether nothing but success is right.
+        message: the request, if its content is known.
+        expected: the output of the VAE in plain diffusers, if it is known.
+        method: method of the request.
+        http: whether the request is HTTP. The server may refuse other bytes in plain text.
+        good: whether only success is correct.
     """
-    if good and answer.status != 200:
-        raise Wrong(f"status {answer.status} for a good request: {answer.body[:200]!r}")
-    if not http and answer.status == 400 and not answer.body:
-        return  # uvicorn refused it while the service had begun to answer
-    if answer.is_plain_refusal:
+    if good and response.status != 200:
+        raise Wrong(f"status {response.status} for a good request: {response.body[:200]!r}")
+    if not http and response.status == 400 and not response.body:
+        return  # uvicorn refused it after the service had begun to respond
+    if response.is_plain_refusal:
         if http:
             raise Wrong("uvicorn refused a request that is HTTP")
     elif (
-        method == "OPTIONS" and answer.media_type == "text/plain" and "origin" in answer.headers.get("vary", "").lower()
+        method == "OPTIONS"
+        and response.media_type == "text/plain"
+        and "origin" in response.headers.get("vary", "").lower()
     ):
-        if answer.status not in (200, 400):  # a preflight, which a browser alone reads
-            raise Wrong(f"status {answer.status} for a preflight")
-    elif method == "HEAD" and answer.status < 500:
-        if answer.body:
-            raise Wrong("an answer to HEAD has a body")
-    elif answer.status == 200:
-        if method == "GET" and answer.media_type == "application/json":
-            if "version" not in json.loads(answer.body):  # what `/config` says
-                raise Wrong(f"no config: {answer.body[:200]!r}")
-        elif answer.media_type not in ("text/plain", "text/html"):
-            check_success(answer, message, expected)
-        elif message is not None and method != "GET":  # which health and metrics are for
-            raise Wrong(f"plain text for {method}: {answer.body[:200]!r}")
-    elif 400 <= answer.status < 500:
-        check_error(answer)
+        if response.status not in (200, 400):  # a preflight, which only a browser reads
+            raise Wrong(f"status {response.status} for a preflight")
+    elif method == "HEAD" and response.status < 500:
+        if response.body:
+            raise Wrong("a response to HEAD has a body")
+    elif response.status == 200:
+        if method == "GET" and response.media_type == "application/json":
+            if "version" not in json.loads(response.body):  # the response of `/config`
+                raise Wrong(f"no config: {response.body[:200]!r}")
+        elif response.media_type not in ("text/plain", "text/html"):
+            check_success(response, message, expected)
+        elif message is not None and method != "GET":  # the response of health and metrics
+            raise Wrong(f"plain text for {method}: {response.body[:200]!r}")
+    elif 400 <= response.status < 500:
+        check_error(response)
     else:
-        raise Wrong(f"status {answer.status}: {answer.body[:200]!r}")
+        raise Wrong(f"status {response.status}: {response.body[:200]!r}")
 
 
-def check_error(answer: Answer) -> None:
-    """Raises `Wrong` unless it is a JSON object with a text under `error`."""
+def check_error(response: Response) -> None:
+    """Raise `Wrong` unless the body is a JSON object with a text under `error`."""
     try:
-        error = json.loads(answer.body)["error"]
+        error = json.loads(response.body)["error"]
     except (ValueError, KeyError, TypeError):
         error = None
-    if not isinstance(error, str) or not error or answer.media_type != "application/json":
-        raise Wrong(f"status {answer.status} is not JSON with a text under `error`: {answer.body[:200]!r}")
+    if not isinstance(error, str) or not error or response.media_type != "application/json":
+        raise Wrong(f"status {response.status} is not JSON with a text under `error`: {response.body[:200]!r}")
 
 
-def check_refusal(answer: Answer) -> None:
-    """Raises `Wrong` unless it is a 503 as a client under load should get it: with `Retry-After`."""
-    check_error(answer)
-    if answer.status != 503 or not answer.headers.get("retry-after", "").isdigit():
-        raise Wrong(f"status {answer.status} without Retry-After: {answer.body[:200]!r}")
+def check_refusal(response: Response) -> None:
+    """Raise `Wrong` unless the response is a 503 with `Retry-After`, as a client under load should get it."""
+    check_error(response)
+    if response.status != 503 or not response.headers.get("retry-after", "").isdigit():
+        raise Wrong(f"status {response.status} without Retry-After: {response.body[:200]!r}")
 
 
-def check_success(answer: Answer, message: Message | None, expected: Tensor | None) -> None:
-    """Raises `Wrong` unless the answer is well-formed, and is what was expected."""
+def check_success(response: Response, message: Message | None, expected: Tensor | None) -> None:
+    """Raise `Wrong` unless the response is well-formed and equals `expected`."""
     try:
-        content = read(answer)
-    except Exception as error:  # whatever its readers raise, it is not what its headers say
-        raise Wrong(f"the answer cannot be read: {type(error).__name__}: {error}") from None
+        content = read(response)
+    except Exception as error:  # a reader raised: the content does not match the headers
+        raise Wrong(f"the response cannot be read: {type(error).__name__}: {error}") from None
     if expected is None:
         return
     if not expected.isfinite().all():
@@ -181,22 +188,25 @@ def check_success(answer: Answer, message: Message | None, expected: Tensor | No
     if isinstance(content, Tensor):
         _compare_tensor(content, message, expected)
     else:
-        _compare_pictures(content, message, expected, lossy=answer.media_type != "image/png")
+        _compare_images(content, message, expected, lossy=response.media_type != "image/png")
 
 
-def read(answer: Answer) -> Tensor | np.ndarray:
-    """A tensor, or a file's pictures as uint8 [N, H, W, 3]. Raises `ValueError` and what readers of files raise."""
-    body, headers = answer.body, answer.headers
-    if answer.media_type == "application/json":
+def read(response: Response) -> Tensor | np.ndarray:
+    """Return a tensor, or a file's images as uint8 [N, H, W, 3].
+
+    Raises `ValueError` and the exceptions of the readers of files.
+    """
+    body, headers = response.body, response.headers
+    if response.media_type == "application/json":
         message = json.loads(body)
         if isinstance(message, str):
             return read_file(base64.b64decode(message, validate=True))
         body, parameters = base64.b64decode(message["inputs"], validate=True), message["parameters"]
         return read_tensor(body, parameters["shape"], parameters["dtype"])
-    if answer.media_type == "tensor/binary":
+    if response.media_type == "tensor/binary":
         return read_tensor(body, json.loads(headers["shape"]), headers["dtype"])
-    if answer.media_type not in ("image/png", "image/jpeg", "image/webp", "video/mp4"):
-        raise ValueError(f"Content-Type {answer.media_type!r}")
+    if response.media_type not in ("image/png", "image/jpeg", "image/webp", "video/mp4"):
+        raise ValueError(f"Content-Type {response.media_type!r}")
     return read_file(body)
 
 
@@ -216,10 +226,10 @@ def read_file(body: bytes) -> np.ndarray:
 
 
 def _compare_tensor(content: Tensor, message: Message | None, expected: Tensor) -> None:
-    asked = dict(message.query) if message else {}
+    query = dict(message.query) if message else {}
     if content.dtype == torch.uint8:
         expected = _uint8(expected)
-    elif asked.get("output_type") == "pil":
+    elif query.get("output_type") == "pil":
         expected = (expected / 2 + 0.5).clamp(0, 1)
     if content.shape != expected.shape:
         raise Wrong(f"shape {list(content.shape)} instead of {list(expected.shape)}")
@@ -229,10 +239,10 @@ def _compare_tensor(content: Tensor, message: Message | None, expected: Tensor) 
         raise Wrong(f"values differ from diffusers' by {worst:.3g}")
 
 
-def _compare_pictures(content: np.ndarray, message: Message | None, expected: Tensor, lossy: bool) -> None:
+def _compare_images(content: np.ndarray, message: Message | None, expected: Tensor, lossy: bool) -> None:
     frames = _uint8(expected).numpy()
     if content.shape != frames.shape:
-        raise Wrong(f"pictures {list(content.shape)} instead of {list(frames.shape)}")
+        raise Wrong(f"images {list(content.shape)} instead of {list(frames.shape)}")
     difference = np.abs(content.astype(np.int16) - frames)
     if lossy and message is not None and "quality" in dict(message.query):
         return
@@ -241,6 +251,6 @@ def _compare_pictures(content: np.ndarray, message: Message | None, expected: Te
 
 
 def _uint8(decoded: Tensor) -> Tensor:
-    """What the decoder gave as uint8 [B, H, W, 3], or [F, H, W, 3] of a video."""
-    pictures = decoded[0].movedim(1, 0) if decoded.ndim == 5 else decoded
-    return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    """Convert the decoder's output to uint8 [B, H, W, 3], or [F, H, W, 3] for a video."""
+    images = decoded[0].movedim(1, 0) if decoded.ndim == 5 else decoded
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,6 +1,6 @@
 """MP4 files with a changed structure: sizes, counts, values, order and copies of their boxes.
 
-`mp4` takes a random generator and returns a file: a good one, changed in one to three ways.
+`mp4` takes a random generator and returns a good file with one to three changes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from random import Random
 
 from traffic import mp4_files
 from traffic.images import COUNTS, cut, number, scrambled
-from traffic.mp4_files import CONTAINERS, frames_of, video
+from traffic.mp4_files import CONTAINERS, make_frames, video
 
 TABLES = (b"stts", b"ctts", b"stsc", b"stsz", b"stco", b"stss")
 MATRICES = (
@@ -26,15 +26,15 @@ TYPES = (b"moov", b"trak", b"mdat", b"moof", b"free", b"skip", b"stsd", b"cmov",
 
 @dataclass
 class Node:
-    """A box: its content, or the boxes in it. One without a type is a file, which has no header."""
+    """A box with a content or with boxes. A box without a type is a file, which has no header."""
 
     kind: bytes
     content: bytes = b""
     boxes: list[Node] = field(default_factory=list)
     size: int | None = None
-    """Its size as the file says it; None for the right one."""
+    """Size that the file declares; None for the correct one."""
     is_wide: bool = False
-    """Whether its size has 64 bits."""
+    """True if its size has 64 bits."""
 
     def wire(self) -> bytes:
         content = self.content + b"".join(box.wire() for box in self.boxes)
@@ -49,14 +49,14 @@ class Node:
         return Node(self.kind, self.content, [box.copy() for box in self.boxes], self.size, self.is_wide)
 
     def all(self) -> Iterator[Node]:
-        """Yield the box and those in it, on all levels."""
+        """Yield the box and its boxes, on all levels."""
         yield self
         for box in self.boxes:
             yield from box.all()
 
 
 def tree(file: bytes, kind: bytes = b"") -> Node:
-    """Return a file, or a box of such content, as boxes in each other."""
+    """Return a file, or a box with this content, as a tree of boxes."""
     if kind and kind not in CONTAINERS:
         return Node(kind, file)
     return Node(kind, b"", [tree(content, inner) for inner, content in mp4_files.boxes(file)])
@@ -64,9 +64,9 @@ def tree(file: bytes, kind: bytes = b"") -> Node:
 
 @cache
 def good(name: str) -> bytes:
-    frames = frames_of(9)
+    frames = make_frames(9)
     if name == "cut":
-        return mp4_files.with_edits(video(frames_of(24), g="6"), (400, 512 * 7))
+        return mp4_files.with_edits(video(make_frames(24), g="6"), (400, 512 * 7))
     if name == "fragments":
         return video(frames, flags="frag_keyframe+empty_moov+default_base_moof", g="3")
     return {
@@ -81,27 +81,27 @@ def good(name: str) -> bytes:
 GOOD = ("plain", "B-frames", "cut", "fragments", "sound", "MPEG-4", "turned")
 
 Change = Callable[[Random, Node], None]
-"""Changes a file, which is the box around its boxes."""
+"""A change of a file, which is the box around its boxes."""
 
 
 def some(rng: Random, file: Node, *kinds: bytes) -> Node | None:
-    """Return a box of one of these kinds, or of any."""
-    found = [box for box in file.all() if box is not file and (not kinds or box.kind in kinds)]
-    return rng.choice(found) if found else None
+    """Choose a box of one of these kinds, or of any kind."""
+    choices = [box for box in file.all() if box is not file and (not kinds or box.kind in kinds)]
+    return rng.choice(choices) if choices else None
 
 
 def parent(rng: Random, file: Node) -> Node:
-    """Return a box that has boxes."""
+    """Choose a box that contains boxes."""
     return rng.choice([box for box in file.all() if box.boxes] or [file])
 
 
-def fields(rng: Random, content: bytes, start: int, most: int = 3) -> bytes:
-    """Return a content with other values in some of its fields of 4 bytes, from a place on."""
+def fields(rng: Random, content: bytes, start: int, maximum: int = 3) -> bytes:
+    """Change the values of some fields of 4 bytes in a content, from `start` on."""
     edited = bytearray(content)
-    places = range(start, len(edited) - 3, 4)
-    for _ in range(rng.randint(1, most)):
-        if places:
-            at = rng.choice(places)
+    offsets = range(start, len(edited) - 3, 4)
+    for _ in range(rng.randint(1, maximum)):
+        if offsets:
+            at = rng.choice(offsets)
             near = int.from_bytes(edited[at : at + 4]) + rng.choice((-1, 1, 2))
             edited[at : at + 4] = (rng.choice((number(rng, 4), near)) % 2**32).to_bytes(4)
     return bytes(edited)
@@ -109,18 +109,18 @@ def fields(rng: Random, content: bytes, start: int, most: int = 3) -> bytes:
 
 def matrix(rng: Random, file: Node) -> None:
     if (box := some(rng, file, b"tkhd", b"mvhd")) and len(box.content) >= 76:
-        a, b, c, d = (round(part * 65_536) for part in rng.choice(MATRICES))
+        a, b, c, d = (round(value * 65_536) for value in rng.choice(MATRICES))
         box.content = box.content[:40] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + box.content[76:]
 
 
 def header(rng: Random, file: Node) -> None:
-    """Other values in the header of the movie, the track, its media or a fragment."""
+    """Change values in the header of the movie, the track, its media or a fragment."""
     if box := some(rng, file, b"tkhd", b"mvhd", b"mdhd", b"hdlr", b"mfhd", b"tfhd", b"tfdt", b"trex", b"ftyp"):
         box.content = fields(rng, box.content, 0)
 
 
 def description(rng: Random, file: Node) -> None:
-    """Another size, number of entries, codec or configuration of it in the sample description."""
+    """Change the size, the number of entries, the codec or its configuration in the sample description."""
     box = some(rng, file, b"stsd")
     if box is None or len(box.content) < 100:
         return
@@ -145,7 +145,7 @@ def description(rng: Random, file: Node) -> None:
 
 
 def count(rng: Random, file: Node) -> None:
-    """Another number of entries of a table."""
+    """Change the declared number of entries of a table."""
     if box := some(rng, file, *TABLES, b"elst", b"trun"):
         at = 8 if box.kind == b"stsz" else 4
         right = int.from_bytes(box.content[at : at + 4])
@@ -154,13 +154,13 @@ def count(rng: Random, file: Node) -> None:
 
 
 def values(rng: Random, file: Node) -> None:
-    """Other values in the entries of a table."""
+    """Change values in the entries of a table."""
     if box := some(rng, file, *TABLES, b"trun"):
         box.content = fields(rng, box.content, 8)
 
 
 def samples(rng: Random, file: Node) -> None:
-    """Tables of a few bytes that describe many samples."""
+    """Write tables of a few bytes that describe many samples."""
     many = rng.choice((100, 5000, 25_700, 99_999, 1_000_000, 2**32 - 1))
     crafted = {b"stsz": (rng.choice((0, 1, 10, 2**31)), many), b"stts": (1, many, rng.choice((0, 1, 512, 2**31))),
                b"stsc": (1, 1, many, 1), b"ctts": (1, many, rng.choice((0, 1, 2**31)))}  # fmt: skip
@@ -170,7 +170,7 @@ def samples(rng: Random, file: Node) -> None:
 
 
 def edits(rng: Random, file: Node) -> None:
-    """An edit list of another length, with other durations, starts, rates, or of 64 bits."""
+    """Write an edit list of another length, with other durations, starts or rates, or with 64 bits."""
     tracks = [box for box in file.all() if box.kind == b"trak"]
     if not tracks:
         return
@@ -190,7 +190,7 @@ def edits(rng: Random, file: Node) -> None:
 
 
 def fragment(rng: Random, file: Node) -> None:
-    """One more fragment, or many, of samples that take no byte each."""
+    """Append one or many fragments of samples without bytes."""
     moofs, tracks, runs = rng.choice(((1, 1, 1), (2, 1, 1), (200, 1, 1), (1, 50, 1), (1, 1, 100), (5, 5, 5)))
     run = Node(b"trun", rng.choice((b"\0\0\0\0", b"\0\0\2\0", b"\1\0\x0f\1")) + number(rng, 4).to_bytes(4) + bytes(40))
     defaults = struct.pack(">4I", rng.choice((1, 1, 2, 0)), 512, rng.choice((0, 1, 1000, 2**31)), 0)
@@ -208,8 +208,8 @@ def say_size(rng: Random, file: Node) -> None:
         right = len(box.wire())
         box.is_wide = rng.random() < 0.3
         if rng.random() < 0.9:
-            most = (2**31, 2**32 - 1) + ((2**40, 2**63 - 1, 2**63, 2**64 - 1) if box.is_wide else ())
-            box.size = rng.choice((0, 1, 2, 7, 8, 9, 15, 16, right - 1, right + 1, right + 8, *most))
+            sizes = (2**31, 2**32 - 1) + ((2**40, 2**63 - 1, 2**63, 2**64 - 1) if box.is_wide else ())
+            box.size = rng.choice((0, 1, 2, 7, 8, 9, 15, 16, right - 1, right + 1, right + 8, *sizes))
 
 
 def retype(rng: Random, file: Node) -> None:
@@ -237,14 +237,14 @@ def swap(rng: Random, file: Node) -> None:
 
 
 def move(rng: Random, file: Node) -> None:
-    """A copy of a box within another one."""
+    """Copy a box into another box."""
     if (box := some(rng, file)) and box.kind != b"mdat":
         target = parent(rng, file)
         target.boxes.insert(rng.randrange(len(target.boxes) + 1), box.copy())
 
 
 def nest(rng: Random, file: Node) -> None:
-    """Boxes in each other, and many empty ones."""
+    """Insert nested boxes, or many empty ones."""
     kind, depth = rng.choice((b"moov", b"trak", b"moof", b"udta", b"meta", b"free")), rng.choice((2, 50, 800))
     content = b""
     for _ in range(depth):
@@ -260,7 +260,7 @@ def nest(rng: Random, file: Node) -> None:
 
 
 def scramble(rng: Random, file: Node) -> None:
-    """Other bytes anywhere but in the frames."""
+    """Change bytes outside the frames."""
     boxes = [box for box in file.all() if box.content and box.kind != b"mdat"]
     if boxes:
         box = rng.choice(boxes)
@@ -271,7 +271,7 @@ compressed_header = cache(mp4_files.compressed_header)
 
 
 def compressed(rng: Random, file: Node) -> None:
-    """A header that is compressed."""
+    """Insert a compressed header."""
     crafted = tree(compressed_header(rng.choice((1000, 50_000_000))))
     moov = next(box for box in crafted.boxes if box.kind == b"moov")
     file.boxes.insert(rng.randrange(len(file.boxes) + 1), moov)

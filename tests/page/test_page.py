@@ -26,8 +26,8 @@ from scripts.local_server import ROOT, serve
 from tests.conftest import Endpoint, faulty_endpoint, same_video
 from tests.page.conftest import Visit, visit
 from tests.remote_vae.test_proxy import proxy
-from tests.support.checkpoints import SMALL, model_of
-from tests.support.faulty_server import THIRD_SPAN_SLOW
+from tests.support.checkpoints import SMALL, model_for
+from tests.support.faulty_server import THIRD_CHUNK_SLOW
 from tests.support.small_service import Service
 
 TOKEN = "a-token-of-this-test"
@@ -274,12 +274,12 @@ class TestSavedLatents:
             assert download(opened, "#save-decoded")[1] == direct
 
     @pytest.mark.parametrize("save", ["#save-npy", "#save-safetensors"])
-    @pytest.mark.parametrize("key", [key for key in SMALL if model_of(key)])
+    @pytest.mark.parametrize("key", [key for key in SMALL if model_for(key)])
     def test_so_it_is_with_every_model(
         self, browser: Browser, service: Service, picture: Path, tmp_path: Path, key: str, save: str
     ) -> None:
         """Whatever its factors, mean and deviation are, and whether its pipelines give raw latents."""
-        is_video = model_of(key).kind == "video"
+        is_video = model_for(key).kind == "video"
         with visit(browser, f"{service.url}/{key}/") as opened:
             opened.choose(save_clip(tmp_path / "clip.mp4", 16, height=64) if is_video else picture)
             expect(opened.page.locator("#facts")).to_contain_text("memory mode")
@@ -304,7 +304,7 @@ class TestSavedLatents:
         (tmp_path / "z.safetensors").write_bytes(content)
         with safe_open(tmp_path / "z.safetensors", "pt") as file:
             latents, about = file.get_tensor("latents"), file.metadata()
-        unit = model_of(key).vae_scale_factor
+        unit = model_for(key).vae_scale_factor
         size = [side // unit * unit for side in (96, 64)]
         sent = io.BytesIO()
         Image.open(picture).resize(size).save(sent, "PNG")
@@ -433,7 +433,7 @@ class TestVideo:
     def test_it_plays_while_it_comes(self, browser: Browser, video: Endpoint, clip: Path) -> None:
         with visit(browser, video.url) as opened:
             page = opened.page
-            page.route("**/decode*", lambda route: route.continue_(url=f"{route.request.url}&seed={THIRD_SPAN_SLOW}"))
+            page.route("**/decode*", lambda route: route.continue_(url=f"{route.request.url}&seed={THIRD_CHUNK_SLOW}"))
             expect(page.locator("#invitation")).to_contain_text("Drop a video")
             page.evaluate(WATCH)
             opened.choose(clip)

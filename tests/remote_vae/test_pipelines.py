@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 FLUX = next(case for case in CASES if case.pipeline == "FluxPipeline")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join((case.pipeline, *case.pictures)))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join((case.pipeline, *case.image_arguments)))
 def test_images_are_the_same(service: Service, case: Case) -> None:
     local = run(make(case, service.model(case.key)), case)
     remote = run(make(case, RemoteVAE(f"{service.url}/{case.key}", uint8=True)), case)

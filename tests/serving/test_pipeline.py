@@ -20,7 +20,7 @@ from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
 from tests.conftest import uint8_pixels
-from tests.support.messages import message_of, send
+from tests.support.messages import make_message, send
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def latents_of(handler: EndpointHandler) -> torch.Tensor:
 
 def test_a_tensor(handler: EndpointHandler) -> None:
     latents = latents_of(handler)
-    response = handler(message_of(latents, output_type="pt"))
+    response = handler(make_message(latents, output_type="pt"))
     assert response["parameters"] == {"shape": [1, 3, 32, 48], "dtype": "float32"}
     torch.testing.assert_close(
         send(handler.pipeline, latents, output_type="pt"), decoded(handler, latents), atol=1e-5, rtol=0
@@ -60,7 +60,7 @@ def test_an_image_is_the_default(handler: EndpointHandler) -> None:
 
 
 def test_an_image_is_encoded(handler: EndpointHandler, photograph: Image.Image) -> None:
-    response = handler({"inputs": message_of(photograph)["inputs"], "parameters": None})
+    response = handler({"inputs": make_message(photograph)["inputs"], "parameters": None})
     assert response["parameters"] == {"shape": [1, 16, 8, 12], "dtype": "float32"}
 
 

@@ -24,7 +24,7 @@ from handlers.serving.media import mp4
 from handlers.serving.media.mp4 import read_video
 from traffic import mp4_files
 from traffic.memory_limit import LimitedServer, limited_server
-from traffic.mp4_files import add, box, change, frames_of, table, video
+from traffic.mp4_files import add, box, change, make_frames, table, video
 
 LIMITS = Limits()
 TABLES = "moov/trak/mdia/minf/stbl"
@@ -65,7 +65,7 @@ class TestOrientation:
         ids=["upright", "clockwise", "half", "counterclockwise", "mirror", "flip", "transpose", "transverse"],
     )
     def test_all_eight_are_shown_as_a_player_shows_them(self, matrix: tuple[float, ...], turned: Callable) -> None:
-        frames = frames_of(1)
+        frames = make_frames(1)
         images = read_video(mp4_files.with_matrix(video(frames, **SHARP), *matrix), LIMITS)
         expected = turned(frames[0]).astype(int)
         assert as_array(images)[0].shape == expected.shape
@@ -74,15 +74,15 @@ class TestOrientation:
     @pytest.mark.parametrize("degrees", [89.5, 90.4])
     def test_a_hair_off_a_quarter_turn_is_a_quarter_turn(self, degrees: float) -> None:
         a, b = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-        images = read_video(mp4_files.with_matrix(video(frames_of(2)), a, b, -b, a), LIMITS)
+        images = read_video(mp4_files.with_matrix(video(make_frames(2)), a, b, -b, a), LIMITS)
         assert [image.size for image in images] == [(32, 64), (32, 64)]
 
     def test_an_eighth_turns_nothing(self) -> None:
-        file = video(frames_of(1))
+        file = video(make_frames(1))
         assert read_video(mp4_files.with_matrix(file, 0.7, 0.7, -0.7, 0.7), LIMITS) == read_video(file, LIMITS)
 
     def test_frames_are_those_that_ffmpeg_gives(self) -> None:
-        file = video(frames_of(12, 70, 38))  # whose rows have padding
+        file = video(make_frames(12, 70, 38))  # whose rows have padding
         assert read_video(file, LIMITS) == shown(file)
 
 
@@ -92,7 +92,7 @@ class TestEdits:
     @pytest.mark.parametrize("bframes", ["0", "3"])
     @pytest.mark.parametrize("edits", [[(500, 17)], [(250, 30), (250, 5)]])
     def test_the_frames_of_a_cut_video_are_shown_and_no_others(self, bframes: str, edits: list) -> None:
-        frames = frames_of(48)
+        frames = make_frames(48)
         file = video(frames, bf=bframes, g="12", **SHARP)
         delay = struct.unpack_from(">I", edit_list(file), 12)[0]  # of a file with B-frames, whose first edit skips it
         cut = mp4_files.with_edits(file, *((duration, delay + 512 * start) for duration, start in edits))
@@ -102,7 +102,7 @@ class TestEdits:
         assert np.abs(as_array(images)[:, -8:, -8:] - frames[numbers][:, -8:, -8:]).max() < 3  # neighbors differ by 3.4
 
     def test_an_edit_is_allowed_in_a_long_track(self) -> None:
-        cut = mp4_files.with_edits(video(frames_of(600), g="12", **SHARP), (500, 512 * 588))
+        cut = mp4_files.with_edits(video(make_frames(600), g="12", **SHARP), (500, 512 * 588))
         assert len(read_video(cut, LIMITS)) == 12
 
 
@@ -115,10 +115,10 @@ def edit_list(file: bytes) -> bytes:
 class TestOtherTracks:
     @pytest.fixture
     def expected(self) -> list[Image.Image]:
-        return shown(video(frames_of(9)))
+        return shown(video(make_frames(9)))
 
     def test_five_minutes_of_pcm_sound(self, expected: list[Image.Image]) -> None:
-        file = video(frames_of(9), sound=1, audio_codec="pcm_s16le")
+        file = video(make_frames(9), sound=1, audio_codec="pcm_s16le")
         assert read_video(file, LIMITS) == expected
         sizes = b"stsz" + struct.pack(">III", 0, 2, 144_000)
         assert file.count(sizes) == 1
@@ -126,29 +126,29 @@ class TestOtherTracks:
         assert read_video(longer, LIMITS) == expected
 
     def test_twenty_languages(self, expected: list[Image.Image]) -> None:
-        assert read_video(video(frames_of(9), sound=20), LIMITS) == expected
+        assert read_video(video(make_frames(9), sound=20), LIMITS) == expected
 
     def test_fragments_of_video_and_sound(self) -> None:
-        file = video(frames_of(9), sound=2, flags="frag_keyframe+empty_moov+default_base_moof", g="3")
+        file = video(make_frames(9), sound=2, flags="frag_keyframe+empty_moov+default_base_moof", g="3")
         assert file.count(b"moof") > 3
-        assert read_video(file, LIMITS) == shown(video(frames_of(9), g="3"))
+        assert read_video(file, LIMITS) == shown(video(make_frames(9), g="3"))
 
 
 class TestWhatIsRead:
     def test_metadata_that_is_no_utf_8_is_no_obstacle(self) -> None:
-        assert len(read_video(video(frames_of(2)).replace(b"Lavf", b"Caf\xe9"), LIMITS)) == 2
+        assert len(read_video(video(make_frames(2)).replace(b"Lavf", b"Caf\xe9"), LIMITS)) == 2
 
     def test_a_file_without_video_says_so(self) -> None:
-        file = video(frames_of(1), sound=1).replace(b"vide", b"text")
+        file = video(make_frames(1), sound=1).replace(b"vide", b"text")
         with pytest.raises(RequestError, match="the file has no video"):
             read_video(file, LIMITS)
 
     def test_half_a_file_says_so(self) -> None:
         with pytest.raises(RequestError, match="has no `moov` box; send the whole MP4 file"):
-            read_video(video(frames_of(2)).partition(b"moov")[0], LIMITS)
+            read_video(video(make_frames(2)).partition(b"moov")[0], LIMITS)
 
     def test_a_broken_video_says_so(self) -> None:
-        file = video(frames_of(20))
+        file = video(make_frames(20))
         start = file.index(b"mdat") + 800  # in the frames
         with pytest.raises(RequestError, match=r"the video cannot be read \(.*; send an MP4 file"):
             read_video(file[:start] + b"\xff" * 400 + file[start + 400 :], LIMITS)
@@ -174,7 +174,7 @@ class TestWhatIsRead:
     )
     def test_a_video_is_read_no_further_than_its_limit(self, limits: Limits, message: str) -> None:
         with pytest.raises(RequestError, match=message) as refused:
-            read_video(video(frames_of(9)), limits)
+            read_video(video(make_frames(9)), limits)
         assert refused.value.status == 413
 
     def test_each_frame_is_counted_before_it_is_kept(self) -> None:
@@ -186,12 +186,12 @@ class TestWhatIsRead:
                 raise RequestError("no more", 413)
 
         with pytest.raises(RequestError, match="no more"):
-            read_video(file := video(frames_of(9)), LIMITS, hold)
+            read_video(file := video(make_frames(9)), LIMITS, hold)
         assert sizes == [len(file)] + [64 * 32 * 4] * 3
 
     def test_decoding_ends_at_the_deadline(self) -> None:
         with pytest.raises(RequestError, match=r"takes longer to decode than 0.01 s \(VAE_TIMEOUT\)") as refused:
-            read_video(video(frames_of(9)), Limits(timeout=0.01))
+            read_video(video(make_frames(9)), Limits(timeout=0.01))
         assert refused.value.status == 504
 
     @pytest.mark.parametrize("memory", [20_000_000, 30_000_000, 45_000_000])
@@ -200,7 +200,7 @@ class TestWhatIsRead:
         monkeypatch.setattr(mp4, "MIN_FRAME_MEMORY", 0)
         monkeypatch.setattr(mp4, "PIXEL_MEMORY", 0)
         with pytest.raises(RequestError, match="the video cannot be read"):
-            read_video(video(frames_of(20, 1280, 720)), LIMITS)
+            read_video(video(make_frames(20, 1280, 720)), LIMITS)
 
 
 def many_boxes(count: int) -> bytes:
@@ -213,17 +213,17 @@ def nested_boxes(depth: int) -> bytes:
 
 
 def fragmented() -> bytes:
-    return video(frames_of(9), flags="frag_keyframe+empty_moov+default_base_moof")
+    return video(make_frames(9), flags="frag_keyframe+empty_moov+default_base_moof")
 
 
 CRAFTED: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "edits of many samples": (
-        lambda: mp4_files.with_edits(mp4_files.with_samples(video(frames_of(2)), 90_000), *[(3_750_000, 0)] * 3000),
+        lambda: mp4_files.with_edits(mp4_files.with_samples(video(make_frames(2)), 90_000), *[(3_750_000, 0)] * 3000),
         413,
         "the video track has 3000 edits of 90000 samples; at most 11 edits of so many; export the edited video",
     ),
     "samples of one size": (
-        lambda: mp4_files.with_samples(video(frames_of(2)), 4_000_000_000),
+        lambda: mp4_files.with_samples(video(make_frames(2)), 4_000_000_000),
         413,
         "the video track has 4000000000 samples; at most 100000 are read, and at most 257 frames (VAE_MAX_FRAMES)",
     ),
@@ -238,7 +238,7 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], int, str]] = {
         "the video track has 180000009 samples",
     ),
     "composition times": (
-        lambda: add(video(frames_of(2)), TABLES, table("ctts", 200_000_000)),
+        lambda: add(video(make_frames(2)), TABLES, table("ctts", 200_000_000)),
         413,
         "the video track has 200000000 entries in its `ctts` table; at most 100000",
     ),
@@ -266,7 +266,7 @@ def server(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 def expected(checkpoint: Callable[[str], Path]) -> torch.Tensor:
     """Latents of `video(frames_of(9))`."""
     vae: Any = getattr(diffusers, MODELS["hunyuan-video"].vae_class).from_pretrained(checkpoint("hunyuan-video"))
-    pixels = VideoProcessor(vae_scale_factor=8).preprocess_video(shown(video(frames_of(9))))
+    pixels = VideoProcessor(vae_scale_factor=8).preprocess_video(shown(video(make_frames(9))))
     with torch.no_grad():
         return vae.eval().encode(pixels).latent_dist.mode()
 
@@ -289,7 +289,7 @@ class TestCraftedFiles:
         assert message in response.json()["error"]
         assert server.is_alive
         assert server.peak - before < 200e6
-        assert latents(server, video(frames_of(9))).allclose(expected, atol=1e-4)
+        assert latents(server, video(make_frames(9))).allclose(expected, atol=1e-4)
 
 
 def latents(server: LimitedServer, file: bytes) -> torch.Tensor:

@@ -21,7 +21,7 @@ from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.stop import PassStopped, stoppable
 from handlers.serving.vae.vae import VAE
-from tests.support.checkpoints import SMALL, build, model_of, small_tiles
+from tests.support.checkpoints import SMALL, build, model_for, small_tiles
 from tests.support.small_service import SERVED
 
 CONVOLUTIONS = {torch.conv2d, torch.conv3d, torch.conv1d, torch.nn.functional.linear}
@@ -57,7 +57,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def small(key: str) -> VAE:
-    vae = VAE(build(key), model_of(key))
+    vae = VAE(build(key), model_for(key))
     small_tiles(vae.model, vae.layout.vae_scale_factor)
     return vae
 

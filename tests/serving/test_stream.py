@@ -25,17 +25,17 @@ from tests.conftest import SERVERS, Endpoint, faulty_endpoint
 from tests.serving.test_limits import metric, wait_for_metric
 from tests.support.faulty_server import (
     BUG,
+    CHUNK_BUG,
+    CHUNK_LOSES_DEVICE,
+    CHUNK_NOT_FINITE,
+    CHUNK_OUT_OF_MEMORY,
+    CHUNK_SLOW,
     NEVER_ENOUGH,
     NOISE,
     NOT_FINITE,
     OUT_OF_MEMORY,
     PAYLOAD_BUG,
     SLOW,
-    SPAN_BUG,
-    SPAN_LOSES_DEVICE,
-    SPAN_NOT_FINITE,
-    SPAN_OUT_OF_MEMORY,
-    SPAN_SLOW,
 )
 
 TIMEOUT = 4
@@ -135,7 +135,7 @@ class TestAnswer:
         assert (line["status"], line["mode"], line["sent_bytes"]) == (200, "full", len(streamed))
 
     def test_the_first_frames_are_there_before_the_last_are_decoded(self, faulty: Endpoint) -> None:
-        response = ask(faulty, seed=SPAN_SLOW)
+        response = ask(faulty, seed=CHUNK_SLOW)
         chunks = response.iter_content(None)
         first, sent_at = next(chunks), time.monotonic()
         while not len(frames_so_far := playable(first)):
@@ -221,9 +221,9 @@ class TestBroken:
     @pytest.mark.parametrize(
         ("fault", "logs"),
         [
-            (SPAN_BUG, "a secret"),
-            (SPAN_OUT_OF_MEMORY, "CUDA out of memory. Tried to allocate 2.00 GiB."),
-            (SPAN_NOT_FINITE, "FloatingPointError"),
+            (CHUNK_BUG, "a secret"),
+            (CHUNK_OUT_OF_MEMORY, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+            (CHUNK_NOT_FINITE, "FloatingPointError"),
         ],
     )
     def test_a_failure_midway(self, faulty: Endpoint, fault: int, logs: str) -> None:
@@ -249,7 +249,7 @@ class TestBroken:
     def test_a_reader_that_leaves_ends_the_work(self, faulty: Endpoint) -> None:
         before = metric(faulty, "vae_broken_streams_total")
         stopped = metric(faulty, "vae_stopped_passes_total")
-        response = ask(faulty, latents=faulty.latents(frames=31, height=32, width=48), seed=SPAN_SLOW)
+        response = ask(faulty, latents=faulty.latents(frames=31, height=32, width=48), seed=CHUNK_SLOW)
         next(response.iter_content(100))
         response.close()
         assert logged(faulty, response.headers["X-Request-Id"])
@@ -349,7 +349,7 @@ class TestStream:
 
 def test_when_the_device_is_lost_midway_the_stream_breaks(faulty: Endpoint) -> None:
     """The last test, as this endpoint serves no more."""
-    response = ask(faulty, seed=SPAN_LOSES_DEVICE)
+    response = ask(faulty, seed=CHUNK_LOSES_DEVICE)
     assert response.status_code == 200
     with pytest.raises(Broken):
         read(response)

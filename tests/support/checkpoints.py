@@ -1,6 +1,6 @@
-"""A small random checkpoint of every VAE: the class and the features of the published config, with few channels.
+"""Small random checkpoints of every VAE: the class and the features of the published config, with few channels.
 
-Factors and latent channels are the published ones. What only makes a model large (widths, layers of a block) is small.
+Factors and latent channels are the published ones. Only widths and numbers of layers are smaller.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-PICTURES = {
+IMAGE_CLASSES = {
     "AutoencoderKL",
     "AutoencoderTiny",
     "AutoencoderKLFlux2",
@@ -208,22 +208,22 @@ PICTURES = {
     "AutoencoderDC",
     "AutoencoderKLTemporalDecoder",
 }
-"""Classes that encode [B, 3, H, W]; the others encode [B, 3, F, H, W]."""
+"""Classes that encode [B, 3, H, W]. The others encode [B, 3, F, H, W]."""
 LAST_LAYERS = ("time_conv_out", "conv_out", "proj_out", "proj")
 
 
 def build(key: str) -> Any:
-    """The small model in float32: latents of a picture are of order 1, decoded ones fill [-1, 1] and beyond.
+    """Build the small model in float32. Latents of an image are of order 1, and decoded values exceed [-1, 1].
 
-    Always the same weights on the same machine. Buffers that a checkpoint brings along (LTX's mean and deviation of the
-    latents, Flux2's BatchNorm) are as far from 0 and 1 as published ones.
+    The weights are always the same on one computer. Buffers of a checkpoint (LTX's mean and deviation of the latents,
+    Flux2's BatchNorm) are as far from 0 and 1 as published ones.
     """
     vae_class, config = SMALL[key]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(sum(key.encode()))
         vae = getattr(diffusers, vae_class).from_config(config).eval()
-        pixels = torch.rand(1, 3, *(() if vae_class in PICTURES else (9,)), 64, 64) * 2 - 1
-        for _ in range(3):  # a path around the last layer keeps its size, so one round is not enough
+        pixels = torch.rand(1, 3, *(() if vae_class in IMAGE_CLASSES else (9,)), 64, 64) * 2 - 1
+        for _ in range(3):  # a skip connection around the last layer is not rescaled, so one round is not enough
             latents = _latents(vae.encode(pixels))
             _rescale(vae.encoder, latents, 1.0)
             _rescale(vae.decoder, vae.decode(torch.randn_like(latents), **_conditions(vae))[0], 0.9)
@@ -234,7 +234,7 @@ def build(key: str) -> Any:
 
 
 def save(key: str, folder: Path) -> Path:
-    """Writes the small model as `save_pretrained` does."""
+    """Write the small model as `save_pretrained` does."""
     build(key).save_pretrained(folder)
     return folder
 
@@ -244,14 +244,14 @@ def _latents(encoded: Any) -> torch.Tensor:
 
 
 def _conditions(vae: Any) -> dict[str, Any]:
-    """What the class's `decode` must have besides latents."""
+    """Return the inputs that the class's `decode` needs besides latents."""
     if vae.config.get("timestep_conditioning"):
         return {"temb": torch.tensor([0.05])}
     return {"num_frames": 1} if type(vae).__name__ == "AutoencoderKLTemporalDecoder" else {}
 
 
 def _rescale(coder: torch.nn.Module, result: torch.Tensor, deviation: float) -> None:
-    """Brings the last layer nearer to results of mean 0 and this standard deviation."""
+    """Rescale the last layer so that results have mean 0 and about this standard deviation."""
     last = next((getattr(coder, name) for name in LAST_LAYERS if hasattr(coder, name)), coder)
     layer = [layer for layer in last.modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.Linear))][-1]
     factor = deviation / result.std()
@@ -266,13 +266,16 @@ def _statistics(vae: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(buffers[mean], buffers[deviation]) for mean, deviation in pairs if mean in buffers]
 
 
-def model_of(key: str) -> type[EndpointHandler] | None:
-    """The served model that a small checkpoint is of; some models have more than one."""
+def model_for(key: str) -> type[EndpointHandler] | None:
+    """Return a served model for a small checkpoint. Some checkpoints have more than one model."""
     return MODELS.get(max((name for name in MODELS if key.startswith(name)), key=len, default=""))
 
 
 def small_tiles(vae: Any, scale: int) -> None:
-    """Has the model cut tiles of 4x4 latents, 3 apart, so that small pictures take several; CogVideoX 6x5, 5 and 4."""
+    """Set tiles of 4x4 latents, 3 apart, so that small images take several tiles.
+
+    CogVideoX has 6x5 latents, 5 and 4 apart.
+    """
     height, width = (6, 5) if hasattr(vae, "tile_overlap_factor_height") else (4, 4)
     for side, latents in (("size", 4), ("height", height), ("width", width)):
         sizes = {

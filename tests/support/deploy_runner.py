@@ -97,10 +97,10 @@ class Runner:
             **({"HF_TOKEN": token} if token else {}),
         }
 
-    def __call__(self, *arguments: str, token: str | None = TOKEN, answer: str = "", **variables: str) -> Result:
-        """Run a command with an environment and with `answer` as its input. A copied project runs as a process."""
+    def __call__(self, *arguments: str, token: str | None = TOKEN, stdin: str = "", **variables: str) -> Result:
+        """Run a command with an environment and with `stdin` as its input. A copied project runs as a process."""
         if self.project != PROJECT:
-            return self.process(*arguments, token=token, answer=answer, **variables)
+            return self.process(*arguments, token=token, stdin=stdin, **variables)
         from scripts import deploy
 
         clock = Clock(0.2 if self.hub.serve == "process" else 0)
@@ -111,20 +111,20 @@ class Runner:
             patches.enter_context(patch(f"{constants}.HF_TOKEN_PATH", str(self.home / "token")))
             for module in ("scripts.deployment.endpoint", "tenacity.nap", "huggingface_hub.utils._http"):
                 patches.enter_context(patch(f"{module}.time", clock))
-            done = CliRunner().invoke(deploy.app, arguments, input=answer or None)
+            done = CliRunner().invoke(deploy.app, arguments, input=stdin or None)
         if done.exception and not isinstance(done.exception, SystemExit):
             raise done.exception
         self.waits = clock.waits
         self.outputs += done.stdout + done.stderr
         return Result(done.exit_code, done.stdout, done.stderr)
 
-    def process(self, *arguments: str, token: str | None = TOKEN, answer: str = "", **variables: str) -> Result:
+    def process(self, *arguments: str, token: str | None = TOKEN, stdin: str = "", **variables: str) -> Result:
         """Run a command as its users do."""
         done = subprocess.run(
             [sys.executable, "-m", "scripts.deploy", *arguments],
             cwd=self.project,
             env={**self.environment(token), **variables},
-            input=answer,
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=120,

@@ -45,7 +45,7 @@ class Hardware:
     size: str
     price: float
     memory: int
-    """GB of all accelerators, or of the machine if it has none."""
+    """GB of all accelerators, or of the computer if it has none."""
     accelerators: int = 1
     status: str = "available"
     quota: int = 40
@@ -238,17 +238,17 @@ class Platform(ABC):
         key = f"{namespace}/{request.path_params['name']}"
         if not self.member(request, namespace, write=request.method != "GET"):
             return JSONResponse({"error": "Forbidden"}, 403)
-        self.step_deletion(key)
+        self.advance_deletion(key)
         if key not in self.endpoints:
             return JSONResponse({"error": "Endpoint not found"}, 404)
         if request.method == "GET":
-            await run_in_threadpool(self.step, key)
+            await run_in_threadpool(self.advance, key)
         elif request.method == "DELETE":
             # 200 without a body (huggingface_hub reads none). The endpoint exists a little longer.
             self.deleting.setdefault(key, self.deletion)
             self.pending[key] = []
             self.halt(key)
-            self.step_deletion(key)
+            self.advance_deletion(key)
             return Response(status_code=200)
         else:
             return self.update(key, await request.json())
@@ -277,7 +277,7 @@ class Platform(ABC):
             self.start(key, "updating")  # about 50 s of 503s at the proxy (measured)
         return JSONResponse(self.public(key))
 
-    def step_deletion(self, key: str) -> None:
+    def advance_deletion(self, key: str) -> None:
         """Count one poll of a deleted endpoint."""
         if key in self.deleting:
             self.deleting[key] -= 1
@@ -314,18 +314,18 @@ class Platform(ABC):
             self.halt(key)
             self.processes[key] = Process(self.files(raw), Path(self.folder, uuid.uuid4().hex))
         raw["status"] |= {"url": f"{self.url}/live/{key}", "updatedAt": now()}
-        self.step(key)
+        self.advance(key)
 
-    def step(self, key: str) -> None:
+    def advance(self, key: str) -> None:
         """Move the endpoint to its next state."""
-        status, steps = self.endpoints[key]["status"], self.pending.get(key)
-        if steps:
-            following = steps.pop(0)
+        status, states = self.endpoints[key]["status"], self.pending.get(key)
+        if states:
+            following = states.pop(0)
             state, message = (following, "") if isinstance(following, str) else following
             if state == "running" and key in self.processes:
                 state, message = self.processes[key].state
                 if state == "initializing":
-                    steps.insert(0, following)
+                    states.insert(0, following)
             status |= {"state": state, "message": message, "readyReplica": int(state == "running")}
 
     def halt(self, key: str) -> None:

@@ -1,7 +1,7 @@
-"""A server in which things go wrong on request: `python -m tests.support.faulty_server standalone|toolkit --port N`.
+"""A server with faults on request: `python -m tests.support.faulty_server standalone|toolkit --port N`.
 
-`seed`, which decoding ignores, names what goes wrong. The toolkit is its stand-in in `tests/toolkit`, or the real one,
-from the checkout that the variable TOOLKIT names.
+Decoding ignores `seed`, so it names the fault. The toolkit is its stand-in in `tests/support/toolkit`, or the real one
+from the checkout in the variable TOOLKIT.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from handlers.serving.vae.vae import VAE
 from scripts import serve
 
 SLOW, BUG, OUT_OF_MEMORY, NEVER_ENOUGH, THREAD_ENDS, DEVICE_LOST, NOT_FINITE = range(901, 908)
-"""On the device; a slow one takes `DEVICE_SECONDS`."""
+"""Faults on the device. A slow request takes `DEVICE_SECONDS`."""
 PAYLOAD_HANGS, PAYLOAD_BUG, OUTPUT_HANGS, DISK_FULL = range(911, 915)
-SPAN_BUG, SPAN_OUT_OF_MEMORY, SPAN_NOT_FINITE, SPAN_SLOW, SPAN_LOSES_DEVICE = range(921, 926)
-"""When a video's first span is decoded, and its first bytes are sent."""
-THIRD_SPAN_SLOW = 926
-"""When a second of a video is sent."""
+CHUNK_BUG, CHUNK_OUT_OF_MEMORY, CHUNK_NOT_FINITE, CHUNK_SLOW, CHUNK_LOSES_DEVICE = range(921, 926)
+"""Faults while the second chunk of a video is decoded, after its first bytes were sent."""
+THIRD_CHUNK_SLOW = 926
+"""Fault while a second of a video is sent."""
 NOISE = 931
-"""Frames of noise, of which no encoder makes little."""
+"""Fault that sends frames of noise, which no encoder compresses well."""
 DEVICE_SECONDS = float(os.environ.get("DEVICE_SECONDS", "1"))
 HANGS_SECONDS = 30
 
 LOAD_WAITS = "the load waits for the gate"
-"""What the log says where GATE names a file: the model is loaded once it is there."""
+"""Log text of a server that waits for the file in GATE before it loads the model."""
 
 load, prepare, forward, render, decode, is_alive = (
     VAE.load,
@@ -61,12 +61,12 @@ def lose_device() -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-SPAN_FAULTS = {
-    SPAN_BUG: bug,
-    SPAN_OUT_OF_MEMORY: run_out_of_memory,
-    SPAN_NOT_FINITE: lambda: None,
-    SPAN_SLOW: lambda: None,
-    SPAN_LOSES_DEVICE: lose_device,
+CHUNK_FAULTS = {
+    CHUNK_BUG: bug,
+    CHUNK_OUT_OF_MEMORY: run_out_of_memory,
+    CHUNK_NOT_FINITE: lambda: None,
+    CHUNK_SLOW: lambda: None,
+    CHUNK_LOSES_DEVICE: lose_device,
 }
 
 
@@ -96,24 +96,24 @@ def faulty_forward(self: Pipeline, vae: VAE, batch: list[Any]) -> Any:
         sys.exit()
     if fault == DEVICE_LOST:
         lose_device()
-    model_decode, spans = vae.model.decode, count()
+    model_decode, chunks = vae.model.decode, count()
 
-    def short_of_memory(z: torch.Tensor, **options: Any) -> Any:
-        number = next(spans)
-        if fault in SPAN_FAULTS and number == 1:
+    def faulty_decode(z: torch.Tensor, **options: Any) -> Any:
+        number = next(chunks)
+        if fault in CHUNK_FAULTS and number == 1:
             time.sleep(DEVICE_SECONDS)
-            SPAN_FAULTS[fault]()
+            CHUNK_FAULTS[fault]()
         if fault == NEVER_ENOUGH or (fault == OUT_OF_MEMORY and not vae.model.use_tiling):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if fault == THIRD_SPAN_SLOW and number == 2:
+        if fault == THIRD_CHUNK_SLOW and number == 2:
             time.sleep(DEVICE_SECONDS)
         decoded = model_decode(z, **options)
         if fault == NOISE:
             return (torch.rand(1, 3, decoded[0].shape[2], 512, 512) * 2 - 1,)
-        not_finite = fault == NOT_FINITE or (fault == SPAN_NOT_FINITE and number == 1)
+        not_finite = fault == NOT_FINITE or (fault == CHUNK_NOT_FINITE and number == 1)
         return (decoded[0] * torch.nan,) if not_finite else decoded
 
-    vae.model.decode = short_of_memory
+    vae.model.decode = faulty_decode
     try:
         return forward(self, vae, batch)
     finally:

@@ -1,6 +1,6 @@
-"""Processes that are forked from one which has imported torch and diffusers, as that takes 5 s of CPU.
+"""Processes forked from a process that has imported torch and diffusers, which takes 5 s of CPU.
 
-They are processes of their own all the same, with arguments, environment, folder and output of their own.
+Each has its own arguments, environment, folder and output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scripts import local_server
 from scripts.local_server import ROOT, start_process
 
 FROM_THE_START = ("HOME", "TMPDIR", "HF_", "OMP_", "PYTHON")
-"""How the variables begin that a process must have when it begins to import."""
+"""Prefixes of variables that a process must have when its imports begin."""
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
@@ -33,11 +33,11 @@ def from_the_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 INHERITED = from_the_start(os.environ)
-"""By what is forked."""
+"""Environment of the process that is forked."""
 
 
 class Process(context.Process):
-    """`python <arguments>`, which begin with `-m`; with the words of `subprocess.Popen` that the tests need."""
+    """A process of `python -m ...` with the methods of `subprocess.Popen` that the tests need."""
 
     def __init__(
         self, arguments: Sequence[str], environment: dict[str, str], output: Path, errors: Path, folder: Path = ROOT
@@ -51,7 +51,7 @@ class Process(context.Process):
         return self.exitcode
 
     def wait(self, timeout: float) -> int:
-        """Its status. One that does not end in time is killed: Python itself would wait for it at its own end."""
+        """Return the exit status. Kill a process that does not end in time, because Python would wait for it at exit."""
         self.join(timeout)
         if self.exitcode is None:
             self.kill()
@@ -61,14 +61,14 @@ class Process(context.Process):
 
 
 def start(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> Process | subprocess.Popen:
-    """In place of `local_server.start_process`."""
+    """Start a process in the way of `local_server.start_process`."""
     if from_the_start(environment) != INHERITED:
         return start_process(arguments, log, environment)
     return Process(arguments, environment, log, log, local_server.ROOT)
 
 
 def run(*arguments: object, folder: Path = ROOT, timeout: float = 120, **environment: str) -> tuple[int, str, str]:
-    """The status, and what it said on both streams."""
+    """Run a process. Return its status, standard output and standard error."""
     with TemporaryDirectory() as temporary:
         output, errors = Path(temporary, "output"), Path(temporary, "errors")
         assert from_the_start(environment).keys() <= {"PYTHONPATH"}, "this needs a process from the start"
@@ -79,7 +79,7 @@ def run(*arguments: object, folder: Path = ROOT, timeout: float = 120, **environ
 
 @contextmanager
 def killed_at_the_end(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
-    """Leave no process behind, however the block ends."""
+    """Kill a process at the end of the block."""
     with process:
         try:
             yield process
@@ -97,12 +97,12 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, errors:
     others = [path for path in sys.path if path and Path(path).resolve() != ROOT]
     sys.path[:] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep), *others]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("scripts", "tests", "traffic")]:
-        del sys.modules[name]  # of this project, which may be another folder's there
+        del sys.modules[name]  # modules of this project may come from another folder
     _, module, *sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _end_with(tests: multiprocessing.process.BaseProcess) -> None:
-    """Lets no server outlive the tests, which may be killed."""
+    """End the servers with the tests, which may be killed."""
     tests.join()
     os._exit(1)

@@ -12,7 +12,7 @@ from handlers.serving.media.payload import read_tensor
 from handlers.serving.pipeline import Pipeline
 
 
-def message_of(value: torch.Tensor | Image.Image, **parameters: Any) -> dict[str, Any]:
+def make_message(value: torch.Tensor | Image.Image, **parameters: Any) -> dict[str, Any]:
     if isinstance(value, torch.Tensor):
         shape, dtype = describe(value)
         parameters |= {"shape": shape, "dtype": dtype}
@@ -26,7 +26,7 @@ def message_of(value: torch.Tensor | Image.Image, **parameters: Any) -> dict[str
 
 def send(pipeline: Pipeline, value: torch.Tensor | Image.Image, **parameters: Any) -> Any:
     """Run a request. Return its tensor, or the bytes of its file."""
-    response = pipeline.run_message(message_of(value, **parameters))
+    response = pipeline.run_message(make_message(value, **parameters))
     if isinstance(response, str):
         return base64.b64decode(response)
     return read_tensor(base64.b64decode(response["inputs"]), **response["parameters"])

@@ -26,7 +26,7 @@ from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
 from handlers.serving.vae import vae
 from handlers.serving.vae.memory import Mode, choose_modes
-from tests.support.checkpoints import model_of, small_tiles
+from tests.support.checkpoints import model_for, small_tiles
 
 forced: Mode | None = None
 
@@ -51,7 +51,7 @@ async def health(request: Request) -> Response:
 class Handler:
     def __init__(self, key: str, folder: Path, dtype: str | None = None) -> None:
         settings = Settings(model=key, weights=str(folder), dtype=dtype)
-        loaded = vae.VAE.load(model_of(key), "", settings, os.environ.get("VAE_DEVICE", "cpu"))
+        loaded = vae.VAE.load(model_for(key), "", settings, os.environ.get("VAE_DEVICE", "cpu"))
         for model in (loaded.model, loaded.probe.copy):
             small_tiles(model, loaded.layout.vae_scale_factor)
         self.pipeline = Pipeline([loaded], settings)
@@ -64,7 +64,7 @@ def load(checkpoint: Path, dtype: str | None = None) -> Starlette:
 
 
 class LazyApp:
-    """An app that its first request loads: a model in another dtype, which few tests need."""
+    """An app that loads at its first request. It serves a model in another dtype, which few tests need."""
 
     def __init__(self, checkpoint: Path, dtype: str) -> None:
         self.app = cache(partial(load, checkpoint, dtype))

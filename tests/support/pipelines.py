@@ -1,7 +1,7 @@
-"""What diffusers' own pipelines make of latents and of pixels. Their source runs here; no formula is written again.
+"""Reference results of diffusers' own pipelines for latents and pixels. Their source runs here without a copy.
 
-A pipeline is made without its text encoder and transformer. Its decoding is the end of its `__call__`, cut out of the
-source: all that follows the denoising loop. Its encoding is the method that img2img or image-to-video calls.
+A pipeline has no text encoder and no transformer. Its decoding is the end of its `__call__`, cut out of the source: all
+statements after the denoising loop. Its encoding is the method that img2img or image-to-video calls.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from torch import Tensor
 
 
 class Unavailable(LookupError):
-    """The installed diffusers (or transformers) has no such pipeline, or it does not take such a VAE."""
+    """The installed diffusers (or transformers) has no such pipeline, or it does not accept such a VAE."""
 
 
 class Changed(AssertionError):
-    """The source of a pipeline is no longer what this module knows how to cut."""
+    """The source of a pipeline has changed, and this module cannot cut it."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a pipeline makes of the latents at the end of its denoising loop."""
+class PipelineResult:
+    """Result of a pipeline for the latents at the end of its denoising loop."""
 
     latent: Tensor
-    """Its answer with `output_type="latent"`."""
+    """Its output with `output_type="latent"`."""
     decoded: Tensor
-    """What `vae.decode` gave it, joined along the batch if it decoded in chunks."""
+    """Output of `vae.decode`, concatenated along the batch if the pipeline decoded in chunks."""
     pixels: np.ndarray
-    """Its pictures: uint8 [B, H, W, 3], or [B, F, H, W, 3] of videos."""
+    """Its images as uint8 [B, H, W, 3], or videos as [B, F, H, W, 3]."""
 
 
 @torch.no_grad()
-def decode(pipeline: str, vae: Any, latents: Tensor, **given: Any) -> Made:
-    """Runs the end of the pipeline's `__call__` on plain latents, [B, C, h, w] or [B, C, F, h, w].
+def decode(pipeline: str, vae: Any, latents: Tensor, **arguments: Any) -> PipelineResult:
+    """Run the end of the pipeline's `__call__` on plain latents, [B, C, h, w] or [B, C, F, h, w].
 
-    They are packed as the pipeline packs what it starts from. `given` are further arguments or local variables of
-    `__call__`: `generator`, `decode_timestep`, `decode_noise_scale`, `decode_chunk_size`, `additional_frames`...
+    The latents are packed as in the pipeline. `arguments` are further arguments or local variables of `__call__`:
+    `generator`, `decode_timestep`, `decode_noise_scale`, `decode_chunk_size`, `additional_frames`...
     """
     pipe = make(pipeline, vae)
-    names = {**_defaults(pipe), **_locals(pipe, latents), **given, "self": pipe, "latents": pack(pipe, latents)}
+    names = {**_defaults(pipe), **_locals(pipe, latents), **arguments, "self": pipe, "latents": pack(pipe, latents)}
     latent = _finish(pipe, {**names, "output_type": "latent"})
     decoded: list[Tensor] = []
 
@@ -60,16 +60,16 @@ def decode(pipeline: str, vae: Any, latents: Tensor, **given: Any) -> Made:
         return result
 
     with patch.object(vae, "decode", recorded):
-        pictures = _finish(pipe, {**names, "output_type": "pil"})
-    return Made(latent, torch.cat(decoded), np.array(pictures))
+        images = _finish(pipe, {**names, "output_type": "pil"})
+    return PipelineResult(latent, torch.cat(decoded), np.array(images))
 
 
 @torch.no_grad()
 def encode(pipeline: str, vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The pipeline's own encoding of pixels in [-1, 1]: [B, 3, H, W] for a picture VAE, else [B, 3, F, H, W].
+    """Encode pixels in [-1, 1] as the pipeline does: [B, 3, H, W] for an image VAE, else [B, 3, F, H, W].
 
-    Latents come in the layout of the pipeline's method. Without a generator, the distribution's mode replaces what the
-    pipeline would draw from it. Pipelines in `FIRST_FRAME` encode one frame only.
+    Latents have the layout of the pipeline's method. Without a generator, the distribution's mode replaces its sample.
+    Pipelines in `FIRST_FRAME` encode one frame only.
     """
     if pipeline not in ENCODERS:
         raise Unavailable(f"{pipeline} has no entry among the encoders")
@@ -83,7 +83,7 @@ def encode(pipeline: str, vae: Any, pixels: Tensor, generator: torch.Generator |
 
 
 def make(pipeline: str, vae: Any) -> Any:
-    """The pipeline by its own `__init__`, every other component None or what `COMPONENTS` says."""
+    """Build the pipeline with its own `__init__`. Other components are None or come from `COMPONENTS`."""
     try:
         cls = getattr(diffusers, pipeline)
         required = [
@@ -100,12 +100,12 @@ def make(pipeline: str, vae: Any) -> Any:
 
 
 def pack(pipeline: Any, latents: Tensor) -> Tensor:
-    """Plain latents in the form in which this pipeline (as `make` gives it) denoises them."""
+    """Convert plain latents to the form in which this pipeline (from `make`) denoises them."""
     return PACKERS.get(type(pipeline).__name__, lambda pipe, z: z)(pipeline, latents)
 
 
 def _finish(pipe: Any, names: dict[str, Any]) -> Any:
-    """Runs all that follows the denoising loop in the pipeline's `__call__`, with these local variables."""
+    """Run all statements after the denoising loop in the pipeline's `__call__`, with these local variables."""
     call = inspect.unwrap(type(pipe).__call__)
     body = _source(call).body
     loops = [index for index, statement in enumerate(body) if "self.scheduler.step(" in ast.unparse(statement)]
@@ -117,9 +117,9 @@ def _finish(pipe: Any, names: dict[str, Any]) -> Any:
 
 
 def _inline(method: str, pixels: str, *needed: str) -> Callable[..., Tensor]:
-    """An encoder that stands in the middle of a method: `x = ...self.vae.encode(pixels)...` and the next `x = ...`.
+    """Return an encoder from the middle of a method: `x = ...self.vae.encode(pixels)...` and the next `x = ...`.
 
-    The assignments to `needed` before it are run first.
+    The assignments to `needed` before it run first.
     """
 
     def encoded(pipe: Any, values: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -133,10 +133,10 @@ def _inline(method: str, pixels: str, *needed: str) -> Callable[..., Tensor]:
         first = encodings[0]
         second = targets.index(targets[first], first + 1)
         before = [node for node, target in zip(assignments[:first], targets, strict=False) if target in needed]
-        answer = ast.parse(f"return {targets[first]}").body
+        returned = ast.parse(f"return {targets[first]}").body
         names = {"self": pipe, pixels: values, "generator": generator, "prompt_embeds": values}
         names |= {"device": values.device, "dtype": values.dtype}
-        return _run(function, [*before, assignments[first], assignments[second], *answer], names)
+        return _run(function, [*before, assignments[first], assignments[second], *returned], names)
 
     return encoded
 
@@ -148,7 +148,7 @@ def _source(function: Callable[..., Any]) -> ast.FunctionDef:
 
 
 def _run(function: Callable[..., Any], statements: list[ast.stmt], names: dict[str, Any]) -> Any:
-    """Executes a part of a function among the names of its module; a traceback shows the lines of its file."""
+    """Execute statements of a function with the names of its module. A traceback shows the lines of its file."""
     piece: Any = ast.parse(f"def piece({', '.join(names)}): ...").body[0]
     piece.body = statements
     code = compile(ast.fix_missing_locations(ast.Module([piece], [])), str(inspect.getsourcefile(function)), "exec")
@@ -166,7 +166,7 @@ def _defaults(pipe: Any) -> dict[str, Any]:
 
 
 def _locals(pipe: Any, latents: Tensor) -> dict[str, Any]:
-    """What `__call__` has worked out when its denoising loop ends, for one prompt to each item of the batch."""
+    """Return the local variables of `__call__` after the denoising loop, for one prompt to each item of the batch."""
     batch, channels, *frames, rows, columns = latents.shape
     factors = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
     spatial = next((getattr(pipe, name) for name in factors if hasattr(pipe, name)), None) or pipe.vae_scale_factor
@@ -174,7 +174,7 @@ def _locals(pipe: Any, latents: Tensor) -> dict[str, Any]:
     names = {
         "return_dict": False,
         "device": latents.device,
-        "prompt_embeds": latents,  # for its dtype
+        "prompt_embeds": latents,  # the pipeline reads its dtype
         "batch_size": batch,
         "num_channels_latents": channels,
         "height": height,
@@ -201,12 +201,12 @@ def _locals(pipe: Any, latents: Tensor) -> dict[str, Any]:
 
 
 def _unit(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1], which a pipeline's `preprocess` takes."""
+    """Convert pixels to [0, 1], the input of a pipeline's `preprocess`."""
     return pixels / 2 + 0.5
 
 
 def _prepare(pipe: Any, pixels: Tensor, generator: torch.Generator | None, *conditions: Any) -> Any:
-    """The pipeline's `prepare_latents` of as many frames as it is given, so that nothing but these is in its answer."""
+    """Run the pipeline's `prepare_latents` for exactly the given frames, so that its output has no others."""
     batch, _, *frames, height, width = pixels.shape
     arguments = {
         "batch_size": batch,
@@ -241,10 +241,10 @@ PACKERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "Kandinsky5T2VPipeline": lambda pipe, z: z.permute(0, 2, 3, 4, 1),
     "Kandinsky5T2IPipeline": lambda pipe, z: z.unsqueeze(2).permute(0, 2, 3, 4, 1),
 }
-"""How a pipeline lays out what it denoises. The last four have no method for it: their noise has that shape."""
+"""Latent layouts of pipelines. The last four have no method for it: their noise has that shape."""
 
 CLEAN = SimpleNamespace(add_noise=lambda latents, noise, timestep: latents, init_noise_sigma=1.0)
-"""A scheduler that adds no noise to what was encoded."""
+"""Scheduler that adds no noise to encoded latents."""
 EDM = {"scheduler": diffusers.EDMEulerScheduler(), "safety_checker": None}
 COMPONENTS: dict[str, dict[str, Any]] = {
     "CosmosTextToWorldPipeline": EDM,
@@ -255,14 +255,14 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     "Kandinsky5I2VPipeline": {"transformer": SimpleNamespace(visual_cond=False)},
     "LTX2Pipeline": {"audio_vae": MagicMock(), "vocoder": MagicMock()},
 }
-"""Set after `__init__`: what the code run here asks for."""
+"""Components that are set after `__init__`, which the executed code needs."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "CosmosTextToWorldPipeline": {"safety_checker": torch.nn.Module()},
     "CosmosVideoToWorldPipeline": {"safety_checker": torch.nn.Module()},
     "StableDiffusionPipeline": {"requires_safety_checker": False},
     "StableDiffusionInpaintPipeline": {"requires_safety_checker": False},
 }
-"""Of `__init__`, which would fetch a safety checker or warn of none."""
+"""Arguments of `__init__` that prevent the download of a safety checker, or a warning."""
 
 ENCODERS: dict[str, Callable[[Any, Tensor, torch.Generator | None], Tensor]] = {
     "StableDiffusionInpaintPipeline": lambda pipe, x, g: pipe._encode_vae_image(x, g),
@@ -295,10 +295,12 @@ ENCODERS: dict[str, Callable[[Any, Tensor, torch.Generator | None], Tensor]] = {
         pipe.vae, pipe.video_processor, _unit(x[:, :, 0]), *x.shape[-2:], x.device
     ),
     "Kandinsky5I2VPipeline": lambda pipe, x, g: _prepare(pipe, x[:, :, 0], g, _unit(x[:, :, 0])),
-    "SanaImageToVideoPipeline": lambda pipe, x, g: torch.cat([_prepare(pipe, one[:, :, 0], g) for one in x.split(1)]),
+    "SanaImageToVideoPipeline": lambda pipe, x, g: torch.cat(
+        [_prepare(pipe, video[:, :, 0], g) for video in x.split(1)]
+    ),
 }
 FIRST_FRAME = {name for name in ENCODERS if name.endswith("ImageToVideoPipeline")} | {"Kandinsky5I2VPipeline"}
-"""Image-to-video pipelines: they encode the one frame that they begin with."""
+"""Image-to-video pipelines, which encode only their first frame."""
 
 LTX = ("LTXPipeline", "LTXConditionPipeline"), ("LTXConditionPipeline", "LTXImageToVideoPipeline")
 SDXL = ("StableDiffusionXLPipeline",), ("StableDiffusionXLImg2ImgPipeline",)
@@ -337,4 +339,5 @@ PIPELINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "easyanimate": (("EasyAnimatePipeline",), ("EasyAnimateControlPipeline",)),
     "cosmos-1.0": (("CosmosTextToWorldPipeline",), ("CosmosVideoToWorldPipeline",)),
 }
-"""Which pipelines decode with a model's VAE, and which encode: none of diffusers for HunyuanImage and Mochi."""
+"""Pipelines that decode with a model's VAE, and pipelines that encode. diffusers has none for HunyuanImage and Mochi.
+"""

@@ -9,7 +9,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 def copy_project(folder: Path) -> Path:
-    """A copy of the project to change, with all that lies about in a working tree and must not be uploaded."""
+    """Copy the project, with the files of a working tree that must not be uploaded."""
     copy = folder / "project"
     copy.mkdir()
     ignored = shutil.ignore_patterns("__pycache__")

@@ -1,4 +1,4 @@
-"""Whole pipelines of diffusers with small random components, without text encoders: what is said comes as numbers."""
+"""Whole pipelines of diffusers with small random components. Embeddings replace the text encoders."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 STEPS = 2
 
 
-def _numbers(*shape: int) -> Tensor:
-    """The same for the same shape."""
+def _random_values(*shape: int) -> Tensor:
+    """Return random values that depend on the shape alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
@@ -38,9 +38,9 @@ def _unet(**more: Any) -> Any:
 
 
 def stable_diffusion() -> dict[str, Any]:
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    components = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     return {
-        **parts,
+        **components,
         "unet": _unet(),
         "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         "requires_safety_checker": False,
@@ -48,13 +48,13 @@ def stable_diffusion() -> dict[str, Any]:
 
 
 def sdxl() -> dict[str, Any]:
-    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    components = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     unet = _unet(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=56)
-    return {**parts, "unet": unet, "scheduler": diffusers.EulerDiscreteScheduler(), "add_watermarker": False}
+    return {**components, "unet": unet, "scheduler": diffusers.EulerDiscreteScheduler(), "add_watermarker": False}
 
 
 def sd3() -> dict[str, Any]:
-    names = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+    names = [f"{name}{number}" for name in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,
@@ -79,8 +79,8 @@ def flux() -> dict[str, Any]:
         pooled_projection_dim=8,
         axes_dims_rope=(4, 4, 8),
     )
-    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    return {**parts, "transformer": transformer, "scheduler": _euler()}
+    components = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    return {**components, "transformer": transformer, "scheduler": _euler()}
 
 
 def flux2() -> dict[str, Any]:
@@ -109,13 +109,13 @@ def _wan_transformer(in_channels: int) -> Any:
 
 
 def wan() -> dict[str, Any]:
-    parts = dict.fromkeys(("text_encoder", "tokenizer"))
-    return {**parts, "transformer": _wan_transformer(16), "scheduler": diffusers.UniPCMultistepScheduler()}
+    components = dict.fromkeys(("text_encoder", "tokenizer"))
+    return {**components, "transformer": _wan_transformer(16), "scheduler": diffusers.UniPCMultistepScheduler()}
 
 
 def wan_from_image() -> dict[str, Any]:
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "image_encoder", "image_processor"))
-    return {**parts, "transformer": _wan_transformer(36), "scheduler": diffusers.UniPCMultistepScheduler()}
+    components = dict.fromkeys(("text_encoder", "tokenizer", "image_encoder", "image_processor"))
+    return {**components, "transformer": _wan_transformer(36), "scheduler": diffusers.UniPCMultistepScheduler()}
 
 
 def qwen_image() -> dict[str, Any]:
@@ -140,16 +140,16 @@ def ltx() -> dict[str, Any]:
     return {**dict.fromkeys(("text_encoder", "tokenizer")), "transformer": transformer, "scheduler": _euler()}
 
 
-SAID = {"prompt_embeds": _numbers(1, 4, 8), "negative_prompt_embeds": _numbers(1, 4, 8) + 1}
-WIDER = {"prompt_embeds": _numbers(1, 4, 16)}
-POOLED = {"pooled_prompt_embeds": _numbers(1, 8)}
-BOTH_POOLED = {**POOLED, "negative_pooled_prompt_embeds": _numbers(1, 8) + 1}
+PROMPT = {"prompt_embeds": _random_values(1, 4, 8), "negative_prompt_embeds": _random_values(1, 4, 8) + 1}
+WIDER = {"prompt_embeds": _random_values(1, 4, 16)}
+POOLED = {"pooled_prompt_embeds": _random_values(1, 8)}
+BOTH_POOLED = {**POOLED, "negative_pooled_prompt_embeds": _random_values(1, 8) + 1}
 MASKED = {**WIDER, "prompt_embeds_mask": torch.ones(1, 4, dtype=torch.long)}
 ATTENDED = {
-    **{"prompt_embeds": _numbers(1, 4, 16), "negative_prompt_embeds": _numbers(1, 4, 16) + 1},
+    **{"prompt_embeds": _random_values(1, 4, 16), "negative_prompt_embeds": _random_values(1, 4, 16) + 1},
     **{f"{name}prompt_attention_mask": torch.ones(1, 4, dtype=torch.long) for name in ("", "negative_")},
 }
-CLASSIFIED = {"prompt_embeds": _numbers(1, 4, 16), "negative_prompt_embeds": _numbers(1, 4, 16) + 1}
+CLASSIFIED = {"prompt_embeds": _random_values(1, 4, 16), "negative_prompt_embeds": _random_values(1, 4, 16) + 1}
 VIDEO = {"num_frames": 5, "output_type": "pil"}
 START = "image"
 MASK = "mask_image"
@@ -157,25 +157,25 @@ MASK = "mask_image"
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline, the model key of its VAE, and what it is called with."""
+    """A pipeline, the model key of its VAE, and the arguments of a call."""
 
     pipeline: str
     key: str
-    parts: Callable[[], dict[str, Any]]
+    components: Callable[[], dict[str, Any]]
     arguments: dict[str, Any]
-    pictures: tuple[str, ...] = ()
-    """Names of arguments that are a picture, or a mask."""
+    image_arguments: tuple[str, ...] = ()
+    """Names of arguments that are an image or a mask."""
     side: int = 64
     """Height and width in pixels."""
 
 
 CASES = [
-    Case("StableDiffusionPipeline", "sd-v1", stable_diffusion, SAID),
-    Case("StableDiffusionImg2ImgPipeline", "sd-v1", stable_diffusion, {**SAID, "strength": 1.0}, (START,)),
-    Case("StableDiffusionInpaintPipeline", "sd-v1", stable_diffusion, SAID, (START, MASK)),
-    Case("StableDiffusionXLPipeline", "sdxl", sdxl, {**SAID, **BOTH_POOLED}),
-    Case("StableDiffusionXLImg2ImgPipeline", "sdxl", sdxl, {**SAID, **BOTH_POOLED, "strength": 1.0}, (START,)),
-    Case("StableDiffusionXLInpaintPipeline", "sdxl", sdxl, {**SAID, **BOTH_POOLED}, (START, MASK)),
+    Case("StableDiffusionPipeline", "sd-v1", stable_diffusion, PROMPT),
+    Case("StableDiffusionImg2ImgPipeline", "sd-v1", stable_diffusion, {**PROMPT, "strength": 1.0}, (START,)),
+    Case("StableDiffusionInpaintPipeline", "sd-v1", stable_diffusion, PROMPT, (START, MASK)),
+    Case("StableDiffusionXLPipeline", "sdxl", sdxl, {**PROMPT, **BOTH_POOLED}),
+    Case("StableDiffusionXLImg2ImgPipeline", "sdxl", sdxl, {**PROMPT, **BOTH_POOLED, "strength": 1.0}, (START,)),
+    Case("StableDiffusionXLInpaintPipeline", "sdxl", sdxl, {**PROMPT, **BOTH_POOLED}, (START, MASK)),
     Case("StableDiffusion3Pipeline", "sd3", sd3, {**CLASSIFIED, **BOTH_POOLED}),
     Case("StableDiffusion3Img2ImgPipeline", "sd3", sd3, {**CLASSIFIED, **BOTH_POOLED, "strength": 1.0}, (START,)),
     Case("StableDiffusion3InpaintPipeline", "sd3", sd3, {**CLASSIFIED, **BOTH_POOLED}, (START, MASK)),
@@ -195,28 +195,28 @@ CASES = [
 
 
 def make(case: Case, vae: Any) -> Any:
-    """The pipeline with the same random weights each time."""
+    """Build the pipeline with the same random weights each time."""
     torch.manual_seed(0)
-    pipeline = getattr(diffusers, case.pipeline)(**case.parts(), vae=vae)
+    pipeline = getattr(diffusers, case.pipeline)(**case.components(), vae=vae)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def run(pipeline: Any, case: Case, **more: Any) -> list[Image.Image]:
-    """Its pictures, or the frames of its video."""
+    """Run the pipeline. Return its images, or the frames of its video."""
     size = (case.side, case.side)
-    picture = Image.radial_gradient("L").resize(size).convert("RGB")
+    image = Image.radial_gradient("L").resize(size).convert("RGB")
     mask = Image.new("L", size, 0)
     mask.paste(255, (0, 0, case.side // 2, case.side))
-    given = {name: mask if name == MASK else picture for name in case.pictures}
+    images = {name: mask if name == MASK else image for name in case.image_arguments}
     arguments = {
         "height": case.side,
         "width": case.side,
         "num_inference_steps": STEPS,
         **case.arguments,
-        **given,
+        **images,
         **more,
     }
     result = pipeline(generator=torch.Generator().manual_seed(0), **arguments)
-    made = result.frames[0] if "frames" in result else result.images
-    return list(made)
+    frames = result.frames[0] if "frames" in result else result.images
+    return list(frames)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from handlers.serving.media.output import describe, tensor_bytes
 from scripts.local_server import ROOT, serve
-from tests.support.checkpoints import SMALL, model_of, save
+from tests.support.checkpoints import SMALL, model_for, save
 
-SERVED = [key for key in SMALL if model_of(key)]
+SERVED = [key for key in SMALL if model_for(key)]
 
 
 class Service:
@@ -57,7 +57,7 @@ def as_tensor(response: requests.Response) -> Tensor:
 
 
 def save_checkpoints(folder: Path) -> None:
-    """All small ones, beside `tiny`, unless they are there."""
+    """Save all small checkpoints and `tiny`, unless they exist."""
     for key in SERVED:
         if not (folder / key).exists():
             save(key, folder / key)
@@ -67,7 +67,7 @@ def save_checkpoints(folder: Path) -> None:
 
 @contextmanager
 def running_service(folder: Path, log: Path, **environment: str) -> Iterator[Service]:
-    """Of the checkpoints in a folder, which are made where they are not there."""
+    """Serve the checkpoints in a folder. Make them if they are missing."""
     save_checkpoints(folder)
     with serve("--folder", str(folder), log=log, command=("-m", "tests.support.models_server"), **environment) as url:
         yield Service(url, folder)

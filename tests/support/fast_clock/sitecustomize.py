@@ -1,4 +1,4 @@
-"""On the path of the scripts that tests run: every wait, of theirs and of the libraries, is 50 times shorter."""
+"""A faster clock for the scripts that tests run: every wait, of theirs and of the libraries, is 50 times shorter."""
 
 import time
 

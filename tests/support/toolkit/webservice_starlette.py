@@ -1,4 +1,4 @@
-"""Stands in for the Inference Toolkit: loads `handler.py` as it does, in an app whose `POST /` is taken."""
+"""A stand-in for the Inference Toolkit: it loads `handler.py` as the toolkit does, in an app with `POST /`."""
 
 import importlib.util
 import logging
@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 
 def load_handler(model_dir: str) -> object:
-    """Executes `handler.py` under the toolkit's module name, its folder first on the path, and makes the handler."""
+    """Execute `handler.py` under the toolkit's module name, with its folder first on the path. Return the handler."""
     spec = importlib.util.spec_from_file_location("handler.EndpointHandler", Path(model_dir) / "handler.py")
     sys.path.insert(0, model_dir)
     module = importlib.util.module_from_spec(spec)
@@ -35,11 +35,11 @@ async def health(request: Request) -> Response:
 
 
 async def predict(request: Request) -> Response:
-    """The toolkit knows no tensor content type, and answers 400 to every failure."""
+    """Call the handler. The toolkit knows no tensor content type, and returns 400 for every failure."""
     return JSONResponse({"error": "the stand-in's own route answered"}, status_code=400)
 
 
-logging.basicConfig(level=logging.INFO, stream=sys.stdout)  # as the toolkit does
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)  # the toolkit does so
 app = Starlette(
     routes=[
         Route("/", health, methods=["GET"]),
