@@ -32,11 +32,19 @@ STEPS = {
 """Method and path of a request, and whether the endpoint must exist already."""
 CHANGING = ("new repository", "copy", "commit", "new endpoint")
 """Steps whose work may be done when the response is lost."""
-FAULTS = ("cut", 401, 403, 429, 500, 504, "Ctrl-C")
+FAULTS = ("cut", 500, "Ctrl-C")
+"""Faults of every step."""
+STATUSES = (401, 403, 429, 504)
+"""Further statuses, of a step of the platform, of the Hub and of the endpoint."""
+CASES = [
+    *((step, False, fault) for step in STEPS for fault in FAULTS),
+    *((step, True, fault) for step in CHANGING for fault in FAULTS),
+    *((step, False, status) for step in ("token", "commit", "new endpoint") for status in STATUSES),
+    *(("encode", False, status) for status in (401, 403, 504)),  # 429 is retried, as long as the endpoint starts
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("step", "after"), [(step, False) for step in STEPS] + [(step, True) for step in CHANGING])
+@pytest.mark.parametrize(("step", "after", "fault"), CASES)
 def test_a_fault_tells_what_remains_and_the_same_command_continues(
     hub: Hub, deploy: Runner, step: str, after: bool, fault: str | int
 ) -> None:
