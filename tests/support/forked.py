@@ -51,7 +51,7 @@ class Process(context.Process):
         return self.exitcode
 
     def wait(self, timeout: float) -> int:
-        """Return the exit status. Kill a process that does not end in time, because Python would wait for it at exit."""
+        """Return the exit status. Kill a process that does not end in time: Python would wait for it at exit."""
         self.join(timeout)
         if self.exitcode is None:
             self.kill()
