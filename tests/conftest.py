@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before the import of Triton: kernels run on a CPU
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # must be set before the import of torch: spinning threads block other processes
+# Set before the import of Triton and torch: kernels run on a CPU, and idle threads do not block other processes.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import io
 import signal
@@ -35,12 +34,8 @@ from tests.support import forked
 from tests.support.small_service import Service, running_service, save_checkpoints
 
 local_server.start_process = forked.start
-for variable in (
-    "MAKEFLAGS",
-    "MAKEOVERRIDES",
-    "MFLAGS",
-    "PYTEST_ADDOPTS",
-):  # variables of the `make` that runs the tests
+# The `make` that runs the tests sets these variables.
+for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "PYTEST_ADDOPTS"):
     os.environ.pop(variable, None)
 # A shell starts a background process (`nohup make test &`) with Ctrl-C ignored, and the tests' processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -90,11 +90,8 @@ def test_a_short_soak(tmp_path: Path) -> None:
     goods.add("good: the video model")
     sent = set(traffic.ledger.sent)
     assert goods | {"burst", "health", "SIGTERM: in flight"} <= sent
-    assert sent & {
-        "stream: read",
-        "stream: read slowly",
-        "stream: left",
-    }  # a slow computer has time for one
+    # The kind is random, and a slow computer sends only one stream.
+    assert sent & {"stream: read", "stream: read slowly", "stream: left"}
     about = {"device": "a CPU", "date": "today", "commit": "abc", "versions": {"python": "3"}}
     page = report.soak_page(traffic.ledger, result, about, toolkit=False)
     assert "Nothing broke" in page

@@ -110,10 +110,9 @@ def end(traffic: Traffic) -> float:
         for kind, connection in (("SIGTERM: slow body", slow), ("SIGTERM: stalled body", stalled)):
             ledger.send(kind)
             connection.send(good.message.head() + good.message.body[:half])
-        send_request(
-            traffic.address, HEALTH.wire(), TIMEOUT, method="GET"
-        )  # the server has accepted the connections by then,
-        time.sleep(0.5)  # and read them
+        # The server has accepted the connections when it responds. It then reads their requests.
+        send_request(traffic.address, HEALTH.wire(), TIMEOUT, method="GET")
+        time.sleep(0.5)
         start = time.monotonic()
         traffic.server.process.send_signal(signal.SIGTERM)
         for connection in waiting:

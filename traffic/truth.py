@@ -79,9 +79,8 @@ class Truth:
         if images is None or min(images[0].size) < self.scale:
             return None
         if self.kind == "video":
-            frames = images[
-                : (len(images) - 1) // 4 * 4 + 1
-            ]  # the most frames that the VAE encodes without dropping one
+            # The VAE drops frames beyond a multiple of 4, plus 1.
+            frames = images[: (len(images) - 1) // 4 * 4 + 1]
             pixels = VideoProcessor(vae_scale_factor=self.scale).preprocess_video(frames)
         else:
             pixels = VaeImageProcessor(vae_scale_factor=self.scale).preprocess(images[0])

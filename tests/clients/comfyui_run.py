@@ -2,8 +2,8 @@
 
     python -m tests.clients.comfyui_run /path/to/ComfyUI --python /path/to/its/venv/bin/python
 
-That Python needs ComfyUI's requirements, diffusers and `remote_vae`. The small checkpoints of the tests are compared
-with diffusers' VAE, and random weights of the published sizes with ComfyUI's own VAE. Prints a table.
+That Python needs ComfyUI's requirements, diffusers and `remote_vae`. The script compares the small checkpoints of the
+tests with diffusers' VAE, and random weights of the published sizes with ComfyUI's own VAE. It prints a table.
 """
 
 from __future__ import annotations

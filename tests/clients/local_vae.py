@@ -1,4 +1,4 @@
-"""Node for `comfyui_run.py`: ComfyUI's VAE with diffusers' model, on this machine."""
+"""Node for `comfyui_run.py`: ComfyUI's VAE with diffusers' model, on this computer."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class LocalVAE:
         vae.upscale_ratio = vae.downscale_ratio = (
             8 if "z_dim" in config else 2 ** (len(config["block_out_channels"]) - 1)
         )
-        if "z_dim" in config:  # Wan's
+        if "z_dim" in config:  # factors of Wan
             vae.latent_dim = 3
             vae.upscale_ratio = (lambda frames: 4 * frames - 3, 8, 8)
             vae.downscale_ratio = (lambda frames: (frames + 3) // 4, 8, 8)

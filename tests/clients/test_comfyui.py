@@ -1,6 +1,6 @@
-"""ComfyUI's node: its VAE returns what diffusers returns, in ComfyUI's layout.
+"""Tests of ComfyUI's node: its VAE returns the results of diffusers in ComfyUI's layout.
 
-ComfyUI itself is replaced by a stand-in for the code around the model of its VAE. `comfyui_run.py` runs the real one.
+A stand-in replaces ComfyUI's code around the model of its VAE. `comfyui_run.py` runs the real one.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def load(node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Return the node's function, as a workflow calls it, with no settings."""
+    """Return the node's function in the form that a workflow calls, with no settings."""
     for name in ("REMOTE_VAE_ENDPOINTS", "REMOTE_VAE_TOKEN", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("folder_paths.user_directory", str(tmp_path))
     cls = node.NODE_CLASS_MAPPINGS["RemoteVAELoader"]
-    assert list(cls.INPUT_TYPES()["required"]) == ["url"]  # a workflow holds nothing else
+    assert list(cls.INPUT_TYPES()["required"]) == ["url"]  # a workflow stores nothing else
     return lambda url: getattr(cls(), cls.FUNCTION)(url=url)[0]
 
 
 def random_image(*shape: int) -> Tensor:
-    """Return an image as LoadImage does."""
+    """Return an image in the format of LoadImage."""
     return torch.rand(*shape, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -80,7 +80,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def to_raw(key: str, model: Any, latents: Tensor) -> Tensor:
-    """Return ComfyUI's latents as diffusers' class takes them."""
+    """Convert ComfyUI's latents to the input of diffusers' class."""
     if key == "flux2":  # [B, 32 * 4, h/2, w/2], normalized by the BatchNorm
         mean, variance = (value.view(1, -1, 1, 1) for value in (model.bn.running_mean, model.bn.running_var))
         latents = latents * (variance + model.config.batch_norm_eps).sqrt() + mean
@@ -93,7 +93,7 @@ def to_raw(key: str, model: Any, latents: Tensor) -> Tensor:
 
 
 def with_frames(key: str, tensor: Tensor) -> Tensor:
-    """Add the dimension of frames where diffusers' class has one and ComfyUI's batch has none."""
+    """Add the dimension of frames if diffusers' class has it and ComfyUI's batch does not."""
     return tensor.unsqueeze(2) if key == "qwen-image" and tensor.ndim == 4 else tensor
 
 
@@ -129,7 +129,7 @@ def test_images(key: str, service: Service, load: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("key", VIDEOS)
 def test_videos(key: str, service: Service, load: Callable[[str], Any]) -> None:
-    """Frames that do not fill a latent frame are left out. ComfyUI's own VAEs leave them out or refuse them."""
+    """Test that frames that do not fill a latent frame are dropped. ComfyUI's own VAEs drop or refuse them."""
     model, vae = service.model(key), load(f"{service.url}/{key}")
     side, each = MODELS[key].vae_scale_factor, MODELS[key].frame_factor
     assert vae.temporal_compression_decode() == each
@@ -147,7 +147,7 @@ def test_videos(key: str, service: Service, load: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("key", ["flux", "flux2", "qwen-image", "wan-2.1"])
 def test_tiles(key: str, service: Service, load: Callable[[str], Any]) -> None:
-    """Test VAE Decode (Tiled): the ratios say where ComfyUI puts a decoded tile."""
+    """Test VAE Decode (Tiled): the ratios determine the position of a decoded tile."""
     model, vae = service.model(key), load(f"{service.url}/{key}")
     frames = () if vae.latent_dim == 2 else (2 if key == "wan-2.1" else 1,)
     latents = noise(1, vae.latent_channels, *frames, 4, 3)
@@ -157,7 +157,7 @@ def test_tiles(key: str, service: Service, load: Callable[[str], Any]) -> None:
 
 
 def test_ltx_video_with_a_timestep(service: Service, load: Callable[[str], Any]) -> None:
-    """From 0.9.1 on, ComfyUI adds a share of noise, from torch's generator, and decodes at timestep 0.05."""
+    """Test that ComfyUI adds noise from torch's generator from 0.9.1 on, and decodes at timestep 0.05."""
     model, vae = service.model("ltx-video-0.9.5"), load(f"{service.url}/ltx-video-0.9.5")
     latents = noise(1, 128, 2, 2, 2)
     torch.manual_seed(1)
@@ -170,7 +170,7 @@ def test_ltx_video_with_a_timestep(service: Service, load: Callable[[str], Any])
 
 @pytest.mark.parametrize("key", ["tiny", "wan-2.1"])
 def test_another_device_is_selected(key: str, service: Service, load: Callable[[str], Any]) -> None:
-    """Do what Select VAE Device does: it takes the model of a copy from the patcher."""
+    """Select a device as Select VAE Device does: it gets the model of a copy from the patcher."""
     vae = load(f"{service.url}/{key}")
     selected = copy.copy(vae)
     selected.patcher = vae.patcher.clone()
@@ -183,8 +183,8 @@ def test_another_device_is_selected(key: str, service: Service, load: Callable[[
 
 
 @pytest.mark.parametrize("key", MODELS)
-def test_statistics_of_ltx(key: str, service: Service, load: Callable[[str], Any]) -> None:
-    """LTXVLatentUpsampler converts normalized latents to raw ones and back."""
+def test_ltx_statistics(key: str, service: Service, load: Callable[[str], Any]) -> None:
+    """Convert normalized latents to raw latents and back, as LTXVLatentUpsampler does."""
     remote = load(f"{service.url}/{key}").first_stage_model
     if not key.startswith("ltx"):
         assert not hasattr(remote, "per_channel_statistics")
@@ -197,11 +197,11 @@ def test_statistics_of_ltx(key: str, service: Service, load: Callable[[str], Any
     assert statistics.un_normalize(latents.bfloat16()).dtype == torch.bfloat16
 
 
-def test_the_category_is_that_of_load_vae(node: ModuleType, load: Callable[[str], Any]) -> None:
+def test_the_category_equals_load_vaes(node: ModuleType, load: Callable[[str], Any]) -> None:
     assert node.NODE_CLASS_MAPPINGS["RemoteVAELoader"].CATEGORY == "model/loaders"
 
 
-def test_more_than_fits_one_request(service: Service, load: Callable[[str], Any]) -> None:
+def test_a_batch_larger_than_one_request(service: Service, load: Callable[[str], Any]) -> None:
     vae = load(f"{service.url}/tiny")
     vae.first_stage_model.latents.config["limits"]["max_batch"] = 2
     latents = noise(5, 8, 2, 2)
@@ -209,7 +209,7 @@ def test_more_than_fits_one_request(service: Service, load: Callable[[str], Any]
 
 
 def test_the_registrys_metadata() -> None:
-    """Check it against https://docs.comfy.org/registry/specifications."""
+    """Check the metadata against https://docs.comfy.org/registry/specifications."""
     metadata = tomllib.loads((ROOT / "clients" / "comfyui" / "pyproject.toml").read_text())
     project = metadata["project"]
     assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", project["name"])
@@ -218,7 +218,7 @@ def test_the_registrys_metadata() -> None:
     assert metadata["tool"]["comfy"].keys() == {"PublisherId", "DisplayName"}
 
 
-def test_it_cannot_be_saved(service: Service, load: Callable[[str], Any]) -> None:
+def test_the_vae_cannot_be_saved(service: Service, load: Callable[[str], Any]) -> None:
     with pytest.raises(ValueError, match="cannot be saved"):
         load(f"{service.url}/tiny").get_sd()
 
@@ -226,7 +226,7 @@ def test_it_cannot_be_saved(service: Service, load: Callable[[str], Any]) -> Non
 def test_the_token_is_sent_only_to_the_users_own_endpoints(
     service: Service, load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A workflow of someone else may name any address."""
+    """Test a workflow of another person, which may contain any address."""
     settings = tmp_path / "default" / "comfy.settings.json"
     settings.parent.mkdir()
     with faulty_proxy(f"{service.url}/tiny") as faulty, faulty_proxy(f"{service.url}/tiny") as other:
@@ -252,7 +252,7 @@ def test_no_address(load: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("starts", [True, False])
 def test_cancel_ends_the_wait(starts: bool, load: Callable[[str], Any], service: Service) -> None:
-    """Cancel while an endpoint starts, and while it does not respond. No thread is left that retries."""
+    """Cancel while an endpoint starts, and while it does not respond. No retrying thread may remain."""
     import comfy.model_management as management
 
     with faulty_proxy(f"{service.url}/tiny") as faulty:

@@ -1,6 +1,7 @@
-"""The commands in docs/clients.md, and the requests of the clients that they change.
+"""Tests of the commands in docs/clients.md, and of the requests of the changed clients.
 
-The clients' sources are not in this repository. The tests have their requests, and the lines that the commands change.
+This repository does not contain the clients' sources. The tests have their requests, and the lines that the commands
+change.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from tests.support.small_service import Service, as_tensor
 
 CLIENTS = (ROOT / "docs" / "clients.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", CLIENTS, re.MULTILINE)
-PILOT = [
+PILOT_URLS = [
     f"https://{name}.us-east-1.aws.endpoints.huggingface.cloud"
     for name in ("q1bj3bpq6kzilnsu", "x2dmsqunjd6k9prw", "whhx50ex1aryqvw6", "o7ywnmrahorts457", "qc6479g0aac6qwy9")
 ]
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("sed ")])
-def test_the_commands_replace_the_urls_of_the_pilot(command: str, tmp_path: Path) -> None:
-    """SD.Next, kijai's nodes and Visionatrix' nodes have them with and without a slash at the end."""
+def test_the_commands_replace_the_former_urls(command: str, tmp_path: Path) -> None:
+    """Replace the URLs in SD.Next, kijai's nodes and Visionatrix' nodes, with and without a slash at the end."""
     file = tmp_path / shlex.split(command)[-1]
     file.parent.mkdir(parents=True)
-    file.write_text("".join(f"    'sd': '{url}',\n            endpoint = \"{url}/\"\n" for url in PILOT))
+    file.write_text("".join(f"    'sd': '{url}',\n            endpoint = \"{url}/\"\n" for url in PILOT_URLS))
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     expected = "    'sd': 'http://127.0.0.1:9000',\n            endpoint = \"http://127.0.0.1:9000/\"\n"
-    assert file.read_text() == expected * len(PILOT)
+    assert file.read_text() == expected * len(PILOT_URLS)
 
 
-def test_the_list_of_commands() -> None:
+def test_every_listed_command_is_tested() -> None:
     assert [command.split()[0] for command in COMMANDS] == ["pip", "remote-vae", "sed", "sed", "sed"]
 
 
@@ -74,7 +75,7 @@ def test_requests_of_sdnext_and_kijai_through_the_proxy(service: Service, tmp_pa
 
 
 def test_requests_of_visionatrix_node_through_the_proxy(service: Service, tmp_path: Path) -> None:
-    """Send raw latents as ComfyUI has them. For a video, the node takes frames and height as height and width."""
+    """Send raw latents as ComfyUI does. For a video, the node sends frames and height as height and width."""
     headers = {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
     common = {"do_scaling": False, "output_type": "pt", "partial_postprocess": False, "dtype": "float32"}
     with proxy(service.url, tmp_path) as address:

@@ -1,4 +1,4 @@
-"""A real Chromium, Debian's, without a window: `make test-page`. The service runs in the environment of the tests."""
+"""Fixtures for Debian's Chromium without a window: `make test-page`. The service runs in the tests' environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from scripts.local_server import serve
 
-expect.set_options(timeout=120_000)  # a busy machine takes half a minute for one pass
+expect.set_options(timeout=120_000)  # a busy computer takes half a minute for one pass
 
 
 @pytest.fixture(scope="session")
@@ -28,14 +28,14 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Visit:
-    """A page that was opened, and what it did."""
+    """An open page, its errors and its requests."""
 
     page: Page
     url: str
     errors: list[str] = field(default_factory=list)
-    """Of its script, and what its policy forbade; not the refusals of the service, which the browser logs too."""
+    """Errors of the page's script and violations of its policy. Error responses, which the browser logs too, are left out."""
     hosts: set[str] = field(default_factory=set)
-    """That it asked for anything."""
+    """Hosts of the page's requests."""
 
     def __post_init__(self) -> None:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -51,7 +51,7 @@ class Visit:
         self.page.set_input_files("#file", files)
 
     def drop(self, file: Path, media_type: str) -> None:
-        """As a hand does it with a file of the desktop."""
+        """Drop a file as a user drags it from the desktop."""
         script = """([data, name, type]) => {
             const transfer = new DataTransfer();
             transfer.items.add(new File([Uint8Array.from(data)], name, {type}));
@@ -63,7 +63,7 @@ class Visit:
         self.page.evaluate(script, [list(file.read_bytes()), file.name, media_type])
 
     def pixels(self, canvas: str) -> list[int]:
-        """RGBA of a canvas, row by row."""
+        """Return RGBA of a canvas, row by row."""
         script = """(id) => {
             const canvas = document.getElementById(id);
             return [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
@@ -73,7 +73,7 @@ class Visit:
 
 @contextmanager
 def visit(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
-    """A tab of its own. At its end nothing may have gone wrong in it, and nothing come from elsewhere."""
+    """Open a page in a new tab. At the end it must have no errors and no requests to other hosts."""
     context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
     opened = Visit(context.new_page(), url)
     yield opened
@@ -84,6 +84,6 @@ def visit(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a service of the VAE in this repository."""
+    """Return the URL of a service with `tiny`."""
     with serve("--model", "tiny", "--device", "cpu", log=tmp_path_factory.mktemp("tiny") / "log") as url:
         yield url

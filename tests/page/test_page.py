@@ -1,4 +1,4 @@
-"""The web demo at the endpoint's root, in a browser: what a person gives it, and what they see."""
+"""Tests of the web demo at the endpoint's root, in a browser: a user's input and its results."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobil
 
 
 @pytest.fixture(scope="session")
-def picture(tmp_path_factory: pytest.TempPathFactory, photograph: Image.Image) -> Path:
-    """96x64 pixels, which the VAE takes as they are."""
-    file = tmp_path_factory.mktemp("picture") / "astronaut.png"
+def image(tmp_path_factory: pytest.TempPathFactory, photograph: Image.Image) -> Path:
+    """Save an image of 96x64 pixels, which the VAE takes without a resize."""
+    file = tmp_path_factory.mktemp("image") / "astronaut.png"
     photograph.save(file)
     return file
 
@@ -57,7 +57,7 @@ def through_the_api(
 
 
 def download(opened: Visit, button: str) -> tuple[str, bytes]:
-    """The name and the content of the file that a button saves."""
+    """Return the name and the content of the file that a button saves."""
     with opened.page.expect_download() as saved:
         opened.page.click(button)
     return saved.value.suggested_filename, saved.value.path().read_bytes()
@@ -68,22 +68,20 @@ def as_array(pixels: list[int], height: int, width: int) -> np.ndarray:
 
 
 def toolkit(folder: Path) -> AbstractContextManager[str]:
-    """The service of `tiny` in the Inference Toolkit, or its stand-in."""
+    """Serve `tiny` in the Inference Toolkit, or its stand-in."""
     command = ("-m", "tests.support.faulty_server", "toolkit")
     environment = {"TOOLKIT": os.environ["TOOLKIT"]} if "TOOLKIT" in os.environ else {}
     weights = str(ROOT / "models" / "tiny")
     return serve("--model", "tiny", "--weights", weights, log=folder / "log", command=command, **environment)
 
 
-class TestPicture:
-    def test_what_is_dropped_is_encoded_and_decoded_as_by_the_api(
-        self, browser: Browser, tiny: str, picture: Path
-    ) -> None:
-        latents, expected = through_the_api(tiny, picture)
-        original = np.asarray(Image.open(picture))
+class TestImage:
+    def test_a_dropped_image_gives_the_results_of_the_api(self, browser: Browser, tiny: str, image: Path) -> None:
+        latents, expected = through_the_api(tiny, image)
+        original = np.asarray(Image.open(image))
         with visit(browser, tiny) as opened:
             expect(opened.page.locator("#about")).to_contain_text("tiny · AutoencoderKL · float32 on cpu")
-            opened.drop(picture, "image/png")
+            opened.drop(image, "image/png")
             psnr = 10 * np.log10(255**2 / ((original.astype(float) - expected) ** 2).mean())
             expect(opened.page.locator("#psnr")).to_have_text(f"{psnr:.2f} dB")
             assert np.array_equal(as_array(opened.pixels("decoded"), 64, 96), expected)
@@ -93,8 +91,8 @@ class TestPicture:
             expect(opened.page.locator("#channels canvas")).to_have_count(8)
             expect(opened.page.locator("#shape")).to_have_text(f"Latents: 8 channels of 16 {TIMES} 24")
             for card in ("#encoding", "#decoding"):
-                for said in ("VAE", "reading the request", "waiting in the queue", "writing the response", "total"):
-                    expect(opened.page.locator(card)).to_contain_text(said)
+                for phase in ("VAE", "reading the request", "waiting in the queue", "writing the response", "total"):
+                    expect(opened.page.locator(card)).to_contain_text(phase)
             expect(opened.page.locator("#encoding")).to_contain_text(f"{latents.nbytes / 1000:.1f} kB")
             expect(opened.page.locator("#facts")).to_contain_text("6 to 1")
             name, saved = download(opened, "#save-npy")
@@ -113,29 +111,27 @@ class TestPicture:
             assert as_array(opened.pixels("original"), 512, 512).std() > 40
 
     @pytest.mark.slow
-    def test_under_the_toolkit(self, browser: Browser, picture: Path, tmp_path: Path) -> None:
+    def test_under_the_toolkit(self, browser: Browser, image: Path, tmp_path: Path) -> None:
         with toolkit(tmp_path) as url, visit(browser, url) as opened:
-            opened.choose(picture)
+            opened.choose(image)
             expect(opened.page.locator("#psnr")).to_contain_text("dB")
             expect(opened.page.locator("#decoding")).to_contain_text("VAE")
 
-    def test_a_size_that_the_vae_does_not_take_and_a_format_that_the_service_does_not(
-        self, browser: Browser, tiny: str, tmp_path: Path
-    ) -> None:
+    def test_unsupported_sizes_and_formats_are_converted(self, browser: Browser, tiny: str, tmp_path: Path) -> None:
         Image.linear_gradient("L").resize((1500, 77)).convert("RGB").save(tmp_path / "wide.gif")
         with visit(browser, tiny) as opened:
             opened.choose(tmp_path / "wide.gif")
             expect(opened.page.locator("#psnr")).to_contain_text("dB")
             expect(opened.page.locator("#facts")).to_contain_text(f"1024 {TIMES} 52")
 
-    def test_the_slider_and_the_views_by_keyboard(self, browser: Browser, tiny: str, picture: Path) -> None:
+    def test_the_slider_and_the_views_by_keyboard(self, browser: Browser, tiny: str, image: Path) -> None:
         with visit(browser, tiny) as opened:
             page = opened.page
             page.keyboard.press("Tab")
             assert page.evaluate("document.activeElement.id") == "file"
             with page.expect_file_chooser() as chooser:
                 page.keyboard.press("Space")
-            chooser.value.set_files(picture)
+            chooser.value.set_files(image)
             expect(page.locator("#psnr")).to_contain_text("dB")
             visited = [press(page, "Tab") for _ in range(8)]
             assert {"view", "slider"} <= set(visited), visited
@@ -156,11 +152,11 @@ class TestPicture:
 
 
 def eventually(page: Page, script: str) -> object:
-    """What it gives once that is something. The page's policy forbids playwright's own way, which evaluates text."""
+    """Return the first true value of a script. The page's policy forbids playwright's own wait, an eval of text."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if found := page.evaluate(script):
-            return found
+        if value := page.evaluate(script):
+            return value
         time.sleep(0.01)
     raise AssertionError(script)
 
@@ -171,66 +167,64 @@ def press(page: Page, key: str) -> str:
 
 
 def outline(page: Page) -> str:
-    """Of what has the focus: seen on the element itself or what follows it."""
+    """Return the outline of the focused element, or of the element after it."""
     return page.evaluate(
         "getComputedStyle(document.activeElement.nextElementSibling ?? document.activeElement).outlineStyle"
     )
 
 
 class TestErrors:
-    def test_they_are_the_services_words(self, browser: Browser, tiny: str, tmp_path: Path) -> None:
+    def test_errors_are_the_services_texts(self, browser: Browser, tiny: str, tmp_path: Path) -> None:
         broken = tmp_path / "broken.png"
         broken.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
-        said = requests.post(f"{tiny}/encode", data=broken.read_bytes(), timeout=30).json()["error"]
+        message = requests.post(f"{tiny}/encode", data=broken.read_bytes(), timeout=30).json()["error"]
         with visit(browser, tiny) as opened:
             opened.choose(broken)
-            expect(opened.page.locator("#error")).to_have_text(said)
+            expect(opened.page.locator("#error")).to_have_text(message)
             expect(opened.page.locator("#result")).to_be_hidden()
 
-    def test_the_next_file_is_taken_and_the_error_gone(
-        self, browser: Browser, tiny: str, picture: Path, tmp_path: Path
-    ) -> None:
+    def test_the_next_file_clears_the_error(self, browser: Browser, tiny: str, image: Path, tmp_path: Path) -> None:
         np.save(tmp_path / "z.npy", np.zeros((1, 5, 8, 8), np.float32))
         with visit(browser, tiny) as opened:
             opened.choose(tmp_path / "z.npy")
             expect(opened.page.locator("#error")).to_contain_text("is no shape of this VAE's latents")
-            opened.choose(picture)
+            opened.choose(image)
             expect(opened.page.locator("#psnr")).to_contain_text("dB")
             expect(opened.page.locator("#error")).to_be_hidden()
 
-    def test_a_service_that_is_gone(self, browser: Browser, tiny: str, picture: Path) -> None:
+    def test_an_unreachable_service(self, browser: Browser, tiny: str, image: Path) -> None:
         with visit(browser, tiny) as opened:
             expect(opened.page.locator("#about")).to_contain_text("tiny")
             opened.page.route("**/encode*", lambda route: route.abort())
-            opened.choose(picture)
+            opened.choose(image)
             expect(opened.page.locator("#error")).to_have_text("The service cannot be reached.")
             opened.errors.clear()
 
-    def test_escape_ends_what_runs(self, browser: Browser, tiny: str, picture: Path) -> None:
+    def test_escape_cancels_a_run(self, browser: Browser, tiny: str, image: Path) -> None:
         with visit(browser, tiny) as opened:
             expect(opened.page.locator("#about")).to_contain_text("tiny")
             opened.page.route("**/encode*", lambda route: None)
-            opened.choose(picture)
+            opened.choose(image)
             expect(opened.page.locator("#cancel")).to_be_visible()
             opened.page.keyboard.press("Escape")
             expect(opened.page.locator("#doing")).to_have_text("Cancelled.")
 
-    def test_it_waits_for_a_model_that_loads(self, browser: Browser, tiny: str) -> None:
+    def test_the_web_demo_waits_while_the_model_loads(self, browser: Browser, tiny: str) -> None:
         with visit(browser, "about:blank") as opened:
-            answers = iter([{"status": 503, "json": {"error": "the model is loading"}}, None])
+            responses = iter([{"status": 503, "json": {"error": "the model is loading"}}, None])
 
-            def answer(route: Route) -> None:
-                made = next(answers)
-                route.fulfill(**made) if made else route.continue_()
+            def respond(route: Route) -> None:
+                response = next(responses)
+                route.fulfill(**response) if response else route.continue_()
 
-            opened.page.route("**/config", answer)
+            opened.page.route("**/config", respond)
             opened.page.goto(tiny)
             expect(opened.page.locator("#doing")).to_have_text("the model is loading")
             expect(opened.page.locator("#about")).to_contain_text("tiny")
 
 
-def test_a_token_is_asked_for_and_kept_for_the_tab(
-    browser: Browser, checkpoint: Callable[[str], Path], picture: Path, tmp_path: Path
+def test_a_token_is_requested_and_kept_for_the_tab(
+    browser: Browser, checkpoint: Callable[[str], Path], image: Path, tmp_path: Path
 ) -> None:
     weights = str(checkpoint("sd-v1"))
     with serve("--model", "sd-v1", "--weights", weights, log=tmp_path / "log", API_TOKEN=TOKEN) as url:
@@ -249,21 +243,21 @@ def test_a_token_is_asked_for_and_kept_for_the_tab(
             expect(page.locator("#about")).to_contain_text("sd-v1")
             expect(page.locator("#access")).to_be_hidden()
             page.reload()
-            opened.choose(picture)
+            opened.choose(image)
             expect(page.locator("#psnr")).to_contain_text("dB")
             stored = page.evaluate("[JSON.stringify(localStorage), document.cookie, sessionStorage.getItem('token')]")
             assert stored == ["{}", "", TOKEN]
-        with visit(browser, url) as other:
-            expect(other.page.locator("#token")).to_be_visible()
+        with visit(browser, url) as second:
+            expect(second.page.locator("#token")).to_be_visible()
 
 
 class TestSavedLatents:
     @pytest.mark.parametrize("save", ["#save-npy", "#save-safetensors"])
-    def test_dropped_again_they_give_the_same_image(
-        self, browser: Browser, tiny: str, picture: Path, tmp_path: Path, save: str
+    def test_saved_latents_give_the_same_image(
+        self, browser: Browser, tiny: str, image: Path, tmp_path: Path, save: str
     ) -> None:
         with visit(browser, tiny) as opened:
-            opened.choose(picture)
+            opened.choose(image)
             expect(opened.page.locator("#psnr")).to_contain_text("dB")
             _, direct = download(opened, "#save-decoded")
             name, content = download(opened, save)
@@ -275,13 +269,13 @@ class TestSavedLatents:
 
     @pytest.mark.parametrize("save", ["#save-npy", "#save-safetensors"])
     @pytest.mark.parametrize("key", [key for key in SMALL if model_for(key)])
-    def test_so_it_is_with_every_model(
-        self, browser: Browser, service: Service, picture: Path, tmp_path: Path, key: str, save: str
+    def test_saved_latents_of_every_model(
+        self, browser: Browser, service: Service, image: Path, tmp_path: Path, key: str, save: str
     ) -> None:
-        """Whatever its factors, mean and deviation are, and whether its pipelines give raw latents."""
+        """Test models with every kind of factors, mean and deviation, and with pipelines that return raw latents."""
         is_video = model_for(key).kind == "video"
         with visit(browser, f"{service.url}/{key}/") as opened:
-            opened.choose(save_clip(tmp_path / "clip.mp4", 16, height=64) if is_video else picture)
+            opened.choose(save_clip(tmp_path / "clip.mp4", 16, height=64) if is_video else image)
             expect(opened.page.locator("#facts")).to_contain_text("memory mode")
             _, direct = download(opened, "#save-decoded")
             name, content = download(opened, save)
@@ -292,13 +286,16 @@ class TestSavedLatents:
             assert same_video(again, direct) if is_video else again == direct
 
     @pytest.mark.parametrize("key", ["sdxl", "flux2", "wan-2.1", "ltx-2"])
-    def test_they_are_what_a_pipeline_gives(
-        self, browser: Browser, service: Service, picture: Path, tmp_path: Path, key: str
+    def test_saved_latents_equal_those_of_a_pipeline(
+        self, browser: Browser, service: Service, image: Path, tmp_path: Path, key: str
     ) -> None:
-        """Normalized; raw where the model's own pipeline gives raw ones in the same layout. The metadata says so."""
+        """Test that latents are normalized, or raw if the model's own pipeline returns raw ones in this layout.
+
+        The metadata tells which.
+        """
         raw = key in ("flux2", "ltx-2")
         with visit(browser, f"{service.url}/{key}/") as opened:
-            opened.choose(picture)
+            opened.choose(image)
             expect(opened.page.locator("#facts")).to_contain_text("memory mode")
             _, content = download(opened, "#save-safetensors")
         (tmp_path / "z.safetensors").write_bytes(content)
@@ -307,7 +304,7 @@ class TestSavedLatents:
         unit = model_for(key).vae_scale_factor
         size = [side // unit * unit for side in (96, 64)]
         sent = io.BytesIO()
-        Image.open(picture).resize(size).save(sent, "PNG")
+        Image.open(image).resize(size).save(sent, "PNG")
         parameters = {"output_dtype": "float32", "do_scaling": not raw}
         encoded = requests.post(f"{service.url}/{key}/encode", sent.getvalue(), params=parameters, timeout=60)
         expected = torch.frombuffer(bytearray(encoded.content), dtype=torch.float32)
@@ -315,31 +312,31 @@ class TestSavedLatents:
         assert about["normalized"] == str(not raw).lower()
 
 
-def test_a_page_of_another_origin_may_not_call(browser: Browser, tiny: str) -> None:
-    """Of another host, whether the browser asks first or not. A link to the service is open."""
+def test_another_origin_may_not_call(browser: Browser, tiny: str) -> None:
+    """Test another host, with and without a preflight request. A link to the service works."""
     call = "([url, mode]) => fetch(url, {method: 'POST', mode, body: 'x'}).then(() => 'sent', () => 'blocked')"
 
     def refused() -> float:
         lines = requests.get(f"{tiny}/metrics", timeout=10).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if "vae_requests_total" in line and 'status="403"' in line)
 
-    other = browser.new_page()
-    other.goto(tiny.replace("127.0.0.1", "localhost") + "/health")
+    second = browser.new_page()
+    second.goto(tiny.replace("127.0.0.1", "localhost") + "/health")
     before = refused()
-    assert other.evaluate(call, [f"{tiny}/decode", "no-cors"]) == "sent"
-    assert other.evaluate(call, [f"{tiny}/decode", "cors"]) == "blocked"
+    assert second.evaluate(call, [f"{tiny}/decode", "no-cors"]) == "sent"
+    assert second.evaluate(call, [f"{tiny}/decode", "cors"]) == "blocked"
     assert refused() == before + 2
-    other.evaluate("url => { location = url }", tiny)
-    expect(other.locator("#about")).to_contain_text("tiny")
-    other.close()
+    second.evaluate("url => { location = url }", tiny)
+    expect(second.locator("#about")).to_contain_text("tiny")
+    second.close()
 
 
 class TestLatents:
     @pytest.mark.parametrize("name", ["z.npy", "half.npy", "z.safetensors", "bfloat.safetensors"])
     def test_a_file_is_decoded_as_by_the_api(
-        self, browser: Browser, tiny: str, picture: Path, tmp_path: Path, name: str
+        self, browser: Browser, tiny: str, image: Path, tmp_path: Path, name: str
     ) -> None:
-        latents, decoded = through_the_api(tiny, picture, scaled=False)
+        latents, decoded = through_the_api(tiny, image, scaled=False)
         file = tmp_path / name
         if name == "z.npy":
             np.save(file, latents)
@@ -361,11 +358,11 @@ class TestLatents:
             expect(opened.page.locator("#channels canvas")).to_have_count(8)
             expect(opened.page.locator("#slider")).to_be_hidden()
 
-    def test_packed_and_normalised_ones(self, browser: Browser, tiny: str, tmp_path: Path) -> None:
+    def test_packed_and_normalized_latents(self, browser: Browser, tiny: str, tmp_path: Path) -> None:
         packed = torch.randn(1, 96, 32, generator=torch.Generator().manual_seed(0))
         save_file({"z": packed}, tmp_path / "packed.safetensors")
         parameters = {"shape": [1, 96, 32], "dtype": "float32", "height": 64, "width": 96, "do_scaling": "true"}
-        answer = requests.post(
+        response = requests.post(
             f"{tiny}/decode", packed.numpy().tobytes(), params={**parameters, "image_format": "png"}, timeout=30
         )
         with visit(browser, tiny) as opened:
@@ -376,10 +373,10 @@ class TestLatents:
             opened.page.keyboard.press("Enter")
             expect(opened.page.locator("#facts")).to_contain_text(f"96 {TIMES} 64")
             shown = as_array(opened.pixels("decoded"), 64, 96)
-            assert np.array_equal(shown, np.asarray(Image.open(io.BytesIO(answer.content))))
+            assert np.array_equal(shown, np.asarray(Image.open(io.BytesIO(response.content))))
 
     @pytest.mark.parametrize(
-        ("name", "content", "said"),
+        ("name", "content", "message"),
         [
             ("text.npy", b"hello", "text.npy cannot be read: it is no .npy file"),
             ("headless.npy", b"\x93NUMPY\1\0\2\0{}", "headless.npy cannot be read: its header is malformed"),
@@ -389,18 +386,18 @@ class TestLatents:
             ("none.safetensors", struct.pack("<Q", 2) + b"{}", "it must hold one tensor, and holds none"),
         ],
     )
-    def test_a_file_that_is_none(
-        self, browser: Browser, tiny: str, tmp_path: Path, name: str, content: bytes, said: str
+    def test_a_file_without_latents(
+        self, browser: Browser, tiny: str, tmp_path: Path, name: str, content: bytes, message: str
     ) -> None:
         (tmp_path / name).write_bytes(content)
         with visit(browser, tiny) as opened:
             opened.choose(tmp_path / name)
-            expect(opened.page.locator("#error")).to_contain_text(said)
+            expect(opened.page.locator("#error")).to_contain_text(message)
 
 
 @pytest.fixture(scope="module")
 def video(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """An endpoint whose third span takes seconds where the request says so."""
+    """Return an endpoint whose third chunk takes seconds if the request has THIRD_CHUNK_SLOW."""
     log = tmp_path_factory.mktemp("video") / "log"
     weights = checkpoint("hunyuan-video")
     with faulty_endpoint("standalone", "hunyuan-video", weights, log, DEVICE_SECONDS="3") as endpoint:
@@ -409,7 +406,7 @@ def video(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """37 frames of 64x48 pixels."""
+    """Save 37 frames of 64x48 pixels."""
     return save_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", 37)
 
 
@@ -426,11 +423,11 @@ WATCH = """() => {
                         video.videoWidth, video.videoHeight];
     }, {once: true});
 }"""
-"""Notes what is there when the first frame can be seen."""
+"""Script that records the state at the first visible frame."""
 
 
 class TestVideo:
-    def test_it_plays_while_it_comes(self, browser: Browser, video: Endpoint, clip: Path) -> None:
+    def test_a_video_plays_while_it_arrives(self, browser: Browser, video: Endpoint, clip: Path) -> None:
         with visit(browser, video.url) as opened:
             page = opened.page
             page.route("**/decode*", lambda route: route.continue_(url=f"{route.request.url}&seed={THIRD_CHUNK_SLOW}"))
@@ -438,8 +435,8 @@ class TestVideo:
             page.evaluate(WATCH)
             opened.choose(clip)
             expect(page.locator("#progress")).to_have_text("decoded")
-            said, *seen = eventually(page, "window.first")
-            assert "so far" in said
+            progress, *seen = eventually(page, "window.first")
+            assert "so far" in progress
             assert seen[0] == 0
             assert 0 < seen[1] < 1.5
             assert seen[2:] == [64, 48]
@@ -459,17 +456,17 @@ class TestVideo:
             eventually(opened.page, "document.getElementById('video').readyState >= 2")
             assert opened.page.evaluate("document.getElementById('video').src").startswith("blob:")
 
-    def test_latents_and_a_picture(self, browser: Browser, video: Endpoint, picture: Path, tmp_path: Path) -> None:
+    def test_latents_and_an_image(self, browser: Browser, video: Endpoint, image: Path, tmp_path: Path) -> None:
         np.save(tmp_path / "z.npy", video.latents(frames=3, height=48, width=64).numpy())
         with visit(browser, video.url) as opened:
             opened.choose(tmp_path / "z.npy")
             expect(opened.page.locator("#progress")).to_have_text("decoded")
             expect(opened.page.locator("#before")).to_be_hidden()
-            opened.choose(picture)
+            opened.choose(image)
             expect(opened.page.locator("#psnr")).to_contain_text("dB")
             expect(opened.page.locator("#videos")).to_be_hidden()
 
-    def test_a_file_that_is_no_video(self, browser: Browser, video: Endpoint, tmp_path: Path) -> None:
+    def test_a_broken_video(self, browser: Browser, video: Endpoint, tmp_path: Path) -> None:
         (tmp_path / "broken.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(100))
         with visit(browser, video.url) as opened:
             opened.choose(tmp_path / "broken.mp4")
@@ -478,7 +475,7 @@ class TestVideo:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a service of two models with random weights."""
+    """Return the URL of a service of two models with random weights."""
     log = tmp_path_factory.mktemp("two") / "log"
     with serve("--model", "tiny,taesd", "--weights", "random", "--device", "cpu", log=log) as url:
         yield url
@@ -486,31 +483,31 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 class TestSeveralModels:
     @pytest.mark.parametrize("path", ["", "/", "/tiny", "/tiny/", "/taesd", "/taesd/", "/taesd?a=b#c"])
-    def test_the_address_says_which(self, browser: Browser, two: str, picture: Path, path: str) -> None:
+    def test_the_address_selects_the_model(self, browser: Browser, two: str, image: Path, path: str) -> None:
         with visit(browser, two + path) as opened:
-            opened.choose(picture)
+            opened.choose(image)
             expect(opened.page.locator("#psnr")).to_contain_text("dB")
             expected = "AutoencoderTiny" if "taesd" in path else "AutoencoderKL "
             expect(opened.page.locator("#about")).to_contain_text(expected)
             expect(opened.page.locator("#channels canvas")).to_have_count(4 if "taesd" in path else 8)
 
-    def test_through_a_proxy(self, browser: Browser, two: str, picture: Path, tmp_path: Path) -> None:
+    def test_through_a_proxy(self, browser: Browser, two: str, image: Path, tmp_path: Path) -> None:
         with proxy(two, tmp_path) as url, visit(browser, f"{url}/taesd") as opened:
-            opened.choose(picture)
+            opened.choose(image)
             expect(opened.page.locator("#psnr")).to_contain_text("dB")
             expect(opened.page.locator("#channels canvas")).to_have_count(4)
 
-    def test_a_choice_of_them_runs_the_same_image_again(self, browser: Browser, two: str, picture: Path) -> None:
+    def test_a_new_choice_of_model_runs_the_same_image_again(self, browser: Browser, two: str, image: Path) -> None:
         with visit(browser, two) as opened:
             page = opened.page
-            opened.choose(picture)
+            opened.choose(image)
             expect(page.locator("#channels canvas")).to_have_count(8)
             assert page.locator("#model option").all_text_contents() == ["tiny", "taesd"]
             page.select_option("#model", "taesd")
             expect(page.locator("#channels canvas")).to_have_count(4)
             expect(page.locator("#psnr")).to_contain_text("dB")
 
-    def test_a_model_is_named_once(self, browser: Browser, two: str, tiny: str) -> None:
+    def test_a_models_name_appears_once(self, browser: Browser, two: str, tiny: str) -> None:
         with visit(browser, two) as opened:
             expect(opened.page.locator("#about")).to_contain_text("AutoencoderKL")
             assert "tiny" not in opened.page.locator("#about").text_content()
@@ -520,7 +517,7 @@ class TestSeveralModels:
 
 
 class TestJavaScript:
-    """The example of docs/http-api.md, as it stands."""
+    """Tests of the example in docs/http-api.md."""
 
     SNIPPET = re.search(r"```js\n(.*?)```", (ROOT / "docs" / "http-api.md").read_text(), re.DOTALL)[1]
     RUN = """async (data) => {
@@ -533,30 +530,28 @@ class TestJavaScript:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("token", ["", TOKEN])
-    def test_an_image_there_and_back(self, browser: Browser, picture: Path, tmp_path: Path, token: str) -> None:
+    def test_an_image_makes_a_round_trip(self, browser: Browser, image: Path, tmp_path: Path, token: str) -> None:
         protected = {"API_TOKEN": token} if token else {}
         with serve("--model", "tiny", "--device", "cpu", log=tmp_path / "log", **protected) as url:
             script = self.SNIPPET.replace("http://127.0.0.1:8000", url).replace('TOKEN = ""', f'TOKEN = "{token}"')
             with visit(browser, url) as opened:
-                got = opened.page.evaluate(self.RUN % script, list(picture.read_bytes()))
-            latents, expected = through_the_api(url, picture, headers={"Authorization": f"Bearer {token}"})
+                got = opened.page.evaluate(self.RUN % script, list(image.read_bytes()))
+            latents, expected = through_the_api(url, image, headers={"Authorization": f"Bearer {token}"})
         assert got["shape"] == list(latents.shape)
         assert np.array_equal(np.array(got["values"], np.float32), latents.flatten())
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(bytes(got["image"])))), expected)
         assert "is 24 bytes, but" in got["refused"]
 
 
-class TestLook:
-    def test_a_narrow_screen_shows_all_without_scrolling_sideways(
-        self, browser: Browser, tiny: str, picture: Path
-    ) -> None:
+class TestLayout:
+    def test_a_narrow_screen_needs_no_horizontal_scrolling(self, browser: Browser, tiny: str, image: Path) -> None:
         with visit(browser, tiny, **PHONE) as opened:
             page = opened.page
-            opened.choose(picture)
+            opened.choose(image)
             expect(page.locator("#psnr")).to_contain_text("dB")
             assert page.evaluate("document.documentElement.scrollWidth") <= 360
-            parts = ("#stage", "#quality", "#latents", "#encoding", "#decoding")
-            stage, *below = (page.locator(part).bounding_box() for part in parts)
+            selectors = ("#stage", "#quality", "#latents", "#encoding", "#decoding")
+            stage, *below = (page.locator(selector).bounding_box() for selector in selectors)
             tops = [stage["y"] + stage["height"], *(box["y"] for box in below)]
             assert tops == sorted(tops)
             assert stage["width"] > 290
@@ -570,13 +565,13 @@ class TestLook:
             expect(page.locator("#invitation")).to_have_text("choose a file", use_inner_text=True, ignore_case=True)
             page.tap("#sample")
             expect(page.locator("#psnr")).to_contain_text("dB")
-            parts = ("#drop", "#stage", "#psnr")
-            boxes = [page.locator(part).bounding_box() for part in parts]
+            selectors = ("#drop", "#stage", "#psnr")
+            boxes = [page.locator(selector).bounding_box() for selector in selectors]
             edges = [edge for box in boxes for edge in (box["y"], box["y"] + box["height"])]
             assert edges == sorted(edges)
             assert edges[-1] <= 844
 
-    def test_the_form_of_latents_fits_a_narrow_screen(self, browser: Browser, service: Service, tmp_path: Path) -> None:
+    def test_the_latents_form_fits_a_narrow_screen(self, browser: Browser, service: Service, tmp_path: Path) -> None:
         np.save(tmp_path / "z.npy", np.zeros((1, 32, 8, 8), np.float32))
         with visit(browser, f"{service.url}/flux2/", **PHONE) as opened:
             opened.choose(tmp_path / "z.npy")
@@ -585,12 +580,14 @@ class TestLook:
             assert opened.page.evaluate("document.documentElement.scrollWidth") <= 360
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
-    def test_text_stands_out_from_its_ground(self, browser: Browser, tiny: str, picture: Path, scheme: str) -> None:
+    def test_text_has_enough_contrast(self, browser: Browser, tiny: str, image: Path, scheme: str) -> None:
         with visit(browser, tiny, color_scheme=scheme) as opened:
             page = opened.page
-            opened.choose(picture)
+            opened.choose(image)
             expect(page.locator("#psnr")).to_contain_text("dB")
-            grounds = {place: colour(page, place, "backgroundColor") for place in ("body", "#quality", "#error")}
+            grounds = {
+                selector: color(page, selector, "backgroundColor") for selector in ("body", "#quality", "#error")
+            }
             assert (sum(grounds["body"]) > 600) == (scheme == "light")
             for text, ground in (
                 ("body", "body"),
@@ -599,20 +596,20 @@ class TestLook:
                 ("#psnr", "#quality"),
                 ("#error", "#error"),
             ):
-                assert contrast(colour(page, text, "color"), grounds[ground]) >= 4.5, text
+                assert contrast(color(page, text, "color"), grounds[ground]) >= 4.5, text
 
 
-def colour(page: Page, selector: str, name: str) -> list[float]:
+def color(page: Page, selector: str, name: str) -> list[float]:
     style = page.evaluate("([s, name]) => getComputedStyle(document.querySelector(s))[name]", [selector, name])
-    return [float(part) for part in re.findall(r"[\d.]+", style)[:3]]
+    return [float(value) for value in re.findall(r"[\d.]+", style)[:3]]
 
 
-def contrast(one: list[float], other: list[float]) -> float:
-    """As WCAG 2.2 defines it."""
+def contrast(first: list[float], second: list[float]) -> float:
+    """Return the contrast as WCAG 2.2 defines it."""
 
-    def luminance(colour: list[float]) -> float:
-        linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in colour]
+    def luminance(color: list[float]) -> float:
+        linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in color]
         return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
-    low, high = sorted((luminance(one), luminance(other)))
+    low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)

@@ -1,4 +1,4 @@
-"""`remote-vae info`, `decode` and `encode`."""
+"""Tests of `remote-vae info`, `decode` and `encode`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_command_takes_the_url_first() -> None:
         assert "--url" not in out
 
 
-def test_a_wrong_port_is_one_line(tmp_path: Path) -> None:
+def test_the_error_of_a_wrong_port_is_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "z.npy", LATENTS.numpy())
     url = f"http://127.0.0.1:{free_port()}"
     for command in (("info", url), ("check", url), ("decode", url, tmp_path / "z.npy", tmp_path / "o.png")):
@@ -92,7 +92,7 @@ def test_a_wrong_port_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["decode URL z.npy o.png", "encode URL p.png --out o.npy"])
-def test_without_torch_a_command_says_so(command: str, tmp_path: Path) -> None:
+def test_a_command_without_torch_has_a_clear_error(command: str, tmp_path: Path) -> None:
     """Hide torch, as in an environment with only the package."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
@@ -135,14 +135,14 @@ def test_check(service: Service) -> None:
         ("/nothing", r"/nothing/encode: 404 .*"),
     ],
 )
-def test_check_of_a_wrong_endpoint(service: Service, path: str, error: str) -> None:
+def test_check_with_a_wrong_endpoint(service: Service, path: str, error: str) -> None:
     out, errors = remote_vae("check", service.url + path, status=1)
     assert out == ""
     assert re.search(rf"error: http://\S+{error}$", errors.strip())
 
 
 @pytest.mark.parametrize("url", ["http://a..b", "http://localhost:abc", "localhost:8000"])
-def test_check_of_an_invalid_url(url: str) -> None:
+def test_check_with_an_invalid_url(url: str) -> None:
     _, errors = remote_vae("check", url, status=1)
     assert errors.startswith("error: ")
     assert len(errors.splitlines()) == 1
@@ -210,7 +210,7 @@ def test_a_streamed_video(service: Service, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_hidden", [True, False])
-def test_a_video_that_breaks_off_leaves_no_file(service: Service, tmp_path: Path, is_hidden: bool) -> None:
+def test_an_incomplete_video_leaves_no_file(service: Service, tmp_path: Path, is_hidden: bool) -> None:
     np.save(tmp_path / "z.npy", torch.randn(1, 16, 3, 8, 8).numpy())
     with faulty_proxy(f"{service.url}/wan-2.1") as faulty:
         faulty.drops = 1

@@ -1,4 +1,4 @@
-"""Errors and log lines of `RemoteVAE` when the service or the network fails. No token is ever in them."""
+"""Tests of errors and log lines of `RemoteVAE` when the service or the network fails. They never contain a token."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def posts(faulty: FaultyProxy) -> int:
     return sum(method == "POST" for method, _, _ in faulty.seen)
 
 
-def test_a_replica_that_starts_is_waited_for(faulty: FaultyProxy, caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_wait_for_a_starting_replica(faulty: FaultyProxy, caplog: pytest.LogCaptureFixture) -> None:
     faulty.starts_until = time.monotonic() + 20
     remote = RemoteVAE(faulty.url)
     assert time.monotonic() > faulty.starts_until
@@ -64,7 +64,7 @@ def test_retries_end(faulty: FaultyProxy) -> None:
     assert time.monotonic() - start < 30
 
 
-def test_a_response_that_breaks_off_is_requested_again(faulty: FaultyProxy, service: Service) -> None:
+def test_an_incomplete_response_is_requested_again(faulty: FaultyProxy, service: Service) -> None:
     remote = RemoteVAE(faulty.url)
     faulty.drops = 2
     assert torch.equal(remote.decode(LATENTS).sample, service.model("sd-v1").decode(LATENTS).sample)
@@ -74,7 +74,7 @@ def test_a_response_that_breaks_off_is_requested_again(faulty: FaultyProxy, serv
     assert posts(faulty) == 6
 
 
-def test_a_service_that_hangs(faulty: FaultyProxy) -> None:
+def test_a_stuck_service(faulty: FaultyProxy) -> None:
     remote = RemoteVAE(faulty.url, timeout=1)
     faulty.hangs = True
     with pytest.raises(RemoteVAEError, match=r"did not respond for 1 s$"):
@@ -157,11 +157,11 @@ ODD = [
     "https://x.endpoints.huggingface.cloud/\u202etxt",
     "",
 ]
-"""Strings that are no URLs of endpoints, and URLs in which two readers may see two hosts."""
+"""Strings that are not URLs of endpoints, and URLs in which two readers may see two hosts."""
 
 
 @pytest.mark.parametrize("url", ODD)
-def test_urls_that_are_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_urls_are_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(ValueError, match="endpoint") as caught:
         Client(url)
@@ -172,23 +172,23 @@ def test_urls_that_are_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:9", "http://[::1]:9/sdxl", "HTTPS://X1.Endpoints.HuggingFace.Cloud/", "http://my_box:80"]
 )
-def test_urls_of_endpoints(url: str) -> None:
+def test_valid_urls_are_accepted(url: str) -> None:
     assert Client(url).url == url.rstrip("/")
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
 def test_a_wrong_port_is_not_retried_for_long(name: str) -> None:
-    """Unlike a replica that starts: its proxy responds."""
+    """Test that the retries end soon. For a starting replica, its proxy would respond."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     start = time.monotonic()
     with pytest.raises(RemoteVAEError, match=r"connection refused, nothing listens there; is the port right"):
         RemoteVAE(f"http://{name}:{port}")
-    assert time.monotonic() - start < 60  # and not the 900 s of other retries
+    assert time.monotonic() - start < 60  # less than the 900 s of other retries
 
 
-def test_a_server_that_restarts_is_waited_for(service: Service) -> None:
-    """Its address is right, because it has responded before."""
+def test_requests_wait_for_a_restarting_server(service: Service) -> None:
+    """Test that retries continue for an address that has responded before."""
     with faulty_proxy(f"{service.url}/sd-v1") as faulty:
         client = Client(faulty.url, retry_timeout=60)
         client.request("GET", "/health", headers={"Connection": "close"})

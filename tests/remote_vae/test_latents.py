@@ -1,4 +1,4 @@
-"""`remote-vae latents`: the files of trainers equal local encoding, also after interruptions."""
+"""Tests of `remote-vae latents`: the trainers' files equal local encoding, also after interruptions."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_webdataset(service: Service, folder: Path, tmp_path: Path) -> None:
         assert archive.getnames() == ["new.moments.npy", "new.json"]
 
 
-def test_images_that_cannot_be_read_are_listed(service: Service, folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_listed(service: Service, folder: Path, tmp_path: Path) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (folder / "cut.png").write_bytes((folder / "p0.png").read_bytes()[:400])
     Image.new("RGB", SIZES[0]).save(folder / "p0.jpg")  # the latents of p0.png would have the same name
@@ -183,8 +183,11 @@ def test_images_that_cannot_be_read_are_listed(service: Service, folder: Path, t
 
 
 @pytest.mark.parametrize("format", ["kohya", "webdataset"])
-def test_two_images_of_one_name_are_reported_each_time(service: Service, tmp_path: Path, format: str) -> None:
-    """Also if the latents of the first are already stored. `a.b` and `a_b` are one key of a WebDataset."""
+def test_two_images_with_one_name_are_reported_each_time(service: Service, tmp_path: Path, format: str) -> None:
+    """Report the second image even if the latents of the first are already stored.
+
+    `a.b` and `a_b` are one key of a WebDataset.
+    """
     folder, out = tmp_path / "images", tmp_path / "out"
     folder.mkdir()
     for name in ("a_b.png", "a_b.jpg") if format == "kohya" else ("a.b.png", "a_b.png"):

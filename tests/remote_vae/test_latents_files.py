@@ -1,4 +1,4 @@
-"""`remote-vae latents`: the files that it reads, skips, writes and leaves unchanged."""
+"""Tests of the files that `remote-vae latents` reads, skips, writes and leaves unchanged."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def members(shard: Path) -> dict[str, bytes]:
         return {member.name: archive.extractfile(member).read() for member in archive}
 
 
-def test_files_of_the_user_are_unchanged(service: Service, tmp_path: Path) -> None:
-    """The output folder is the folder of the images, and earlier versions wrote or deleted these names."""
+def test_user_files_are_unchanged(service: Service, tmp_path: Path) -> None:
+    """Use the folder of the images as output. Earlier versions wrote or deleted these names."""
     save(tmp_path / "a.png")
     (tmp_path / "failed.png").write_bytes(b"broken")
     for name in ("failed.txt", "remote-vae.json", ".a_0128x0128_sdxl.npz.part"):
@@ -48,7 +48,7 @@ def test_files_of_the_user_are_unchanged(service: Service, tmp_path: Path) -> No
     assert new == [".remote-vae", "a.png", "a_0128x0128_sdxl.npz"]
 
 
-def test_shards_of_the_user_are_unchanged(service: Service, tmp_path: Path) -> None:
+def test_user_shards_are_unchanged(service: Service, tmp_path: Path) -> None:
     save(tmp_path / "images" / "a.png")
     with tarfile.open(tmp_path / "shard-000000.tar", "w") as archive:
         archive.add(tmp_path / "images" / "a.png", "a.png")
@@ -69,7 +69,7 @@ def test_shards_of_the_user_are_unchanged(service: Service, tmp_path: Path) -> N
         ("webdataset", 8, "webdataset does not load them: 1 .heic, 1 hidden .png"),
     ],
 )
-def test_kinds_of_files(service: Service, tmp_path: Path, format: str, count: int, skipped: str) -> None:
+def test_file_types(service: Service, tmp_path: Path, format: str, count: int, skipped: str) -> None:
     for suffix in (".avif", ".bmp", ".gif", ".jfif", ".jpg", ".png", ".tiff", ".webp"):
         save(tmp_path / "images" / f"{suffix[1:]}{suffix}")
     save(tmp_path / "images" / ".hidden.png")
@@ -91,8 +91,8 @@ def test_a_folder_without_images_is_an_error(service: Service, tmp_path: Path, c
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_that_are_links(service: Service, tmp_path: Path) -> None:
-    """A loop of links ends. ai-toolkit does not follow links, and the command says so."""
+def test_links_to_folders(service: Service, tmp_path: Path) -> None:
+    """Test that a loop of links ends. ai-toolkit does not follow links, and the command reports it."""
     save(tmp_path / "elsewhere" / "a.png")
     folder = tmp_path / "images"
     save(folder / "b.png")
@@ -123,7 +123,7 @@ def test_names_that_are_not_utf_8(service: Service, tmp_path: Path, format: str)
 
 
 def test_long_names(service: Service, tmp_path: Path) -> None:
-    """Shards take names of any length. An image whose file name would be too long is listed as failed."""
+    """Test that shards accept names of any length. An image with a too long file name is listed as failed."""
     longest, japanese = "n" * 251, "絵" * 32
     for name in (longest, japanese, "a"):
         save(tmp_path / "images" / f"{name}.png")
@@ -138,7 +138,7 @@ def test_long_names(service: Service, tmp_path: Path) -> None:
 
 
 def test_special_files(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A FIFO would block if it were opened."""
+    """Test a FIFO, which would block a reader."""
     save(tmp_path / "images" / "a.png")
     os.mkfifo(tmp_path / "images" / "fifo.png")
     (tmp_path / "images" / "zero.png").symlink_to("/dev/zero")
@@ -146,7 +146,7 @@ def test_special_files(service: Service, tmp_path: Path, monkeypatch: pytest.Mon
     os.mkfifo(tmp_path / "images" / "a.txt")
     with socket.socket(socket.AF_UNIX) as unix:
         monkeypatch.chdir(tmp_path / "images")
-        unix.bind("socket.png")  # relative, because a path may have 107 bytes
+        unix.bind("socket.png")  # relative, because the path of a socket may have 107 bytes
     output = run(tmp_path / "images", tmp_path / "out", f"{service.url}/sdxl", "webdataset", status=1)
     assert "1 encoded, 0 already stored, 4 failed" in output
     listed = failures(tmp_path / "out")
@@ -156,7 +156,7 @@ def test_special_files(service: Service, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_several_resolutions_in_one_folder(service: Service, tmp_path: Path) -> None:
-    """They are allowed if the keys in a `.npz`, or the names of the files, are different."""
+    """Test that several resolutions are allowed if the keys in a `.npz`, or the names of the files, differ."""
     folder = tmp_path / "images"
     save(folder / "a.png", (300, 200))
     for resolution in ("128", "256", "256"):
@@ -179,8 +179,8 @@ def test_several_resolutions_in_one_folder(service: Service, tmp_path: Path) -> 
     assert "made with resolution=[128, 128]" in output
 
 
-def test_an_image_that_fails_is_tried_again(service: Service, tmp_path: Path) -> None:
-    """Also if a shard was written without it."""
+def test_a_failed_image_is_retried(service: Service, tmp_path: Path) -> None:
+    """Test that the image is retried, also after a shard was written without it."""
     save(tmp_path / "images" / "a.png")
     whole = save(tmp_path / "images" / "b.png", (200, 150)).read_bytes()
     (tmp_path / "images" / "b.png").write_bytes(whole[:-40])

@@ -1,4 +1,4 @@
-"""The package that `pip install "remote-vae @ git+..."` installs."""
+"""Tests of the package that `pip install "remote-vae @ git+..."` installs."""
 
 import shutil
 import subprocess
@@ -53,14 +53,14 @@ def test_the_wheel_in_a_clean_environment(tmp_path: Path) -> None:
 
 
 def test_make_install_brings_the_command(tmp_path: Path) -> None:
-    """Run the last step of the target in a copy of the project. The steps before it install the dependencies."""
+    """Run the last command of the target in a copy of the project. The commands before it install the dependencies."""
     copy_package(tmp_path / "project")
     shutil.copytree(ROOT / "scripts", tmp_path / "project" / "scripts")
     venv.create(tmp_path / "venv", with_pip=True)
     rule = ("make", "--dry-run", "--always-make", "--no-print-directory", "install", f"VENV={tmp_path / 'venv'}")
-    *_, step = (line for line in run(*rule, folder=tmp_path / "project").splitlines() if " pip install " in line)
-    assert step.endswith("-e .")
-    run("sh", "-c", step, folder=tmp_path / "project")
+    *_, command = (line for line in run(*rule, folder=tmp_path / "project").splitlines() if " pip install " in line)
+    assert command.endswith("-e .")
+    run("sh", "-c", command, folder=tmp_path / "project")
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     borrowed = next(path for path in sys.path if path.endswith("site-packages"))
     (packages / "borrowed.pth").write_text(f"import sys; sys.path.append({borrowed!r})")

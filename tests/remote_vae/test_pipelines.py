@@ -1,4 +1,4 @@
-"""Pipelines of diffusers make the same images with a remote VAE as with a local one."""
+"""Tests that pipelines of diffusers make the same images with a remote VAE as with a local one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.small_pipelines import CASES, Case, make, run
 from tests.support.small_service import Service
 
 pytestmark = pytest.mark.filterwarnings(
-    # schedulers of diffusers, with the newest torch and numpy
+    # warnings of diffusers' schedulers with the newest torch and numpy
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
@@ -34,27 +34,27 @@ def test_images_are_the_same(service: Service, case: Case) -> None:
     local = run(make(case, service.model(case.key)), case)
     remote = run(make(case, RemoteVAE(f"{service.url}/{case.key}", uint8=True)), case)
     assert len(remote) == len(local) >= 1
-    assert np.asarray(local[0]).std() > 20  # it is not plain gray
+    assert np.asarray(local[0]).std() > 20  # not plain gray
     for ours, theirs in zip(remote, local, strict=True):
         assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("output_type", ["pt", "np"])
 def test_floats_are_the_same(service: Service, output_type: str) -> None:
-    """Compare them bit by bit: nothing is rounded to uint8."""
+    """Compare bit by bit, because floats are not rounded to uint8."""
     local = run(make(FLUX, service.model("flux")), FLUX, output_type=output_type)[0]
     remote = run(make(FLUX, RemoteVAE(f"{service.url}/flux")), FLUX, output_type=output_type)[0]
     assert np.array_equal(remote, local)
 
 
-def test_wherever_a_pipeline_takes_a_vae(service: Service, tmp_path: Path) -> None:
+def test_every_way_to_give_a_pipeline_a_vae(service: Service, tmp_path: Path) -> None:
     expected = run(make(FLUX, service.model("flux")), FLUX)[0]
     remote = RemoteVAE(f"{service.url}/flux")
     assert type(remote) is AutoencoderKL
 
     pipe = make(FLUX, service.model("flux"))
     pipe.save_pretrained(tmp_path / "whole")
-    loaded = FluxPipeline.from_pretrained(tmp_path / "whole", vae=remote, **empty_parts())
+    loaded = FluxPipeline.from_pretrained(tmp_path / "whole", vae=remote, **empty_modules())
     pipe.vae = remote
     remote.enable_tiling()
     remote.enable_slicing()
@@ -71,8 +71,8 @@ def test_wherever_a_pipeline_takes_a_vae(service: Service, tmp_path: Path) -> No
     pipe.save_pretrained(tmp_path / "config")
     assert [file.name for file in (tmp_path / "config" / "vae").iterdir()] == ["config.json"]
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
-        FluxPipeline.from_pretrained(tmp_path / "config", **empty_parts())
-    loaded = FluxPipeline.from_pretrained(tmp_path / "config", vae=remote, **empty_parts())
+        FluxPipeline.from_pretrained(tmp_path / "config", **empty_modules())
+    loaded = FluxPipeline.from_pretrained(tmp_path / "config", vae=remote, **empty_modules())
     assert loaded.vae is remote
 
 
@@ -85,12 +85,12 @@ def test_offloading_hooks(service: Service, hook: Callable[[Any], Any]) -> None:
     assert np.array_equal(run(make(FLUX, remote), FLUX)[0], expected)
 
 
-def empty_parts() -> dict[str, None]:
+def empty_modules() -> dict[str, None]:
     return dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
 def test_other_dtypes(service: Service) -> None:
-    """The pipeline and its output are in the dtype that the user chose. The endpoint's dtype may be another."""
+    """Test that the pipeline and its output keep the dtype of the user. The endpoint may use another."""
     remote = RemoteVAE(f"{service.url}/flux")
     pipe = make(FLUX, remote).to(torch.bfloat16)
     assert remote.dtype == torch.bfloat16
@@ -100,7 +100,7 @@ def test_other_dtypes(service: Service) -> None:
 
 
 @pytest.mark.parametrize("key", MODELS)
-def test_it_takes_no_memory(key: str) -> None:
+def test_a_remote_vae_takes_no_memory(key: str) -> None:
     """Compare with the class at its published size."""
     model = MODELS[key]
     with torch.device("meta"):
@@ -113,7 +113,7 @@ def test_it_takes_no_memory(key: str) -> None:
     assert [name for name, _ in vae.named_modules()] == [name for name, _ in real.named_modules()]
 
 
-def test_statistics_are_the_checkpoints(service: Service) -> None:
+def test_statistics_equal_the_checkpoints(service: Service) -> None:
     for key, name in (("flux2", "bn.running_var"), ("ltx-video", "latents_mean")):
         ours, theirs = (
             dict(vae.named_buffers())[name] for vae in (RemoteVAE(f"{service.url}/{key}"), service.model(key))
@@ -123,7 +123,7 @@ def test_statistics_are_the_checkpoints(service: Service) -> None:
 
 @pytest.mark.parametrize("key", ["sd-v1", "taesd", "sana", "svd", "cogvideox", "qwen-image", "ltx-video-0.9.1"])
 @torch.no_grad()
-def test_the_methods_return_what_the_class_returns(service: Service, key: str) -> None:
+def test_methods_return_the_types_of_the_class(service: Service, key: str) -> None:
     local, remote = service.model(key), RemoteVAE(f"{service.url}/{key}")
     generator = torch.Generator().manual_seed(0)
     frames = {"cogvideox": (9,), "qwen-image": (1,), "ltx-video-0.9.1": (9,)}.get(key, ())
@@ -154,7 +154,7 @@ def test_batches_are_split_at_the_services_limit(service: Service) -> None:
 
 
 ODD = [
-    ("sd-v1", (2, 3, 60, 68)),  # omits the pixels that its strides do not reach
+    ("sd-v1", (2, 3, 60, 68)),  # drops the pixels that its strides do not reach
     ("tiny", (1, 3, 61, 70)),
     ("taesd", (1, 3, 60, 68)),  # pads
     ("qwen-image", (1, 3, 1, 60, 68)),
@@ -165,11 +165,11 @@ ODD = [
     ("mochi", (1, 3, 10, 64, 64)),
     ("ltx-video", (1, 3, 10, 64, 64)),
 ]
-"""Pixels that the class takes, although they do not fit its latents."""
+"""Pixels that the class accepts although they do not fit its latents."""
 
 
 @pytest.mark.parametrize(("key", "shape"), ODD)
-def test_sizes_that_do_not_fit_are_encoded_as_the_local_class_does(
+def test_partial_sizes_are_encoded_as_in_the_local_class(
     service: Service, key: str, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     remote, local = RemoteVAE(f"{service.url}/{key}"), service.model(key)
@@ -185,7 +185,7 @@ def test_sizes_that_do_not_fit_are_encoded_as_the_local_class_does(
 
 
 @pytest.mark.parametrize(("key", "shape"), [("sana", (1, 3, 60, 68)), ("wan-2.2", (1, 3, 9, 65, 65))])
-def test_sizes_that_the_local_class_does_not_take(service: Service, key: str, shape: tuple[int, ...]) -> None:
+def test_sizes_that_the_local_class_refuses(service: Service, key: str, shape: tuple[int, ...]) -> None:
     pixels = torch.zeros(shape)
     with pytest.raises((RuntimeError, ValueError)) as local:
         service.model(key).encode(pixels)
@@ -195,7 +195,7 @@ def test_sizes_that_the_local_class_does_not_take(service: Service, key: str, sh
 
 
 def test_fused_projections(service: Service) -> None:
-    """The pipeline's calls change nothing."""
+    """Test that the pipeline's calls change nothing."""
     case = next(case for case in CASES if case.pipeline == "StableDiffusionXLPipeline")
     pipe = make(case, RemoteVAE(f"{service.url}/{case.key}"))
     expected = run(pipe, case)[0]
@@ -208,14 +208,14 @@ def test_fused_projections(service: Service) -> None:
 
 
 def test_decoding_while_the_next_is_generated(service: Service) -> None:
-    """Run the queue of the announcement of Hugging Face's remote VAE pilot."""
+    """Run the queue from the announcement of Hugging Face's remote VAE pilot of 2025."""
     remote = RemoteVAE(f"{service.url}/flux")
     pipe = make(FLUX, service.model("flux"))
-    expected = [run(pipe, FLUX, num_inference_steps=steps)[0] for steps in (1, 2, 3)]
+    expected = [run(pipe, FLUX, num_inference_steps=count)[0] for count in (1, 2, 3)]
     pipe.vae = None
     pending = []
-    for steps in (1, 2, 3):
-        latents = torch.stack(run(pipe, FLUX, num_inference_steps=steps, output_type="latent"))
+    for count in (1, 2, 3):
+        latents = torch.stack(run(pipe, FLUX, num_inference_steps=count, output_type="latent"))
         pending.append(remote.decode_async(latents, height=64, width=64))
     images = [image for future in pending for image in future.result()]
     assert all(isinstance(image, Image.Image) for image in images)

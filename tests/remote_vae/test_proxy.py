@@ -1,4 +1,4 @@
-"""`remote-vae proxy`: clients without tokens and retries reach an endpoint that needs both."""
+"""Tests of `remote-vae proxy`: clients without tokens and retries reach an endpoint that needs both."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def proxy(target: str, folder: Path, *arguments: str, token: str | None = TOKEN)
             assert TOKEN not in log.read_text()
 
 
-def test_the_released_client_reaches_a_protected_endpoint_that_starts(
+def test_the_client_of_diffusers_reaches_a_protected_starting_endpoint(
     faulty: FaultyProxy, tmp_path: Path, service: Service
 ) -> None:
     with proxy(faulty.url, tmp_path) as url:
@@ -86,7 +86,7 @@ def test_the_released_client_reaches_a_protected_endpoint_that_starts(
     )
     posts = [headers for method, _, headers in faulty.seen if method == "POST"]
     assert all(headers["Authorization"] == f"Bearer {TOKEN}" for headers in posts)
-    assert len(posts) == 3  # the first one before the replica has started
+    assert len(posts) == 3  # the first before the replica has started
 
 
 def test_responses_pass_unchanged(service: Service, tmp_path: Path) -> None:
@@ -156,15 +156,15 @@ def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
     server.server_close()
 
 
-def test_an_endpoint_that_cannot_be_reached(tmp_path: Path) -> None:
+def test_an_unreachable_endpoint(tmp_path: Path) -> None:
     with proxy(f"http://127.0.0.1:{free_port()}", tmp_path, "--retry-timeout", "2") as url:
         response = requests.post(url + "/decode", data=b"1", timeout=20)
     assert response.status_code == 504
     assert "cannot be reached" in response.json()["error"]
 
 
-def test_a_response_that_breaks_off_breaks_off(faulty: FaultyProxy, tmp_path: Path) -> None:
-    """The client gets no response that looks complete."""
+def test_an_incomplete_response_stays_incomplete(faulty: FaultyProxy, tmp_path: Path) -> None:
+    """Test that the client gets no response that looks complete."""
     faulty.drops = 1
     with proxy(faulty.url, tmp_path) as url, pytest.raises(requests.exceptions.RequestException):
         remote_decode(url, LATENTS, output_type="pt", return_type="pt", do_scaling=False)
@@ -184,7 +184,7 @@ OTHER_SITES = [
 """Headers that a browser sends for a page of another site: a script, a frame, a form, an `<img>`, a link."""
 
 
-def test_pages_of_other_sites_may_not_use_the_token(faulty: FaultyProxy, tmp_path: Path) -> None:
+def test_pages_on_other_sites_may_not_use_the_token(faulty: FaultyProxy, tmp_path: Path) -> None:
     with proxy(faulty.url, tmp_path) as url:
         for headers in OTHER_SITES:
             response = requests.get(url + "/nowhere", headers=headers, timeout=10)
@@ -210,7 +210,7 @@ def test_the_web_demo_works_through_the_proxy(faulty: FaultyProxy, tmp_path: Pat
         )
         assert response.headers["Content-Type"] == "image/jpeg"
     forwarded = {name.lower() for name in faulty.seen[-1][2]}
-    assert not forwarded & {"origin", "referer", "cookie", "sec-fetch-site"}  # they describe this machine
+    assert not forwarded & {"origin", "referer", "cookie", "sec-fetch-site"}  # these headers describe this computer
 
 
 class Recorder(BaseHTTPRequestHandler):
@@ -258,13 +258,13 @@ def send_raw(url: str, *lines: str, body: str = "", method: str = "GET") -> tupl
     with socket.create_connection((host, int(port)), 10) as connection:
         connection.sendall(head.encode())
         response = b""
-        while b"\r\n\r\n" not in response or len(response.split(b"\r\n\r\n")[1]) < length_of(response):
+        while b"\r\n\r\n" not in response or len(response.split(b"\r\n\r\n")[1]) < read_content_length(response):
             response = (response + connection.recv(65536)).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     head, _, content = response.decode().partition("\r\n\r\n")
     return json.loads(content), head.split("\r\n")
 
 
-def length_of(response: bytes) -> int:
+def read_content_length(response: bytes) -> int:
     return int(re.search(rb"content-length: (\d+)", response, re.IGNORECASE)[1])
 
 
@@ -272,7 +272,7 @@ def values(received: dict[str, Any], name: str) -> list[str]:
     return [value for key, value in received["headers"] if key.lower() == name]
 
 
-def test_headers_pass_once_and_those_of_a_connection_do_not(recorder: str, tmp_path: Path) -> None:
+def test_headers_pass_once_except_connection_headers(recorder: str, tmp_path: Path) -> None:
     with proxy(recorder, tmp_path) as url:
         received, head = send_raw(
             url,
@@ -301,7 +301,7 @@ def test_headers_pass_once_and_those_of_a_connection_do_not(recorder: str, tmp_p
     assert (with_length["body"], values(with_length, "content-length")) == ("abc", ["3"])
 
 
-def test_without_a_token_the_clients_own_passes(recorder: str, tmp_path: Path) -> None:
+def test_the_clients_token_passes_without_a_token_of_the_proxy(recorder: str, tmp_path: Path) -> None:
     with proxy(recorder, tmp_path, token=None) as url:
         received, _ = send_raw(url, "Authorization: Bearer hf_ofTheClient")
         refused, head = send_raw(url, "Authorization: Bearer a", "Authorization: Bearer b")
@@ -311,7 +311,7 @@ def test_without_a_token_the_clients_own_passes(recorder: str, tmp_path: Path) -
 
 
 def test_an_image(faulty: FaultyProxy, tmp_path: Path) -> None:
-    """The clients of Hugging Face's remote VAE pilot send an image as PNG."""
+    """Send an image as PNG, as the clients of Hugging Face's remote VAE pilot do."""
     with proxy(faulty.url, tmp_path) as url:
         latents = remote_encode(url, Image.radial_gradient("L").resize((64, 64)).convert("RGB"))
     assert latents.shape == (1, 4, 8, 8)

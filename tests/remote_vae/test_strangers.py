@@ -1,4 +1,4 @@
-"""Servers of other projects, and hostile ones: each of their responses becomes one clear error."""
+"""Tests of servers of other projects, and hostile ones: each of their responses becomes one clear error."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ CONFIGS: dict[str, Response] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_of_a_stranger(stranger: Stranger, name: str) -> None:
+def test_a_foreign_config(stranger: Stranger, name: str) -> None:
     stranger.responses["/config"] = CONFIGS[name]
     with pytest.raises(RemoteVAEError) as caught:
         RemoteVAE(stranger.url, retry_timeout=2)
@@ -138,7 +138,7 @@ def test_a_config_of_a_stranger(stranger: Stranger, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "AutoencoderRAE", "utils", "vae", "os.system", "\x1b[2J"])
-def test_a_class_that_is_no_autoencoder(stranger: Stranger, name: str) -> None:
+def test_a_class_that_is_not_an_autoencoder(stranger: Stranger, name: str) -> None:
     """AutoencoderRAE would load the model that its config names from the Hub."""
     stranger.responses["/config"] = config(vae_class=name, vae_config={"encoder_name_or_path": "stranger/model"})
     with pytest.raises(ImportError, match="has no autoencoder for images or videos named") as caught:
@@ -175,7 +175,7 @@ DECODED: dict[str, Response] = {
 
 
 @pytest.mark.parametrize("name", DECODED)
-def test_a_tensor_of_a_stranger(stranger: Stranger, name: str) -> None:
+def test_a_foreign_tensor(stranger: Stranger, name: str) -> None:
     vae = RemoteVAE(stranger.url, retry_timeout=2)
     stranger.responses["/decode"] = stranger.responses["/encode"] = DECODED[name]
     for call in (lambda: vae.decode(LATENTS), lambda: vae.encode(PIXELS)):
@@ -211,7 +211,7 @@ def png() -> bytes:
     ],
     ids=["a page", "empty", "two images", "a bomb", "a page inside", "damaged"],
 )
-def test_images_of_a_stranger(stranger: Stranger, tmp_path: Path, response: Response, reason: str) -> None:
+def test_foreign_images(stranger: Stranger, tmp_path: Path, response: Response, reason: str) -> None:
     stranger.responses["/decode"] = response
     np.save(tmp_path / "z.npy", LATENTS.numpy())
     with pytest.raises(RemoteVAEError, match=reason) as caught:
@@ -220,9 +220,9 @@ def test_images_of_a_stranger(stranger: Stranger, tmp_path: Path, response: Resp
     assert [file.name for file in tmp_path.iterdir()] == ["z.npy"]
 
 
-def test_a_video_of_a_stranger(stranger: Stranger) -> None:
+def test_a_foreign_video(stranger: Stranger) -> None:
     client = Client(stranger.url, retry_timeout=2)
-    for call in (tensors.decode_mp4, lambda *given: list(tensors.stream_mp4(*given))):
+    for call in (tensors.decode_mp4, lambda *arguments: list(tensors.stream_mp4(*arguments))):
         with pytest.raises(RemoteVAEError, match="the response is no MP4") as caught:
             call(client, torch.zeros(1, 16, 3, 8, 8))
         assert is_one_clear_line(caught.value)

@@ -1,6 +1,7 @@
-"""Buckets, pixels, file names and file types of the trainers, compared with the results of their own code.
+"""Tests of buckets, pixels, file names and file types of the trainers, against the results of their own code.
 
-trainers.json has these results. Its functions were run by hand, at its commits. null: the trainer's code fails.
+trainers.json has these results. Somebody ran the trainers' functions by hand, at the commits in the file. null: the
+trainer's code fails.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def bucket_and_names(trainer: str, model: str, resolution: list[int], upscale: b
 
 @pytest.mark.parametrize("trainer", TRAINERS["trainers"])
 def test_pixels(trainer: str) -> None:
-    """Compare within one step of 255, because OpenCV's versions round differently."""
+    """Compare within a difference of 1 of 255, because OpenCV's versions round differently."""
     for *row, theirs in TRAINERS["pixels"][trainer]:
         model, resolution, upscale, flip, mode, size = row
         format = BY_TRAINER[trainer](model, tuple(resolution), upscale, flip)

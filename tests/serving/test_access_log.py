@@ -1,4 +1,4 @@
-"""What an operator sees: a line for each request, and the counters of /metrics."""
+"""Tests of an operator's view: a line for each request, and the counters of /metrics."""
 
 import json
 import re
@@ -23,21 +23,21 @@ def endpoint(
         yield endpoint
 
 
-def line_of(endpoint: Endpoint, request_id: str) -> dict[str, Any]:
-    """The line is written when the answer has gone."""
+def read_line(endpoint: Endpoint, request_id: str) -> dict[str, Any]:
+    """Return a request's log line. The server writes it after the response."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         lines = re.findall(r'\{"request_id": .*\}', endpoint.log.read_text())
-        if found := [line for line in map(json.loads, lines) if line["request_id"] == request_id]:
-            assert len(found) == 1
-            return found[0]
+        if matches := [line for line in map(json.loads, lines) if line["request_id"] == request_id]:
+            assert len(matches) == 1
+            return matches[0]
         time.sleep(0.01)
     raise AssertionError(f"no line of {request_id}")
 
 
-def test_a_line_says_what_was_asked_and_how_it_went(endpoint: Endpoint) -> None:
+def test_a_line_describes_request_and_response(endpoint: Endpoint) -> None:
     response = endpoint.post(endpoint.latents(), "/decode", headers={"X-Request-Id": "good-1"}, image_format="png")
-    line = line_of(endpoint, "good-1")
+    line = read_line(endpoint, "good-1")
     milliseconds = {name: line.pop(name) for name in ("ms", "payload_ms", "queue_ms", "vae_ms", "output_ms")}
     assert line == {
         "request_id": "good-1",
@@ -54,27 +54,25 @@ def test_a_line_says_what_was_asked_and_how_it_went(endpoint: Endpoint) -> None:
     assert milliseconds["ms"] >= milliseconds["vae_ms"] > 0
 
 
-def test_the_line_of_a_wrong_request_says_why(endpoint: Endpoint) -> None:
+def test_the_line_of_a_wrong_request_has_the_error(endpoint: Endpoint) -> None:
     response = endpoint.post(endpoint.latents(), headers={"X-Request-Id": "wrong-1"}, dtype="int4")
-    line = line_of(endpoint, "wrong-1")
+    line = read_line(endpoint, "wrong-1")
     assert (line["status"], line["error"]) == (400, response.json()["error"])
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
+    ("request_id", "kept"),
     [("abc-123_4.5:6", True), ("x" * 128, True), ("x" * 129, False), ('a"b', False), ("ümlaut", False), ("", False)],
 )
-def test_an_id_is_taken_if_it_cannot_harm_a_log_and_is_on_every_answer(
-    endpoint: Endpoint, given: str, kept: bool
-) -> None:
+def test_a_safe_request_id_is_used_and_returned(endpoint: Endpoint, request_id: str, kept: bool) -> None:
     for method, path in (("GET", "/health"), ("GET", "/nowhere"), ("DELETE", "/"), ("POST", "/encode")):
-        headers = {"X-Request-Id": given.encode()}
-        answer = requests.request(method, endpoint.url + path, headers=headers, timeout=5).headers["X-Request-Id"]
-        assert (answer == given) is kept
-        assert re.fullmatch(r"[\w.:-]{1,128}", answer)
+        headers = {"X-Request-Id": request_id.encode()}
+        returned = requests.request(method, endpoint.url + path, headers=headers, timeout=5).headers["X-Request-Id"]
+        assert (returned == request_id) is kept
+        assert re.fullmatch(r"[\w.:-]{1,128}", returned)
 
 
-def test_two_requests_have_two_ids(endpoint: Endpoint) -> None:
+def test_each_request_has_its_own_id(endpoint: Endpoint) -> None:
     assert len({requests.get(endpoint.url, timeout=5).headers["X-Request-Id"] for _ in range(2)}) == 2
 
 
@@ -83,11 +81,11 @@ def test_probes_write_no_lines(endpoint: Endpoint) -> None:
     requests.get(f"{endpoint.url}/health", headers={"X-Request-Id": "probe"}, timeout=5)
     requests.get(f"{endpoint.url}/metrics", timeout=5)
     endpoint.post(endpoint.latents(), headers={"X-Request-Id": "after-probe"})
-    line_of(endpoint, "after-probe")
+    read_line(endpoint, "after-probe")
     assert "probe" not in endpoint.log.read_text()[len(before) :].replace("after-probe", "")
 
 
-def test_metrics_count_what_happened(endpoint: Endpoint) -> None:
+def test_metrics_count_requests(endpoint: Endpoint) -> None:
     names = {
         "answered": 'vae_requests_total{model="sd-v1",route="/decode",status="200"}',
         "refused": 'vae_requests_total{model="sd-v1",route="/decode",status="400"}',
@@ -98,14 +96,14 @@ def test_metrics_count_what_happened(endpoint: Endpoint) -> None:
         **{stage: f'vae_stage_seconds_count{{stage="{stage}"}}' for stage in ("payload", "queue", "vae", "output")},
     }
     endpoint.post(endpoint.latents(), "/decode")
-    endpoint.post(endpoint.latents(), "/decode", dtype="int4")  # now there is a value of each
+    endpoint.post(endpoint.latents(), "/decode", dtype="int4")  # now each counter has a value
     before = {key: metric(endpoint, name) for key, name in names.items()}
     response = endpoint.post(endpoint.latents(), "/decode", headers={"X-Request-Id": "counted"})
     assert endpoint.post(endpoint.latents(), "/decode", dtype="int4", headers={"X-Request-Id": "counted-2"}).text
-    line_of(endpoint, "counted-2")
+    read_line(endpoint, "counted-2")
     difference = {key: metric(endpoint, name) - before[key] for key, name in names.items()}
     size = endpoint.latents().nbytes
-    assert difference.pop("sent") > len(response.content)  # and the error, and /metrics itself
+    assert difference.pop("sent") > len(response.content)  # the error, and /metrics itself
     assert difference.pop("received") == 2 * size
     assert set(difference.values()) == {1}
     for name in ("vae_out_of_memory_total", "vae_upcast_total", "vae_bytes_in_flight", "inf_queue_size"):
@@ -118,7 +116,7 @@ def test_metrics_count_what_happened(endpoint: Endpoint) -> None:
     assert metric(endpoint, "process_resident_memory_bytes") > 1e8
 
 
-def test_paths_that_are_not_there_are_one_series(endpoint: Endpoint) -> None:
+def test_unknown_paths_share_a_series(endpoint: Endpoint) -> None:
     for number in range(3):
         requests.post(f"{endpoint.url}/nowhere/{number}", timeout=5)
     text = requests.get(f"{endpoint.url}/metrics", timeout=5).text

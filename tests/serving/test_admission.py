@@ -1,4 +1,4 @@
-"""Admission: the bytes in flight of requests, slots, and deadlines, without HTTP and without a model."""
+"""Tests of admission: bytes in flight, slots and deadlines, without HTTP and without a model."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 
 
-def test_too_much_alone_is_413_and_beside_others_503_and_neither_is_counted() -> None:
+def test_a_request_over_the_limit_is_413_or_503_and_adds_no_bytes() -> None:
     admission = Admission(Limits(max_in_flight_mb=1))
     first, second = admission.reservation(), admission.reservation()
     with second:
@@ -25,7 +25,7 @@ def test_too_much_alone_is_413_and_beside_others_503_and_neither_is_counted() ->
     assert admission.bytes_in_flight == 0
 
 
-def test_a_thread_that_a_deadline_left_behind_keeps_its_bytes_until_it_ends() -> None:
+def test_a_thread_keeps_its_bytes_past_the_deadline_until_it_ends() -> None:
     admission = Admission(Limits())
     reservation = admission.reservation()
     with reservation:  # the thread
@@ -36,7 +36,7 @@ def test_a_thread_that_a_deadline_left_behind_keeps_its_bytes_until_it_ends() ->
     assert admission.bytes_in_flight == 0
 
 
-def test_slots_are_given_back_and_a_request_that_waits_too_long_is_refused() -> None:
+def test_slots_are_released_and_the_queue_timeout_refuses_requests() -> None:
     async def run() -> None:
         admission = Admission(Limits(max_queue=1, queue_timeout=0.01), devices=1)
         async with admission.slot(), admission.slot():
@@ -50,7 +50,7 @@ def test_slots_are_given_back_and_a_request_that_waits_too_long_is_refused() -> 
     asyncio.run(run())
 
 
-def test_all_deadlines_pass_at_once_when_the_service_stops() -> None:
+def test_a_stopping_service_ends_all_deadlines() -> None:
     async def run() -> list[str]:
         admission, ended = Admission(Limits(timeout=300)), []
 

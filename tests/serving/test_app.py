@@ -1,4 +1,4 @@
-"""The service over HTTP, with the released client and with raw requests, against diffusers called directly."""
+"""Tests of the service over HTTP, with the client of diffusers and with raw requests, against diffusers itself."""
 
 import asyncio
 import base64
@@ -27,7 +27,7 @@ from tests.conftest import Endpoint, uint8_pixels
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] to 2x2 patches, as `FluxPipeline._pack_latents` does."""
+    """Pack [B, C, H, W] into 2x2 patches, as `FluxPipeline._pack_latents` does."""
     batch, channels, height, width = latents.shape
     latents = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return latents.reshape(batch, (height // 2) * (width // 2), channels * 4)
@@ -43,19 +43,19 @@ def as_tensor(response: requests.Response) -> torch.Tensor:
 
 
 class TestDecode:
-    """Every row of the decode table."""
+    """Tests of each row of the decode table."""
 
-    def test_png_is_pixel_for_pixel_what_diffusers_gives(self, image_endpoint: Endpoint) -> None:
+    def test_png_equals_diffusers_pixel_for_pixel(self, image_endpoint: Endpoint) -> None:
         latents = image_endpoint.latents()
         image = remote_decode(image_endpoint.url, latents, image_format="png", **image_endpoint.scaling)
         assert np.array_equal(np.asarray(image), uint8_pixels(image_endpoint.decoded(latents))[0])
 
-    def test_jpg_is_the_same_picture(self, image_endpoint: Endpoint) -> None:
+    def test_jpg_is_the_same_image(self, image_endpoint: Endpoint) -> None:
         latents = image_endpoint.latents()
         image = remote_decode(image_endpoint.url, latents, **image_endpoint.scaling)
         expected = uint8_pixels(image_endpoint.decoded(latents))[0]
         assert image.format == "jpeg"
-        # JPEG at quality 95 of noise, the hardest thing to compress
+        # JPEG at quality 95 of noise, which is hardest to compress
         assert np.abs(np.asarray(image).astype(int) - expected).mean() < 5
 
     def test_pil_with_a_processor_is_floats_from_0_to_1(self, image_endpoint: Endpoint) -> None:
@@ -66,18 +66,18 @@ class TestDecode:
         expected = (image_endpoint.decoded(latents) / 2 + 0.5).clamp(0, 1)
         torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
 
-    def test_pt_is_what_the_decoder_gave(self, endpoint: Endpoint) -> None:
+    def test_pt_is_the_decoder_output(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents(batch=2)
         decoded = remote_decode(endpoint.url, latents, output_type="pt", return_type="pt", **endpoint.scaling)
         torch.testing.assert_close(decoded, endpoint.decoded(latents), atol=1e-5, rtol=0)
 
-    def test_exact_is_diffusers_own_pass(self, image_endpoint: Endpoint) -> None:
+    def test_exact_runs_diffusers_own_pass(self, image_endpoint: Endpoint) -> None:
         for exact in ("true", "1"):
-            answer = image_endpoint.post(image_endpoint.latents(), output_type="pt", exact=exact)
-            assert (answer.status_code, answer.headers["X-VAE-Mode"]) == (200, "full")
-        answer = image_endpoint.post(image_endpoint.latents(), exact="maybe")
-        assert answer.status_code == 400
-        assert "`exact`: Input should be a valid boolean" in answer.json()["error"]
+            response = image_endpoint.post(image_endpoint.latents(), output_type="pt", exact=exact)
+            assert (response.status_code, response.headers["X-VAE-Mode"]) == (200, "full")
+        response = image_endpoint.post(image_endpoint.latents(), exact="maybe")
+        assert response.status_code == 400
+        assert "`exact`: Input should be a valid boolean" in response.json()["error"]
 
     def test_pt_with_partial_postprocess_is_uint8(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents(batch=2 if endpoint.kind == "image" else 1)
@@ -92,7 +92,7 @@ class TestDecode:
         assert pixels.dtype == torch.uint8
         assert np.array_equal(pixels.numpy(), uint8_pixels(endpoint.decoded(latents)))
 
-    def test_pil_of_a_video_is_floats_of_its_frames(self, video_endpoint: Endpoint) -> None:
+    def test_pil_for_a_video_is_floats(self, video_endpoint: Endpoint) -> None:
         latents = video_endpoint.latents()
         frames = remote_decode(
             video_endpoint.url, latents, processor=VideoProcessor(), return_type="pt", **video_endpoint.scaling
@@ -108,7 +108,7 @@ class TestDecode:
         with av.open(io.BytesIO(video)) as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 24)
-            assert stream.codec_context.colorspace == 1  # BT.709, so that players show the right colours
+            assert stream.codec_context.colorspace == 1  # BT.709, so that players show the right colors
             luma = np.stack([frame.to_ndarray()[:64] for frame in container.decode(video=0)])
         expected = np.stack(
             [
@@ -117,7 +117,7 @@ class TestDecode:
             ]
         )
         assert len(luma) == 9
-        # H.264 keeps luma close (CRF 17) even of noise; it halves the resolution of colour, so that is not compared
+        # H.264 keeps luma close (CRF 17) even for noise. It halves the resolution of color, which is not compared.
         assert np.abs(luma.astype(int) - expected).mean() < 3
 
     def test_mp4_at_another_frame_rate(self, video_endpoint: Endpoint) -> None:
@@ -140,13 +140,13 @@ class TestDecode:
 
 
 class TestScaling:
-    def test_do_scaling_alone_takes_the_checkpoints_own(self, endpoint: Endpoint) -> None:
+    def test_do_scaling_uses_the_factors_of_the_checkpoint(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents()
         decoded = as_tensor(endpoint.post(latents, output_type="pt", do_scaling=True))
         torch.testing.assert_close(decoded, endpoint.decoded(latents), atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("parameters", [{}, {"do_scaling": False}])
-    def test_without_it_latents_are_taken_as_they_are(self, endpoint: Endpoint, parameters: dict) -> None:
+    def test_latents_without_scaling_parameters_are_raw(self, endpoint: Endpoint, parameters: dict) -> None:
         latents = endpoint.latents()
         with torch.no_grad():
             expected = endpoint.vae.decode(latents, return_dict=False)[0]
@@ -176,7 +176,7 @@ class TestLatentLayouts:
         )
         assert np.array_equal(np.asarray(image), uint8_pixels(image_endpoint.decoded(latents))[0])
 
-    def test_height_and_width_of_plain_latents_are_ignored(self, endpoint: Endpoint) -> None:
+    def test_height_and_width_are_ignored_for_unpacked_latents(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents()
         response = endpoint.post(latents, output_type="pt", height=2, width=77, **endpoint.scaling)
         torch.testing.assert_close(as_tensor(response), endpoint.decoded(latents), atol=1e-5, rtol=0)
@@ -187,7 +187,7 @@ class TestLatentLayouts:
         torch.testing.assert_close(as_tensor(response), video_endpoint.decoded(latents), atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("size", ["64.5", "None", "-8", ""])
-    def test_height_and_width_that_are_no_numbers_are_ignored_too(self, endpoint: Endpoint, size: str) -> None:
+    def test_invalid_height_and_width_are_ignored(self, endpoint: Endpoint, size: str) -> None:
         assert endpoint.post(endpoint.latents(), output_type="pt", height=size, width=size).ok
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -200,30 +200,30 @@ class TestLatentLayouts:
 class TestEncode:
     def test_image(self, endpoint: Endpoint, photograph: Image.Image) -> None:
         latents = remote_encode(endpoint.url, photograph, **endpoint.scaling)
-        torch.testing.assert_close(latents, endpoint.encoded(pixels_of(photograph, endpoint)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(latents, endpoint.encoded(preprocess(photograph, endpoint)), atol=1e-5, rtol=0)
 
     def test_without_scaling(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
         latents = remote_encode(image_endpoint.url, photograph)
         with torch.no_grad():
-            expected = image_endpoint.vae.encode(pixels_of(photograph, image_endpoint)).latent_dist.mode()
+            expected = image_endpoint.vae.encode(preprocess(photograph, image_endpoint)).latent_dist.mode()
         torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
 
     def test_tensor(self, endpoint: Endpoint, photograph: Image.Image) -> None:
-        pixels = pixels_of(photograph, endpoint)
+        pixels = preprocess(photograph, endpoint)
         latents = remote_encode(endpoint.url, pixels, **endpoint.scaling)
         torch.testing.assert_close(latents, endpoint.encoded(pixels), atol=1e-5, rtol=0)
 
     def test_uint8_tensor_with_channels_first(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
         channels_first = torch.from_numpy(np.asarray(photograph).copy()).permute(2, 0, 1).contiguous()
-        expected = image_endpoint.encoded(pixels_of(photograph, image_endpoint))
+        expected = image_endpoint.encoded(preprocess(photograph, image_endpoint))
         for tensor in (channels_first, channels_first[None]):
             latents = as_tensor(image_endpoint.post(tensor, **image_endpoint.scaling))
             torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
 
-    def test_uint8_tensor_as_decoding_gives_it(self, endpoint: Endpoint, photograph: Image.Image) -> None:
+    def test_uint8_tensor_in_the_layout_of_decoding(self, endpoint: Endpoint, photograph: Image.Image) -> None:
         channels_last = torch.from_numpy(np.asarray(photograph)[None].copy())
         latents = as_tensor(endpoint.post(channels_last, **endpoint.scaling))
-        expected = endpoint.encoded(pixels_of(photograph, endpoint))
+        expected = endpoint.encoded(preprocess(photograph, endpoint))
         torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
@@ -231,14 +231,16 @@ class TestEncode:
         buffer = io.BytesIO()
         photograph.save(buffer, format=image_format)
         response = requests.post(image_endpoint.url, data=buffer.getvalue(), params=image_endpoint.scaling, timeout=60)
-        expected = image_endpoint.encoded(pixels_of(Image.open(buffer), image_endpoint))
+        expected = image_endpoint.encoded(preprocess(Image.open(buffer), image_endpoint))
         torch.testing.assert_close(as_tensor(response), expected, atol=1e-5, rtol=0)
 
-    def test_size_that_is_no_multiple_is_resized_down(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
+    def test_an_image_is_resized_down_to_a_multiple(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
         image = photograph.resize((77, 61))
         latents = remote_encode(image_endpoint.url, image, **image_endpoint.scaling)
         assert latents.shape[2:] == (7, 9)
-        torch.testing.assert_close(latents, image_endpoint.encoded(pixels_of(image, image_endpoint)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            latents, image_endpoint.encoded(preprocess(image, image_endpoint)), atol=1e-5, rtol=0
+        )
 
     def test_video(self, video_endpoint: Endpoint) -> None:
         video = video_endpoint.post(video_endpoint.latents(frames=2), output_type="mp4").content
@@ -249,8 +251,8 @@ class TestEncode:
         assert expected.shape[2] == 2
         torch.testing.assert_close(as_tensor(response), expected, atol=1e-5, rtol=0)
 
-    def test_sample_is_the_seeds(self, endpoint: Endpoint, photograph: Image.Image) -> None:
-        pixels = pixels_of(photograph, endpoint)
+    def test_the_seed_determines_the_sample(self, endpoint: Endpoint, photograph: Image.Image) -> None:
+        pixels = preprocess(photograph, endpoint)
         latents = as_tensor(endpoint.post(pixels, sample_mode="sample", seed=7))
         with torch.no_grad():
             expected = endpoint.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(7))
@@ -261,7 +263,7 @@ class TestEncode:
 
 class TestPaths:
     def test_explicit_and_implicit_paths_agree(self, endpoint: Endpoint, photograph: Image.Image) -> None:
-        latents, pixels = endpoint.latents(), pixels_of(photograph, endpoint)
+        latents, pixels = endpoint.latents(), preprocess(photograph, endpoint)
         decoded = [endpoint.post(latents, path, output_type="pt") for path in ("/", "/predict", "/decode")]
         encoded = [endpoint.post(pixels, path) for path in ("/", "/predict", "/encode")]
         assert len({response.content for response in decoded}) == 1
@@ -282,9 +284,9 @@ class TestPaths:
 
 
 class TestOlderClients:
-    """Base64 and JSON, as clients before the binary protocol send them."""
+    """Tests of base64 and JSON, which clients before the binary protocol send."""
 
-    def test_tensor_base64_both_ways(self, endpoint: Endpoint) -> None:
+    def test_tensor_base64_as_input_and_output(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents()
         response = requests.post(
             endpoint.url,
@@ -293,11 +295,11 @@ class TestOlderClients:
             headers={"Content-Type": "tensor/base64", "Accept": "tensor/base64"},
             timeout=60,
         )
-        answer = response.json()
-        assert answer["parameters"]["dtype"] == "float32"
-        decoded = torch.frombuffer(bytearray(base64.b64decode(answer["inputs"])), dtype=torch.float32)
+        message = response.json()
+        assert message["parameters"]["dtype"] == "float32"
+        decoded = torch.frombuffer(bytearray(base64.b64decode(response["inputs"])), dtype=torch.float32)
         expected = endpoint.decoded(latents)
-        torch.testing.assert_close(decoded.reshape(answer["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded.reshape(response["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("accept", ["image/png", "image/jpeg", "application/json", "*/*"])
     def test_json_image(self, image_endpoint: Endpoint, accept: str) -> None:
@@ -314,10 +316,10 @@ class TestOlderClients:
         latents = endpoint.latents()
         parameters = {"shape": list(latents.shape), "dtype": "float32", "output_type": "pt", **endpoint.scaling}
         message = {"inputs": base64.b64encode(tensor_bytes(latents)).decode(), "parameters": parameters}
-        answer = requests.post(endpoint.url, json=message, headers={"Accept": "application/json"}, timeout=60).json()
-        decoded = torch.frombuffer(bytearray(base64.b64decode(answer["inputs"])), dtype=torch.float32)
+        response = requests.post(endpoint.url, json=message, headers={"Accept": "application/json"}, timeout=60).json()
+        decoded = torch.frombuffer(bytearray(base64.b64decode(response["inputs"])), dtype=torch.float32)
         expected = endpoint.decoded(latents)
-        torch.testing.assert_close(decoded.reshape(answer["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded.reshape(response["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
 
     def test_json_parameters_win_over_the_query(self, image_endpoint: Endpoint) -> None:
         latents = image_endpoint.latents()
@@ -336,10 +338,10 @@ class TestOlderClients:
         buffer = io.BytesIO()
         photograph.save(buffer, format="PNG")
         message = {"inputs": base64.b64encode(buffer.getvalue()).decode(), "parameters": image_endpoint.scaling}
-        answer = requests.post(image_endpoint.url, json=message, timeout=60).json()
-        latents = torch.frombuffer(bytearray(base64.b64decode(answer["inputs"])), dtype=torch.float32)
-        expected = image_endpoint.encoded(pixels_of(photograph, image_endpoint))
-        torch.testing.assert_close(latents.reshape(answer["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+        response = requests.post(image_endpoint.url, json=message, timeout=60).json()
+        latents = torch.frombuffer(bytearray(base64.b64decode(response["inputs"])), dtype=torch.float32)
+        expected = image_endpoint.encoded(preprocess(photograph, image_endpoint))
+        torch.testing.assert_close(latents.reshape(response["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
 
 
 WRONG_TENSORS = {
@@ -362,9 +364,9 @@ WRONG_TENSORS = {
 }
 
 
-class TestWhatPeopleTryFirst:
+class TestCommonFirstAttempts:
     @pytest.mark.parametrize("shape", ["1,4,8,12", "[1, 4, 8, 12]", "(1,4,8,12)"])
-    def test_a_shape_in_one(self, running: Any, shape: str) -> None:
+    def test_a_shape_in_a_single_parameter(self, running: Any, shape: str) -> None:
         endpoint = running("sd-v1")
         latents = endpoint.latents()
         expected = endpoint.post(latents, output_type="pt")
@@ -393,12 +395,12 @@ class TestWhatPeopleTryFirst:
         endpoint = running("sd-v1")
         photograph.save(tmp_path / "photo.png")
         command = ["curl", "-sf", *options.split(), f"{endpoint.url}/encode"]
-        answer = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+        response = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
         expected = requests.post(f"{endpoint.url}/encode", data=(tmp_path / "photo.png").read_bytes(), timeout=30)
-        assert answer == expected.content
+        assert response == expected.content
 
     @pytest.mark.parametrize(
-        ("options", "said"),
+        ("options", "message"),
         [
             ("-d @photo.jpg {url}/encode", "curl's -d drops line breaks: use --data-binary"),
             ("-d @latents.bin {url}/decode?shape=1,4,64,64&dtype=float32", "; curl's -d drops line breaks"),
@@ -408,8 +410,8 @@ class TestWhatPeopleTryFirst:
             ("--data-binary @latents.bin {url}/decode", "e.g. ?shape=1,4,64,64&dtype=float16"),
         ],
     )
-    def test_a_mistake_with_curl_is_told(
-        self, running: Any, photograph: Image.Image, tmp_path: Path, options: str, said: str
+    def test_a_mistake_with_curl_has_an_error_text(
+        self, running: Any, photograph: Image.Image, tmp_path: Path, options: str, message: str
     ) -> None:
         photograph.resize((512, 512)).save(tmp_path / "photo.jpg")
         latents = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -417,31 +419,31 @@ class TestWhatPeopleTryFirst:
         command = ["curl", "-s", "--fail-with-body", *options.format(url=running("sd-v1").url).split()]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
         assert result.returncode == 22
-        assert said in json.loads(result.stdout)["error"]
+        assert message in json.loads(result.stdout)["error"]
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-    def test_the_dtype_of_the_answer(self, endpoint: Endpoint, dtype: str) -> None:
+    def test_output_dtype(self, endpoint: Endpoint, dtype: str) -> None:
         latents = endpoint.latents()
         for path, tensor in (("/decode", latents), ("/encode", torch.zeros(1, 3, *(1,) * (latents.ndim - 4), 64, 64))):
             own = as_tensor(endpoint.post(tensor, path, output_type="pt"))
-            asked = as_tensor(endpoint.post(tensor, path, output_type="pt", output_dtype=dtype))
-            assert torch.equal(asked, own.to(getattr(torch, dtype)))
+            converted = as_tensor(endpoint.post(tensor, path, output_type="pt", output_dtype=dtype))
+            assert torch.equal(converted, own.to(getattr(torch, dtype)))
         uint8 = endpoint.post(latents, output_type="pt", partial_postprocess=True, output_dtype=dtype)
         assert uint8.headers["dtype"] == "uint8"
 
-    def test_what_the_dtype_cannot_hold(self, running: Any) -> None:
+    def test_values_out_of_range_of_the_output_dtype(self, running: Any) -> None:
         response = running("sd-v1").post(torch.rand(1, 3, 64, 64), scaling_factor=1e6, output_dtype="float16")
         assert (response.status_code, "`output_dtype`" in response.json()["error"]) == (422, True)
 
-    def test_several_pictures_of_a_ui(self, running: Any) -> None:
-        """SD.Next with a batch of 2, packed."""
+    def test_a_batch_of_sdnext(self, running: Any) -> None:
+        """Send the request of SD.Next: a batch of 2, packed."""
         response = running("flux").post(torch.zeros(2, 16, 64), height=64, width=64)
         assert response.status_code == 400
         assert "in a UI: a batch size of 1, and a larger batch count" in response.json()["error"]
 
 
 class TestWrongInput:
-    """Each is a 4xx that says what came and what is expected, and the next request works."""
+    """Tests of errors: each is a 4xx with the actual and the expected value, and the next request succeeds."""
 
     @pytest.mark.parametrize("name", WRONG_TENSORS)
     def test_tensor(self, endpoint: Endpoint, name: str) -> None:
@@ -460,11 +462,11 @@ class TestWrongInput:
             image_endpoint, response, r"packed .*with `height` and `width` \(got height=None, width=None\)", status=422
         )
 
-    def test_packed_with_a_size_that_cannot_be(self, image_endpoint: Endpoint) -> None:
+    def test_packed_with_an_impossible_size(self, image_endpoint: Endpoint) -> None:
         response = image_endpoint.post(pack(image_endpoint.latents()), height=-64, width=-96)
         self.assert_refused(image_endpoint, response, r"got height=-64, width=-96", status=422)
 
-    def test_three_packed_latents_are_not_taken_for_pixels(self, image_endpoint: Endpoint) -> None:
+    def test_three_packed_latents_are_not_read_as_pixels(self, image_endpoint: Endpoint) -> None:
         packed = pack(image_endpoint.latents(batch=3))
         message = "may be pixels, or packed latents without their `height` and `width`"
         self.assert_refused(image_endpoint, image_endpoint.post(packed), message)
@@ -472,7 +474,7 @@ class TestWrongInput:
         expected = image_endpoint.decoded(image_endpoint.latents(batch=3))
         torch.testing.assert_close(as_tensor(decoded), expected, atol=1e-5, rtol=0)
 
-    def test_picture_that_its_format_cannot_hold(self, image_endpoint: Endpoint) -> None:
+    def test_an_image_too_large_for_its_format(self, image_endpoint: Endpoint) -> None:
         channels = image_endpoint.vae.config.latent_channels
         response = image_endpoint.post(torch.zeros(1, channels, 1, 2048), image_format="webp")
         self.assert_refused(
@@ -544,7 +546,7 @@ class TestWrongInput:
         response = endpoint.post(endpoint.latents(), "/encode")
         self.assert_refused(endpoint, response, r"is no shape of pixels: expected \[B, 3, .*height, width\]", 422)
 
-    def test_tensor_of_a_size_that_is_no_multiple(self, image_endpoint: Endpoint) -> None:
+    def test_pixels_with_a_size_that_is_not_a_multiple(self, image_endpoint: Endpoint) -> None:
         response = image_endpoint.post(torch.zeros(1, 3, 60, 64))
         self.assert_refused(image_endpoint, response, "height and width must be multiples of 8", status=422)
 
@@ -570,20 +572,22 @@ class TestWrongInput:
         assert endpoint.post(endpoint.latents(), output_type="pt").ok
 
 
-def pixels_of(image: Image.Image, endpoint: Endpoint) -> torch.Tensor:
-    """An image as diffusers' own processor gives it to the VAE; one frame for a video model.
+def preprocess(image: Image.Image, endpoint: Endpoint) -> torch.Tensor:
+    """Return the input that diffusers' own processor gives the VAE: one frame for a video model.
 
-    Contiguous, because `remote_encode` sends freed memory for a tensor that is not.
+    The tensor is contiguous, because `remote_encode` sends freed memory for other tensors.
     """
     pixels = VaeImageProcessor(vae_scale_factor=8).preprocess(image).contiguous()
     return pixels.unsqueeze(2) if endpoint.kind == "video" else pixels
 
 
 class TestWithoutAModel:
-    """The app in this process: before its model is loaded, and when it has a bug."""
+    """Tests of the app in this process: before its model is loaded, and with a bug."""
 
-    async def ask(self, app: Starlette, path: str, method: str = "GET") -> tuple[int, dict[bytes, bytes], dict]:
-        """Sends one request without a server; gives status, headers and JSON."""
+    async def send_request(
+        self, app: Starlette, path: str, method: str = "GET"
+    ) -> tuple[int, dict[bytes, bytes], dict]:
+        """Send a request without a server. Return status, headers and JSON."""
         scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "app": app}
         sent: list[dict] = []
 
@@ -593,15 +597,15 @@ class TestWithoutAModel:
         async def send(message: dict) -> None:
             sent.append(message)
 
-        with suppress(ZeroDivisionError):  # starlette answers a crash, then raises it for the server's log
+        with suppress(ZeroDivisionError):  # starlette responds to a crash, then raises it for the server's log
             await app(scope, receive, send)
         body = b"".join(message.get("body", b"") for message in sent[1:])
         return sent[0]["status"], dict(sent[0]["headers"]), json.loads(body)
 
-    def test_loading_is_503_and_says_when_to_come_back(self) -> None:
+    def test_loading_is_503_with_retry_after(self) -> None:
         for method, path in (("GET", "/health"), ("POST", "/")):
-            status, headers, answer = asyncio.run(self.ask(build_app(), path, method))
-            assert (status, answer, headers[b"retry-after"]) == (503, {"error": "the model is loading"}, b"5")
+            status, headers, response = asyncio.run(self.send_request(build_app(), path, method))
+            assert (status, response, headers[b"retry-after"]) == (503, {"error": "the model is loading"}, b"5")
 
     def test_a_crash_is_json_without_its_details(self) -> None:
         class Broken:
@@ -611,6 +615,6 @@ class TestWithoutAModel:
 
         app = build_app()
         app.state.handler = Broken()
-        status, headers, answer = asyncio.run(self.ask(app, "/health"))
-        assert (status, answer["error"]) == (500, "the service failed on this request; its log has the reason")
-        assert answer["request_id"] == headers[b"x-request-id"].decode()
+        status, headers, response = asyncio.run(self.send_request(app, "/health"))
+        assert (status, response["error"]) == (500, "the service failed on this request; its log has the reason")
+        assert response["request_id"] == headers[b"x-request-id"].decode()

@@ -1,4 +1,4 @@
-"""Several pictures in one request and in one answer, and what an encoder says beside the mode: moments."""
+"""Tests of several images in one request and in one response, and of the encoder's moments."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def post_form(endpoint: Endpoint, files: Any, path: str = "/encode", **more: Any
 
 
 class TestForm:
-    """What `curl -F file=@picture.png`, `requests.post(files=...)` and a browser's FormData send."""
+    """Tests of the forms that `curl -F file=@image.png`, `requests.post(files=...)` and a browser's FormData send."""
 
     @pytest.mark.parametrize("path", ["/encode", "/"])
     def test_a_batch_of_images(self, image_endpoint: Endpoint, path: str) -> None:
@@ -49,16 +49,16 @@ class TestForm:
         torch.testing.assert_close(latents, expected.detach(), atol=1e-4, rtol=0)
 
     def test_fields_are_parameters(self, image_endpoint: Endpoint) -> None:
-        one = post_form(image_endpoint, form(make_images(1)), data={"do_scaling": "true", "sample_mode": "argmax"})
+        actual = post_form(image_endpoint, form(make_images(1)), data={"do_scaling": "true", "sample_mode": "argmax"})
         other = post_form(image_endpoint, form(make_images(1)), params={"do_scaling": "true"})
-        assert torch.equal(as_tensor(one), as_tensor(other))
+        assert torch.equal(as_tensor(actual), as_tensor(other))
 
     def test_a_tensor(self, image_endpoint: Endpoint) -> None:
         latents = image_endpoint.latents()
         fields = {"shape": [str(size) for size in latents.shape], "dtype": "float32", "output_type": "pt"}
-        answer = post_form(image_endpoint, {"file": ("z", latents.numpy().tobytes())}, "/decode", data=fields)
+        response = post_form(image_endpoint, {"file": ("z", latents.numpy().tobytes())}, "/decode", data=fields)
         expected = image_endpoint.post(latents, "/decode", output_type="pt")
-        assert torch.equal(as_tensor(answer), as_tensor(expected))
+        assert torch.equal(as_tensor(response), as_tensor(expected))
 
     def test_a_video(self, video_endpoint: Endpoint) -> None:
         latents = video_endpoint.latents(frames=2)
@@ -68,7 +68,7 @@ class TestForm:
         assert torch.equal(as_tensor(by_form), as_tensor(by_body))
 
     @pytest.mark.parametrize(
-        ("files", "fields", "status", "said"),
+        ("files", "fields", "status", "message"),
         [
             (form([*make_images(1), *make_images(1, (64, 64))]), {}, 422, "one size, but these have 96x64, 64x64"),
             ([("note", (None, "no file"))], {}, 400, "the form has no file"),
@@ -78,15 +78,17 @@ class TestForm:
             (form(make_images(2)), {"shape": "1", "dtype": "uint8"}, 400, "the form has several files"),
         ],
     )
-    def test_what_is_refused(self, running: Any, files: Any, fields: dict[str, str], status: int, said: str) -> None:
-        answer = post_form(running("sd-v1"), files, data=fields)
-        assert answer.status_code == status
-        assert said in answer.json()["error"]
+    def test_wrong_forms_are_refused(
+        self, running: Any, files: Any, fields: dict[str, str], status: int, message: str
+    ) -> None:
+        response = post_form(running("sd-v1"), files, data=fields)
+        assert response.status_code == status
+        assert message in response.json()["error"]
 
     def test_several_files_for_a_video_model(self, video_endpoint: Endpoint) -> None:
-        answer = post_form(video_endpoint, form(make_images(2)))
-        assert answer.status_code == 422
-        assert "a video model takes one file" in answer.json()["error"]
+        response = post_form(video_endpoint, form(make_images(2)))
+        assert response.status_code == 422
+        assert "a video model takes one file" in response.json()["error"]
 
     @pytest.mark.parametrize(
         ("content_type", "body"),
@@ -101,47 +103,47 @@ class TestForm:
     )
     def test_a_broken_form(self, running: Any, content_type: str, body: bytes) -> None:
         endpoint = running("sd-v1")
-        answer = requests.post(endpoint.url, data=body, headers={"Content-Type": content_type}, timeout=10)
-        assert answer.status_code == 400, answer.text
-        assert answer.json()["error"]
+        response = requests.post(endpoint.url, data=body, headers={"Content-Type": content_type}, timeout=10)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]
 
 
 class TestZip:
     @pytest.mark.parametrize("image_format", ["png", "jpg", "webp"])
-    def test_a_file_for_each_of_a_batch(self, image_endpoint: Endpoint, image_format: str) -> None:
+    def test_zip_has_a_file_for_each_image(self, image_endpoint: Endpoint, image_format: str) -> None:
         latents = image_endpoint.latents(batch=11)
         parameters = {"image_format": image_format, **image_endpoint.scaling}
-        answer = image_endpoint.post(latents, "/decode", {"Accept": "application/zip"}, **parameters)
-        assert answer.headers["Content-Type"] == "application/zip"
-        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        response = image_endpoint.post(latents, "/decode", {"Accept": "application/zip"}, **parameters)
+        assert response.headers["Content-Type"] == "application/zip"
+        with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
             assert archive.namelist() == [f"{index}.{image_format}" for index in range(11)]
             images = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
         expected = uint8_pixels(image_endpoint.decoded(latents))
         if image_format == "png":
-            assert np.abs(np.stack(images).astype(int) - expected).max() <= 1  # of a batch, by another rounding
+            assert np.abs(np.stack(images).astype(int) - expected).max() <= 1  # a batch rounds differently
         assert np.stack(images).shape == expected.shape
 
-    def test_of_a_video_there_is_none(self, video_endpoint: Endpoint) -> None:
+    def test_zip_is_refused_for_a_video(self, video_endpoint: Endpoint) -> None:
         headers = {"Accept": "application/zip"}
-        answer = video_endpoint.post(video_endpoint.latents(), "/decode", headers, output_type="pil")
-        assert answer.status_code == 400
-        assert "a video cannot be sent as images" in answer.json()["error"]
+        response = video_endpoint.post(video_endpoint.latents(), "/decode", headers, output_type="pil")
+        assert response.status_code == 400
+        assert "a video cannot be sent as images" in response.json()["error"]
 
 
 @pytest.mark.parametrize("key", SERVED)
 @torch.no_grad()
-def test_moments_are_what_the_encoder_gave(service: Service, key: str) -> None:
+def test_moments_are_the_encoder_output(service: Service, key: str) -> None:
     vae, about = service.model(key), requests.get(f"{service.url}/{key}/config", timeout=5).json()
     side = 4 * about["latents"]["vae_scale_factor"]
     video = about["kind"] == "video"
     frames = (about["pixels"]["frame_counts"][2],) if video else ()
     pixels = torch.rand((1, 3, *frames, side, side), generator=torch.Generator().manual_seed(0)) * 2 - 1
     if "moments" not in about["sample_modes"]:
-        said = service.refusal(key, pixels, "encode", sample_mode="moments")
-        assert "gives latents, no distribution" in said
+        message = service.refusal(key, pixels, "encode", sample_mode="moments")
+        assert "gives latents, no distribution" in message
         return
     moments = service.tensor(key, pixels, "encode", sample_mode="moments")
-    if key.startswith("svd"):  # which takes frames as pictures
+    if key.startswith("svd"):  # the model treats frames as images
         expected = vae.encode(pixels[0].movedim(1, 0)).latent_dist.parameters.movedim(0, 1)[None]
     else:
         expected = vae.encode(pixels.unsqueeze(2) if key == "qwen-image" else pixels).latent_dist.parameters
@@ -152,41 +154,41 @@ def test_moments_are_what_the_encoder_gave(service: Service, key: str) -> None:
 
 @pytest.mark.parametrize("task", ["encode", ""])
 @torch.no_grad()
-def test_pixels_of_an_image_may_have_the_one_frame_that_the_vae_takes(service: Service, task: str) -> None:
+def test_image_pixels_may_have_a_frame_dimension_of_1(service: Service, task: str) -> None:
     pixels = torch.rand((2, 3, 1, 32, 48), generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected = service.model("qwen-image").encode(pixels).latent_dist.mode()
     torch.testing.assert_close(service.tensor("qwen-image", pixels, task), expected, atol=1e-5, rtol=1e-5)
-    bytes_of = (pixels * 127.5 + 127.5).round().to(torch.uint8)
-    expected = service.model("qwen-image").encode(bytes_of / 127.5 - 1).latent_dist.mode()
-    torch.testing.assert_close(service.tensor("qwen-image", bytes_of, task), expected, atol=1e-5, rtol=1e-5)
+    pixel_bytes = (pixels * 127.5 + 127.5).round().to(torch.uint8)
+    expected = service.model("qwen-image").encode(pixel_bytes / 127.5 - 1).latent_dist.mode()
+    torch.testing.assert_close(service.tensor("qwen-image", pixel_bytes, task), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_pixels_of_two_frames_are_no_image(service: Service) -> None:
-    said = service.refusal("qwen-image", torch.zeros(1, 3, 2, 32, 48), "encode")
-    assert "expected [B, 3, height, width] or [B, 3, 1, height, width]" in said
-    said = service.refusal("flux", torch.zeros(1, 3, 1, 32, 48), "encode")
-    assert said.endswith("expected [B, 3, height, width]")
+def test_pixels_with_two_frames_are_not_an_image(service: Service) -> None:
+    message = service.refusal("qwen-image", torch.zeros(1, 3, 2, 32, 48), "encode")
+    assert "expected [B, 3, height, width] or [B, 3, 1, height, width]" in message
+    message = service.refusal("flux", torch.zeros(1, 3, 1, 32, 48), "encode")
+    assert message.endswith("expected [B, 3, height, width]")
 
 
 @pytest.mark.parametrize("more", [{"do_scaling": True}, {"scaling_factor": 2}, {"latents_layout": "packed"}])
-def test_moments_come_raw(service: Service, more: dict[str, Any]) -> None:
-    said = service.refusal("flux", torch.zeros(1, 3, 64, 64), "encode", sample_mode="moments", **more)
-    assert "moments are raw" in said
+def test_moments_are_never_scaled(service: Service, more: dict[str, Any]) -> None:
+    message = service.refusal("flux", torch.zeros(1, 3, 64, 64), "encode", sample_mode="moments", **more)
+    assert "moments are raw" in message
 
 
 @torch.no_grad()
-def test_channels_last_is_to_the_last_bit_what_the_model_makes_of_such_a_tensor(service: Service) -> None:
+def test_channels_last_equals_the_model_bit_for_bit(service: Service) -> None:
     vae = service.model("sd-v1")
     pixels = torch.rand((1, 3, 64, 96), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    there = {name: service.tensor("sd-v1", pixels, "encode", memory_format=name) for name in ("channels_last", None)}
+    served = {name: service.tensor("sd-v1", pixels, "encode", memory_format=name) for name in ("channels_last", None)}
     here = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
-    assert torch.equal(there["channels_last"], here)
-    assert torch.equal(there[None], vae.encode(pixels).latent_dist.mode())
+    assert torch.equal(served["channels_last"], here)
+    assert torch.equal(served[None], vae.encode(pixels).latent_dist.mode())
 
 
 class TestConfig:
     @pytest.mark.parametrize("key", SERVED)
-    def test_it_says_all_that_a_client_needs(self, service: Service, key: str) -> None:
+    def test_config_describes_the_model(self, service: Service, key: str) -> None:
         about = requests.get(f"{service.url}/{key}/config", timeout=5).json()
         vae = service.model(key)
         own = {name: value for name, value in vae.config.items() if not name.startswith("_")}
@@ -201,28 +203,30 @@ class TestConfig:
         assert bool(about["buffers"]) == (key == "flux2" or key.startswith("ltx"))
 
     @pytest.mark.parametrize("key", [key for key in SERVED if key in MODELS])
-    def test_its_normalisation_is_the_services(self, service: Service, key: str) -> None:
-        """``raw = scaled * std / factor + mean``, or ``scaled / factor + shift``."""
+    def test_config_has_the_normalization_of_the_service(self, service: Service, key: str) -> None:
+        """Check ``raw = scaled * std / factor + mean``, or ``scaled / factor + shift``."""
         about = requests.get(f"{service.url}/{key}/config", timeout=5).json()
-        said, layouts = about["normalization"], about["latents"]
+        normalization, layouts = about["normalization"], about["latents"]
         time = (3,) if layouts["layout"] == "BCFHW" and about["kind"] == "video" else ()
         scaled = torch.randn((1, layouts["channels"], *time, 4, 4), generator=torch.Generator().manual_seed(0))
         more = {"latents_layout": layouts["layout"]} if about["kind"] == "video" else {}
-        more |= {"normalized": True} if said["raw_layouts"] else {}
-        if said["mean"] is None:
-            raw = scaled / (said["factor"] or 1) + said["shift"]
+        more |= {"normalized": True} if normalization["raw_layouts"] else {}
+        if normalization["mean"] is None:
+            raw = scaled / (normalization["factor"] or 1) + normalization["shift"]
         else:
-            mean, std = (torch.tensor(said[name])[None].repeat(1, 1, 4, 4)[..., :4, :4] for name in ("mean", "std"))
+            mean, std = (
+                torch.tensor(normalization[name])[None].repeat(1, 1, 4, 4)[..., :4, :4] for name in ("mean", "std")
+            )
             mean, std = (values.unsqueeze(2) if scaled.ndim == 5 else values for values in (mean, std))
-            raw = scaled * std / (said["factor"] or 1) + mean
+            raw = scaled * std / (normalization["factor"] or 1) + mean
         options = {"output_type": "pt", **more}
         if about["vae_config"].get("timestep_conditioning"):
             options["decode_noise_scale"] = 0
-        one = service.tensor(key, scaled, "decode", do_scaling=True, **options)
+        actual = service.tensor(key, scaled, "decode", do_scaling=True, **options)
         other = service.tensor(key, raw, "decode", **{**options, "normalized": None})
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual, other, atol=1e-4, rtol=1e-4)
 
-    def test_it_needs_the_services_token(self, checkpoint: Any, tmp_path: Any) -> None:
+    def test_config_requires_the_token(self, checkpoint: Any, tmp_path: Any) -> None:
         from scripts.local_server import serve
 
         arguments = ("--model", "sd-v1", "--weights", str(checkpoint("sd-v1")))

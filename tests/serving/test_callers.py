@@ -1,4 +1,4 @@
-"""Pages of other origins and foreign names: who may call from a browser. In one, with the page: `make test-page`."""
+"""Tests of the origins and hosts that may call from a browser. Those in a browser: `make test-page`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import requests
 
 from handlers.serving.http.app import build_app
 from tests.conftest import Endpoint
-from tests.serving.test_page import ask
+from tests.serving.test_page import send_request
 
 FOREIGN = {"Origin": "https://evil.example"}
 CROSS_SITE = {"Sec_Fetch_Site": "cross-site"}
 
 
 def status(method: str, path: str, *origins: str, loopback: str | None = None, **headers: str) -> int:
-    """Of an app without a model, which answers 503 to all that it does not refuse."""
+    """Return the status from an app without a model. It sends 503 for each request that it does not refuse."""
     app = build_app("sd-v1", origins)
     app.state.loopback_host = loopback
-    return ask(app, method, path, **headers).status_code
+    return send_request(app, method, path, **headers).status_code
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_page_of_another_origin_is_refused(method: str, path: str, headers: di
         {"Sec_Fetch_Site": "same-origin"},
     ],
 )
-def test_the_services_own_page_and_other_clients_may_call(headers: dict[str, str]) -> None:
+def test_the_web_demo_and_other_clients_may_call(headers: dict[str, str]) -> None:
     assert status("POST", "/decode", **headers) == 503
     assert status("GET", "/config", **headers) == 503
 
@@ -70,7 +70,7 @@ def test_links_and_probes_are_open() -> None:
     assert status("POST", "/", **CROSS_SITE, Sec_Fetch_Mode="navigate") == 403  # a form
 
 
-def test_origins_that_are_named_may_call() -> None:
+def test_configured_origins_may_call() -> None:
     assert status("POST", "/", "https://evil.example", **FOREIGN, **CROSS_SITE) == 503
     assert status("POST", "/", "https://a.example", **FOREIGN, **CROSS_SITE) == 403
 
@@ -90,32 +90,32 @@ def test_origins_that_are_named_may_call() -> None:
         ("", 503),
     ],
 )
-def test_a_server_on_a_loopback_address_answers_to_its_own_names(host: str, expected: int) -> None:
+def test_a_server_on_a_loopback_address_accepts_only_local_hosts(host: str, expected: int) -> None:
     assert status("GET", "/health", loopback="vae.test", Host=host) == expected
     assert status("GET", "/health", Host=host) == 503
 
 
-def test_the_name_of_a_reverse_proxy_is_an_origin_that_is_named() -> None:
+def test_the_host_of_a_reverse_proxy_is_a_configured_origin() -> None:
     named = {"loopback": "127.0.0.1", "Host": "vae.example"}
     assert status("POST", "/", **named) == 403
     assert status("POST", "/", "https://vae.example", **named) == 503
 
 
-def test_a_refusal_says_what_to_do_and_is_logged(running: Callable[[str], Endpoint]) -> None:
-    """By a server that was started as users start it."""
+def test_a_refusal_has_a_remedy_and_is_logged(running: Callable[[str], Endpoint]) -> None:
+    """Test a server that starts as users start it."""
     endpoint = running("sd-v1")
     form = {"Content-Type": "application/x-www-form-urlencoded", **FOREIGN}
     refused = endpoint.post(endpoint.latents(), headers=form)
     rebound = requests.get(
         f"{endpoint.url}/config", headers={"Host": f"evil.example:{urlsplit(endpoint.url).port}"}, timeout=9
     )
-    for response, said in (
+    for response, message in (
         (refused, "a page of 'https://evil.example' may not call"),
         (rebound, "the Host 'evil.example:"),
     ):
         assert response.status_code == 403
-        assert said in response.json()["error"]
+        assert message in response.json()["error"]
         assert "VAE_CORS_ORIGINS" in response.json()["error"]
         lines = [json.loads(line[line.index("{") :]) for line in endpoint.log.read_text().splitlines() if "{" in line]
-        assert any(line["status"] == 403 and line["error"].startswith(said) for line in lines)
+        assert any(line["status"] == 403 and line["error"].startswith(message) for line in lines)
     assert endpoint.post(endpoint.latents()).ok

@@ -1,4 +1,4 @@
-"""Frames that come chunk by chunk are those that diffusers gives at the end."""
+"""Tests that frames decoded chunk by chunk equal diffusers' result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from handlers.serving.vae.low_memory import reduced_peak
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors as small as these are done before a second thread has begun."""
+    """Use one thread: tensors as small as these are finished before a second thread starts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,7 +38,7 @@ def latents(latent_frames: int, batch: int = 1, height: int = 16, width: int = 2
 
 @pytest.fixture
 def decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Latent frames of each chunk that the model has decoded."""
+    """Record the latent frames of each chunk that the model decodes."""
     chunks, forward = [], model.decoder.forward
     monkeypatch.setattr(model.decoder, "forward", lambda z: chunks.append(z.shape[2]) or forward(z))
     return chunks
@@ -46,7 +46,7 @@ def decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(params=["full", "reduced", "sliced", "tiled"])
 def mode(request: pytest.FixtureRequest, model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A way to run, as `VAE` sets the model to it; and tiles so small that these frames take six."""
+    """Set the model to a mode as `VAE` does, with tiles so small that these frames take six."""
     monkeypatch.setattr(model, "use_slicing", request.param in ("sliced", "tiled"))
     monkeypatch.setattr(model, "use_tiling", request.param == "tiled")
     for side in ("height", "width"):
@@ -69,7 +69,7 @@ def mode(request: pytest.FixtureRequest, model: Any, monkeypatch: pytest.MonkeyP
     ],
 )
 @torch.inference_mode()
-def test_bit_for_bit_what_diffusers_gives(model: Any, mode: str, latent_frames: int, chunks: list[int]) -> None:
+def test_chunks_equal_diffusers_bit_for_bit(model: Any, mode: str, latent_frames: int, chunks: list[int]) -> None:
     z = latents(latent_frames, batch=2 if mode == "sliced" else 1)
     expected = model.decode(z, return_dict=False)[0]
     result = list(decode_chunks(model, z))
@@ -78,13 +78,13 @@ def test_bit_for_bit_what_diffusers_gives(model: Any, mode: str, latent_frames: 
 
 
 @torch.inference_mode()
-def test_frames_are_yielded_before_the_next_are_decoded(model: Any, decoded: list[int]) -> None:
-    there = [(frames.shape[2], list(decoded)) for frames in decode_chunks(model, latents(7))]
-    assert there == [(13, [5]), (12, [5, 4])]
+def test_a_chunk_is_yielded_before_the_next_is_decoded(model: Any, decoded: list[int]) -> None:
+    counts = [(frames.shape[2], list(decoded)) for frames in decode_chunks(model, latents(7))]
+    assert counts == [(13, [5]), (12, [5, 4])]
 
 
 @torch.inference_mode()
-def test_a_chunk_without_frames_of_its_own_is_not_decoded(model: Any, decoded: list[int]) -> None:
+def test_a_chunk_without_new_frames_is_not_decoded(model: Any, decoded: list[int]) -> None:
     list(decode_chunks(model, latents(7)))
     ours = decoded.copy()
     model.decode(latents(7))
@@ -92,7 +92,7 @@ def test_a_chunk_without_frames_of_its_own_is_not_decoded(model: Any, decoded: l
 
 
 @torch.inference_mode()
-def test_a_failure_midway_leaves_the_model_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_midway_restores_the_model(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model.decode(latents(6)).sample
     chunks = decode_chunks(model, latents(6))
     next(chunks)
@@ -114,7 +114,7 @@ def test_an_image_is_one_chunk(key: str) -> None:
 
 
 def test_the_peak_does_not_grow_with_the_video(model: Any) -> None:
-    """Of what lives on the device, where each chunk is made into uint8 and taken away."""
+    """Measure the memory on the device, where each chunk is converted to uint8 and freed."""
 
     def peak(z: torch.Tensor) -> int:
         return peak_bytes(lambda: [len((frames * 255).to(torch.uint8)) for frames in decode_chunks(model, z)])

@@ -10,7 +10,7 @@ from handlers.serving.vae.stop import check_wanted
 
 
 class Device:
-    """Doubles numbers; holds each batch until it is let go."""
+    """A device that doubles values and blocks each batch until it is released."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -47,7 +47,7 @@ def device() -> Device:
     return Device()
 
 
-def test_what_waits_together_goes_as_one_batch_in_order_and_within_the_limit(device: Device) -> None:
+def test_waiting_jobs_form_one_batch_in_order_within_the_limit(device: Device) -> None:
     queue = DeviceQueue([device], batch_limit=3, timeout=60)
     first = queue.submit(0, "a", 1)
     wait_until(lambda: queue.running == 1)
@@ -59,7 +59,7 @@ def test_what_waits_together_goes_as_one_batch_in_order_and_within_the_limit(dev
     wait_until(lambda: queue.running == 0)
 
 
-def test_a_device_rests_once_when_nothing_has_come_for_a_while(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_device_runs_its_idle_hook_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "IDLE_SECONDS", 0.05)
     queue = DeviceQueue([device], batch_limit=0, timeout=60)
     device.go.release(2)
@@ -70,13 +70,13 @@ def test_a_device_rests_once_when_nothing_has_come_for_a_while(device: Device, m
         assert device.rests == times
 
 
-def test_a_job_over_the_limit_goes_alone(device: Device) -> None:
+def test_a_job_over_the_limit_runs_alone(device: Device) -> None:
     queue = DeviceQueue([device], batch_limit=3, timeout=60)
     device.go.release(3)
     assert [queue.submit(number, "a", 9).result(10) for number in (1, 2)] == [2, 4]
 
 
-def test_one_that_fails_does_not_fail_its_batch(device: Device) -> None:
+def test_a_failing_job_does_not_fail_its_batch(device: Device) -> None:
     queue = DeviceQueue([device], batch_limit=3, timeout=60)
     queue.submit(0, "a", 1)
     wait_until(lambda: queue.running == 1)
@@ -99,12 +99,12 @@ def test_cancelled_work_never_reaches_the_device(device: Device) -> None:
 
 
 class Passes:
-    """Runs a batch until it is let go, and looks meanwhile whether anybody waits for it, as a model does."""
+    """A device that runs a batch until it is released, and polls whether anybody waits for it, as a model does."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.go = threading.Event()
-        self.asked_alive = False
+        self.alive_checked = False
 
     def run(self, work: list[int]) -> list[int]:
         self.batches.append(work)
@@ -113,12 +113,12 @@ class Passes:
         return work
 
     def is_alive(self) -> bool:
-        self.asked_alive = True
+        self.alive_checked = True
         return True
 
 
-class TestGivenUp:
-    """Work whose client leaves while a device runs it."""
+class TestAbandonedWork:
+    """Tests of work whose client disconnects while a device runs it."""
 
     @pytest.fixture
     def passes(self) -> Passes:
@@ -133,7 +133,7 @@ class TestGivenUp:
         return queue
 
     def batch(self, queue: DeviceQueue, passes: Passes) -> list[devices.JobFuture[int]]:
-        """Two jobs that run as one."""
+        """Submit two jobs that run as one batch."""
         busy = queue.submit(1, "busy", 1)
         wait_until(lambda: [1] in passes.batches)
         jobs = [queue.submit(number, "batch", 1) for number in (2, 3)]
@@ -141,20 +141,20 @@ class TestGivenUp:
         wait_until(lambda: [2, 3] in passes.batches)
         return jobs
 
-    def test_a_batch_stops_when_nobody_waits_for_any_of_it(self, queue: DeviceQueue, passes: Passes) -> None:
+    def test_a_batch_stops_when_nobody_waits(self, queue: DeviceQueue, passes: Passes) -> None:
         speed = queue._seconds_per_size
         for job in self.batch(queue, passes):
             job.cancel()
         late = queue.submit(4, "late", 1)
         wait_until(lambda: [4] in passes.batches)
-        assert queue._seconds_per_size == speed  # of a pass that was not cut short
+        assert queue._seconds_per_size == speed  # a pass that was not interrupted
         passes.go.set()
         assert late.result(10) == 4
-        assert passes.batches == [[0], [1], [2, 3], [4]]  # and none again, alone
-        assert not passes.asked_alive
+        assert passes.batches == [[0], [1], [2, 3], [4]]  # no further pass
+        assert not passes.alive_checked
         assert queue.problem is None
 
-    def test_it_runs_on_for_those_who_wait(self, queue: DeviceQueue, passes: Passes) -> None:
+    def test_a_batch_continues_for_clients_that_wait(self, queue: DeviceQueue, passes: Passes) -> None:
         gone, here = self.batch(queue, passes)
         gone.cancel()
         time.sleep(0.05)
@@ -165,7 +165,7 @@ class TestGivenUp:
 
 
 def test_work_is_never_compared() -> None:
-    """Tensors have no plain equality."""
+    """Test that jobs are not compared, because tensors have no plain equality."""
 
     class Incomparable(int):
         __hash__ = int.__hash__
@@ -178,7 +178,7 @@ def test_work_is_never_compared() -> None:
     assert [int(future.result(10)) for future in futures] == list(range(20))
 
 
-def test_every_device_works() -> None:
+def test_all_devices_get_work() -> None:
     devices = [Device(), Device()]
     queue = DeviceQueue(devices, batch_limit=9, timeout=60)
     futures = [queue.submit(1, object(), 1) for _ in range(2)]
@@ -189,7 +189,7 @@ def test_every_device_works() -> None:
     assert [device.batches for device in devices] == [[[1]], [[1]]]
 
 
-def test_small_work_passes_large_work_that_came_just_before_and_large_work_gets_its_turn() -> None:
+def test_small_work_overtakes_large_work_without_starving_it() -> None:
     order, go = [], threading.Event()
 
     def run(work: list[int]) -> list[int]:
@@ -200,7 +200,7 @@ def test_small_work_passes_large_work_that_came_just_before_and_large_work_gets_
 
     queue = DeviceQueue([devices.Device(run, lambda: True, lambda: None)], batch_limit=0, timeout=60)
     go.set()
-    queue.submit(100, object(), 100).result(10)  # from here on a size of 1 is known to take a millisecond
+    queue.submit(100, object(), 100).result(10)  # from here on the queue knows that a size of 1 takes a millisecond
     go.clear()
     order.clear()
     first = queue.submit(1, "first", 1)
@@ -216,27 +216,27 @@ def test_small_work_passes_large_work_that_came_just_before_and_large_work_gets_
 
 
 @pytest.mark.parametrize("batch_limit", [0, 9])
-def test_a_lost_device_is_a_problem_and_nobody_waits_for_it(device: Device, batch_limit: int) -> None:
+def test_a_lost_device_is_unhealthy_and_fails_its_jobs(device: Device, batch_limit: int) -> None:
     queue = DeviceQueue([device], batch_limit, timeout=60)
     assert queue.problem is None
     queue.submit(0, "a", 1)
     wait_until(lambda: queue.running == 1)
     futures = [queue.submit(number, "a", 1) for number in (1, 666, 2)]
     device.go.release(9)
-    answers = []
+    results = []
     for future in futures:
         try:
-            answers.append(future.result(10))
+            results.append(future.result(10))
         except RequestError as error:
-            answers.append((str(error), error.status))
+            results.append((str(error), error.status))
     lost = ("device 0 is lost; try again soon", 503)
-    assert answers == ([2, lost, lost] if batch_limit == 0 else [lost, lost, lost])
+    assert results == ([2, lost, lost] if batch_limit == 0 else [lost, lost, lost])
     assert queue.problem == "device 0 is lost"
     with pytest.raises(RequestError, match="device 0 is lost"):
         queue.submit(3, "a", 1)
 
 
-def test_a_thread_that_ends_is_a_lost_device() -> None:
+def test_a_device_is_lost_when_its_thread_ends() -> None:
     def leave(work: list[int]) -> list[int]:
         raise SystemExit
 
@@ -246,7 +246,7 @@ def test_a_thread_that_ends_is_a_lost_device() -> None:
     assert queue.problem == "device 0 is lost"
 
 
-def test_the_other_devices_go_on() -> None:
+def test_other_devices_continue() -> None:
     devices = [Device(), Device()]
     queue = DeviceQueue(devices, batch_limit=0, timeout=60)
     futures = {number: queue.submit(number, object(), 1) for number in (1, 666)}
@@ -260,7 +260,7 @@ def test_the_other_devices_go_on() -> None:
     assert [queue.submit(number, object(), 1).result(10) for number in (2, 3)] == [4, 6]
 
 
-def test_a_device_that_does_not_come_to_an_end_is_a_problem(device: Device) -> None:
+def test_a_stuck_device_is_unhealthy(device: Device) -> None:
     queue = DeviceQueue([device], batch_limit=0, timeout=0.01)
     future = queue.submit(1, "a", 1)
     wait_until(lambda: queue.problem)
@@ -271,7 +271,7 @@ def test_a_device_that_does_not_come_to_an_end_is_a_problem(device: Device) -> N
 
 
 def test_small_work_does_not_starve_large_work() -> None:
-    """Each batch takes as long, whatever its size, so that sizes say nothing of the time."""
+    """Give each batch the same duration, so that sizes do not predict the time."""
     go = threading.Event()
 
     def run(work: list[int]) -> list[int]:
@@ -291,7 +291,7 @@ def test_small_work_does_not_starve_large_work() -> None:
     assert large.result() == 0
 
 
-def test_when_it_is_closed_it_lets_nothing_in_and_finishes_what_is_in(device: Device) -> None:
+def test_a_closed_queue_refuses_new_jobs_and_finishes_the_others(device: Device) -> None:
     queue = DeviceQueue([device], batch_limit=0, timeout=60)
     futures = [queue.submit(0, "a", 1)]
     wait_until(lambda: queue.running == 1)
@@ -300,12 +300,12 @@ def test_when_it_is_closed_it_lets_nothing_in_and_finishes_what_is_in(device: De
     with pytest.raises(RequestError, match="the service is shutting down; try again soon") as refused:
         queue.check_open()
     assert refused.value.status == 503
-    futures.append(queue.submit(1, "a", 1))  # of a request that was let in before
+    futures.append(queue.submit(1, "a", 1))  # a request that was admitted before
     device.go.release(2)
     assert [future.result(10) for future in futures] == [0, 2]
 
 
-def test_a_device_does_its_chores_while_nothing_waits(device: Device) -> None:
+def test_a_device_runs_its_idle_hook_while_nothing_waits(device: Device) -> None:
     queue = DeviceQueue([device], batch_limit=1, timeout=60)
     done: list[str] = []
     running, waiting = (queue.submit(number, "a", 1) for number in (1, 2))

@@ -1,4 +1,6 @@
-"""The fast pass gives what diffusers gives, and is used only where it was found right and quicker on the device."""
+"""Tests of the fast pass: it gives diffusers' results, and runs only if a check on the device found it correct and
+faster.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +41,15 @@ CASES = [
     ("hunyuan-video", 1),
     ("hunyuan-video", 3),
 ]
-"""Models of each architecture, and latent frames: one alone, and some behind others."""
+"""Models of each architecture, and numbers of latent frames: one, and several."""
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
-"""Where the kernels run; conftest.py has them interpreted unless somebody says otherwise."""
+"""Device of the kernels. conftest.py has Triton interpret them unless the environment says otherwise."""
 
 small = cache(build)
 
 
 def inputs(key: str, frames: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch of two, of neither even nor square sizes."""
+    """Return a batch of two, with sides that are neither even nor equal."""
     model, generator = MODELS[key], torch.Generator().manual_seed(0)
     latents = torch.randn(2, model.latent_channels, *([frames] if frames else []), 5, 7, generator=generator)
     sides = [size * model.vae_scale_factor for size in (5, 7)]
@@ -63,16 +65,16 @@ def outputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def both(key: str, frames: int | None, dtype: torch.dtype, fast_class: type[FastPass] = FastPass) -> Any:
-    """What diffusers gives, what the fast pass does, and what diffusers gives in float64, of each task."""
+    """Return the results of diffusers, of the fast pass, and of diffusers in float64, for each task."""
     device = DEVICE if fast_class is FusedPass else "cpu"
     model = deepcopy(small(key)).to(device, dtype)
-    fast, given = fast_class(model), {task: tensor.to(device) for task, tensor in inputs(key, frames, dtype).items()}
+    fast, tensors = fast_class(model), {task: tensor.to(device) for task, tensor in inputs(key, frames, dtype).items()}
     fast.prepare()
-    own = outputs(model, given)
+    own = outputs(model, tensors)
     with fast.installed():
-        result = outputs(model, given)
-    assert_equal(outputs(model, given), own)  # it leaves nothing behind
-    exact = outputs(model.double(), {task: tensor.double() for task, tensor in given.items()})
+        result = outputs(model, tensors)
+    assert_equal(outputs(model, tensors), own)  # the fast pass leaves no trace
+    exact = outputs(model.double(), {task: tensor.double() for task, tensor in tensors.items()})
     return own, result, exact
 
 
@@ -86,7 +88,7 @@ def error(result: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("key", "frames"), CASES)
-def test_it_is_the_same_algebra(key: str, frames: int | None) -> None:
+def test_the_fast_pass_is_the_same_algebra(key: str, frames: int | None) -> None:
     own, result, _ = both(key, frames, torch.float64)
     for task in own:  # Wan's upsampling goes through float32 in diffusers
         tolerance = 1e-6 if task == "decode" and coders.is_causal(coders.coders_of(small(key))) else 1e-12
@@ -95,36 +97,34 @@ def test_it_is_the_same_algebra(key: str, frames: int | None) -> None:
 
 @pytest.mark.parametrize(("key", "frames"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_it_is_as_near_to_exact_as_diffusers(key: str, frames: int | None, dtype: torch.dtype) -> None:
+def test_the_fast_pass_is_as_exact_as_diffusers(key: str, frames: int | None, dtype: torch.dtype) -> None:
     own, result, exact = both(key, frames, dtype)
-    for task in own:  # a network of few channels averages little; published sizes are held to 0.5 dB when loaded
+    for task in own:  # few channels average little; the check at load allows 0.5 dB at published sizes
         assert result[task].dtype == dtype
         assert error(result[task], exact[task]) <= 1.2 * error(own[task], exact[task])
 
 
 @pytest.mark.parametrize(("key", "frames"), [("wan-2.1", 3), ("wan-2.2", 3), ("qwen-image", 1)])
-def test_without_folding_wans_pass_is_diffusers_bit_for_bit(key: str, frames: int) -> None:
-    model, given = small(key), inputs(key, frames, torch.float32)
-    own = outputs(model, given)
+def test_wan_without_folding_equals_diffusers_bit_for_bit(key: str, frames: int) -> None:
+    model, tensors = small(key), inputs(key, frames, torch.float32)
+    own = outputs(model, tensors)
     with FastPass(model, fold=False).installed():
-        assert_equal(outputs(model, given), own)
+        assert_equal(outputs(model, tensors), own)
 
 
-# Triton's interpreter cuts bfloat16 off where hardware rounds
+# Triton's interpreter truncates bfloat16 where hardware rounds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16 if DEVICE == "cpu" else torch.bfloat16])
 @pytest.mark.parametrize(("key", "frames"), [("sd-v1", None), ("wan-2.1", 3)])
-def test_the_kernels_are_as_near_to_exact_as_diffusers(key: str, frames: int | None, dtype: torch.dtype) -> None:
+def test_the_kernels_are_as_exact_as_diffusers(key: str, frames: int | None, dtype: torch.dtype) -> None:
     own, result, exact = both(key, frames, dtype, FusedPass)
     for task in own:
-        # both errors are the rounding of float32, which differs by processor: 1.25 on an AMD without AVX-512
+        # both errors are float32 rounding, which differs by processor: 1.25 on an AMD without AVX-512
         assert error(result[task], exact[task]) <= 1.5 * error(own[task], exact[task])
 
 
-@pytest.mark.filterwarnings(
-    "ignore:overflow encountered in exp:RuntimeWarning"
-)  # of the interpreter, of what is masked
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # from the interpreter, masked values
 @pytest.mark.parametrize(("height", "width"), [(3, 5), (16, 33)])
-def test_group_norm_keeps_its_digits_where_a_mean_is_large(height: int, width: int) -> None:
+def test_group_norm_is_precise_for_a_large_mean(height: int, width: int) -> None:
     x = torch.randn(2, 64, height, width, device=DEVICE) + 100
     x, bias = x.contiguous(memory_format=torch.channels_last), torch.randn(64, device=DEVICE)
     norm = torch.nn.GroupNorm(16, 64, device=DEVICE)
@@ -137,15 +137,15 @@ def test_group_norm_keeps_its_digits_where_a_mean_is_large(height: int, width: i
 
 
 @pytest.mark.parametrize("key", ["sd-v1", "wan-2.1", "hunyuan-video"])
-def test_it_takes_no_more_memory_than_diffusers(key: str) -> None:
+def test_the_fast_pass_takes_no_more_memory_than_diffusers(key: str) -> None:
     model = small(key)
-    fast, given = FastPass(model), inputs(key, 3 if has_frames(model) else None, torch.float32)
-    own = peak_bytes(lambda: outputs(model, given))
+    fast, tensors = FastPass(model), inputs(key, 3 if has_frames(model) else None, torch.float32)
+    own = peak_bytes(lambda: outputs(model, tensors))
     with fast.installed():
-        assert peak_bytes(lambda: outputs(model, given)) <= own
+        assert peak_bytes(lambda: outputs(model, tensors)) <= own
 
 
-def test_of_other_architectures_there_is_none() -> None:
+def test_other_architectures_have_no_fast_pass() -> None:
     assert fast_pass(small("taesd")) is None
     passes = FastPasses(small("taesd"), MODELS["taesd"], wanted=True)
     assert set(passes.verdicts.values()) == {"off: this architecture has none"}
@@ -158,7 +158,7 @@ def vae() -> VAE:
 
 
 def run_checks(vae: VAE, monkeypatch: pytest.MonkeyPatch, ratio: float = 0.5) -> dict[str, str]:
-    """As if the fast pass took so much of the time of diffusers'."""
+    """Run the check as if the fast pass took `ratio` of the time of diffusers'."""
     compare = fast_check._compare
     monkeypatch.setattr(fast_check, "_compare", lambda *arguments: (ratio, compare(*arguments)[1]))
     for check in vae.fast.checks():
@@ -167,14 +167,14 @@ def run_checks(vae: VAE, monkeypatch: pytest.MonkeyPatch, ratio: float = 0.5) ->
 
 
 def modes(vae: VAE, exact: bool = False) -> list[Mode]:
-    given = inputs("sd-v1", None, vae.dtype)
+    tensors = inputs("sd-v1", None, vae.dtype)
     return [
-        vae.decode(given["decode"], options=DecodeOptions(exact=exact))[1],
-        vae.encode(given["encode"], EncodeOptions(exact=exact))[1],
+        vae.decode(tensors["decode"], options=DecodeOptions(exact=exact))[1],
+        vae.encode(tensors["encode"], EncodeOptions(exact=exact))[1],
     ]
 
 
-def test_it_is_used_once_it_was_found_right_and_quicker(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_correct_and_faster_pass_is_used(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(vae.fast.verdicts.values()) == {"off: not checked yet"}
     assert modes(vae) == [Mode.FULL, Mode.FULL]
     verdicts = run_checks(vae, monkeypatch)
@@ -183,46 +183,46 @@ def test_it_is_used_once_it_was_found_right_and_quicker(vae: VAE, monkeypatch: p
     assert modes(vae, exact=True) == [Mode.FULL, Mode.FULL]
 
 
-def test_the_check_is_of_whole_pictures_after_a_request_in_tiles(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_decodes_whole_images_after_a_request_in_tiles(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     vae.model.use_tiling = True
     monkeypatch.setattr(vae.model, "tiled_decode", None)
     monkeypatch.setattr(vae.model, "tile_latent_min_size", 2)
     assert run_checks(vae, monkeypatch)["decode"].startswith("on: ")
 
 
-def test_where_it_is_slower_it_is_not_used(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slower_pass_is_not_used(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = run_checks(vae, monkeypatch, ratio=1.5)
     assert all(verdict.startswith("off: 1.50 of diffusers' time at 256x256") for verdict in verdicts.values())
     assert modes(vae) == [Mode.FULL, Mode.FULL]
 
 
-def test_where_it_is_wrong_it_is_not_used(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_pass_is_not_used(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     for phases in vae.fast.fast._folded.values():
         phases[0][1].mul_(1.01)
     verdicts = run_checks(vae, monkeypatch)
     assert "dB further from exact than diffusers at 128x128" in verdicts["decode"]
-    assert verdicts["encode"].startswith("on: ")  # which folds nothing
+    assert verdicts["encode"].startswith("on: ")  # a FastPass that folds nothing
     assert modes(vae) == [Mode.FULL, Mode.FAST]
 
 
-@pytest.mark.parametrize("step", ["prepare", "_residual"])
-def test_where_it_fails_it_is_not_used(vae: VAE, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+@pytest.mark.parametrize("method", ["prepare", "_residual"])
+def test_a_failing_pass_is_not_used(vae: VAE, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("no compiler here\nand more")
 
-    monkeypatch.setattr(vae.fast.fast, step, fail)
+    monkeypatch.setattr(vae.fast.fast, method, fail)
     verdicts = run_checks(vae, monkeypatch)
     assert set(verdicts.values()) == {"off: RuntimeError: no compiler here"}
     assert modes(vae) == [Mode.FULL, Mode.FULL]
 
 
-def test_what_overflows_runs_in_float32_as_diffusers_does(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overflow_runs_in_float32(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     run_checks(vae, monkeypatch)
     assert vae.fast.is_on("decode", torch.float32)
     assert not vae.fast.is_on("decode", torch.float64)
 
 
-def test_exact_is_refused_where_it_does_not_fit(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_is_refused_if_it_does_not_fit(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("handlers.serving.vae.heap.HEAP.capacity", lambda: 1000)
     with pytest.raises(
         RequestError, match=r"in diffusers' own pass, .*; without `exact` \(or VAE_EXACT\) it may take less"
@@ -231,7 +231,7 @@ def test_exact_is_refused_where_it_does_not_fit(vae: VAE, monkeypatch: pytest.Mo
     assert caught.value.status == 422
 
 
-def test_exact_is_refused_for_a_batch_that_diffusers_does_not_run() -> None:
+def test_exact_is_refused_for_a_batch_that_diffusers_cannot_run() -> None:
     class OneByOne(MODELS["sd-v1"]):
         runs_batches = False
 
@@ -261,8 +261,8 @@ def test_requests_are_served_before_and_after_the_check(vae: VAE) -> None:
     torch.testing.assert_close(send(pipeline, latents, output_type="pt"), own, atol=1e-4, rtol=0)
 
 
-def test_a_copy_of_the_model_is_not_bound_to_it() -> None:
+def test_a_copy_of_the_model_is_independent() -> None:
     model = small("sd-v1")
     with FastPass(model).installed():
         pass
-    assert not [name for name, part in deepcopy(model).named_modules() if "forward" in vars(part)]
+    assert not [name for name, module in deepcopy(model).named_modules() if "forward" in vars(module)]

@@ -1,6 +1,6 @@
-"""What goes wrong inside, at each stage: the client is answered, and the service goes on or says that it cannot.
+"""Tests of faults at each stage: the client gets a response, and the service recovers or reports that it cannot.
 
-Alone, and in the Inference Toolkit.
+Each runs alone and in the Inference Toolkit.
 """
 
 import http.client
@@ -47,18 +47,19 @@ OPERATING = (ROOT / "docs" / "operating.md").read_text()
 HEALTH = dict(
     re.findall(r"^\| (.*) \| (.*) \|$", OPERATING.partition("## Health")[2].partition("\n## ")[0], re.MULTILINE)
 )
-"""What `GET /health` gets at which time."""
+"""Responses of `GET /health` by state."""
 
 
 @pytest.fixture(scope="module", params=SERVERS)
 def faulty(
     request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Endpoint]:
-    """An endpoint in which things go wrong on request, with a short deadline."""
+    """Return an endpoint with faults on request and a short deadline."""
     log = tmp_path_factory.mktemp("faulty") / "log"
     environment = {"VAE_TIMEOUT": str(TIMEOUT), "DEVICE_SECONDS": "1.5"}
     with faulty_endpoint(request.param, "sd-v1", checkpoint("sd-v1"), log, **environment) as endpoint:
-        while not ask(endpoint).ok:  # a first pass sets up what others use: on a busy machine it misses the deadline
+        # A first pass sets up what later passes use, and can miss the deadline on a busy computer.
+        while not send_request(endpoint).ok:
             pass
         yield endpoint
 
@@ -68,7 +69,7 @@ Start = Callable[..., Endpoint]
 
 @pytest.fixture(params=SERVERS)
 def start(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[Start]:
-    """Starts one for this test alone, which may break it."""
+    """Return a function that starts an endpoint for a test that may break it."""
     running = []
 
     def start(**environment: str) -> Endpoint:
@@ -81,7 +82,7 @@ def start(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp
         context.__exit__(None, None, None)
 
 
-def ask(endpoint: Endpoint, fault: int | None = None) -> requests.Response:
+def send_request(endpoint: Endpoint, fault: int | None = None) -> requests.Response:
     return endpoint.post(endpoint.latents(), output_type="pt", **({} if fault is None else {"seed": fault}))
 
 
@@ -90,37 +91,37 @@ def health(endpoint: Endpoint) -> tuple[int, str]:
     return response.status_code, response.text
 
 
-def look(url: str) -> str:
-    """What a new connection to `/health` gets, in the guide's words."""
+def read_health(url: str) -> str:
+    """Return the response to a new connection to `/health`, in the guide's words."""
     try:
         return str(requests.get(f"{url}/health", timeout=5).status_code)
     except requests.ConnectionError as error:
         return "connection refused" if "Connection refused" in str(error) else "connection closed"
 
 
-def looks(url: str, last: str) -> list[str]:
-    """What it gets until it is `last`, at each change."""
-    seen = [look(url)]
+def poll_health(url: str, last: str) -> list[str]:
+    """Return each new response of `/health` until it is `last`."""
+    seen = [read_health(url)]
     deadline = time.monotonic() + 60
     while seen[-1] != last and time.monotonic() < deadline:
-        if (now := look(url)) != seen[-1]:
+        if (now := read_health(url)) != seen[-1]:
             seen.append(now)
         time.sleep(0.02)
     return seen
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_nothing_listens_while_the_model_loads(kind: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_port_is_closed_while_the_model_loads(kind: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     gate, log, port = tmp_path / "gate", tmp_path / "log", free_port()
     arguments = ("-m", "tests.support.faulty_server", kind, "--port", str(port), "--weights", str(checkpoint("sd-v1")))
     toolkit = {"TOOLKIT": os.environ["TOOLKIT"]} if "TOOLKIT" in os.environ else {}
     process = local_server.start_process(arguments, log, {**clean_environment(), **toolkit, "GATE": str(gate)})
     try:
         with ThreadPoolExecutor(1) as client:
-            seen = client.submit(looks, f"http://127.0.0.1:{port}", last=HEALTH["requests are taken"])
+            seen = client.submit(poll_health, f"http://127.0.0.1:{port}", last=HEALTH["requests are taken"])
             while LOAD_WAITS not in log.read_text() and not seen.done():
                 time.sleep(0.02)
-            time.sleep(1)  # in which a server that listens would answer
+            time.sleep(1)  # time in which a listening server would respond
             ended_before_the_load = seen.done()
             gate.touch()
         assert not ended_before_the_load
@@ -131,10 +132,10 @@ def test_nothing_listens_while_the_model_loads(kind: str, checkpoint: Callable[[
 
 
 class TestOneRequest:
-    """It fails; the next one works, and the service is as healthy as before."""
+    """Tests of faults that fail one request: the next succeeds, and the service stays healthy."""
 
     @pytest.mark.parametrize("fault", [PAYLOAD_BUG, BUG, DISK_FULL])
-    def test_a_fault_of_ours_is_500_with_an_id_and_no_details(self, faulty: Endpoint, fault: int) -> None:
+    def test_a_bug_is_500_with_a_request_id_and_no_details(self, faulty: Endpoint, fault: int) -> None:
         response = faulty.post(faulty.latents(), seed=fault, headers={"X-Request-Id": f"fault-{fault}"})
         message = "the service failed on this request; its log has the reason"
         assert (response.status_code, response.json()) == (500, {"error": message, "request_id": f"fault-{fault}"})
@@ -143,23 +144,25 @@ class TestOneRequest:
 
     @pytest.mark.parametrize("fault", [PAYLOAD_HANGS, OUTPUT_HANGS])
     def test_a_stage_that_hangs_is_504(self, faulty: Endpoint, fault: int) -> None:
-        response = ask(faulty, fault)
+        response = send_request(faulty, fault)
         message = f"no response within {TIMEOUT} s (VAE_TIMEOUT); send less at once"
         assert (response.status_code, response.json()) == (504, {"error": message})
         self.assert_well(faulty)
 
-    def test_waiting_ends_at_the_deadline_and_what_waited_is_dropped(self, faulty: Endpoint) -> None:
+    def test_the_deadline_drops_waiting_requests(self, faulty: Endpoint) -> None:
         before = metric(faulty, "vae_batch_size_count")
         with ThreadPoolExecutor(5) as clients:
-            statuses = Counter(answer.status_code for answer in clients.map(lambda _: ask(faulty, SLOW), range(5)))
+            statuses = Counter(
+                response.status_code for response in clients.map(lambda _: send_request(faulty, SLOW), range(5))
+            )
         assert set(statuses) <= {200, 504}
         assert statuses[504] >= 4
         wait_for_metric(faulty, "inf_batch_current_size", 0)
-        assert metric(faulty, "vae_batch_size_count") - before <= 2  # the second had begun when its time was over
+        assert metric(faulty, "vae_batch_size_count") - before <= 2  # the second had begun at its deadline
         self.assert_well(faulty)
 
     def test_a_body_that_does_not_arrive_is_408(self, faulty: Endpoint) -> None:
-        before = metric(faulty, "vae_bytes_in_flight")  # of the thread that an earlier test left behind
+        before = metric(faulty, "vae_bytes_in_flight")  # the thread of an earlier test
         connection = open_connection(faulty)
         connection.putrequest("POST", "/")
         connection.putheader("Content-Length", "1000")
@@ -173,24 +176,24 @@ class TestOneRequest:
 
     def test_out_of_memory_is_tried_in_the_next_mode(self, faulty: Endpoint) -> None:
         before = metric(faulty, "vae_out_of_memory_total")
-        response = ask(faulty, OUT_OF_MEMORY)
+        response = send_request(faulty, OUT_OF_MEMORY)
         assert (response.status_code, response.headers["X-VAE-Mode"]) == (200, "tiled")
         assert metric(faulty, "vae_out_of_memory_total") - before == 2
         self.assert_well(faulty)
 
-    def test_memory_that_is_not_there_is_503(self, faulty: Endpoint) -> None:
-        response = ask(faulty, NEVER_ENOUGH)
+    def test_a_lack_of_memory_is_503(self, faulty: Endpoint) -> None:
+        response = send_request(faulty, NEVER_ENOUGH)
         assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
         assert "takes about 0.0 GB of memory even in tiles, which this device does not have free" in response.text
         self.assert_well(faulty)
 
-    def test_a_result_that_is_no_number_is_an_error_and_no_black_picture(self, faulty: Endpoint) -> None:
+    def test_a_nan_result_is_an_error(self, faulty: Endpoint) -> None:
         response = faulty.post(faulty.latents(), seed=NOT_FINITE)
         assert response.status_code == 422
         assert response.json()["error"].startswith("the VAE gives NaN or infinity for this decode request")
         self.assert_well(faulty)
 
-    def test_clients_that_leave_at_any_stage_leave_nothing_behind(self, faulty: Endpoint) -> None:
+    def test_disconnected_clients_leave_nothing_behind(self, faulty: Endpoint) -> None:
         latents = faulty.latents()
         query = "shape=1&shape=4&shape=8&shape=12&dtype=float32"
         head = f"POST /?{query}&seed={{}} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {latents.nbytes}\r\n\r\n"
@@ -201,8 +204,8 @@ class TestOneRequest:
             (normal, 0.05),  # before the body
             (normal + body[:100], 0.05),  # in the body
             (slow + body, 0.3),  # on the device
-            (normal + body, 0),  # somewhere
-            (normal + body, 0.1),  # in the answer, or after it
+            (normal + body, 0),  # at a random stage
+            (normal + body, 0.1),  # during or after the response
         ):
             with socket.create_connection(("127.0.0.1", urlsplit(faulty.url).port)) as connection:
                 connection.sendall(sent)
@@ -212,7 +215,7 @@ class TestOneRequest:
         self.assert_well(faulty)
 
     def assert_well(self, endpoint: Endpoint) -> None:
-        response = ask(endpoint)
+        response = send_request(endpoint)
         assert (response.status_code, response.headers["X-VAE-Mode"]) == (200, "full")
         assert health(endpoint) == (200, "Ok")
 
@@ -221,27 +224,27 @@ class TestOneRequest:
 def videos(
     request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Endpoint]:
-    """An endpoint of a video model, whose requests may take far longer than its deadline."""
+    """Return an endpoint of a video model, whose requests may take far longer than its deadline."""
     log, key = tmp_path_factory.mktemp("videos") / "log", "hunyuan-video"
     with faulty_endpoint(request.param, key, checkpoint(key), log, VAE_TIMEOUT="15") as endpoint:
         yield endpoint
 
 
-class TestAPassThatNobodyWaitsFor:
-    """It stops, so that the next request has the device."""
+class TestAbandonedPass:
+    """Tests that an abandoned pass stops, so that the next request gets the device."""
 
     LONG = {"frames": 65, "height": 512, "width": 512}
-    """Minutes of a CPU's time."""
+    """A request of some minutes on a CPU."""
 
     @pytest.fixture
     def one_pass_alone(self, videos: Endpoint) -> Iterator[None]:
-        """At the end a small request is answered, rightly, and no other pass has come to its end."""
+        """Check at the end that a small request succeeds and that no other pass has finished."""
         passes = 'vae_passes_total{mode="full",model="hunyuan-video",task="decode"}'
-        expected = ask(videos)
+        expected = send_request(videos)
         assert expected.ok, expected.text
         before, stopped = metric(videos, passes), metric(videos, "vae_stopped_passes_total")
         yield
-        response = ask(videos)
+        response = send_request(videos)
         assert (response.status_code, response.content == expected.content) == (200, True)
         assert metric(videos, passes) == before + 1
         assert metric(videos, "vae_stopped_passes_total") == stopped + 1
@@ -250,7 +253,7 @@ class TestAPassThatNobodyWaitsFor:
 
     @pytest.mark.usefixtures("one_pass_alone")
     @pytest.mark.parametrize("output_type", ["pt", "mp4"])
-    def test_when_its_client_leaves(self, videos: Endpoint, output_type: str) -> None:
+    def test_a_pass_stops_when_its_client_disconnects(self, videos: Endpoint, output_type: str) -> None:
         latents = videos.latents(**self.LONG).half()
         shape = "&".join(f"shape={size}" for size in latents.shape)
         connection = open_connection(videos)
@@ -259,7 +262,7 @@ class TestAPassThatNobodyWaitsFor:
         connection.close()
 
     @pytest.mark.usefixtures("one_pass_alone")
-    def test_at_its_deadline(self, videos: Endpoint) -> None:
+    def test_a_pass_stops_at_its_deadline(self, videos: Endpoint) -> None:
         response = videos.post(videos.latents(**self.LONG).half(), output_type="pt")
         message = "no response within 15 s (VAE_TIMEOUT); send less at once"
         assert (response.status_code, response.json()) == (504, {"error": message})
@@ -267,26 +270,26 @@ class TestAPassThatNobodyWaitsFor:
 
 class TestTheDevice:
     @pytest.mark.parametrize("fault", [DEVICE_LOST, THREAD_ENDS])
-    def test_when_it_is_lost_everybody_is_told(self, start: Start, fault: int) -> None:
+    def test_a_lost_device_fails_all_requests(self, start: Start, fault: int) -> None:
         endpoint = start(DEVICE_SECONDS="0.7")
         with ThreadPoolExecutor(4) as clients:
-            busy = clients.submit(ask, endpoint, SLOW)
+            busy = clients.submit(send_request, endpoint, SLOW)
             wait_for_metric(endpoint, "inf_batch_current_size", 1)
-            doomed = clients.submit(ask, endpoint, fault)
+            doomed = clients.submit(send_request, endpoint, fault)
             wait_for_metric(endpoint, "inf_queue_size", 1)
-            waiting = [clients.submit(ask, endpoint) for _ in range(2)]
+            waiting = [clients.submit(send_request, endpoint) for _ in range(2)]
             assert busy.result().ok
-            answers = [future.result() for future in (doomed, *waiting)]
-        for response in [*answers, ask(endpoint)]:
+            responses = [future.result() for future in (doomed, *waiting)]
+        for response in [*responses, send_request(endpoint)]:
             assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
             assert response.json() == {"error": "device 0 is lost; try again soon"}
         for path in ("/", "/health"):
             response = requests.get(endpoint.url + path, timeout=5)
             assert (response.status_code, response.json()) == (503, {"error": "device 0 is lost"})
 
-    def test_when_it_does_not_come_to_an_end_health_says_so(self, start: Start) -> None:
+    def test_a_stuck_device_makes_health_fail(self, start: Start) -> None:
         endpoint = start(DEVICE_SECONDS="6", VAE_TIMEOUT="1")
-        assert ask(endpoint, SLOW).status_code == 504
+        assert send_request(endpoint, SLOW).status_code == 504
         seen = [health(endpoint)]
         deadline = time.monotonic() + 30
         while (seen[-1] != (200, "Ok") or len(seen) < 3) and time.monotonic() < deadline:
@@ -298,45 +301,45 @@ class TestTheDevice:
 
 class TestSigterm:
     def terminate(self, endpoint: Endpoint) -> psutil.Process:
-        """Sends it to the server's process."""
+        """Send SIGTERM to the server's process."""
         server = listening(urlsplit(endpoint.url).port)
         os.kill(server.pid, signal.SIGTERM)
         return server
 
-    def test_what_is_in_is_finished(self, start: Start) -> None:
+    def test_accepted_requests_are_finished(self, start: Start) -> None:
         endpoint = start(DEVICE_SECONDS="0.5")
         kept = open_connection(endpoint)
         with ThreadPoolExecutor(3) as clients:
-            answers = [clients.submit(ask, endpoint, SLOW) for _ in range(3)]
+            responses = [clients.submit(send_request, endpoint, SLOW) for _ in range(3)]
             wait_for_metric(endpoint, "inf_queue_size", 2)
             server = self.terminate(endpoint)
             states = [HEALTH["requests are taken"], *HEALTH["after SIGTERM"].split(", then ")]
-            seen = [one for one in looks(endpoint.url, last=states[-1]) if one != "connection closed"]
+            seen = [state for state in poll_health(endpoint.url, last=states[-1]) if state != "connection closed"]
             assert seen == [state for state in states if state in seen]
             assert seen[-1] == states[-1]
-            assert [future.result().status_code for future in answers] == [200, 200, 200]
+            assert [future.result().status_code for future in responses] == [200, 200, 200]
         with suppress(http.client.HTTPException, OSError):  # refused, or 503
             kept.request("GET", "/health")
             assert kept.getresponse().status == 503
         kept.close()
         with pytest.raises(requests.ConnectionError):
-            ask(endpoint)
-        server.wait(timeout=10)  # which raises where it does not end
+            send_request(endpoint)
+        server.wait(timeout=10)  # raises if the process does not end
 
-    def test_what_is_not_finished_in_time_is_told_to_go_elsewhere(self, start: Start) -> None:
+    def test_unfinished_requests_get_a_503(self, start: Start) -> None:
         endpoint = start(DEVICE_SECONDS="4", VAE_GRACE="1")
         with ThreadPoolExecutor(3) as clients:
-            answers = [clients.submit(ask, endpoint, SLOW) for _ in range(3)]
+            responses = [clients.submit(send_request, endpoint, SLOW) for _ in range(3)]
             wait_for_metric(endpoint, "inf_queue_size", 2)
             server = self.terminate(endpoint)
-            for future in answers:
+            for future in responses:
                 response = future.result()
                 message = {"error": "the service is shutting down; try again soon"}
                 assert (response.status_code, response.json()) == (503, message)
                 assert response.headers["Retry-After"] == "1"
-        server.wait(timeout=10)  # which raises where it does not end
+        server.wait(timeout=10)  # raises if the process does not end
 
-    def test_a_body_that_is_still_on_its_way_is_not_waited_for(self, start: Start) -> None:
+    def test_an_incomplete_body_does_not_delay_the_end(self, start: Start) -> None:
         endpoint = start(VAE_GRACE="1")
         connection = open_connection(endpoint)
         connection.putrequest("POST", "/")
@@ -348,17 +351,17 @@ class TestSigterm:
         message = {"error": "the service is shutting down; try again soon"}
         assert (response.status, json.loads(response.read())) == (503, message)
         connection.close()
-        server.wait(timeout=5)  # which raises where it does not end
+        server.wait(timeout=5)  # raises if the process does not end
 
 
-def test_nothing_is_written(start: Start, tmp_path: Path) -> None:
+def test_the_service_writes_no_files(start: Start, tmp_path: Path) -> None:
     home, temporary = tmp_path / "home", tmp_path / "tmp"
     home.mkdir()
     temporary.mkdir()
     folders = {"HOME": str(home), "TMPDIR": str(temporary), "XDG_CACHE_HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
     endpoint = start(**folders)
     at_start = sorted(tmp_path.rglob("*"))
-    assert ask(endpoint).ok
+    assert send_request(endpoint).ok
     assert endpoint.post(endpoint.latents(), image_format="png").ok
-    assert ask(endpoint, BUG).status_code == 500
+    assert send_request(endpoint, BUG).status_code == 500
     assert sorted(tmp_path.rglob("*")) == at_start

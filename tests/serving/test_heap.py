@@ -15,13 +15,13 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's
 
 
 def run(code: str, *arguments: str) -> int:
-    """The number that the code prints in a process of its own, whose heap it changes."""
+    """Run code in its own process, whose heap it changes. Return the value that it prints."""
     command = [sys.executable, "-c", code, *arguments]
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 @glibc
-def test_memory_that_was_used_once_is_not_mapped_again() -> None:
+def test_freed_memory_is_reused_without_new_page_faults() -> None:
     code = """
 import resource, threading, torch
 from handlers.serving.vae.heap import HEAP
@@ -38,7 +38,7 @@ thread = threading.Thread(target=run)
 thread.start()
 thread.join()
 """
-    assert run(code) < 200  # of 16384 pages
+    assert run(code) < 200  # with 16384 pages
 
 
 PASSES = """
@@ -55,13 +55,13 @@ shapes = [(rng.choice("de"), rng.randint(1, 4), rng.randint(16, 64), rng.randint
 largest = max((shape for shape in shapes if shape[0] == "d"), key=lambda shape: shape[1] * shape[2] * shape[3])
 
 def run():
-    held = []  # as answers are for a while
+    kept = []  # results stay for a while, as responses do
     for task, batch, height, width in [largest] if sys.argv[1] == "largest" else [*shapes, largest, *shapes]:
         if task == "d":
             result, _ = vae.decode(torch.zeros(batch, 8, height, width))
         else:
             result, _ = vae.encode(torch.zeros(batch, 3, height * 4, width * 4))
-        held = [*held[-3:], result[..., ::4, ::4].clone()]
+        kept = [*kept[-3:], result[..., ::4, ::4].clone()]
 
 thread = threading.Thread(target=run)
 thread.start()
@@ -71,8 +71,11 @@ print(psutil.Process().memory_info().rss)
 
 
 @glibc
-def test_many_shapes_leave_no_more_than_the_largest_of_them_alone() -> None:
-    """On a busy machine threads now and then leave other holes: one of three runs has to do."""
+def test_many_shapes_leave_no_more_memory_than_the_largest() -> None:
+    """Compare the memory of many shapes with that of the largest.
+
+    On a busy computer threads can fragment the heap, so one of three runs must pass.
+    """
     assert any(run(PASSES, "all") < 1.2 * run(PASSES, "largest") for _ in range(3))
 
 
@@ -102,7 +105,7 @@ print(psutil.Process().memory_info().rss - before)
 
 
 @glibc
-def test_an_idle_server_gives_its_free_pages_back() -> None:
+def test_an_idle_server_returns_its_free_pages() -> None:
     assert run(IDLE, "60") > 64 * 2**20
     assert run(IDLE, "0.1") < 16 * 2**20
 
@@ -118,7 +121,7 @@ for size in map(int, sys.argv[1:]):
 """
 
 
-def test_what_onednn_compiles_for_each_shape_is_kept_for_some_of_them_only() -> None:
+def test_the_cache_of_onednn_is_bounded() -> None:
     first, recent = range(4, MAX_KERNELS + 50), range(MAX_KERNELS, MAX_KERNELS + 50)
     command = [sys.executable, "-c", SHAPES, *map(str, [*first, *recent, *first])]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -131,7 +134,7 @@ def test_what_onednn_compiles_for_each_shape_is_kept_for_some_of_them_only() -> 
 
 
 class FakeHeap(Heap):
-    """On a machine with so many bytes resident and available, of which the former are in use."""
+    """A heap on a computer with `resident` bytes in use by this process and `available` bytes free."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, resident: int, available: int) -> None:
         super().__init__()
@@ -147,7 +150,7 @@ class FakeHeap(Heap):
         self.floor = min(self.floor, self.base)
 
     def run(self, grows: int, needed: int = 0) -> int:
-        """Runs a pass that takes so many more, of a shape that differs from the last unless `needed` is the same.
+        """Run a pass that takes `grows` more bytes, of a new shape unless `needed` is the same.
 
         Returns:
             How often the heap was trimmed.
@@ -161,7 +164,7 @@ class FakeHeap(Heap):
 
 def test_a_heap_is_trimmed_when_it_outgrows_the_largest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeHeap(monkeypatch, resident=1000, available=100_000)
-    assert fake.run(500) == 1  # which only finds what there is before the first pass
+    assert fake.run(500) == 1  # the first trim only measures the state before the first pass
     assert [fake.run(0) for _ in range(10)] == [0] * 10
     assert (fake.run(40), fake.resident) == (0, 1540)
     assert (fake.run(40), fake.resident) == (1, 1000)
@@ -169,20 +172,20 @@ def test_a_heap_is_trimmed_when_it_outgrows_the_largest_pass(monkeypatch: pytest
     assert (fake.run(60), fake.resident) == (1, 1000)
 
 
-def test_it_is_not_trimmed_while_one_shape_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heap_is_not_trimmed_while_a_shape_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeHeap(monkeypatch, resident=1000, available=100_000)
     fake.run(500, needed=50)
     assert [fake.run(grows, needed=50) for grows in (100, 90, 0)] == [0, 0, 0]
     assert (fake.run(0, needed=20), fake.resident) == (1, 1000)
 
 
-def test_it_keeps_no_more_than_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heap_keeps_no_more_than_it_leaves_available(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeHeap(monkeypatch, resident=1000, available=1000)
     assert (fake.run(400, needed=9), fake.run(0, needed=9), fake.resident) == (1, 0, 1400)
     assert (fake.run(200, needed=9), fake.resident) == (1, 1000)
 
 
-def test_it_is_trimmed_where_a_pass_may_not_find_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heap_is_trimmed_before_memory_becomes_scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     for needed, trims, block in (
         (600 // HOLES, 0, LARGE_BLOCK),
         (1000 // HOLES, 1, LARGE_BLOCK),
@@ -196,18 +199,18 @@ def test_it_is_trimmed_where_a_pass_may_not_find_enough(monkeypatch: pytest.Monk
         assert fake.block == LARGE_BLOCK
 
 
-def test_what_requests_may_bring_meanwhile_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_for_requests_in_flight_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeHeap(monkeypatch, resident=400, available=1600)
     monkeypatch.setattr(heap, "total_memory", lambda device: 2000)
     fake.reserve = 250
     fake.trim()
     assert (fake.available(), fake.capacity()) == (1350, 1350)
-    fake.resident = fake.live = 900  # other requests', at the time of a trim
+    fake.resident = fake.live = 900  # memory of other requests at the time of a trim
     fake.trim()
     assert (fake.available(), fake.capacity()) == (850, 1350)
 
 
-def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_allocator_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
     other = Heap()
     other.configure(keep_pages=True)
@@ -223,11 +226,11 @@ def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64", None),
     ],
 )
-def test_what_is_set_for_gpu_memory_stays(
+def test_explicit_gpu_memory_settings_stay(
     name: str | None, value: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
-        monkeypatch.setenv(variable, "")  # so that it is as before behind the test
+        monkeypatch.setenv(variable, "")  # restores the variable after the test
         monkeypatch.delenv(variable)
     if name:
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""Checkpoints that the Hub does not give: one line each, in both versions of huggingface_hub."""
+"""Tests of checkpoints that the Hub does not return: one line each, in both versions of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def fetch(url: str, cache: Path, *checkpoints: Sequence[str | None], **environment: str) -> list[str]:
-    """The files that each checkpoint gives, or why it gives none."""
+    """Return the files of each checkpoint, or the error."""
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", FETCH, json.dumps(checkpoints)],
         cwd=ROOT,
@@ -56,7 +56,7 @@ def fetch(url: str, cache: Path, *checkpoints: Sequence[str | None], **environme
 
 
 @pytest.mark.slow
-def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path) -> None:
+def test_missing_and_gated_checkpoints_have_an_error(hub: Hub, tmp_path: Path) -> None:
     page = "https://huggingface.co/lab"
     assert fetch(
         hub.url,
@@ -79,8 +79,8 @@ def test_what_the_hub_does_not_give(hub: Hub, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reason", ["nobody listens", "nobody responds", "offline"])
-def test_a_hub_that_is_out_of_reach(hub: Hub, tmp_path: Path, reason: str) -> None:
-    """Files in the cache do without it."""
+def test_an_unreachable_hub(hub: Hub, tmp_path: Path, reason: str) -> None:
+    """Test an unreachable Hub. Cached files need no Hub."""
     cache, vae = tmp_path / "cache", ("lab/vae", None, None)
     assert fetch(hub.url, cache, vae) == [f"{CONFIG} {WEIGHTS}"]
     with socket.socket() as silent:
@@ -88,7 +88,7 @@ def test_a_hub_that_is_out_of_reach(hub: Hub, tmp_path: Path, reason: str) -> No
         silent.listen()
         port = free_port() if reason == "nobody listens" else silent.getsockname()[1]
         environment = {"HF_HUB_OFFLINE": "1"} if reason == "offline" else {}
-        found, said = fetch(f"http://127.0.0.1:{port}", cache, vae, ("lab/none", "vae", None), **environment)
-    assert found == f"{CONFIG} {WEIGHTS}"
-    assert said.startswith("the Hub cannot be reached (")
-    assert f"), and vae/{CONFIG} of lab/none is not in the cache; fix the network" in said
+        files, error = fetch(f"http://127.0.0.1:{port}", cache, vae, ("lab/none", "vae", None), **environment)
+    assert files == f"{CONFIG} {WEIGHTS}"
+    assert error.startswith("the Hub cannot be reached (")
+    assert f"), and vae/{CONFIG} of lab/none is not in the cache; fix the network" in error

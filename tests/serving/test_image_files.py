@@ -1,4 +1,4 @@
-"""PNG, JPEG and WebP files as cameras, editors and hostile clients write them, to the pixels that a VAE takes."""
+"""Tests of PNG, JPEG and WebP files by cameras, editors and hostile clients, and of the pixels that a VAE gets."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(size: tuple[int, int], depth: int, color_type: int, rows: Sequence[bytes], *chunks: bytes) -> bytes:
-    """A PNG of these bytes of rows, with chunks before its image data."""
+    """Return a PNG with these rows as bytes and with chunks before its image data."""
     header = struct.pack(">IIBBBBB", *size, depth, color_type, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     before = chunk(b"IHDR", header) + b"".join(chunks)
@@ -58,12 +58,12 @@ def png(size: tuple[int, int], depth: int, color_type: int, rows: Sequence[bytes
 
 
 def with_chunks(body: bytes, *chunks: bytes) -> bytes:
-    """A PNG with more chunks after its header."""
+    """Insert chunks after the header of a PNG."""
     return body[:33] + b"".join(chunks) + body[33:]
 
 
 def with_segments(body: bytes, segments: bytes) -> bytes:
-    """A JPEG with more segments after its first."""
+    """Insert segments after the first segment of a JPEG."""
     return body[:20] + segments + body[20:]
 
 
@@ -85,12 +85,12 @@ class TestTransparency:
             (png((2, 1), 2, 3, [b"\x10"], chunk(b"PLTE", b"\7\7\7\x09\x09\x09"), chunk(b"tRNS", b"\xff\0")), [7, 255]),
         ],
     )
-    def test_what_is_transparent_is_white_whatever_the_depth(self, body: bytes, expected: list[int]) -> None:
+    def test_transparent_pixels_are_white_at_every_depth(self, body: bytes, expected: list[int]) -> None:
         assert rgb(body)[0, :, 0].tolist() == expected
 
 
 class TestMetadata:
-    """Text, profiles and previews say nothing about pixels, and make no file unreadable."""
+    """Tests of text, profiles and previews: they do not change pixels, and every such file is readable."""
 
     @pytest.mark.parametrize(
         "big",
@@ -117,14 +117,14 @@ class TestMetadata:
         assert (rgb(body + after) == decoded_by_pillow(body)).all()
 
     @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
-    @pytest.mark.parametrize("way", ["exif", "xmp"])
+    @pytest.mark.parametrize("metadata", ["exif", "xmp"])
     @pytest.mark.parametrize("orientation", range(1, 9))
-    def test_every_orientation(self, photo: Image.Image, image_format: str, way: str, orientation: int) -> None:
+    def test_every_orientation(self, photo: Image.Image, image_format: str, metadata: str, orientation: int) -> None:
         exif = Image.Exif()
         exif[0x0112] = orientation
         xmp = f'<x:xmpmeta tiff:Orientation="{orientation}"/>'.encode()
-        options = {"exif": exif} if way == "exif" else {"xmp": xmp}
-        if image_format == "PNG" and way == "xmp":
+        options = {"exif": exif} if metadata == "exif" else {"xmp": xmp}
+        if image_format == "PNG" and metadata == "xmp":
             text = b"XML:com.adobe.xmp\0\1\0en\0\0" + zlib.compress(xmp)
             body = with_chunks(saved(photo, "PNG"), chunk(b"iTXt", text))
         else:
@@ -133,27 +133,29 @@ class TestMetadata:
         assert (rgb(body) == np.asarray(expected)).all()
 
     @pytest.mark.parametrize("kind", [1, 3, 4])
-    def test_an_orientation_counts_in_the_types_in_which_pillow_reads_it(self, photo: Image.Image, kind: int) -> None:
+    def test_orientation_applies_for_the_types_that_pillow_reads(self, photo: Image.Image, kind: int) -> None:
         exif = b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, kind, 1, 6) + bytes(4)
         body = with_chunks(saved(photo, "PNG"), chunk(b"eXIf", exif))
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(body)))
         assert expected.size == (photo.size if kind == 1 else photo.size[::-1])
         assert (rgb(body) == np.asarray(expected)).all()
 
-    @pytest.mark.parametrize(("way", "flag"), [("exif", 0b1000), ("xmp", 0b100)])
-    def test_metadata_that_a_webp_does_not_announce_is_ignored(self, photo: Image.Image, way: str, flag: int) -> None:
+    @pytest.mark.parametrize(("metadata", "flag"), [("exif", 0b1000), ("xmp", 0b100)])
+    def test_metadata_that_a_webp_does_not_announce_is_ignored(
+        self, photo: Image.Image, metadata: str, flag: int
+    ) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6
-        body = saved(photo, "WEBP", lossless=True, **{way: exif if way == "exif" else b'<x tiff:Orientation="6"/>'})
+        body = saved(
+            photo, "WEBP", lossless=True, **{metadata: exif if metadata == "exif" else b'<x tiff:Orientation="6"/>'}
+        )
         assert rgb(body).shape == (40, 24, 3)
         unannounced = body[:20] + bytes([body[20] & ~flag]) + body[21:]
         assert (rgb(unannounced) == np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(unannounced))))).all()
         assert rgb(unannounced).shape == (24, 40, 3)
 
     @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
-    def test_exif_that_refers_to_itself_a_thousand_times_takes_no_memory(
-        self, photo: Image.Image, image_format: str
-    ) -> None:
+    def test_recursive_exif_takes_no_memory(self, photo: Image.Image, image_format: str) -> None:
         entries = b"".join(struct.pack("<HHII", tag, 7, 60_000, 8) for tag in range(5000))
         exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 5000) + entries
         body = saved(photo, image_format, exif=exif)
@@ -161,10 +163,10 @@ class TestMetadata:
         read_image(body, LIMITS)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak < 5_000_000  # each of the entries is 60 kB
+        assert peak < 5_000_000  # each entry has 60 kB
 
     @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"save_all": True}])
-    def test_a_webp_is_its_first_image(self, photo: Image.Image, options: dict) -> None:
+    def test_an_animated_webp_is_its_first_image(self, photo: Image.Image, options: dict) -> None:
         more = [Image.new("RGB", photo.size, "red")]
         body = saved(photo, "WEBP", **options, append_images=more, icc_profile=b"x" * 100_000)
         assert (rgb(body) == decoded_by_pillow(body)).all()
@@ -176,7 +178,10 @@ class TestMetadata:
 
 class TestOrder:
     def test_a_png_that_does_not_begin_with_its_header_is_refused(self) -> None:
-        """Pillow does not apply a transparent color from before the header; other readers refuse the file."""
+        """Test that the file is refused.
+
+        Pillow ignores a transparent color before the header, and other readers refuse the file.
+        """
         file = png((2, 1), 8, 0, [b"\1\2"])
         early = PNG + chunk(b"tRNS", b"\0\2") + file[len(PNG) :]
         with pytest.raises(RequestError, match="the image cannot be read"):
@@ -184,7 +189,7 @@ class TestOrder:
 
 
 class TestLoops:
-    """What Pillow reads byte by byte, or chunk by chunk, in Python: a second a megabyte."""
+    """Tests of data that Pillow reads byte by byte, or chunk by chunk, in Python: a second a megabyte."""
 
     @pytest.mark.parametrize("noise", [b"\xff", b"\0", b"ab"])
     def test_bytes_between_the_segments_of_a_jpeg_are_skipped(self, photo: Image.Image, noise: bytes) -> None:
@@ -194,7 +199,7 @@ class TestLoops:
         assert time.thread_time() - start < 10
 
     @pytest.mark.parametrize(
-        ("image_format", "part", "message"),
+        ("image_format", "segment", "message"),
         [
             ("JPEG", b"\xff\xe5\0\2", "the JPEG file has more than 2000 segments"),
             ("JPEG", b"\xff\xfe\0\2", "the JPEG file has more than 2000 segments"),
@@ -204,16 +209,16 @@ class TestLoops:
             ("WEBP", b"vaEx\0\0\0\0", r"the WebP file has more than \d+ chunks"),
         ],
     )
-    def test_a_file_of_nothing_but_parts_is_refused(
-        self, photo: Image.Image, image_format: str, part: bytes, message: str
+    def test_a_file_of_many_tiny_segments_is_refused(
+        self, photo: Image.Image, image_format: str, segment: bytes, message: str
     ) -> None:
-        parts = part * (10_000_000 // len(part))
+        segments = segment * (10_000_000 // len(segment))
         body = saved(photo, image_format)
         if image_format == "WEBP":
-            body = body[:30] + parts
+            body = body[:30] + segments
             body = body[:16] + struct.pack("<I", 10) + body[20:]
         else:
-            body = with_chunks(body, parts) if image_format == "PNG" else with_segments(body, parts)
+            body = with_chunks(body, segments) if image_format == "PNG" else with_segments(body, segments)
         start = time.thread_time()
         with pytest.raises(RequestError, match=message) as refused:
             read_image(body, LIMITS)
@@ -225,10 +230,10 @@ class TestLoops:
         begin = body.index(b"IDAT") - 4
         length = int.from_bytes(body[begin : begin + 4])
         data = body[begin + 8 : begin + 8 + length]
-        parts = b"".join(chunk(b"IDAT", data[place : place + 1]) for place in range(length))
-        assert (rgb(body[:begin] + parts + body[begin + 12 + length :]) == np.asarray(photo)).all()
+        segments = b"".join(chunk(b"IDAT", data[offset : offset + 1]) for offset in range(length))
+        assert (rgb(body[:begin] + segments + body[begin + 12 + length :]) == np.asarray(photo)).all()
 
-    def test_a_jpeg_of_empty_scans_is_refused_by_its_pixels(self) -> None:
+    def test_a_jpeg_with_empty_scans_is_refused_by_its_pixels(self) -> None:
         body = saved(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True)
         scan = body.rindex(b"\xff\xda")
         with pytest.raises(RequestError, match="more than 23 scans"):
@@ -236,7 +241,9 @@ class TestLoops:
 
 
 class TestFloats:
-    """The tensor that a VAE gets is diffusers' own, to the bit and to the strides, which kernels round by."""
+    """Tests that the VAE's input equals diffusers' in each bit and in its strides, which affect the rounding of
+    kernels.
+    """
 
     @pytest.mark.parametrize("size", [(40, 24), (41, 29), (1500, 1200)])
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
@@ -245,9 +252,9 @@ class TestFloats:
         images = [Image.fromarray(array).convert(mode) for array in pixels]
         expected = VaeImageProcessor(vae_scale_factor=8).preprocess([to_rgb(image) for image in images])
         shape = shape_of_images([size] * 2, Layout("image", 4, 8))
-        given = from_images(iter(images), shape)
-        assert given.stride() == expected.stride()
-        assert torch.equal(given, expected)
+        tensor = from_images(iter(images), shape)
+        assert tensor.stride() == expected.stride()
+        assert torch.equal(tensor, expected)
 
     @pytest.mark.parametrize("count", [1, 3, 7])
     def test_a_video(self, count: int) -> None:
@@ -256,6 +263,6 @@ class TestFloats:
         frames = [Image.fromarray(array) for array in pixels]
         shape = shape_of_images([frame.size for frame in frames], layout)
         expected = VideoProcessor(vae_scale_factor=8).preprocess_video(frames[: shape[2]])
-        given = from_images(iter(frames), shape)
-        assert (tuple(given.shape), given.stride()) == (shape, expected.stride())
-        assert torch.equal(given, expected)
+        tensor = from_images(iter(frames), shape)
+        assert (tuple(tensor.shape), tensor.stride()) == (shape, expected.stride())
+        assert torch.equal(tensor, expected)

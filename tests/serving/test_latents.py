@@ -32,16 +32,16 @@ def test_packed_latents_are_shuffled_pixels() -> None:
     [
         ((1, 4096, 64), 1024, 1024, True),
         ((1, 4096, 64), 1030, 1029, True),  # pipelines round sizes down
-        ((16, 4096, 64), 1024, 1024, True),  # a batch as large as the channels are many
+        ((16, 4096, 64), 1024, 1024, True),  # a batch size equal to the number of channels
         ((1, 4096, 64), 1024, 512, False),
         ((1, 4096, 64), None, None, False),
         ((1, 4096, 64), "1024", "1024.5", False),
         ((1, 4096, 64), -1024, -1024, False),
-        ((16, 64, 64), 512, 512, False),  # unbatched [C, H, W], as wide as packed features are many
+        ((16, 64, 64), 512, 512, False),  # unbatched [C, H, W], as wide as packed features
         ((1, 16, 64, 64), 512, 512, False),
     ],
 )
-def test_packed_is_told_by_the_size_that_came_with_it(
+def test_height_and_width_identify_packed_latents(
     shape: tuple[int, ...], height: int | None, width: int | None, packed: bool
 ) -> None:
     assert (IMAGE.matches(shape, Parameters(height=height, width=width)) == ["packed"]) is packed
@@ -52,18 +52,18 @@ def test_unbatched_as_wide_as_packed_features() -> None:
     assert torch.equal(read(IMAGE, latents, height=512, width=512), latents[None])
 
 
-def test_packed_latents_of_a_video_are_one_frame_unless_num_frames_says_more() -> None:
+def test_packed_video_latents_are_one_frame_without_num_frames() -> None:
     assert read(VIDEO, torch.randn(1, 16, 64), height=64, width=64).shape == (1, 16, 1, 8, 8)
     assert read(VIDEO, torch.randn(1, 48, 64), height=64, width=64, num_frames=9).shape == (1, 16, 3, 8, 8)
     with pytest.raises(RequestError, match=r"with `height` and `width` \(got height=64, width=64, num_frames=None\)"):
         read(VIDEO, torch.randn(1, 48, 64), height=64, width=64)
 
 
-def test_num_frames_says_nothing_of_a_picture() -> None:
+def test_num_frames_is_ignored_for_an_image() -> None:
     assert read(IMAGE, torch.randn(1, 16, 64), height=64, width=64, num_frames=9).shape == (1, 16, 8, 8)
 
 
-def test_tokens_of_a_video_go_frame_by_frame() -> None:
+def test_video_tokens_are_in_frame_order() -> None:
     latents = torch.randn(2, 128, 3, 4, 6)
     packed = latents.flatten(2).transpose(1, 2)
     assert torch.equal(read(ONE_BY_ONE, packed, height=128, width=192, num_frames=17), latents)
@@ -76,12 +76,12 @@ def test_frames_first_and_channels_last(batch: int) -> None:
     assert torch.equal(read(FRAMES_FIRST, latents), latents)
     assert torch.equal(read(VIDEO, latents.movedim(1, -1)), latents)
     assert torch.equal(read(FRAMES_FIRST, latents[0].movedim(0, 1)), latents[:1])
-    picture = latents[:, :, 0]
-    assert torch.equal(read(IMAGE, picture.movedim(1, -1).unsqueeze(1)), picture)
+    image = latents[:, :, 0]
+    assert torch.equal(read(IMAGE, image.movedim(1, -1).unsqueeze(1)), image)
 
 
-def test_a_batch_is_read_before_what_has_none() -> None:
-    """Pictures 128 pixels wide, whose width would be the channels of one that has them last."""
+def test_a_batched_layout_has_priority() -> None:
+    """Test images 128 pixels wide, whose width could be the channels of a channels-last layout."""
     latents = torch.randn(1, 16, 24, 16)
     assert torch.equal(read(IMAGE, latents), latents)
 
@@ -91,7 +91,7 @@ def test_patches_as_channels() -> None:
     assert torch.equal(read(PATCHIFIED, latents), pixel_shuffle(latents, 2))
 
 
-def test_as_many_frames_as_channels_are_refused_until_the_layout_is_named() -> None:
+def test_an_ambiguous_layout_is_refused_unless_it_is_named() -> None:
     latents = torch.randn(1, 16, 16, 4, 6)
     with pytest.raises(RequestError, match=r"may be BCFHW, \[B, 16, F, .*\] or BFCHW, .*; say which with `latents_lay"):
         read(FRAMES_FIRST, latents, num_frames=61)
@@ -106,7 +106,7 @@ def test_a_layout_that_the_model_does_not_have() -> None:
         PATCHIFIED.check_layout("BFHWC", (1, 32, 4, 6))
 
 
-def test_padding_is_dropped_where_num_frames_says_so() -> None:
+def test_num_frames_drops_padding() -> None:
     latents = torch.randn(1, 22, 16, 4, 6)
     assert torch.equal(read(FRAMES_FIRST, latents, num_frames=81), latents[:, 1:].movedim(1, 2))
     with pytest.raises(RequestError, match="22 latent frames of this model may begin with 1 of padding; send `num_fra"):
@@ -116,7 +116,7 @@ def test_padding_is_dropped_where_num_frames_says_so() -> None:
 
 
 @pytest.mark.parametrize("layouts", [IMAGE, VIDEO, IMAGE_OF_VIDEO_VAE, FRAMES_FIRST, ONE_BY_ONE, PATCHIFIED])
-def test_what_is_written_is_read_again(layouts: LatentsLayouts) -> None:
+def test_every_layout_makes_a_round_trip(layouts: LatentsLayouts) -> None:
     layout = layouts.layout
     frames = {4: (), 5: (3,) if layout.kind == "video" else (1,)}[layout.ndim]
     latents = torch.randn(2, layout.latent_channels, *frames, 4, 6)
@@ -130,12 +130,12 @@ def test_what_is_written_is_read_again(layouts: LatentsLayouts) -> None:
     assert torch.equal(layouts.from_own(latents, None), latents)
 
 
-def test_patches_need_sizes_that_they_go_into() -> None:
+def test_patches_require_divisible_sizes() -> None:
     with pytest.raises(RequestError, match="packed needs a height and a width that are multiples of 16"):
         IMAGE.check_layout("packed", (1, 16, 5, 6))
 
 
-def test_noise_is_mixed_in_by_its_share_and_the_seeds_own() -> None:
+def test_noise_depends_on_its_scale_and_seed() -> None:
     latents = torch.randn(1, 8, 3, 4, 6)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
     mixed = add_noise(latents, Parameters(decode_timestep=0.05, decode_noise_scale=0.25, seed=3))

@@ -1,4 +1,4 @@
-"""What a service lets in: sizes, formats, tokens, and how many at a time. Alone, and in the Inference Toolkit."""
+"""Tests of limits: sizes, formats, tokens, and concurrent requests. Each runs alone and in the Inference Toolkit."""
 
 import http.client
 import io
@@ -33,7 +33,7 @@ TOKEN = "a-token-of-this-test"
 def narrow(
     request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Endpoint]:
-    """An endpoint that takes little at a time, and lets 16 requests wait."""
+    """Return an endpoint with small limits and a queue of 16 requests."""
     limits = {
         "MAX_BODY_MB": 1,
         "MAX_QUEUE": 16,
@@ -53,7 +53,7 @@ def narrow(
 def guarded(
     request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Endpoint]:
-    """An endpoint that wants a token."""
+    """Return an endpoint that requires a token."""
     log = tmp_path_factory.mktemp("guarded") / "log"
     with faulty_endpoint(request.param, "sd-v1", checkpoint("sd-v1"), log, API_TOKEN=TOKEN) as endpoint:
         yield endpoint
@@ -79,23 +79,23 @@ def wait_for_metric(endpoint: Endpoint, name: str, value: float) -> None:
         time.sleep(0.005)
 
 
-def read_answer(answers: BinaryIO) -> tuple[int, bytes]:
-    """Status and body of the next answer on a connection; an error is JSON."""
-    status = int(answers.readline().split()[1])
-    headers = http.client.parse_headers(answers)
-    body = answers.read(int(headers["Content-Length"]))
+def read_response(stream: BinaryIO) -> tuple[int, bytes]:
+    """Return status and body of the next response on a connection. An error must be JSON."""
+    status = int(stream.readline().split()[1])
+    headers = http.client.parse_headers(stream)
+    body = stream.read(int(headers["Content-Length"]))
     assert status == 200 or list(json.loads(body)) == ["error"]
     return status, body
 
 
-def test_bytes_in_flight_are_an_eighth_of_the_memory_unless_it_is_set() -> None:
+def test_bytes_in_flight_default_to_an_eighth_of_the_memory() -> None:
     assert Limits().within(2 * 10**9).max_in_flight_mb == 250
     assert Limits().within(10**12).max_in_flight_mb == 2048
     assert Limits(max_in_flight_mb=2048).within(2 * 10**9).max_in_flight_mb == 2048
 
 
 class TestSizes:
-    def test_a_body_over_the_limit_is_413_whether_it_says_its_length_or_not(self, narrow: Endpoint) -> None:
+    def test_a_body_over_the_limit_is_413_with_or_without_a_length(self, narrow: Endpoint) -> None:
         body = b"\0" * 1_500_000
         for data in (body, iter([body[:700_000], body[700_000:]])):
             response = requests.post(narrow.url, data=data, timeout=10)
@@ -112,13 +112,13 @@ class TestSizes:
             (torch.zeros(1, 3, 512, 640, dtype=torch.uint8), "327680 pixels; at most 300000"),
         ],
     )
-    def test_a_tensor_of_too_many_pixels(self, narrow: Endpoint, tensor: torch.Tensor, message: str) -> None:
+    def test_a_tensor_with_too_many_pixels(self, narrow: Endpoint, tensor: torch.Tensor, message: str) -> None:
         response = narrow.post(tensor, output_type="pt")
         assert response.status_code == 413
         assert re.search(message, response.json()["error"]), response.json()
 
     @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-    def test_an_image_of_too_many_pixels_is_not_decoded(self, narrow: Endpoint, image_format: str) -> None:
+    def test_an_image_with_too_many_pixels_is_not_decoded(self, narrow: Endpoint, image_format: str) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (640, 512)).save(buffer, format=image_format)
         response = requests.post(narrow.url, data=buffer.getvalue(), timeout=10)
@@ -132,7 +132,7 @@ class TestSizes:
         assert response.json()["error"].startswith("30000x30000 pixels; at most 300000")
         assert metric(narrow, "process_resident_memory_bytes") - before < 100e6  # decoded it takes 2.7 GB
 
-    def test_what_is_made_of_a_body_counts_too(self, narrow: Endpoint) -> None:
+    def test_the_decoded_size_of_a_body_counts_too(self, narrow: Endpoint) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (512, 512)).save(buffer, format="PNG")  # 3 MB as floats
         response = requests.post(narrow.url, data=buffer.getvalue(), timeout=10)
@@ -140,7 +140,7 @@ class TestSizes:
         assert (response.status_code, response.json()["error"]) == (413, message)
         assert metric(narrow, "vae_bytes_in_flight") == 0
 
-    def test_bodies_count_together_while_they_come(self, narrow: Endpoint) -> None:
+    def test_incoming_bodies_count_together(self, narrow: Endpoint) -> None:
         halves = [open_connection(narrow) for _ in range(2)]
         for connection in halves:
             connection.putrequest("POST", "/")
@@ -158,7 +158,7 @@ class TestSizes:
 
 
 def png_bomb(side: int) -> bytes:
-    """A PNG of side x side black pixels, a few bytes of which are there."""
+    """Return a PNG of side x side black pixels with only a few bytes of image data."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -171,7 +171,7 @@ def png_bomb(side: int) -> bytes:
 class TestValues:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 3, 64, 64)])
-    def test_what_is_no_number_is_refused(self, narrow: Endpoint, value: float, shape: tuple[int, ...]) -> None:
+    def test_nan_and_infinity_are_refused(self, narrow: Endpoint, value: float, shape: tuple[int, ...]) -> None:
         tensor = torch.zeros(shape)
         tensor[0, 1, 2, 3] = value
         response = narrow.post(tensor)
@@ -215,23 +215,23 @@ class TestValues:
         assert (response.status_code, response.headers["Content-Type"]) == (status, content_type)
 
     @pytest.mark.parametrize("content_type", ["application/octet-stream", "application/x-www-form-urlencoded", ""])
-    def test_a_content_type_that_says_nothing_is_taken(self, narrow: Endpoint, content_type: str) -> None:
+    def test_a_generic_content_type_is_accepted(self, narrow: Endpoint, content_type: str) -> None:
         assert narrow.post(narrow.latents(), headers={"Content-Type": content_type}).ok
 
 
 class TestOddRequests:
-    """Each of these once had an answer that was no JSON, or a 500; found by `make fuzz`."""
+    """Tests of requests that once got a response without JSON, or a 500. `make fuzz` found them."""
 
     @pytest.mark.parametrize(
         ("line", "status"), [("POST /decode//", 404), ("POST *", 404), ("PUT /health", 405), ("POST /%ff%00", 404)]
     )
     @pytest.mark.parametrize("host", ["localhost", "[", "[::1"])
     def test_target_and_host(self, narrow: Endpoint, line: str, status: int, host: str) -> None:
-        foreign = narrow.server == "standalone" and host != "localhost"  # which listens on a loopback address
+        foreign = narrow.server == "standalone" and host != "localhost"  # the server listens on a loopback address
         with socket.create_connection(("127.0.0.1", urlsplit(narrow.url).port), timeout=20) as connection:
             connection.sendall(f"{line} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-            with connection.makefile("rb") as answers:
-                assert read_answer(answers)[0] == (403 if foreign else status)
+            with connection.makefile("rb") as stream:
+                assert read_response(stream)[0] == (403 if foreign else status)
 
     def test_half_a_surrogate_pair(self, narrow: Endpoint) -> None:
         parameters = '{"shape": [1, 4, 16, 16], "dtype": "float32", "height": "\\ud800", "width": 64, "fps": "\\ud800"}'
@@ -242,7 +242,7 @@ class TestOddRequests:
 
 
 class TestManyAtATime:
-    def test_a_full_queue_answers_503_and_loses_nothing(self, narrow: Endpoint) -> None:
+    def test_a_full_queue_returns_503_and_loses_no_request(self, narrow: Endpoint) -> None:
         with ThreadPoolExecutor(30) as clients:
             responses = list(clients.map(lambda _: slow(narrow), range(30)))
         statuses = Counter(response.status_code for response in responses)
@@ -254,7 +254,7 @@ class TestManyAtATime:
                 assert "requests already (VAE_MAX_QUEUE)" in response.json()["error"]
         assert narrow.post(narrow.latents()).ok
 
-    def test_work_of_a_client_that_is_gone_is_dropped(self, narrow: Endpoint) -> None:
+    def test_a_disconnected_clients_work_is_dropped(self, narrow: Endpoint) -> None:
         with ThreadPoolExecutor(1) as client:
             busy = client.submit(slow, narrow)
             wait_for_metric(narrow, "inf_batch_current_size", 1)
@@ -267,48 +267,51 @@ class TestManyAtATime:
             assert busy.result().ok
         assert "Traceback" not in narrow.log.read_text()
 
-    def test_two_hundred_connections_are_all_answered(self, narrow: Endpoint) -> None:
+    def test_two_hundred_connections_all_get_a_response(self, narrow: Endpoint) -> None:
         inputs = [narrow.latents(height=16, width=16, seed=seed) for seed in range(200)]
 
         def persist(latents: torch.Tensor) -> bytes:
-            """Tries until it is let in."""
+            """Retry until the request is accepted."""
             while (response := narrow.post(latents, output_type="pt")).status_code == 503:
                 time.sleep(int(response.headers["Retry-After"]))
             return response.content
 
         with ThreadPoolExecutor(200) as clients:
-            answers = list(clients.map(persist, inputs))
-        for latents, answer in zip(inputs, answers, strict=True):
+            responses = list(clients.map(persist, inputs))
+        for latents, body in zip(inputs, responses, strict=True):
             expected = narrow.decoded(latents * narrow.vae.config.scaling_factor)
-            decoded = torch.frombuffer(bytearray(answer), dtype=torch.float32).view(expected.shape)
+            decoded = torch.frombuffer(bytearray(body), dtype=torch.float32).view(expected.shape)
             torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
 
-    def test_requests_in_a_row_on_one_connection_are_answered_in_order(self, narrow: Endpoint) -> None:
+    def test_pipelined_requests_get_responses_in_order(self, narrow: Endpoint) -> None:
         body = bytes(4 * 4 * 8 * 8)
         good = b"POST /?shape=1&shape=4&shape=8&shape=8&dtype=float32&output_type=pt HTTP/1.1\r\nHost: localhost\r\n"
         good += b"Content-Length: %d\r\n\r\n" % len(body) + body
         wrong = good.replace(b"float32", b"float64")
-        foreign = good.replace(
-            b"Host: localhost", b"Host: localhost\r\nContent-Type: text/html"
-        )  # refused before its body is read
+        # The server refuses this request before it reads the body.
+        foreign = good.replace(b"Host: localhost", b"Host: localhost\r\nContent-Type: text/html")
         with socket.create_connection(("127.0.0.1", urlsplit(narrow.url).port), timeout=20) as connection:
             connection.sendall(good + wrong + foreign + good)
-            with connection.makefile("rb") as answers:
-                statuses = [read_answer(answers)[0] for _ in range(4)]
+            with connection.makefile("rb") as stream:
+                statuses = [read_response(stream)[0] for _ in range(4)]
         assert statuses == [200, 400, 415, 200]
 
 
 class TestTinyChunks:
-    def test_probes_are_answered_while_four_clients_send_chunks_of_one_byte(self, narrow: Endpoint) -> None:
-        """Each of which a parser in Python takes a second for 43,000, the most that asyncio reads at a time."""
+    def test_probes_succeed_while_four_clients_send_tiny_chunks(self, narrow: Endpoint) -> None:
+        """Send bodies in chunks of one byte.
+
+        A parser in Python takes a second for 43,000 of them, the most that asyncio reads at a time.
+        """
         over = Event()
 
         def send() -> None:
             while not over.is_set():
+                # The server refuses the body at 1 MB. The loop then starts a new one.
                 with (
                     socket.create_connection(("127.0.0.1", urlsplit(narrow.url).port), 20) as connection,
                     suppress(OSError),
-                ):  # refused at 1 MB, and again from the start
+                ):
                     connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
                     while not over.is_set():
                         connection.sendall(b"1\r\nx\r\n" * 10_000)
@@ -323,12 +326,12 @@ class TestTinyChunks:
                 assert time.monotonic() - start < 10
             finally:
                 over.set()
-            for one in sending:
-                one.result()
+            for future in sending:
+                future.result()
 
 
 class TestToken:
-    def test_every_post_needs_it(self, guarded: Endpoint) -> None:
+    def test_every_post_requires_the_token(self, guarded: Endpoint) -> None:
         for path in ("/", "/predict", "/decode", "/encode"):
             for header in (
                 {},
@@ -340,14 +343,14 @@ class TestToken:
                 assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
                 assert "Authorization: Bearer <token>" in response.json()["error"]
 
-    def test_with_it_the_service_is_open(self, guarded: Endpoint) -> None:
+    def test_a_request_with_the_token_succeeds(self, guarded: Endpoint) -> None:
         for scheme in ("Bearer", "bearer"):
             assert guarded.post(guarded.latents(), headers={"Authorization": f"{scheme} {TOKEN}"}).ok
 
-    def test_health_stays_open(self, guarded: Endpoint) -> None:
+    def test_health_requires_no_token(self, guarded: Endpoint) -> None:
         for path in ("/", "/health"):
             assert requests.get(guarded.url + path, timeout=5).text == "Ok"
 
-    def test_it_is_never_logged(self, guarded: Endpoint) -> None:
+    def test_the_token_is_never_logged(self, guarded: Endpoint) -> None:
         guarded.post(guarded.latents(), headers={"Authorization": f"Bearer {TOKEN}"})
         assert TOKEN not in guarded.log.read_text()

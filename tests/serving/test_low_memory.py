@@ -1,4 +1,4 @@
-"""The low-memory pass gives what plain diffusers gives, for every model class, in less memory."""
+"""Tests that the low-memory pass gives plain diffusers' results for every model class, in less memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Load = Callable[[str], tuple[Any, Any]]
 
 @pytest.fixture
 def load(checkpoint: Callable[[str], Path]) -> Load:
-    """Plain diffusers, and the same weights with the lower peak."""
+    """Return a function that loads plain diffusers, and the same weights with the low-memory pass."""
 
     def load(key: str) -> tuple[Any, Any]:
         plain = getattr(diffusers, MODELS[key].vae_class).from_pretrained(checkpoint(key)).eval()
@@ -45,13 +45,13 @@ def load(checkpoint: Callable[[str], Path]) -> Load:
 
 @pytest.fixture(params=[1, 3, 1000], ids=lambda rows: f"chunks of {rows}")
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few rows at a time that small pictures take several chunks; and all at once."""
+    """Set the rows of a chunk: so few that small images take several chunks, and all at once."""
     monkeypatch.setattr(low_memory, "GROUP_BYTES", {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(low_memory, "MIN_ROWS", request.param)
 
 
 def inputs(key: str, frames: int | None, batch: int = 2, height: int = 40, width: int = 72) -> tuple[Tensor, Tensor]:
-    """Latents, and pixels in [-1, 1]."""
+    """Return latents, and pixels in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     latent_frames, pixel_frames = ((), ()) if frames is None else (((frames - 1) // 4 + 1,), (frames,))
     channels = MODELS[key].latent_channels
@@ -81,14 +81,15 @@ def test_half_precision_is_as_near_to_float32_as_plain_diffusers(
 ) -> None:
     plain, low = load(key)
     expected = outputs(plain, *inputs(key, frames))
-    of_plain, of_low = outputs(plain.to(dtype), *inputs(key, frames)), outputs(low.to(dtype), *inputs(key, frames))
-    for exact, in_plain, in_low in zip(expected, of_plain, of_low, strict=True):
+    plain_outputs = outputs(plain.to(dtype), *inputs(key, frames))
+    low_outputs = outputs(low.to(dtype), *inputs(key, frames))
+    for exact, in_plain, in_low in zip(expected, plain_outputs, low_outputs, strict=True):
         assert in_low.dtype == dtype
         assert error(in_low, exact) <= 1.2 * error(in_plain, exact)
 
 
 def assert_close(result: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """By the largest value's measure: these random weights give values well outside [-1, 1]."""
+    """Compare relative to the largest value, because these random weights give values well outside [-1, 1]."""
     torch.testing.assert_close(result, expected, atol=tolerance * expected.abs().max().item(), rtol=0)
 
 
@@ -97,7 +98,7 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("key", "frames"), [("flux", None), ("hunyuan-video", 9)])
-def test_tiling_and_slicing_work_on_top(key: str, frames: int | None, load: Load) -> None:
+def test_tiling_and_slicing_combine_with_it(key: str, frames: int | None, load: Load) -> None:
     plain, low = load(key)
     for model in (plain, low):
         model.enable_tiling()
@@ -120,7 +121,7 @@ def test_channels_last_is_kept(load: Load) -> None:
     assert decoded.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_variance_keeps_its_digits_where_the_mean_is_large() -> None:
+def test_the_variance_is_precise_for_a_large_mean() -> None:
     x = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(0)) + 300
     mean, variance = low_memory._group_moments(x, groups=2)
     groups = x.double().view(2, 2, -1)
@@ -133,7 +134,7 @@ def test_weights_keep_their_names(load: Load) -> None:
     assert list(plain.state_dict()) == list(low.state_dict())
 
 
-def test_other_models_are_left_as_they_are() -> None:
+def test_other_models_are_not_changed() -> None:
     tiny = diffusers.AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4
     )
@@ -146,7 +147,7 @@ def test_other_models_are_left_as_they_are() -> None:
     [("sd-v1", None, 256, 256), ("sd-v1", None, 1024, 1024), ("hunyuan-video", 9, 320, 512)],
 )
 def test_the_peak_is_at_most_six_tenths(key: str, frames: int | None, height: int, width: int) -> None:
-    """Of the published architectures, in float32. Fake tensors have sizes only, so this takes no such memory."""
+    """Measure the published architectures in float32 with fake tensors, which have sizes only and take no memory."""
     with FakeTensorMode(), torch.inference_mode():
         model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
         latents, pixels = inputs(key, frames, 1, height, width)
@@ -158,7 +159,7 @@ def test_the_peak_is_at_most_six_tenths(key: str, frames: int | None, height: in
     assert low[1] <= 0.6 * plain[1]
 
 
-def test_fake_tensors_give_the_peak_of_real_ones() -> None:
+def test_fake_tensors_give_the_same_peak_as_real_tensors() -> None:
     peaks = []
     for mode in (FakeTensorMode(), nullcontext()):
         with mode, torch.inference_mode():

@@ -24,7 +24,7 @@ class Declared(Model):
         (1, 1000, [Mode.FULL, Mode.REDUCED, Mode.TILED]),
         (1, 99, [Mode.REDUCED, Mode.TILED]),
         (1, 49, [Mode.TILED]),
-        (1, 1, [Mode.TILED]),  # it is tried all the same: an estimate may be too high
+        (1, 1, [Mode.TILED]),  # it is tried all the same, because an estimate may be too high
         (4, 400, [Mode.FULL, Mode.REDUCED, Mode.SLICED, Mode.TILED]),
         (4, 399, [Mode.REDUCED, Mode.SLICED, Mode.TILED]),
         (4, 199, [Mode.SLICED, Mode.TILED]),
@@ -36,17 +36,17 @@ def test_the_best_mode_that_fits_comes_first(batch: int, free: int, expected: li
     assert choose_modes(ESTIMATE, batch, free, 1000, offered) == expected
 
 
-def test_only_what_the_model_has_is_chosen() -> None:
+def test_only_modes_of_the_model_are_chosen() -> None:
     assert choose_modes(ESTIMATE, 2, 1000, 1000, [Mode.SLICED]) == [Mode.SLICED]
     assert choose_modes(ESTIMATE, 1, 1000, 1000, [Mode.FAST, Mode.REDUCED]) == [Mode.FAST, Mode.REDUCED]
     assert choose_modes(ESTIMATE, 2, 1, 1000, [Mode.FULL, Mode.SLICED]) == [Mode.SLICED]
 
 
-def test_what_needs_more_than_the_whole_device_has_no_mode() -> None:
+def test_a_request_larger_than_the_device_has_no_mode() -> None:
     assert choose_modes(ESTIMATE, 1, 14, 14, [Mode.FULL, Mode.TILED]) == []
 
 
-def test_estimates_grow_with_the_pixels_of_the_result() -> None:
+def test_estimates_grow_with_the_number_of_pixels() -> None:
     use = MemoryUse(Declared, reduces=True, tile_pixels=64 * 64)
     decoded = use.estimate("decode", IMAGE, (2, 4, 128, 128), itemsize=2)
     assert decoded.full == 1024 * 1024 * 800 * 1.25 * 2
@@ -57,14 +57,14 @@ def test_estimates_grow_with_the_pixels_of_the_result() -> None:
     assert encoded.full == 1024 * 1024 * 700 * 1.25 * 4
 
 
-def test_a_model_that_is_not_reduced_runs_its_slices_and_tiles_in_full() -> None:
+def test_slices_and_tiles_of_an_unreduced_model_count_in_full() -> None:
     decoded = MemoryUse(Declared, reduces=False, tile_pixels=64 * 64).estimate("decode", IMAGE, (2, 4, 16, 16), 2)
     assert decoded.full == decoded.reduced
     assert decoded.needed(Mode.SLICED, 2) == decoded.full + 2 * decoded.result
     assert decoded.tiled == decoded.full * 64 * 64 / (128 * 128)
 
 
-def test_a_video_counts_the_frames_that_are_in_memory_at_once() -> None:
+def test_a_video_counts_the_frames_in_memory_at_once() -> None:
     use = MemoryUse(Declared, reduces=True, tile_pixels=64 * 64)
     for latent_frames, frames, values in ((1, 1, 800), (2, 5, 2300), (16, 61, 2300)):
         estimate = use.estimate("decode", VIDEO, (1, 16, latent_frames, 8, 8), itemsize=4)

@@ -1,4 +1,7 @@
-"""Small files that say they are large, or keep Pillow busy, sent to `tiny` in 2 GB: nothing is killed, nobody waits."""
+"""Tests of small files with large declared sizes, or slow to read, sent to `tiny` in 2 GB.
+
+The server must survive, and other clients must not wait.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def black_png(side: int) -> bytes:
-    """A PNG of side x side black pixels, all of whose data is there."""
+    """Return a PNG of side x side black pixels with all of its data."""
     compress, row = zlib.compressobj(1), bytes(side * 3 + 1)
     data = b"".join(compress.compress(row) for _ in range(side)) + compress.flush()
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -49,18 +52,18 @@ def black_png(side: int) -> bytes:
 
 
 def jpeg(side: int = 16, says: int | None = None, progressive: bool = False, inside: bytes = b"") -> bytes:
-    """A black JPEG whose header says another side, with bytes inside after its first segment."""
+    """Return a black JPEG whose header declares another side, with `inside` after its first segment."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side)).save(buffer, format="JPEG", progressive=progressive)
     body = buffer.getvalue()
     if says:
-        place = body.index(b"\xff\xc2" if progressive else b"\xff\xc0") + 5
-        body = body[:place] + struct.pack(">HH", says, says) + body[place + 4 :]
+        offset = body.index(b"\xff\xc2" if progressive else b"\xff\xc0") + 5
+        body = body[:offset] + struct.pack(">HH", says, says) + body[offset + 4 :]
     return body[:20] + inside + body[20:]
 
 
 def webp(side: int) -> bytes:
-    """The header of a WebP of side x side pixels, with no image behind it."""
+    """Return the header of a WebP of side x side pixels, without an image."""
     sides = (side - 1).to_bytes(3, "little") * 2
     return b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0" + sides
 
@@ -87,7 +90,7 @@ HOSTILE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_two_of_them_at_a_time_harm_nobody(server: LimitedServer, vae: diffusers.AutoencoderKL, kind: str) -> None:
+def test_two_crafted_files_at_once_do_no_harm(server: LimitedServer, vae: diffusers.AutoencoderKL, kind: str) -> None:
     message = HOSTILE[kind]()
     latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

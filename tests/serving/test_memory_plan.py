@@ -1,4 +1,6 @@
-"""The plan's estimates beside what the passes take, of every model in every mode; and the instances chosen by them."""
+"""Tests of the plan's estimates against the memory of real passes, for every model and mode, and of the chosen
+instances.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,22 @@ from scripts.instances import HOURLY
 pytestmark = pytest.mark.slow
 
 AT_MOST = 2.5
-"""Times what is taken: above it, a request would be put in tiles, or refused, that fits three times over."""
+"""Largest ratio of estimate and memory.
+
+Above it, a request would run in tiles, or be refused, that fits three times over.
+"""
 MEMORY_GB = {"nvidia-t4": 14, "nvidia-l4": 24, "nvidia-a10g": 24, "nvidia-l40s": 48}
 BY_PRICE = sorted(MEMORY_GB, key=lambda instance: HOURLY[instance]["x1"])
 
 
 def cases(declared: type[Model], task: Task) -> Iterator[Case]:
-    """Few: each is a pass of a published architecture, operator by operator."""
+    """Return few cases, because each is a pass of a published architecture, operator by operator."""
     half, factor = torch.float16, declared.frame_factor
     few = 2 * factor + 1 if declared.kind == "video" else 1
     alone, both = offered(declared, task), offered(declared, task, batch=2)
     height, width, frames = (*declared.usual_size, 1)[:3]
     if declared.peak[task].frames < ALL:
-        frames = min(frames, 17)  # more take no more, but time
+        frames = min(frames, 17)  # more take no more memory, but time
     yield Case(task, Mode.FULL, height, width, frames, dtype=half)
     yield Case(task, Mode.FULL, 128, 128)
     if Mode.FULL in both:
@@ -44,14 +49,18 @@ def cases(declared: type[Model], task: Task) -> Iterator[Case]:
 
 
 def takes_less(declared: type[Model], case: Case) -> bool:
-    """Of models for which a video is a batch of pictures: batches are decoded video by video in any mode, and encoded
-    frame by frame when they are sliced. The plan takes that for more than it is, and slices what it need not."""
+    """Return whether the plan overestimates this case.
+
+    Models that treat a video as a batch of images decode batches video by video in any mode, and encode frame by frame
+    in
+    slices. The plan assumes more memory, and slices without need.
+    """
     return declared.vae_class == "AutoencoderKLTemporalDecoder" and case.batch > 1
 
 
 @pytest.mark.parametrize("task", ["decode", "encode"])
 @pytest.mark.parametrize("key", MODELS)
-def test_estimates_are_not_below_what_is_taken_nor_far_above_it(key: str, task: Task) -> None:
+def test_estimates_are_close_to_the_memory_and_not_below(key: str, task: Task) -> None:
     declared = MODELS[key]
     ratios = {case: estimated(declared, case) / measured(declared, case) for case in cases(declared, task)}
     wrong = {
@@ -63,8 +72,8 @@ def test_estimates_are_not_below_what_is_taken_nor_far_above_it(key: str, task: 
 
 
 def fits(declared: type[Model], instance: str, modes: set[Mode]) -> bool:
-    """Whether it decodes the model's usual size in one of these modes."""
-    if instance == "nvidia-t4" and declared.dtype == "bfloat16":  # which it does not compute
+    """Return whether an instance decodes the model's usual size in one of these modes."""
+    if instance == "nvidia-t4" and declared.dtype == "bfloat16":  # the estimate needs no weights
         return False
     dtype = getattr(torch, declared.dtype)
     free = MEMORY_GB[instance] * 1e9 - weight_bytes(declared, dtype)
@@ -74,7 +83,7 @@ def fits(declared: type[Model], instance: str, modes: set[Mode]) -> bool:
     )
 
 
-@pytest.mark.parametrize("key", [key for key in MODELS if key != "tiny"])  # which needs no GPU
+@pytest.mark.parametrize("key", [key for key in MODELS if key != "tiny"])  # the plan needs no GPU
 def test_the_instance_is_the_cheapest_that_decodes_the_usual_size(key: str) -> None:
     declared = MODELS[key]
     whole = [instance for instance in BY_PRICE if fits(declared, instance, {Mode.FULL, Mode.REDUCED})]

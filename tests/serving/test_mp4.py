@@ -1,4 +1,4 @@
-"""A video's way through the pipeline: its encoder has the first frames while later ones are decoded."""
+"""Tests of the pipeline for a video: its encoder gets the first frames before the last are decoded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from handlers.serving.vae.memory import Mode
 from tests.conftest import same_video, uint8_pixels
 from tests.support.messages import send
 
-Steps = list[Callable[[], None]]
+Actions = list[Callable[[], None]]
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +40,24 @@ def no_encoder_is_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def before_chunks(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """What is to happen before the first chunk is decoded, before the second, and so on."""
-    steps: Steps = []
+def before_chunks(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> Actions:
+    """Return a list of functions. The next one runs before each chunk is decoded."""
+    actions: Actions = []
     layer = handler.pipeline.vae.model.post_quant_conv
     forward = layer.forward
 
-    def step_and_forward(z: torch.Tensor) -> torch.Tensor:
-        if steps:
-            steps.pop(0)()
+    def act_and_forward(z: torch.Tensor) -> torch.Tensor:
+        if actions:
+            actions.pop(0)()
         return forward(z)
 
-    monkeypatch.setattr(layer, "forward", step_and_forward)
-    return steps
+    monkeypatch.setattr(layer, "forward", act_and_forward)
+    return actions
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[int]:
-    """The number of each frame that an encoder takes."""
+    """Record the number of each frame that an encoder reads."""
     queue: SimpleQueue[int] = SimpleQueue()
 
     def watched(frames: Iterable[np.ndarray], fps: float) -> bytes:
@@ -68,7 +68,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[int]:
 
 
 def latents(seed: int = 0) -> torch.Tensor:
-    """Of 25 frames, which are decoded in two chunks."""
+    """Return latents of 25 frames, which are decoded in two chunks."""
     return torch.randn((1, 16, 7, 2, 3), generator=torch.Generator().manual_seed(seed))
 
 
@@ -77,21 +77,21 @@ def mp4(handler: EndpointHandler, z: torch.Tensor) -> bytes:
 
 
 @torch.no_grad()
-def mp4_of_diffusers(handler: EndpointHandler, z: torch.Tensor) -> bytes:
+def encode_with_diffusers(handler: EndpointHandler, z: torch.Tensor) -> bytes:
     return write_mp4(uint8_pixels(handler.pipeline.vae.model.decode(z).sample), handler.fps)
 
 
 def test_the_first_frames_are_encoded_before_the_last_are_decoded(
-    handler: EndpointHandler, before_chunks: Steps, taken: SimpleQueue[int]
+    handler: EndpointHandler, before_chunks: Actions, taken: SimpleQueue[int]
 ) -> None:
     first: list[int] = []
     before_chunks += [lambda: None, lambda: first.extend(taken.get(timeout=10) for _ in range(13))]
     file = mp4(handler, latents())
     assert first == list(range(13))
-    assert same_video(file, mp4_of_diffusers(handler, latents()))
+    assert same_video(file, encode_with_diffusers(handler, latents()))
 
 
-def test_out_of_memory_midway_starts_again_in_the_next_mode(handler: EndpointHandler, before_chunks: Steps) -> None:
+def test_out_of_memory_midway_starts_again_in_the_next_mode(handler: EndpointHandler, before_chunks: Actions) -> None:
     def fail() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -121,11 +121,11 @@ def test_nan_midway_starts_again_in_float32(handler: EndpointHandler, monkeypatc
     assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
-def test_what_decoding_fails_with_reaches_the_request(handler: EndpointHandler, before_chunks: Steps) -> None:
+def test_a_decoding_error_reaches_the_request(handler: EndpointHandler, before_chunks: Actions) -> None:
     before_chunks += [lambda: None, lambda: 1 / 0]
     with pytest.raises(ZeroDivisionError):
         mp4(handler, latents())
-    assert same_video(mp4(handler, latents()), mp4_of_diffusers(handler, latents()))
+    assert same_video(mp4(handler, latents()), encode_with_diffusers(handler, latents()))
 
 
 def test_a_failing_encoder_fails_its_request_only(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,10 +133,10 @@ def test_a_failing_encoder_fails_its_request_only(handler: EndpointHandler, monk
         patch.setattr(output, "_add_stream", lambda container, *_: container.add_stream("libx264", pix_fmt="rgb24"))
         with pytest.raises(RequestError, match="the MP4 encoder failed"):
             mp4(handler, latents())
-    assert same_video(mp4(handler, latents()), mp4_of_diffusers(handler, latents()))
+    assert same_video(mp4(handler, latents()), encode_with_diffusers(handler, latents()))
 
 
-def test_videos_of_one_batch_are_files_of_their_own(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_video_of_a_batch_is_a_file(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "write_mp4", lambda frames, fps: (np.stack(list(frames)), fps))
     batch = [Work(*prepared(handler, latents(seed), fps=10 + seed)) for seed in range(2)]
     results = handler.pipeline.forward(handler.pipeline.vae, batch)

@@ -17,8 +17,10 @@ def normalization(key: str, buffers: dict[str, Tensor] | None = None, **config: 
     return Normalization.read(model, MODELS[key])
 
 
-def scaling(one: Normalization, task: str = "decode", layout: str | None = None, **parameters: object) -> Scaling:
-    return one.scaling(Parameters.parse(parameters), task, layout)
+def scaling(
+    normalization: Normalization, task: str = "decode", layout: str | None = None, **parameters: object
+) -> Scaling:
+    return normalization.scaling(Parameters.parse(parameters), task, layout)
 
 
 @pytest.mark.parametrize("frames", [(), (3,)])
@@ -28,18 +30,19 @@ def test_mean_and_deviation_of_the_config(frames: tuple[int, ...]) -> None:
     latents = torch.randn((1, 16, *frames, 3, 5))
     channels = (1, 16, *[1] * (latents.ndim - 2))
     raw = own.unscale(latents, torch.float32)
-    assert torch.equal(raw, latents * STD.view(channels) / 2 + MEAN.view(channels))  # as diffusers' SDXL pipeline
+    # The SDXL pipeline of diffusers computes the same.
+    assert torch.equal(raw, latents * STD.view(channels) / 2 + MEAN.view(channels))
     torch.testing.assert_close(own.scale(raw), latents)
 
 
-def test_buffers_come_before_the_config() -> None:
+def test_buffers_override_the_config() -> None:
     buffers = {"latents_mean": MEAN, "latents_std": STD}
     own = scaling(normalization("ltx-video", buffers, scaling_factor=1.0, latents_mean=None), do_scaling=True)
     assert torch.equal(own.unscale(torch.ones(1, 16, 1, 1, 1), torch.float32).flatten(), STD + MEAN)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_mean_and_deviation_go_to_the_latents_device(device: str) -> None:
+def test_mean_and_deviation_are_on_the_device_of_the_latents(device: str) -> None:
     own = scaling(normalization("wan-2.1", latents_mean=[0.0] * 16, latents_std=[1.0] * 16), do_scaling=True)
     latents = torch.empty(1, 16, 1, 2, 2, device=device)
     assert own.scale(latents).device == own.unscale(latents, torch.float32).device == latents.device
@@ -52,7 +55,7 @@ def test_shift_without_scaling() -> None:
     assert (sent.scale(latents) == -0.5).all()
 
 
-def test_a_factor_that_is_sent_stands_for_the_configs() -> None:
+def test_a_factor_of_the_request_replaces_the_configs() -> None:
     config = {"latents_mean": MEAN.tolist(), "latents_std": STD.tolist(), "scaling_factor": 0.5}
     own = normalization("playground-v2.5", **config)
     assert scaling(own, scaling_factor=0.5).factor == scaling(own, do_scaling=True).factor == 0.5
@@ -69,7 +72,7 @@ def test_a_factor_that_the_pipeline_ignores() -> None:
         scaling(own, scaling_factor=0.5)
 
 
-def test_latents_that_may_be_raw_already_need_a_word() -> None:
+def test_latents_that_may_be_raw_need_a_parameter() -> None:
     own = normalization("ltx-2", {"latents_mean": MEAN, "latents_std": STD}, scaling_factor=1.0)
     for parameters in ({"do_scaling": True}, {"scaling_factor": 1.0}):
         with pytest.raises(RequestError, match=r"pipelines give BCFHW .*do_scaling=false .*normalized=true"):
@@ -82,7 +85,7 @@ def test_latents_that_may_be_raw_already_need_a_word() -> None:
     assert torch.equal(scaling(own, "encode", "BCFHW", do_scaling=True).shift, normalized.shift)
 
 
-def test_a_pipeline_that_leaves_the_shift_out() -> None:
+def test_a_pipeline_without_the_shift() -> None:
     own = normalization("flux", scaling_factor=0.3611, shift_factor=0.1159)
     assert scaling(own, layout="packed", do_scaling=True) == Scaling(0.3611, 0.1159)
     assert scaling(own, layout="BFHWC", do_scaling=True) == Scaling(0.3611, 0.0)

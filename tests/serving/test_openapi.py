@@ -1,4 +1,4 @@
-"""The description of the interface: valid OpenAPI, the code's own parameters, and true of what the service sends."""
+"""Tests of the OpenAPI description: it is valid, has the code's parameters, and matches the service's responses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def described(endpoint: Endpoint) -> dict:
     return response.json()
 
 
-def test_it_is_valid(described: dict) -> None:
+def test_the_description_is_valid(described: dict) -> None:
     validate(described)
 
 
@@ -56,7 +56,7 @@ def test_each_parameter_has_a_type_and_a_description(described: dict) -> None:
             assert {"type", "enum", "const"} & parameter["schema"].keys()
 
 
-def test_a_response_is_as_described(described: dict, endpoint: Endpoint) -> None:
+def test_responses_match_the_description(described: dict, endpoint: Endpoint) -> None:
     documented = described["paths"]["/decode"]["post"]["responses"]["200"]
     latents = endpoint.latents()
     for accept in documented["content"]:
@@ -68,7 +68,7 @@ def test_a_response_is_as_described(described: dict, endpoint: Endpoint) -> None
     assert [name for name in documented["headers"] if name not in tensor.headers] == ["X-VAE-Frames"]
 
 
-def test_a_form_of_files_is_as_described(described: dict, endpoint: Endpoint) -> None:
+def test_a_form_with_files_matches_the_description(described: dict, endpoint: Endpoint) -> None:
     (field,) = described["paths"]["/encode"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"][
         "properties"
     ]
@@ -79,7 +79,7 @@ def test_a_form_of_files_is_as_described(described: dict, endpoint: Endpoint) ->
     assert response.headers["shape"].startswith("[2, ")
 
 
-def test_the_documented_errors_are_those_of_the_docs() -> None:
+def test_the_described_errors_match_the_docs() -> None:
     _, _, section = (DOCS / "http-api.md").read_text().partition("## Errors")
     rows = re.findall(r"^\| ([\d, ]+) \|", section.partition("\n## ")[0], re.MULTILINE)
     named = {int(status) for row in rows for status in row.split(",")}

@@ -1,4 +1,4 @@
-"""An MP4 whose encoder runs beside the decoder."""
+"""Tests of an MP4 whose encoder runs beside the decoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNKED_DECODERS = (13, 12, 8)
 
 @pytest.fixture
 def frames() -> np.ndarray:
-    """Noise, uint8 [33, 32, 48, 3]."""
+    """Return noise, uint8 [33, 32, 48, 3]."""
     return np.random.default_rng(0).integers(0, 256, (sum(CHUNKED_DECODERS), 32, 48, 3), np.uint8)
 
 
@@ -42,7 +42,7 @@ def add_chunks(writer: Mp4Writer, frames: np.ndarray) -> None:
         writer.add(chunk)
 
 
-def test_the_file_is_that_of_all_frames_at_once(frames: np.ndarray) -> None:
+def test_the_file_equals_an_encoding_of_all_frames_at_once(frames: np.ndarray) -> None:
     with Mp4Writer(12.5) as writer:
         add_chunks(writer, frames)
     assert same_video(writer.finish(), write_mp4(frames, 12.5))
@@ -51,7 +51,7 @@ def test_the_file_is_that_of_all_frames_at_once(frames: np.ndarray) -> None:
         assert len(list(container.decode(video=0))) == len(frames)
 
 
-def test_a_file_that_nobody_asks_for_is_written_to_its_end(frames: np.ndarray) -> None:
+def test_an_unread_file_is_written_to_its_end(frames: np.ndarray) -> None:
     with Mp4Writer(24) as writer:
         add_chunks(writer, frames)
     # `no_thread_is_left`
@@ -79,14 +79,14 @@ def test_a_file_is_dropped_if_decoding_fails(frames: np.ndarray, monkeypatch: py
 
 
 @pytest.mark.parametrize("when", ["before the first frames", "while waiting"])
-def test_a_file_without_frames_is_dropped_too(when: str, frames: np.ndarray) -> None:
+def test_a_file_without_frames_is_dropped(when: str, frames: np.ndarray) -> None:
     with suppress(ZeroDivisionError), Mp4Writer(24) as writer:
         if when == "while waiting":
             writer.add(frames)
         raise ZeroDivisionError
 
 
-def test_what_the_encoder_fails_with_comes_from_finish(frames: np.ndarray) -> None:
+def test_finish_raises_an_error_of_the_encoder(frames: np.ndarray) -> None:
     with Mp4Writer(24) as writer:
         writer.add(frames[:, :31])
     with pytest.raises(RequestError, match="the MP4 encoder failed; the log has the reason") as error:
@@ -94,7 +94,7 @@ def test_what_the_encoder_fails_with_comes_from_finish(frames: np.ndarray) -> No
     assert error.value.status == 500
 
 
-def test_what_the_encoder_fails_with_ends_the_decoding(frames: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_of_the_encoder_ends_the_decoding(frames: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
     with Mp4Writer(24) as writer:
         writer.add(frames[:, :31])
         for thread in encoder_threads():
@@ -104,7 +104,7 @@ def test_what_the_encoder_fails_with_ends_the_decoding(frames: np.ndarray, caplo
     assert "avcodec_open2" in caplog.text
 
 
-def test_adding_does_not_wait_for_the_encoder(frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adding_frames_does_not_wait_for_the_encoder(frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     all_added = threading.Event()
 
     def stuck(frames: Iterator[np.ndarray], fps: float) -> bytes:

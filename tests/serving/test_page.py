@@ -1,4 +1,4 @@
-"""The page and its headers, as HTTP sees them, and pages of other origins; in a browser: `make test-page`."""
+"""Tests of the web demo's headers and of pages of other origins over HTTP. Those in a browser: `make test-page`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.conftest import Endpoint
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 
 
-def ask(app: Starlette, method: str, path: str, **headers: str) -> httpx.Response:
-    """Of an app that has loaded no model, so without a server."""
+def send_request(app: Starlette, method: str, path: str, **headers: str) -> httpx.Response:
+    """Send a request to an app without a model, so without a server."""
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -36,13 +36,13 @@ def url(running: Callable[[str], Endpoint]) -> str:
     return running("sd-v1").url
 
 
-def test_a_browser_gets_the_page(url: str) -> None:
-    answer = requests.get(url, headers={"Accept": BROWSER}, timeout=5)
-    assert (answer.status_code, answer.content) == (200, PAGE)
-    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert answer.headers["Vary"] == "Accept"
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    policy = answer.headers["Content-Security-Policy"].split("; ")
+def test_a_browser_gets_the_web_demo(url: str) -> None:
+    response = requests.get(url, headers={"Accept": BROWSER}, timeout=5)
+    assert (response.status_code, response.content) == (200, PAGE)
+    assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert response.headers["Vary"] == "Accept"
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    policy = response.headers["Content-Security-Policy"].split("; ")
     assert "default-src 'none'" in policy
     assert "connect-src 'self'" in policy
     assert not {word for entry in policy for word in entry.split()} & {
@@ -56,14 +56,14 @@ def test_a_browser_gets_the_page(url: str) -> None:
 
 
 @pytest.mark.parametrize("accept", ["*/*", "text/plain", "application/json", "", None])
-def test_whoever_asks_for_no_html_gets_what_a_probe_gets(url: str, accept: str | None) -> None:
-    answer = requests.get(url, headers={"Accept": accept}, timeout=5)
-    assert (answer.status_code, answer.text) == (200, "Ok")
-    assert answer.headers["Content-Type"].startswith("text/plain")
-    assert "Content-Security-Policy" not in answer.headers
+def test_other_clients_get_the_response_of_a_probe(url: str, accept: str | None) -> None:
+    response = requests.get(url, headers={"Accept": accept}, timeout=5)
+    assert (response.status_code, response.text) == (200, "Ok")
+    assert response.headers["Content-Type"].startswith("text/plain")
+    assert "Content-Security-Policy" not in response.headers
 
 
-def test_the_page_is_at_the_root_alone_and_for_get(url: str) -> None:
+def test_the_web_demo_is_only_at_get_of_the_root(url: str) -> None:
     for path in ("/health", "/config", "/metrics"):
         assert "html" not in requests.get(url + path, headers={"Accept": BROWSER}, timeout=5).headers["Content-Type"]
     refused = requests.post(url, headers={"Accept": BROWSER}, timeout=5)
@@ -71,12 +71,12 @@ def test_the_page_is_at_the_root_alone_and_for_get(url: str) -> None:
     assert list(refused.json()) == ["error"]
 
 
-def test_it_is_there_while_the_model_loads_and_the_probe_is_not() -> None:
-    assert ask(build_app(), "GET", "/", Accept=BROWSER).content == PAGE
-    assert ask(build_app(), "GET", "/").status_code == 503
+def test_the_web_demo_works_while_the_model_loads() -> None:
+    assert send_request(build_app(), "GET", "/", Accept=BROWSER).content == PAGE
+    assert send_request(build_app(), "GET", "/").status_code == 503
 
 
-def test_nothing_in_it_comes_from_elsewhere() -> None:
+def test_the_web_demo_has_no_external_resources() -> None:
     text = PAGE.decode()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text)
     assert set(re.findall(r"https?://[^\s'\"]+", text)) == {"http://www.w3.org/2000/svg"}
@@ -96,38 +96,38 @@ def calling(origins: str) -> Starlette:
 
 
 class TestOtherOrigins:
-    def test_they_may_not_by_default(self, url: str) -> None:
-        answer = requests.get(f"{url}/config", headers={"Origin": ORIGIN}, timeout=5)
-        assert "Access-Control-Allow-Origin" not in answer.headers
-        asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
-        assert requests.options(f"{url}/decode", headers=asked, timeout=5).status_code == 403
+    def test_other_origins_may_not_call_by_default(self, url: str) -> None:
+        response = requests.get(f"{url}/config", headers={"Origin": ORIGIN}, timeout=5)
+        assert "Access-Control-Allow-Origin" not in response.headers
+        headers = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+        assert requests.options(f"{url}/decode", headers=headers, timeout=5).status_code == 403
 
     @pytest.mark.parametrize("allowed", [ORIGIN, "*"])
-    def test_those_that_are_named_may(self, allowed: str) -> None:
+    def test_configured_origins_may_call(self, allowed: str) -> None:
         app = calling(allowed)
-        preflight = ask(app, "OPTIONS", "/decode", Origin=ORIGIN, **PREFLIGHT)
+        preflight = send_request(app, "OPTIONS", "/decode", Origin=ORIGIN, **PREFLIGHT)
         assert (preflight.status_code, preflight.headers["Access-Control-Allow-Origin"]) == (200, allowed)
         assert "authorization" in preflight.headers["Access-Control-Allow-Headers"].lower()
-        answer = ask(app, "GET", "/config", Origin=ORIGIN)
-        assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (503, allowed)
-        assert answer.headers["Access-Control-Expose-Headers"].split(", ") == list(EXPOSED)
-        assert "Access-Control-Allow-Credentials" not in answer.headers
+        response = send_request(app, "GET", "/config", Origin=ORIGIN)
+        assert (response.status_code, response.headers["Access-Control-Allow-Origin"]) == (503, allowed)
+        assert response.headers["Access-Control-Expose-Headers"].split(", ") == list(EXPOSED)
+        assert "Access-Control-Allow-Credentials" not in response.headers
 
-    def test_others_may_not(self) -> None:
+    def test_unknown_origins_may_not_call(self) -> None:
         app, other = calling(ORIGIN), "https://b.example"
-        preflight = ask(app, "OPTIONS", "/decode", Origin=other, **PREFLIGHT)
+        preflight = send_request(app, "OPTIONS", "/decode", Origin=other, **PREFLIGHT)
         assert (preflight.status_code, list(preflight.json())) == (403, ["error"])
-        assert "Access-Control-Allow-Origin" not in ask(app, "GET", "/config", Origin=other).headers
+        assert "Access-Control-Allow-Origin" not in send_request(app, "GET", "/config", Origin=other).headers
 
-    def test_faults_of_ours_are_readable_too(self) -> None:
+    def test_other_origins_can_read_errors(self) -> None:
         app = calling(ORIGIN)
-        app.state.handler = object()  # which has no pipeline
-        answer = ask(app, "GET", "/health", Origin=ORIGIN)
-        assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (500, ORIGIN)
+        app.state.handler = object()  # the app has no pipeline
+        response = send_request(app, "GET", "/health", Origin=ORIGIN)
+        assert (response.status_code, response.headers["Access-Control-Allow-Origin"]) == (500, ORIGIN)
 
 
 @pytest.mark.parametrize("value", ["a.example", "https://a.example/page", "https://*.example", "null"])
-def test_what_is_no_origin_is_refused_at_the_start(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_origin_is_refused_at_the_start(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VAE_CORS_ORIGINS", value)
     with pytest.raises(ValueError, match=r"^VAE_CORS_ORIGINS: .*expected origins such as https://example.org"):
         Settings.load(tmp_path)

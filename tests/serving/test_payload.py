@@ -15,7 +15,7 @@ def test_exif_orientation_is_applied() -> None:
     image = Image.new("RGB", (16, 8), "red")
     image.paste("blue", (0, 0, 8, 8))
     exif = image.getexif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # must be rotated a quarter clockwise
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", exif=exif)
     upright = to_rgb(read_image(buffer.getvalue(), LIMITS))
@@ -37,7 +37,7 @@ def test_exif_orientation_is_applied() -> None:
         (Image.new("1", (8, 8), 1), 255),
     ],
 )
-def test_every_mode_becomes_rgb_on_white(image: Image.Image, expected: int) -> None:
+def test_every_image_mode_becomes_rgb_on_white(image: Image.Image, expected: int) -> None:
     pixels = np.asarray(to_rgb(image))
     assert pixels.shape == (8, 8, 3)
     assert (pixels == expected).all()
@@ -52,13 +52,13 @@ def test_transparent_palette() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
-def test_broken_exif_is_no_obstacle(image_format: str) -> None:
+def test_broken_exif_is_ignored(image_format: str) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, format=image_format, exif=b"Exif\0\0junk that is no TIFF")
     assert to_rgb(read_image(buffer.getvalue(), LIMITS)).size == (8, 8)
 
 
-def test_a_still_image_in_a_video_container_is_no_video() -> None:
+def test_a_still_image_in_a_video_container_is_refused() -> None:
     with pytest.raises(RequestError, match="the body is no PNG, JPEG, WebP or MP4 file"):
         sniff(b"\0\0\0 ftypavif")
 
@@ -72,7 +72,7 @@ def test_an_image_over_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}])
-def test_a_webp_over_the_limit_is_not_even_opened(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_webp_over_the_limit_is_not_opened(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 32), "red").save(buffer, format="WEBP", **options)
     assert read_image(buffer.getvalue(), Limits(max_pixels=2048)).size == (64, 32)
@@ -81,7 +81,7 @@ def test_a_webp_over_the_limit_is_not_even_opened(options: dict, monkeypatch: py
         read_image(buffer.getvalue(), Limits(max_pixels=2047))
 
 
-def test_a_jpeg_of_a_thousand_scans_is_not_decoded() -> None:
+def test_a_jpeg_with_a_thousand_scans_is_not_decoded() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 32), "red").save(buffer, format="JPEG", progressive=True)
     body = buffer.getvalue()
@@ -91,7 +91,7 @@ def test_a_jpeg_of_a_thousand_scans_is_not_decoded() -> None:
         read_image(body[:scan] + body[scan:-2] * 1000 + body[-2:], LIMITS)
 
 
-def test_json_of_many_values_is_not_parsed() -> None:
+def test_json_with_many_values_is_not_parsed() -> None:
     body = b'{"inputs": "", "parameters": {"x": [' + b"[]," * 10_000 + b"[]]}}"
     with pytest.raises(RequestError, match="the body is not JSON: more than 10000 values"):
         read_json(body)

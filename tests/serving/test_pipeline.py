@@ -1,4 +1,4 @@
-"""The handler with JSON messages, batches, and a device with little memory."""
+"""Tests of the handler with JSON messages, batches, and a device with little memory."""
 
 import io
 from collections.abc import Callable
@@ -38,13 +38,13 @@ def decoded(handler: EndpointHandler, latents: torch.Tensor) -> torch.Tensor:
         return handler.pipeline.vae.model.decode(latents, return_dict=False)[0]
 
 
-def latents_of(handler: EndpointHandler) -> torch.Tensor:
+def make_latents(handler: EndpointHandler) -> torch.Tensor:
     shape = (1, 16, 2, 4, 6) if handler.kind == "video" else (1, 16, 4, 6)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_tensor(handler: EndpointHandler) -> None:
-    latents = latents_of(handler)
+    latents = make_latents(handler)
     response = handler(make_message(latents, output_type="pt"))
     assert response["parameters"] == {"shape": [1, 3, 32, 48], "dtype": "float32"}
     torch.testing.assert_close(
@@ -53,7 +53,7 @@ def test_a_tensor(handler: EndpointHandler) -> None:
 
 
 def test_an_image_is_the_default(handler: EndpointHandler) -> None:
-    latents = latents_of(handler)
+    latents = make_latents(handler)
     image = Image.open(io.BytesIO(send(handler.pipeline, latents)))
     assert image.format == "PNG"
     assert np.array_equal(np.asarray(image), uint8_pixels(decoded(handler, latents))[0])
@@ -69,7 +69,7 @@ def test_pixels_are_encoded(handler: EndpointHandler) -> None:
 
 
 def test_a_video_as_frames_and_as_mp4(video_handler: EndpointHandler) -> None:
-    latents = latents_of(video_handler)
+    latents = make_latents(video_handler)
     frames = send(video_handler.pipeline, latents, output_type="pil")
     assert (frames.dtype, tuple(frames.shape)) == (torch.float32, (5, 3, 32, 48))
     with av.open(io.BytesIO(send(video_handler.pipeline, latents, output_type="mp4"))) as container:
@@ -82,20 +82,20 @@ def test_wrong_inputs(handler: EndpointHandler, inputs: object) -> None:
         handler({"inputs": inputs})
 
 
-def test_a_wrong_request_leaves_the_next_one_unharmed(handler: EndpointHandler) -> None:
+def test_a_wrong_request_does_not_affect_the_next(handler: EndpointHandler) -> None:
     with pytest.raises(RequestError, match="is no shape of this VAE's latents"):
         send(handler.pipeline, torch.zeros(1, 5, 4, 6))
-    assert send(handler.pipeline, latents_of(handler), output_type="pt").shape == (1, 3, 32, 48)
+    assert send(handler.pipeline, make_latents(handler), output_type="pt").shape == (1, 3, 32, 48)
 
 
-# A convolution over a batch may add up in another order than over one item; the output chunks about [-4, 4] here.
+# A convolution over a batch may add up in another order than over one item. The results here are about [-4, 4].
 BATCH_TOLERANCE = 1e-4
 
 
 class TestBatches:
-    """What the queue may do with requests that wait together."""
+    """Tests of the batches that the queue may form."""
 
-    def test_a_batch_gives_what_single_requests_give(self, handler: EndpointHandler) -> None:
+    def test_a_batch_equals_single_requests(self, handler: EndpointHandler) -> None:
         pipeline = handler.pipeline
         messages = [
             ({"output_type": "pt"}, 1),
@@ -110,11 +110,12 @@ class TestBatches:
             batch.append(Work(request, pipeline.prepare(request).inputs))
         together = pipeline.forward(pipeline.vae, batch)
         alone = [pipeline.forward(pipeline.vae, [work])[0] for work in batch]
-        for one, other in zip(together, alone, strict=True):
-            tolerance = 1 if one.value.dtype == torch.uint8 else BATCH_TOLERANCE  # 1: on the edge of rounding
-            torch.testing.assert_close(one.value, other.value, atol=tolerance, rtol=0)
+        for batched, single in zip(together, alone, strict=True):
+            # 1: a value at a rounding boundary
+            tolerance = 1 if batched.value.dtype == torch.uint8 else BATCH_TOLERANCE
+            torch.testing.assert_close(batched.value, single.value, atol=tolerance, rtol=0)
 
-    def test_many_different_requests_at_once_each_get_their_own_answer(self, handler: EndpointHandler) -> None:
+    def test_concurrent_requests_get_their_own_results(self, handler: EndpointHandler) -> None:
         handler.pipeline.device_queue._batch_limit = 4 * 32 * 48
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn((1, 16, 4, 6 + number % 2), generator=generator) for number in range(32)]
@@ -125,14 +126,14 @@ class TestBatches:
 
 
 class TestMemory:
-    """A device with little memory, simulated."""
+    """Tests of a simulated device with little memory."""
 
     @pytest.fixture
     def vae(self, checkpoint: Callable[[str], Path]) -> VAE:
         return VAE.load(MODELS["sd-v1"], "", Settings(weights=str(checkpoint("sd-v1"))), "cpu")
 
     @pytest.mark.parametrize("expected", [mode for mode in Mode if mode is not Mode.FAST])
-    def test_the_mode_follows_from_what_is_free(
+    def test_the_mode_depends_on_the_free_memory(
         self, vae: VAE, expected: Mode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         latents = torch.randn((3, 4, 80, 80), generator=torch.Generator().manual_seed(0))
@@ -163,7 +164,9 @@ class TestMemory:
         monkeypatch.setattr(vae.model, "decode", decode)
         assert vae.decode(torch.zeros(2, 4, 8, 8))[1] is Mode.FULL
 
-    def test_what_can_never_fit_is_refused_with_its_estimate(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_request_that_never_fits_is_refused_with_its_estimate(
+        self, vae: VAE, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(HEAP, "capacity", lambda: 10**9)
         monkeypatch.setattr(vae.model, "decode", lambda z, **options: pytest.fail("it ran"))
         message = r"\[1, 4, 2048, 2048\] takes about 16.3 GB of memory even in tiles, and this device has 1.0 GB for it"
@@ -171,15 +174,15 @@ class TestMemory:
             vae.decode(torch.zeros(1, 4, 2048, 2048))
         assert refused.value.status == 422
 
-    def test_what_does_not_fit_now_is_not_tried_on_a_cpu(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Which would end the process."""
+    def test_a_request_that_does_not_fit_is_not_tried_on_a_cpu(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Test that the pass is not tried, because it would end the process."""
         monkeypatch.setattr(HEAP, "available", lambda: 10**6)
         monkeypatch.setattr(vae.model, "decode", lambda z, **options: pytest.fail("it ran"))
         with pytest.raises(RequestError, match="does not have free now; try again soon") as refused:
             vae.decode(torch.zeros(1, 4, 64, 64))
         assert refused.value.status == 503
 
-    def test_what_fits_no_more_is_refused(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_request_that_fits_in_no_mode_is_refused(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
         def always_short(z: torch.Tensor, **options: object) -> object:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
@@ -188,7 +191,7 @@ class TestMemory:
             vae.decode(torch.zeros(1, 4, 8, 8))
         assert refused.value.status == 503
 
-    def test_running_out_beside_the_vae_is_no_fault_either(
+    def test_out_of_memory_outside_the_vae_is_not_a_bug(
         self, handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def short(*_: object) -> None:
@@ -196,10 +199,10 @@ class TestMemory:
 
         monkeypatch.setattr("handlers.serving.media.pixels.to_output", short)
         with pytest.raises(RequestError, match="no free memory for the request now; try again soon") as refused:
-            send(handler.pipeline, latents_of(handler))
+            send(handler.pipeline, make_latents(handler))
         assert refused.value.status == 503
 
-    def test_another_error_is_no_lack_of_memory(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_errors_are_not_out_of_memory(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(z: torch.Tensor, **options: object) -> object:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 

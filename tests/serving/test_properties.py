@@ -1,4 +1,4 @@
-"""Properties of reading requests that hold for whatever a client sends."""
+"""Tests of properties of reading requests that are true for any input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pipeline(request: pytest.FixtureRequest, checkpoint: Any) -> Pipeline:
 
 
 def refused_or(call: Any) -> Any:
-    """What the call gives, or None where it refuses the request as it should: with a status and a message."""
+    """Return the result of a call, or None if it refuses the request correctly: with a status and a message."""
     try:
         return call()
     except RequestError as error:
@@ -76,7 +76,7 @@ def test_parameters_are_valid_or_refused(values: dict[str, Any]) -> None:
 
 @EXAMPLES
 @given(shape=st.lists(st.integers(1, 2**31 - 1), max_size=8).map(tuple), size=st.integers(0, 4096))
-def test_a_tensor_has_as_many_bytes_as_its_shape_says(shape: tuple[int, ...], size: int) -> None:
+def test_the_bytes_of_a_tensor_match_its_shape(shape: tuple[int, ...], size: int) -> None:
     tensor = refused_or(lambda: payload.read_tensor(bytes(size), shape, "float16"))
     assert (tensor is not None) == (math.prod(shape) * 2 == size)
 
@@ -112,7 +112,7 @@ def test_any_json_is_read_or_refused(pipeline: Pipeline, message: Any, accept: s
     task=st.sampled_from([None, "decode", "encode"]),
     bits=st.binary(min_size=1, max_size=8),
 )
-def test_any_tensor_of_its_own_size_is_read_or_refused(
+def test_any_tensor_with_matching_bytes_is_read_or_refused(
     pipeline: Pipeline, shape: list[int], dtype: str, values: dict[str, Any], task: Any, bits: bytes
 ) -> None:
     size = math.prod(shape) * payload.DTYPES[dtype].itemsize
@@ -126,10 +126,10 @@ def test_any_tensor_of_its_own_size_is_read_or_refused(
 @EXAMPLES
 @given(
     start=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", b"\0\0\0\x18ftypisom"]),
-    rest=st.binary(max_size=400),
+    data=st.binary(max_size=400),
 )
-def test_any_file_is_read_or_refused(pipeline: Pipeline, start: bytes, rest: bytes) -> None:
-    assert_valid(pipeline, refused_or(lambda: read(pipeline, start + rest, "", None, {}, None)))
+def test_any_file_is_read_or_refused(pipeline: Pipeline, start: bytes, data: bytes) -> None:
+    assert_valid(pipeline, refused_or(lambda: read(pipeline, start + data, "", None, {}, None)))
 
 
 def read(
@@ -139,7 +139,7 @@ def read(
 
 
 def assert_valid(pipeline: Pipeline, inputs: torch.Tensor | None) -> None:
-    """What reaches the VAE is finite, has its shape and is within the limits."""
+    """Check that the VAE's input is finite, has its shape and is within the limits."""
     if inputs is not None:
         assert inputs.ndim == pipeline.layout.ndim
         assert inputs.shape[1] in (3, pipeline.layout.latent_channels)

@@ -1,4 +1,4 @@
-"""MP4 files that are encoded: which frames of them, which way up, and what a crafted file may cost."""
+"""Tests of reading MP4 files: chosen frames, orientation, and the cost of crafted files."""
 
 import io
 import struct
@@ -30,7 +30,7 @@ LIMITS = Limits()
 TABLES = "moov/trak/mdia/minf/stbl"
 
 SHARP = {"crf": "1", "preset": "veryfast"}
-"""x264's options for frames that come back nearly as they were."""
+"""x264's options for nearly lossless frames."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def as_array(images: list[Image.Image]) -> np.ndarray:
 
 
 def shown(file: bytes) -> list[Image.Image]:
-    """The frames that FFmpeg shows of the whole file, as they are stored."""
+    """Return all frames that FFmpeg shows for a file, as they are stored."""
     with av.open(io.BytesIO(file)) as container:
         return [frame.to_image() for frame in container.decode(video=0)]
 
@@ -64,7 +64,7 @@ class TestOrientation:
         ],
         ids=["upright", "clockwise", "half", "counterclockwise", "mirror", "flip", "transpose", "transverse"],
     )
-    def test_all_eight_are_shown_as_a_player_shows_them(self, matrix: tuple[float, ...], turned: Callable) -> None:
+    def test_all_eight_orientations_match_a_player(self, matrix: tuple[float, ...], turned: Callable) -> None:
         frames = make_frames(1)
         images = read_video(mp4_files.with_matrix(video(frames, **SHARP), *matrix), LIMITS)
         expected = turned(frames[0]).astype(int)
@@ -72,29 +72,30 @@ class TestOrientation:
         assert np.abs(as_array(images)[0] - expected).mean() < 6  # another orientation differs by 40 and more
 
     @pytest.mark.parametrize("degrees", [89.5, 90.4])
-    def test_a_hair_off_a_quarter_turn_is_a_quarter_turn(self, degrees: float) -> None:
+    def test_a_matrix_near_a_quarter_turn_is_a_quarter_turn(self, degrees: float) -> None:
         a, b = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
         images = read_video(mp4_files.with_matrix(video(make_frames(2)), a, b, -b, a), LIMITS)
         assert [image.size for image in images] == [(32, 64), (32, 64)]
 
-    def test_an_eighth_turns_nothing(self) -> None:
+    def test_an_eighth_of_a_turn_is_ignored(self) -> None:
         file = video(make_frames(1))
         assert read_video(mp4_files.with_matrix(file, 0.7, 0.7, -0.7, 0.7), LIMITS) == read_video(file, LIMITS)
 
-    def test_frames_are_those_that_ffmpeg_gives(self) -> None:
-        file = video(make_frames(12, 70, 38))  # whose rows have padding
+    def test_frames_equal_ffmpegs(self) -> None:
+        file = video(make_frames(12, 70, 38))  # its rows have padding
         assert read_video(file, LIMITS) == shown(file)
 
 
 class TestEdits:
-    """A file that is cut without being encoded anew holds all of its frames, and a list of those to show."""
+    """Tests of a file that was cut without a new encoding: it keeps all of its frames, and a list of those to show."""
 
     @pytest.mark.parametrize("bframes", ["0", "3"])
     @pytest.mark.parametrize("edits", [[(500, 17)], [(250, 30), (250, 5)]])
-    def test_the_frames_of_a_cut_video_are_shown_and_no_others(self, bframes: str, edits: list) -> None:
+    def test_only_the_frames_of_the_edit_list_are_read(self, bframes: str, edits: list) -> None:
         frames = make_frames(48)
         file = video(frames, bf=bframes, g="12", **SHARP)
-        delay = struct.unpack_from(">I", edit_list(file), 12)[0]  # of a file with B-frames, whose first edit skips it
+        # The first edit of a file with B-frames skips the delay.
+        delay = struct.unpack_from(">I", edit_list(file), 12)[0]
         cut = mp4_files.with_edits(file, *((duration, delay + 512 * start) for duration, start in edits))
         images = read_video(cut, LIMITS)
         numbers = [start + i for duration, start in edits for i in range(duration * 24 // 1000)]
@@ -107,9 +108,9 @@ class TestEdits:
 
 
 def edit_list(file: bytes) -> bytes:
-    found: list[bytes] = []
-    change(file, "moov/trak/edts/elst", lambda content: found.append(content) or content)
-    return found[0]
+    contents: list[bytes] = []
+    change(file, "moov/trak/edts/elst", lambda content: contents.append(content) or content)
+    return contents[0]
 
 
 class TestOtherTracks:
@@ -117,7 +118,7 @@ class TestOtherTracks:
     def expected(self) -> list[Image.Image]:
         return shown(video(make_frames(9)))
 
-    def test_five_minutes_of_pcm_sound(self, expected: list[Image.Image]) -> None:
+    def test_five_minutes_with_pcm_sound(self, expected: list[Image.Image]) -> None:
         file = video(make_frames(9), sound=1, audio_codec="pcm_s16le")
         assert read_video(file, LIMITS) == expected
         sizes = b"stsz" + struct.pack(">III", 0, 2, 144_000)
@@ -128,32 +129,32 @@ class TestOtherTracks:
     def test_twenty_languages(self, expected: list[Image.Image]) -> None:
         assert read_video(video(make_frames(9), sound=20), LIMITS) == expected
 
-    def test_fragments_of_video_and_sound(self) -> None:
+    def test_fragments_with_video_and_sound(self) -> None:
         file = video(make_frames(9), sound=2, flags="frag_keyframe+empty_moov+default_base_moof", g="3")
         assert file.count(b"moof") > 3
         assert read_video(file, LIMITS) == shown(video(make_frames(9), g="3"))
 
 
-class TestWhatIsRead:
-    def test_metadata_that_is_no_utf_8_is_no_obstacle(self) -> None:
+class TestReading:
+    def test_metadata_without_utf_8_is_accepted(self) -> None:
         assert len(read_video(video(make_frames(2)).replace(b"Lavf", b"Caf\xe9"), LIMITS)) == 2
 
-    def test_a_file_without_video_says_so(self) -> None:
+    def test_a_file_without_video_is_refused(self) -> None:
         file = video(make_frames(1), sound=1).replace(b"vide", b"text")
         with pytest.raises(RequestError, match="the file has no video"):
             read_video(file, LIMITS)
 
-    def test_half_a_file_says_so(self) -> None:
+    def test_half_a_file_is_refused(self) -> None:
         with pytest.raises(RequestError, match="has no `moov` box; send the whole MP4 file"):
             read_video(video(make_frames(2)).partition(b"moov")[0], LIMITS)
 
-    def test_a_broken_video_says_so(self) -> None:
+    def test_a_broken_video_is_refused(self) -> None:
         file = video(make_frames(20))
         start = file.index(b"mdat") + 800  # in the frames
         with pytest.raises(RequestError, match=r"the video cannot be read \(.*; send an MP4 file"):
             read_video(file[:start] + b"\xff" * 400 + file[start + 400 :], LIMITS)
 
-    def test_a_codec_that_is_not_named_is_refused(self) -> None:
+    def test_an_unlisted_codec_is_refused(self) -> None:
         buffer = io.BytesIO()
         with av.open(buffer, mode="w", format="mp4") as container:
             stream = container.add_stream("mjpeg", rate=24)
@@ -180,13 +181,13 @@ class TestWhatIsRead:
     def test_each_frame_is_counted_before_it_is_kept(self) -> None:
         sizes: list[int] = []
 
-        def hold(size: int) -> None:
+        def reserve(size: int) -> None:
             sizes.append(size)
             if len(sizes) == 4:
                 raise RequestError("no more", 413)
 
         with pytest.raises(RequestError, match="no more"):
-            read_video(file := video(make_frames(9)), LIMITS, hold)
+            read_video(file := video(make_frames(9)), LIMITS, reserve)
         assert sizes == [len(file)] + [64 * 32 * 4] * 3
 
     def test_decoding_ends_at_the_deadline(self) -> None:
@@ -195,7 +196,7 @@ class TestWhatIsRead:
         assert refused.value.status == 504
 
     @pytest.mark.parametrize("memory", [20_000_000, 30_000_000, 45_000_000])
-    def test_decoding_ends_at_its_limit_of_memory(self, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_decoding_ends_at_its_memory_limit(self, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mp4, "BASE_MEMORY", memory)
         monkeypatch.setattr(mp4, "MIN_FRAME_MEMORY", 0)
         monkeypatch.setattr(mp4, "PIXEL_MEMORY", 0)
@@ -251,12 +252,12 @@ CRAFTED: dict[str, tuple[Callable[[], bytes], int, str]] = {
         "the video cannot be read (its frames have 2048x2048 pixels, but show only 64x64)",
     ),
 }
-"""What makes a file that describes more than it holds, and the status and the error that it gets."""
+"""Makers of files that declare more than they contain, with the status and the error of each."""
 
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitedServer]:
-    """A server that has two gigabytes."""
+    """Return a server with two gigabytes of memory."""
     weights, log = checkpoint("hunyuan-video"), tmp_path_factory.mktemp("crafted") / "log"
     with limited_server(2 * 10**9, "--model", "hunyuan-video", "--weights", str(weights), log=log) as server:
         yield server
@@ -264,7 +265,7 @@ def server(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Callable[[str], Path]) -> torch.Tensor:
-    """Latents of `video(frames_of(9))`."""
+    """Return the latents of `video(make_frames(9))`."""
     vae: Any = getattr(diffusers, MODELS["hunyuan-video"].vae_class).from_pretrained(checkpoint("hunyuan-video"))
     pixels = VideoProcessor(vae_scale_factor=8).preprocess_video(shown(video(make_frames(9))))
     with torch.no_grad():
@@ -273,10 +274,10 @@ def expected(checkpoint: Callable[[str], Path]) -> torch.Tensor:
 
 @pytest.mark.slow
 class TestCraftedFiles:
-    """Small files that would take gigabytes, sent to a server that has two."""
+    """Tests of small files that would take gigabytes, sent to a server with two."""
 
     @pytest.mark.parametrize("name", CRAFTED)
-    def test_is_refused_and_the_next_request_is_right(
+    def test_a_crafted_file_is_refused_and_the_next_request_succeeds(
         self, server: LimitedServer, expected: torch.Tensor, name: str
     ) -> None:
         make, status, message = CRAFTED[name]

@@ -4,7 +4,7 @@ from handlers.serving.errors import RequestError
 from handlers.serving.media.request import Accept, OutputKind, Parameters, decode_output_kind
 
 
-def test_parameters_as_the_client_spells_them() -> None:
+def test_parameters_in_the_spelling_of_the_client() -> None:
     values = {
         "shape": ["1", "4", "64", "64"],
         "dtype": "float16",
@@ -41,7 +41,7 @@ def test_without_an_output_type_accept_decides(kind: str, accept: str | None, ex
     assert decode_output_kind(kind, Parameters(), Accept.parse(accept)) is expected
 
 
-def test_a_json_request_that_accepts_anything_is_answered_in_json() -> None:
+def test_a_json_request_that_accepts_anything_gets_json() -> None:
     assert Accept.parse("*/*", "application/json").json
     assert not Accept.parse("*/*", "tensor/binary").json
     assert not Accept.parse("image/png", "application/json").json
@@ -65,7 +65,7 @@ def test_a_json_request_that_accepts_anything_is_answered_in_json() -> None:
         ("", "jpg"),
     ],
 )
-def test_the_image_format_that_is_wanted_most(accept: str, image_format: str) -> None:
+def test_the_preferred_image_format(accept: str, image_format: str) -> None:
     parsed = Accept.parse(accept)
     assert (parsed.image_format("jpg"), parsed.tensor, parsed.json) == (image_format, False, False)
 

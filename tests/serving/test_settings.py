@@ -6,13 +6,13 @@ import pytest
 from handlers.serving.settings import Settings
 
 
-def test_endpoint_json_and_the_environment_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_overrides_endpoint_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "endpoint.json").write_text(json.dumps({"model": "flux", "revision": "abc", "version": "1"}))
     monkeypatch.setenv("VAE_DEVICE", "cpu")
     assert Settings.load(tmp_path) == Settings(model="flux", revision="abc", device="cpu")
 
 
-def test_another_model_takes_nothing_from_endpoint_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_ignores_endpoint_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "endpoint.json").write_text(json.dumps({"model": "flux", "revision": "abc"}))
     monkeypatch.setenv("VAE_MODEL", "sdxl")
     assert Settings.load(tmp_path) == Settings(model="sdxl", foreign_repository=True)
@@ -28,8 +28,8 @@ def test_a_blank_variable_is_an_error(
         Settings.load(tmp_path)
 
 
-def test_an_empty_variable_is_unset_but_for_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`API_TOKEN=$SECRET` without a SECRET would open the service."""
+def test_an_empty_variable_is_unset_except_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test an empty variable: `API_TOKEN=$SECRET` without a SECRET would open the service."""
     monkeypatch.setenv("VAE_MODEL", "")
     assert Settings.load(tmp_path) == Settings()
     monkeypatch.setenv("API_TOKEN", "")
@@ -37,7 +37,7 @@ def test_an_empty_variable_is_unset_but_for_the_token(tmp_path: Path, monkeypatc
         Settings.load(tmp_path)
 
 
-def test_a_wrong_value_names_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_wrong_value_names_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VAE_DTYPE", "float8")
     with pytest.raises(ValueError, match=r"^VAE_DTYPE: .*'float16'.*got 'float8'$"):
         Settings.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Several VAEs in one service: each under its name, the first at the root, one thread for all of them."""
+"""Tests of several VAEs in one service: each under its name, the first at the root, with one thread for all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEYS = ("sd-v1", "flux", "hunyuan-video")
 
 @pytest.fixture(scope="module")
 def endpoints(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Iterator[dict]:
-    """The service by model, as the toolkit serves a deployed repository; the first one's at the root."""
+    """Return the endpoints by model, as the toolkit serves a deployed repository. The key "" is the root."""
     folder = tmp_path_factory.mktemp("repository")
     shutil.copy(ROOT / "handler.py", folder)
     shutil.copytree(ROOT / "handlers", folder / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
@@ -43,16 +43,16 @@ def endpoints(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[st
     (folder / "endpoint.json").write_text(json.dumps({"models": models, "version": "1"}))
     log = tmp_path_factory.mktemp("log") / "log"
     with serve(log=log, command=STAND_IN, HF_MODEL_DIR=str(folder), PYTHONSAFEPATH="1") as url:
-        found = {}
+        endpoints_by_key = {}
         for key in KEYS:
             vae_class = AutoencoderKLHunyuanVideo if key == "hunyuan-video" else AutoencoderKL
             vae = vae_class.from_pretrained(folder / "vae" / key).eval()
-            found[key] = Endpoint(key, f"{url}/{key}", vae, log)
-        yield {**found, "": Endpoint("sd-v1", url, found["sd-v1"].vae, log)}
+            endpoints_by_key[key] = Endpoint(key, f"{url}/{key}", vae, log)
+        yield {**endpoints_by_key, "": Endpoint("sd-v1", url, endpoints_by_key["sd-v1"].vae, log)}
 
 
 @pytest.mark.parametrize("name", ["", "sd-v1", "flux"])
-def test_the_released_client_takes_each_for_an_endpoint(
+def test_the_client_of_diffusers_works_with_each_model(
     name: str, endpoints: dict[str, Endpoint], photograph: Image.Image
 ) -> None:
     endpoint = endpoints[name]
@@ -62,16 +62,16 @@ def test_the_released_client_takes_each_for_an_endpoint(
     assert remote_encode(endpoint.url, photograph, **endpoint.scaling).shape[1] == latents.shape[1]
 
 
-def test_a_video_model_beside_them(endpoints: dict[str, Endpoint]) -> None:
+def test_a_video_model_beside_image_models(endpoints: dict[str, Endpoint]) -> None:
     endpoint = endpoints["hunyuan-video"]
     latents = endpoint.latents()
     for path in ("", "/", "/predict", "/decode/"):
-        answer = endpoint.post(latents, path, output_type="pt", **endpoint.scaling)
-        decoded = torch.frombuffer(bytearray(answer.content), dtype=torch.float32)
+        response = endpoint.post(latents, path, output_type="pt", **endpoint.scaling)
+        decoded = torch.frombuffer(bytearray(response.content), dtype=torch.float32)
         torch.testing.assert_close(decoded, endpoint.decoded(latents).flatten(), atol=1e-5, rtol=0)
 
 
-def test_config_and_metrics_tell_them_apart(endpoints: dict[str, Endpoint]) -> None:
+def test_config_and_metrics_distinguish_the_models(endpoints: dict[str, Endpoint]) -> None:
     root = requests.get(f"{endpoints[''].url}/config", timeout=5).json()
     assert [model["name"] for model in root["models"]] == list(KEYS)
     assert [model["kind"] for model in root["models"]] == ["image", "image", "video"]
@@ -89,16 +89,16 @@ def test_config_and_metrics_tell_them_apart(endpoints: dict[str, Endpoint]) -> N
         assert f'vae_passes_total{{mode="full",model="{key}",task="decode"}}' in text
 
 
-def test_one_that_is_not_there_is_404_and_lists_those_that_are(endpoints: dict[str, Endpoint]) -> None:
+def test_an_unknown_model_is_404_and_lists_the_models(endpoints: dict[str, Endpoint]) -> None:
     url = endpoints[""].url
     for path in ("/sdxl/decode", "/flux/decode/flux", "/flux/flux"):
-        answer = requests.post(url + path, b"", timeout=5)
-        assert answer.status_code == 404
-        assert answer.json()["error"].startswith(f"there is no {path}; POST to /, ")
-        assert answer.json()["error"].endswith("/sd-v1/decode, /flux/decode, /hunyuan-video/decode")
+        response = requests.post(url + path, b"", timeout=5)
+        assert response.status_code == 404
+        assert response.json()["error"].startswith(f"there is no {path}; POST to /, ")
+        assert response.json()["error"].endswith("/sd-v1/decode, /flux/decode, /hunyuan-video/decode")
 
 
-def test_one_that_runs_out_of_memory_leaves_the_others_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_one_model_does_not_affect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings()
     devices = DevicePool([torch.device("cpu")], settings.timeout)
     broken, whole = (Pipeline([VAE(build(key), MODELS[key])], settings, devices=devices) for key in ("sd-v1", "flux"))
@@ -120,10 +120,10 @@ def test_one_that_runs_out_of_memory_leaves_the_others_right(monkeypatch: pytest
     ("keys", "message"),
     [("sd-v1,sd-v1", "sd-v1 is named twice"), ("sd-v1,fluks", "there is no model 'fluks'"), (",", "no model was")],
 )
-def test_what_cannot_be_served_together(keys: str, message: str) -> None:
+def test_models_that_cannot_be_served_together(keys: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_handler(keys)
 
 
-def test_one_alone_is_its_own_class() -> None:
+def test_a_single_model_keeps_its_class() -> None:
     assert get_handler("flux") is MODELS["flux"]

@@ -1,4 +1,4 @@
-"""A pass that nobody waits for stops at once in every mode of every model, and leaves nothing behind."""
+"""Tests that an abandoned pass stops at once in every mode of every model, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ CONVOLUTIONS = {torch.conv2d, torch.conv3d, torch.conv1d, torch.nn.functional.li
 CLASSES = list({SMALL[key][0]: key for key in SERVED}.values())
 """A model of each class."""
 UPSAMPLING = 7
-"""The fast pass makes one upsampling of up to eight small convolutions, between which it does not look."""
+"""Convolutions between two polls: one upsampling of the fast pass consists of up to eight small convolutions."""
 
 
 class Convolutions(TorchFunctionMode):
-    """Counts them, and has the client leave when the one of this number is done."""
+    """A counter of convolutions. The client disconnects after the one with the number `last`."""
 
     def __init__(self, last: int | None = None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Convolutions(TorchFunctionMode):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors as small as these are done before a second thread has begun."""
+    """Use one thread: tensors as small as these are finished before a second thread starts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def small(key: str) -> VAE:
 
 
 def inputs(vae: VAE, task: str, batch: int) -> Tensor:
-    """Larger than a tile; a video of several chunks, where its class has them."""
+    """Return an input larger than a tile, or a video of several chunks if the class has chunks."""
     generator, video = torch.Generator().manual_seed(0), vae.layout.kind == "video"
     if task == "decode":
         frames = (6,) if video else (1,) if has_frames(vae.model) and vae.layout.ndim == 5 else ()
@@ -72,14 +72,14 @@ def inputs(vae: VAE, task: str, batch: int) -> Tensor:
     return torch.rand(batch, 3, *frames, side, side, generator=generator) * 2 - 1
 
 
-def run(vae: VAE, task: str, given: Tensor, watch: Convolutions) -> tuple[Tensor, Mode]:
+def run(vae: VAE, task: str, tensor: Tensor, watch: Convolutions) -> tuple[Tensor, Mode]:
     with watch, stoppable(watch.is_unwanted):
-        return getattr(vae, task)(given)
+        return getattr(vae, task)(tensor)
 
 
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mode], None]:
-    """Has passes run in this mode alone; rows come in small chunks."""
+    """Force passes into one mode, with rows in small chunks."""
     monkeypatch.setattr(low_memory, "GROUP_BYTES", {"cpu": 1, "cuda": 1})
     return lambda mode: monkeypatch.setattr(vae_module, "choose_modes", lambda *_: [mode])
 
@@ -87,28 +87,28 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mode], None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["decode", "encode"])
 @pytest.mark.parametrize("key", CLASSES)
-def test_it_stops_within_an_operation_and_the_next_pass_is_right(
+def test_a_pass_stops_within_an_operation_and_the_next_succeeds(
     key: str, task: str, force: Callable[[Mode], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vae = small(key)
     for mode in modes(vae, task, monkeypatch):
         force(mode)
-        given = inputs(vae, task, 2 if mode is Mode.SLICED else 1)
+        tensor = inputs(vae, task, 2 if mode is Mode.SLICED else 1)
         whole = Convolutions()
-        expected, run_in = run(vae, task, given, whole)
+        expected, run_in = run(vae, task, tensor, whole)
         assert run_in is mode
         for last in (1, whole.count // 2):
             watch = Convolutions(last)
             with pytest.raises(PassStopped):
-                run(vae, task, given, watch)
+                run(vae, task, tensor, watch)
             assert watch.count - last <= (UPSAMPLING if mode is Mode.FAST else 1), (mode, last, whole.count)
             assert not any("forward" in vars(module) for module in vae.model.modules())
-        result, _ = run(vae, task, given, Convolutions())
+        result, _ = run(vae, task, tensor, Convolutions())
         assert torch.equal(result, expected), mode
 
 
 def modes(vae: VAE, task: str, monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
-    """All that the model has; the fast pass too, which is on only where a check found it quicker."""
+    """Return all modes of the model, and the fast pass without its check."""
     offered = {mode for batch in (1, 2) for mode in vae._offered(task, batch, False)}
     if fast := vae.memory.reduces:
         monkeypatch.setattr(vae.fast, "fast", FastPass(vae.model))
@@ -116,7 +116,7 @@ def modes(vae: VAE, task: str, monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
     return [mode for mode in Mode if mode in offered or (mode is Mode.FAST and fast)]
 
 
-def test_the_values_are_those_of_diffusers(checkpoint: Callable[[str], Path]) -> None:
+def test_values_equal_diffusers(checkpoint: Callable[[str], Path]) -> None:
     vae = small("sd-v1")
     latents = inputs(vae, "decode", 1)
     with pytest.raises(PassStopped):
@@ -128,8 +128,8 @@ def test_the_values_are_those_of_diffusers(checkpoint: Callable[[str], Path]) ->
     assert torch.equal(result, expected)
 
 
-def test_it_is_no_failure_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other mode is tried, nor float32; the weights are in their dtype."""
+def test_a_stop_is_not_a_failure_of_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that no other mode and no float32 pass is tried, and that the weights keep their dtype."""
     vae = VAE(build("sd-v1").bfloat16(), MODELS["sd-v1"])
     passes: list[Mode] = []
     begin = vae._pass
@@ -140,9 +140,9 @@ def test_it_is_no_failure_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {parameter.dtype for parameter in vae.model.parameters()} == {torch.bfloat16}
 
 
-def test_in_the_repetition_in_float32_too_and_the_weights_are_in_their_dtype_again() -> None:
+def test_a_repetition_in_float32_stops_and_restores_the_dtype() -> None:
     vae = VAE(build("sd-v1").half(), MODELS["sd-v1"])
-    vae.model.decoder.conv_in.weight.fill_(30_000.0)  # which overflows
+    vae.model.decoder.conv_in.weight.fill_(30_000.0)  # the pass overflows
     latents = torch.rand(1, 4, 5, 5) + 1
     whole = Convolutions()
     expected, _ = run(vae, "decode", latents, whole)
@@ -155,8 +155,8 @@ def test_in_the_repetition_in_float32_too_and_the_weights_are_in_their_dtype_aga
     assert torch.equal(result, expected)
 
 
-def test_its_tensors_are_given_back_while_the_error_is_still_on_its_way() -> None:
-    """So that what the heap counts after it is what is left."""
+def test_tensors_are_freed_while_the_error_propagates() -> None:
+    """Test the count of tensors, because the heap counts memory after the error."""
     vae = small("sd-v1")
     latents = inputs(vae, "decode", 1)
 
@@ -168,4 +168,4 @@ def test_its_tensors_are_given_back_while_the_error_is_still_on_its_way() -> Non
     with pytest.raises(PassStopped) as stopped:
         run(vae, "decode", latents, Convolutions(10))
     assert stopped.value.__context__ is None
-    assert tensors() <= before + 1  # the error's traceback has what it was made of, no more
+    assert tensors() <= before + 1  # the traceback of the error has at most its own tensor

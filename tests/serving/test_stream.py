@@ -1,4 +1,4 @@
-"""Videos that are sent while they are decoded: what comes, and what breaks. Alone, and in the Inference Toolkit."""
+"""Tests of videos that are sent while they are decoded, with faults. Each runs alone and in the Inference Toolkit."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ IN_FLIGHT_MB = 14
 
 
 class Broken(Exception):
-    """The connection ended before the answer."""
+    """The connection ended before the end of the response."""
 
 
 @pytest.fixture(scope="module", params=SERVERS)
 def faulty(
     request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Endpoint]:
-    """An endpoint in which things go wrong on request, with a short deadline."""
+    """Return an endpoint with faults on request and a short deadline."""
     log = tmp_path_factory.mktemp("faulty") / "log"
     environment = {"VAE_TIMEOUT": TIMEOUT, "DEVICE_SECONDS": DEVICE_SECONDS, "VAE_MAX_IN_FLIGHT_MB": IN_FLIGHT_MB}
     weights = checkpoint("hunyuan-video")
     texts = {name: str(value) for name, value in environment.items()}
     with faulty_endpoint(request.param, "hunyuan-video", weights, log, **texts) as endpoint:
-        while not is_complete(read(ask(endpoint))):  # a first pass, on a busy machine, misses the deadline
+        while not is_complete(read(send_request(endpoint))):  # a first pass can miss the deadline on a busy computer
             pass
         yield endpoint
 
 
-def ask(endpoint: Endpoint, latents: torch.Tensor | None = None, **parameters: object) -> requests.Response:
-    """The head of a streamed answer; its body is still to come."""
+def send_request(endpoint: Endpoint, latents: torch.Tensor | None = None, **parameters: object) -> requests.Response:
+    """Return a streamed response whose body is still to be read."""
     latents = small(endpoint) if latents is None else latents
     return requests.post(
         f"{endpoint.url}/decode",
@@ -75,26 +75,26 @@ def ask(endpoint: Endpoint, latents: torch.Tensor | None = None, **parameters: o
 
 
 def small(endpoint: Endpoint) -> torch.Tensor:
-    """Of 25 frames, which are decoded in two chunks."""
+    """Return latents of 25 frames, which are decoded in two chunks."""
     return endpoint.latents(frames=7, height=32, width=48)
 
 
 def read(response: requests.Response) -> bytes:
-    """All of a body. Raises `Broken`."""
+    """Return the whole body. Raise `Broken` if it is incomplete."""
     try:
         return response.content
     except requests.exceptions.ChunkedEncodingError:
         raise Broken from None
 
 
-def frames_of(file: bytes) -> np.ndarray:
+def read_frames(file: bytes) -> np.ndarray:
     with av.open(io.BytesIO(file)) as container:
         assert container.streams.video[0].start_time == 0
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def is_complete(file: bytes) -> bool:
-    """Whether its last box is there."""
+    """Return whether a file has its last box."""
     return file[-12:-8] == b"mfro"
 
 
@@ -110,20 +110,20 @@ def logged(endpoint: Endpoint, request_id: str) -> dict[str, object]:
 
 
 def assert_well(endpoint: Endpoint) -> None:
-    """The next stream is complete, and nothing is left of those before it."""
-    response = ask(endpoint, latents=endpoint.latents(frames=2, height=32, width=32))
+    """Check that the next stream is complete, and that earlier streams left nothing behind."""
+    response = send_request(endpoint, latents=endpoint.latents(frames=2, height=32, width=32))
     assert is_complete(read(response))
     wait_for_metric(endpoint, "vae_bytes_in_flight", 0)
     wait_for_metric(endpoint, "inf_batch_current_size", 0)
 
 
-class TestAnswer:
-    def test_its_frames_are_those_of_the_whole_file(self, faulty: Endpoint) -> None:
-        response = ask(faulty, fps=10)
+class TestResponse:
+    def test_frames_equal_those_of_the_whole_file(self, faulty: Endpoint) -> None:
+        response = send_request(faulty, fps=10)
         whole = faulty.post(small(faulty), fps=10).content
         streamed = read(response)
-        assert np.array_equal(frames_of(streamed), frames_of(whole))
-        assert len(frames_of(whole)) == 25
+        assert np.array_equal(read_frames(streamed), read_frames(whole))
+        assert len(read_frames(whole)) == 25
         assert is_complete(streamed)
         assert not is_complete(whole)
         assert response.headers["Content-Type"] == "video/mp4"
@@ -134,47 +134,47 @@ class TestAnswer:
         assert {"payload_ms", "queue_ms", "first_ms", "stream_ms"} <= set(line)
         assert (line["status"], line["mode"], line["sent_bytes"]) == (200, "full", len(streamed))
 
-    def test_the_first_frames_are_there_before_the_last_are_decoded(self, faulty: Endpoint) -> None:
-        response = ask(faulty, seed=CHUNK_SLOW)
+    def test_the_first_frames_arrive_before_the_last_are_decoded(self, faulty: Endpoint) -> None:
+        response = send_request(faulty, seed=CHUNK_SLOW)
         chunks = response.iter_content(None)
         first, sent_at = next(chunks), time.monotonic()
         while not len(frames_so_far := playable(first)):
             first += next(chunks)
         assert metric(faulty, "inf_batch_current_size") == 1
-        rest = b"".join(chunks)
-        assert time.monotonic() - sent_at > DEVICE_SECONDS / 2  # which is a wait of the device's, not a speed
-        assert np.array_equal(frames_of(first + rest)[: len(frames_so_far)], frames_so_far)
+        remaining = b"".join(chunks)
+        assert time.monotonic() - sent_at > DEVICE_SECONDS / 2  # the device waits a fixed time
+        assert np.array_equal(read_frames(first + remaining)[: len(frames_so_far)], frames_so_far)
 
     @pytest.mark.parametrize("frames", [1, 2])
-    def test_a_short_video_comes_at_once(self, faulty: Endpoint, frames: int) -> None:
-        response = ask(faulty, latents=faulty.latents(frames=frames, height=32, width=32))
+    def test_a_short_video_arrives_at_once(self, faulty: Endpoint, frames: int) -> None:
+        response = send_request(faulty, latents=faulty.latents(frames=frames, height=32, width=32))
         assert response.status_code == 200, response.text
         streamed = read(response)
-        assert len(frames_of(streamed)) == {1: 1, 2: 5}[frames]
+        assert len(read_frames(streamed)) == {1: 1, 2: 5}[frames]
         assert is_complete(streamed)
 
 
 def playable(file: bytes) -> np.ndarray:
-    """The frames of a part of a file."""
-    found = []
+    """Return the frames of an incomplete file."""
+    frames = []
     try:
         with av.open(io.BytesIO(file)) as container:
             for frame in container.decode(video=0):
-                found.append(frame.to_ndarray(format="rgb24"))
+                frames.append(frame.to_ndarray(format="rgb24"))
     except av.FFmpegError:
         pass
-    return np.array(found)
+    return np.array(frames)
 
 
 class TestRefused:
-    """Before the first byte, with a status and JSON, as without `stream`."""
+    """Tests of errors before the first byte: they have a status and JSON, as without `stream`."""
 
     @pytest.mark.parametrize(
         "parameters",
         [{"output_type": "pt"}, {"output_type": "pil"}],
     )
-    def test_what_is_no_mp4(self, faulty: Endpoint, parameters: dict[str, str]) -> None:
-        response = ask(faulty, **parameters)
+    def test_other_output_kinds_cannot_be_streamed(self, faulty: Endpoint, parameters: dict[str, str]) -> None:
+        response = send_request(faulty, **parameters)
         assert response.status_code == 422
         assert response.json()["error"].startswith("`stream`: only the MP4 file of a decoded video is streamed")
 
@@ -184,11 +184,11 @@ class TestRefused:
         pixels = torch.zeros(1, 3, 1, 32, 32)
         encoded = faulty.post(pixels, "/encode", stream="true")
         strange = faulty.post(latents, "/decode", stream="perhaps")
-        assert [answer.status_code for answer in (inside, encoded, strange)] == [422, 422, 400]
+        assert [response.status_code for response in (inside, encoded, strange)] == [422, 422, 400]
         assert strange.json()["error"].startswith("`stream`: Input should be a valid boolean")
 
-    def test_more_than_may_be_in_flight(self, faulty: Endpoint) -> None:
-        large = faulty.latents(frames=31, height=192, width=192)  # 121 frames: 13.4 MB, and what is encoded of them
+    def test_a_request_over_the_limit_in_flight(self, faulty: Endpoint) -> None:
+        large = faulty.latents(frames=31, height=192, width=192)  # 121 frames: 13.4 MB, and their encoded size
         assert faulty.post(large[:, :, :1], stream="true").ok
         refused = faulty.post(large, stream="true")
         assert refused.status_code == 413
@@ -198,16 +198,16 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("fault", "status"), [(PAYLOAD_BUG, 500), (BUG, 500), (NEVER_ENOUGH, 503), (NOT_FINITE, 422)]
     )
-    def test_what_fails_before_the_first_byte(self, faulty: Endpoint, fault: int, status: int) -> None:
-        response = ask(faulty, seed=fault)
+    def test_a_failure_before_the_first_byte(self, faulty: Endpoint, fault: int, status: int) -> None:
+        response = send_request(faulty, seed=fault)
         assert (response.status_code, next(iter(response.json()))) == (status, "error")
         assert_well(faulty)
 
-    def test_what_waits_past_the_deadline(self, faulty: Endpoint) -> None:
+    def test_a_request_that_waits_past_the_deadline(self, faulty: Endpoint) -> None:
         wait_for_metric(faulty, "inf_batch_current_size", 0)
         responses = [Future() for _ in range(10)]
         for future in responses:
-            threading.Thread(target=lambda f: f.set_result(ask(faulty, seed=SLOW)), args=(future,)).start()
+            threading.Thread(target=lambda f: f.set_result(send_request(faulty, seed=SLOW)), args=(future,)).start()
         statuses = [future.result().status_code for future in responses]
         assert set(statuses) == {200, 504}
         for future in responses:
@@ -216,7 +216,9 @@ class TestRefused:
 
 
 class TestBroken:
-    """After the first byte: the connection ends without the last chunk, and the file without its last box."""
+    """Tests of errors after the first byte: the connection ends without the last chunk, and the file without its last
+    box.
+    """
 
     @pytest.mark.parametrize(
         ("fault", "logs"),
@@ -228,7 +230,7 @@ class TestBroken:
     )
     def test_a_failure_midway(self, faulty: Endpoint, fault: int, logs: str) -> None:
         before = metric(faulty, "vae_broken_streams_total")
-        response = ask(faulty, seed=fault)
+        response = send_request(faulty, seed=fault)
         assert response.status_code == 200
         received = []
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
@@ -242,14 +244,14 @@ class TestBroken:
         assert_well(faulty)
 
     def test_out_of_memory_before_the_first_byte_is_tried_in_the_next_mode(self, faulty: Endpoint) -> None:
-        response = ask(faulty, seed=OUT_OF_MEMORY)
+        response = send_request(faulty, seed=OUT_OF_MEMORY)
         assert response.headers["X-VAE-Mode"] == "tiled"
         assert is_complete(read(response))
 
-    def test_a_reader_that_leaves_ends_the_work(self, faulty: Endpoint) -> None:
+    def test_a_disconnected_reader_ends_the_work(self, faulty: Endpoint) -> None:
         before = metric(faulty, "vae_broken_streams_total")
         stopped = metric(faulty, "vae_stopped_passes_total")
-        response = ask(faulty, latents=faulty.latents(frames=31, height=32, width=48), seed=CHUNK_SLOW)
+        response = send_request(faulty, latents=faulty.latents(frames=31, height=32, width=48), seed=CHUNK_SLOW)
         next(response.iter_content(100))
         response.close()
         assert logged(faulty, response.headers["X-Request-Id"])
@@ -257,7 +259,7 @@ class TestBroken:
         assert metric(faulty, "vae_broken_streams_total") == before
         assert metric(faulty, "vae_stopped_passes_total") == stopped + 1
 
-    def test_a_reader_that_stalls_is_given_up_at_the_deadline(self, faulty: Endpoint) -> None:
+    def test_a_stalled_reader_is_disconnected_at_the_deadline(self, faulty: Endpoint) -> None:
         latents = small(faulty)
         lines = [
             f"POST /decode?shape=1,16,7,4,6&dtype=float32&stream=true&seed={NOISE} HTTP/1.1",
@@ -267,19 +269,19 @@ class TestBroken:
         ]
         head = "\r\n".join([*lines, "", ""])
         with socket.socket() as reader:
-            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # as little as the kernel allows
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the smallest buffer that the kernel allows
             reader.connect(("127.0.0.1", urlsplit(faulty.url).port))
             reader.sendall(head.encode() + tensor_bytes(latents))
             assert reader.recv(12) == b"HTTP/1.1 200"
             assert metric(faulty, "vae_bytes_in_flight") > latents.nbytes
-            wait_for_metric(faulty, "inf_batch_current_size", 0)  # the device does not wait for it
+            wait_for_metric(faulty, "inf_batch_current_size", 0)  # the device does not wait for the reader
             line = logged(faulty, "stalls")
             assert line["error"] == f"the stream broke: no response within {TIMEOUT} s (VAE_TIMEOUT); send less at once"
         assert_well(faulty)
 
 
 class TestStream:
-    def test_a_writer_waits_for_its_reader_when_the_bound_is_reached(self) -> None:
+    def test_a_writer_waits_for_its_reader_at_the_bound(self) -> None:
         begun = threading.Event()
         stream = Stream(begun.set)
         first = stream.read()
@@ -297,7 +299,7 @@ class TestStream:
         stream.end()
         assert [stream.read().result(10) for _ in range(3)] == [b"2", b"", b""]
 
-    def test_what_came_before_a_failure_is_read_first(self) -> None:
+    def test_bytes_before_a_failure_are_read_first(self) -> None:
         stream = Stream(lambda: None)
         stream.write(b"1")
         stream.fail(ValueError("first"))
@@ -308,13 +310,13 @@ class TestStream:
         with pytest.raises(ValueError, match="first"):
             stream.write(b"2")
 
-    def test_one_that_failed_before_it_began_never_begins(self) -> None:
+    def test_a_stream_that_failed_before_its_start_never_starts(self) -> None:
         stream = Stream(lambda: pytest.fail("it has begun"))
         stream.fail(ValueError("no"))
         with pytest.raises(ValueError, match="no"):
             stream.write(b"1")
 
-    def test_a_reader_that_leaves_wakes_the_writer(self) -> None:
+    def test_a_disconnected_reader_wakes_the_writer(self) -> None:
         stream = Stream(lambda: None)
         stream.write(bytes(BOUND))
         error: Future[None] = Future()
@@ -330,7 +332,7 @@ class TestStream:
         with pytest.raises(RequestError, match="nobody reads this stream any more"):
             error.result(10)
 
-    def test_a_slow_reader_holds_back_the_encoder_and_not_who_adds_frames(self) -> None:
+    def test_a_slow_reader_blocks_only_the_encoder(self) -> None:
         begun = threading.Event()
         stream, noise = Stream(begun.set), np.random.default_rng(0)
         count = 60
@@ -340,19 +342,19 @@ class TestStream:
         assert begun.wait(20)
         file = b""
         while chunk := stream.read().result(20):
-            assert len(chunk) < BOUND + 400_000  # and one frame
+            assert len(chunk) < BOUND + 400_000  # plus one frame
             file += chunk
             time.sleep(0.01)
         assert len(file) > 2 * BOUND
-        assert len(frames_of(file)) == count
+        assert len(read_frames(file)) == count
 
 
 def test_when_the_device_is_lost_midway_the_stream_breaks(faulty: Endpoint) -> None:
-    """The last test, as this endpoint serves no more."""
-    response = ask(faulty, seed=CHUNK_LOSES_DEVICE)
+    """Test a lost device. This test is the last, because the endpoint is then unusable."""
+    response = send_request(faulty, seed=CHUNK_LOSES_DEVICE)
     assert response.status_code == 200
     with pytest.raises(Broken):
         read(response)
     wait_for_metric(faulty, "inf_batch_current_size", 0)
     assert requests.get(f"{faulty.url}/health", timeout=5).status_code == 503
-    assert ask(faulty).status_code == 503
+    assert send_request(faulty).status_code == 503

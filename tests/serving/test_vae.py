@@ -1,4 +1,4 @@
-"""Where weights come from, and the published architectures."""
+"""Tests of the sources of weights, and of the published architectures."""
 
 import json
 import shutil
@@ -18,23 +18,23 @@ from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
 
 
-def bias_of(vae: VAE) -> torch.Tensor:
+def read_bias(vae: VAE) -> torch.Tensor:
     return vae.model.decoder.conv_in.bias
 
 
-def test_an_explicit_folder_comes_first(checkpoint: Callable[[str], Path]) -> None:
+def test_an_explicit_folder_has_priority(checkpoint: Callable[[str], Path]) -> None:
     vae = VAE.load(MODELS["sd-v1"], str(checkpoint("sdxl")), Settings(weights=str(checkpoint("sd-v1"))), "cpu")
     assert vae.config.scaling_factor == 0.18215
 
 
-@pytest.mark.parametrize("place", [".", "vae"])
-def test_then_the_mounted_repository(checkpoint: Callable[[str], Path], tmp_path: Path, place: str) -> None:
-    shutil.copytree(checkpoint("flux"), tmp_path / place, dirs_exist_ok=True)
+@pytest.mark.parametrize("subfolder", [".", "vae"])
+def test_the_mounted_repository_is_second(checkpoint: Callable[[str], Path], tmp_path: Path, subfolder: str) -> None:
+    shutil.copytree(checkpoint("flux"), tmp_path / subfolder, dirs_exist_ok=True)
     vae = VAE.load(MODELS["flux"], str(tmp_path), Settings(), "cpu")
     assert vae.config.shift_factor == 0.1159
 
 
-def test_then_the_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_checkpoint_is_third(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     class Custom(EndpointHandler):
         checkpoint = str(tmp_path)
         subfolder = "deep"
@@ -49,7 +49,7 @@ def test_then_the_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path) 
     assert VAE.load(Custom, str(repository_without_vae), Settings(), "cpu").config.scaling_factor == 0.13025
 
 
-def test_the_checkpoint_is_asked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_checkpoint_is_requested_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises((OSError, LocalEntryNotFoundError), match="madebyollin/sdxl-vae-fp16-fix"):
@@ -96,13 +96,13 @@ def test_published_video_architecture_with_random_weights() -> None:
     assert decoded.shape == (1, 3, 9, 64, 64)
 
 
-def test_random_weights_are_seeded() -> None:
+def test_random_weights_are_reproducible() -> None:
     first, second = (VAE.load(MODELS["tiny"], "", Settings(weights="random"), "cpu") for _ in range(2))
-    assert torch.equal(bias_of(first), bias_of(second))
+    assert torch.equal(read_bias(first), read_bias(second))
 
 
 class TestOverflow:
-    """Weights that take float16 out of its range, and not float32: as the first VAE of SDXL."""
+    """Tests of weights that exceed the range of float16, but not of float32, as the first VAE of SDXL does."""
 
     @pytest.fixture
     def vae(self, checkpoint: Callable[[str], Path]) -> VAE:
@@ -112,7 +112,7 @@ class TestOverflow:
         return vae
 
     @pytest.mark.parametrize(("task", "shape"), [("decode", (1, 4, 8, 8)), ("encode", (1, 3, 64, 64))])
-    def test_it_runs_once_more_in_float32(self, vae: VAE, task: str, shape: tuple[int, ...]) -> None:
+    def test_an_overflow_runs_again_in_float32(self, vae: VAE, task: str, shape: tuple[int, ...]) -> None:
         inputs = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 1
         half = getattr(vae.model, task)(inputs.half(), return_dict=False)[0]
         assert not (half if task == "decode" else half.mode()).isfinite().all()
@@ -125,19 +125,20 @@ class TestOverflow:
         exact = exact if task == "decode" else exact.mode()
         torch.testing.assert_close(result.float(), exact, atol=1e-2, rtol=1e-3)
 
-    def test_so_does_what_torch_has_no_kernel_for(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_missing_kernel_runs_again_in_float32(self, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
         decode = vae.model.decode
 
         def without_half(latents: torch.Tensor, **options: object) -> object:
             if latents.dtype == torch.float16:
-                raise RuntimeError("\"replication_pad3d\" not implemented for 'Half'")  # torch 2.5 on a CPU
+                # the error of torch 2.5 on a CPU
+                raise RuntimeError("\"replication_pad3d\" not implemented for 'Half'")
             return decode(latents, **options)
 
         monkeypatch.setattr(vae.model, "decode", without_half)
         result, mode = vae.decode(torch.rand(1, 4, 8, 8))
         assert (result.dtype, mode) == (torch.float16, Mode.FULL)
 
-    def test_what_is_infinite_in_float32_too_is_an_error(self, vae: VAE) -> None:
+    def test_infinity_in_float32_is_an_error(self, vae: VAE) -> None:
         vae.model.decoder.conv_out.bias.fill_(float("nan"))
         with pytest.raises(
             RequestError, match="gives NaN or infinity for this decode request, even in float32"

@@ -1,1 +1,1 @@
-"""Stand-in for what `clients/comfyui` uses of ComfyUI. `comfyui_run.py` runs the real one."""
+"""Stand-in for the functions of ComfyUI that `clients/comfyui` uses. `comfyui_run.py` runs the real one."""

@@ -32,7 +32,7 @@ class VAE:
     """VAE for images or frames `[B, H, W, C]` in [0, 1]. Its model takes `[B, C, (F,) H, W]` in [-1, 1]."""
 
     def __init__(self, sd: dict[str, Tensor], device: Any = None, dtype: Any = None) -> None:
-        assert set(sd) == {"pixel_space_vae"}  # the one kind without weights
+        assert set(sd) == {"pixel_space_vae"}  # this kind alone has no weights
         self.device, self.vae_dtype = device, dtype
         self.first_stage_model: Any = Placeholder()
         self.patcher = Patcher(self.first_stage_model)
