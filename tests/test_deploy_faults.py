@@ -1,4 +1,7 @@
-"""A fault at each step of a deployment, before or after its work: the message tells what remains and what to do."""
+"""Tests of a fault at each request of a deployment, before or after its work.
+
+The message must tell what remains and how to continue.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ NAME = "remote-vae-flux"
 KEY = f"{NAMESPACE}/{NAME}"
 LIVE = f"/live/{KEY}"
 
-STEPS = {
+REQUESTS = {
     "token": ("GET", "whoami", None),
     "endpoint": ("GET", f"^/v2/endpoint/{KEY}$", False),
     "repository": ("GET", f"^/api/models/{KEY}$", None),
@@ -31,17 +34,20 @@ STEPS = {
 }
 """Method and path of a request, and whether the endpoint must exist already."""
 CHANGING = ("new repository", "copy", "commit", "new endpoint")
-"""Steps whose work may be done when the response is lost."""
+"""Requests whose work may be complete when the response is lost."""
 FAULTS = ("cut", 401, 403, 429, 500, 504, "Ctrl-C")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("step", "after"), [(step, False) for step in STEPS] + [(step, True) for step in CHANGING])
+@pytest.mark.parametrize(
+    ("request_name", "after"),
+    [(request_name, False) for request_name in REQUESTS] + [(request_name, True) for request_name in CHANGING],
+)
 def test_a_fault_tells_what_remains_and_the_same_command_continues(
-    hub: Hub, deploy: Runner, step: str, after: bool, fault: str | int
+    hub: Hub, deploy: Runner, request_name: str, after: bool, fault: str | int
 ) -> None:
-    """A read changes nothing, so a lost response is the same as a lost request. `after` is for the other steps."""
-    method, path, endpoint_exists = STEPS[step]
+    """Test each fault. `after` does not apply to a read, because a lost response is then the same as a lost request."""
+    method, path, endpoint_exists = REQUESTS[request_name]
     hub.script = ["pending", "running"]
     if fault == "cut":
         hub.drop(method, path, after=after, endpoint_exists=endpoint_exists)
