@@ -35,14 +35,19 @@ REQUESTS = {
 """Method and path of a request, and whether the endpoint must exist already."""
 CHANGING = ("new repository", "copy", "commit", "new endpoint")
 """Requests whose work may be complete when the response is lost."""
-FAULTS = ("cut", 401, 403, 429, 500, 504, "Ctrl-C")
+FAULTS = ("cut", 500, "Ctrl-C")
+"""Faults of every request."""
+STATUSES = (401, 403, 429, 504)
+"""Further statuses for a request to the platform, to the Hub and to the endpoint."""
+CASES = [
+    *((name, False, fault) for name in REQUESTS for fault in FAULTS),
+    *((name, True, fault) for name in CHANGING for fault in FAULTS),
+    *((name, False, status) for name in ("token", "commit", "new endpoint") for status in STATUSES),
+    *(("encode", False, status) for status in (401, 403, 504)),  # 429 is retried, as long as the endpoint starts
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(
-    ("request_name", "after"),
-    [(request_name, False) for request_name in REQUESTS] + [(request_name, True) for request_name in CHANGING],
-)
+@pytest.mark.parametrize(("request_name", "after", "fault"), CASES)
 def test_a_fault_tells_what_remains_and_the_same_command_continues(
     hub: Hub, deploy: Runner, request_name: str, after: bool, fault: str | int
 ) -> None:

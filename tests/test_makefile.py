@@ -14,6 +14,7 @@ import pytest
 
 from scripts.local_server import ROOT
 from scripts.make_options import SWITCHES, TAKES
+from tests.support import forked
 
 VARIABLES = {target: set(names.split()) for target, names in TAKES.items()}
 COMMANDS = sorted(VARIABLES.keys() - {"test", "test-endpoint", "test-page"})
@@ -169,7 +170,7 @@ def test_the_environment_sets_no_options() -> None:
 def test_a_command_has_an_option_for_each_variable(target: str) -> None:
     line = make(target)[1]
     module, *subcommand = re.search(r"python -m (\S+)(.*)$", line)[0].removeprefix("python -m ").split()
-    command = [sys.executable, "-m", module, *[word for word in subcommand if word != "--all"], "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
-    options = set(re.findall(r"--[a-z-]+", shown.stdout))
+    words = [word for word in subcommand if word != "--all"]
+    _, shown, _ = forked.run("-m", module, *words, "--help", COLUMNS="200")
+    options = set(re.findall(r"--[a-z-]+", shown))
     assert {f"--{name.lower().replace('_', '-')}" for name in VARIABLES[target]} <= options

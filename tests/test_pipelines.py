@@ -252,7 +252,7 @@ class TestAmbiguousInput:
     def test_latents_that_may_be_raw(self, service: Service, key: str, layout: str) -> None:
         latents = some_latents(key)
         error = service.refusal(key, latents, "decode", output_type="pt", do_scaling=True)
-        assert f"some pipelines give {layout} latents" in error
+        assert f"pipelines give {layout} latents either denormalized or normalized" in error
         assert_close(
             service.tensor(key, latents, "decode", output_type="pt", do_scaling=False),
             by_itself(service.model(key), latents),

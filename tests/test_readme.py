@@ -277,3 +277,13 @@ def test_documented_metrics_match_the_code() -> None:
     exported = set(re.findall(r"^# TYPE ((?:vae|inf)_\w+)", text, re.MULTILINE))
     table = OPERATING[OPERATING.index("## Metrics") : OPERATING.index("## Log")]
     assert set(re.findall(r"(?:vae|inf)_\w+", table)) == exported
+
+
+def test_the_texts_of_503_responses_are_those_of_the_code() -> None:
+    section = (ROOT / "docs" / "operating.md").read_text().partition("## Responses with 503")[2].partition("\n## ")[0]
+    texts = re.findall(r"^\| (`.+?`) \|", section, re.MULTILINE)
+    paths = [*(ROOT / "handlers" / "serving").rglob("*.py"), ROOT / "scripts" / "connections.py"]
+    code = "".join(path.read_text() for path in paths)
+    assert len(texts) > 8
+    for text in re.findall(r"`(.+?)`", " ".join(texts)):
+        assert re.search(re.sub(r"\d", r"\\{\\w+\\}", text), code), text

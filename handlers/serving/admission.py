@@ -46,8 +46,12 @@ class Admission:
         with anyio.move_on_after(self.limits.queue_timeout) as waiting:
             await self.slots.acquire()
         if waiting.cancelled_caught:
-            limit = self.limits.max_queue
-            raise RequestError(f"the queue has {limit} requests already (VAE_MAX_QUEUE); try again soon", 503)
+            limits = self.limits
+            raise RequestError(
+                f"no slot was free within {limits.queue_timeout:g} s (VAE_QUEUE_TIMEOUT): {limits.max_queue} requests "
+                "wait already, besides those on a device (VAE_MAX_QUEUE); try again soon",
+                503,
+            )
         try:
             yield
         finally:

@@ -122,7 +122,7 @@ class DeviceQueue:
         return self._problem
 
     def check_open(self) -> None:
-        """Raise `RequestError`, status 503, when the queue takes no more work."""
+        """Raise `RequestError`, status 503, at shutdown and when no device is left."""
         if self._closing or not self._alive:
             raise RequestError(f"{self.problem}; try again soon", 503)
 

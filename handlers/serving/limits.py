@@ -29,11 +29,11 @@ class Limits(BaseModel):
     max_batch: Annotated[int, Field(ge=1)] = 64
     """Images or videos of a request."""
     max_queue: Annotated[int, Field(ge=1)] = 64
-    """Requests with a complete body, beside those on a device. One more waits for `queue_timeout`."""
+    """Slots, one more for each device. A request has one from its complete body to the end of its response."""
     queue_timeout: Annotated[float, Field(ge=0)] = 5
     """Seconds that a request waits for a slot before it is refused (503).
 
-    Existing clients do not retry, and many retries at once would keep the service busy.
+    diffusers' `remote_decode` does not retry, and many retries at once would keep the service busy.
     """
     timeout: Annotated[float, Field(gt=0)] = 300
     """Seconds from the first byte of a request until its response is ready."""
@@ -59,7 +59,8 @@ class Limits(BaseModel):
             )
         if size > self.max_in_flight_mb * 1e6:
             raise RequestError(
-                f"{self.max_in_flight_mb:g} MB are in flight already (VAE_MAX_IN_FLIGHT_MB); try again soon",
+                f"with this request more than {self.max_in_flight_mb:g} MB would be in flight (VAE_MAX_IN_FLIGHT_MB); "
+                "try again soon",
                 503,
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
@@ -42,6 +43,8 @@ from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions
 from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.memory import Mode, free_memory, is_out_of_memory, total_memory
 from handlers.serving.vae.vae import VAE
+
+logger = logging.getLogger(__name__)
 
 FLOAT = torch.float32.itemsize
 
@@ -158,11 +161,11 @@ class Pipeline:
         """Parse an HTTP request. Without a `task`, find the task from the payload."""
         media_type, files = media_type_of(content_type), [body]
         if media_type in ("application/json", "tensor/base64"):
-            with HEAP.lend(payload.json_peak(body)):
+            with HEAP.claim(payload.json_peak(body)):
                 files[0], more = payload.read_json(body)
             values = {**values, **more}
         elif media_type == "multipart/form-data":
-            with HEAP.lend(len(body)):
+            with HEAP.claim(len(body)):
                 files, more = payload.read_form(body, content_type)
             values = {**values, **more}
         is_tensor = media_type == "tensor/binary" or "shape" in values
@@ -294,7 +297,7 @@ class Pipeline:
         size = FLOAT * math.prod(shape)
         request.reserve(size)
         self._check_encode(request, shape)
-        with HEAP.lend(max(image.peak for image in images), reserved=size):
+        with HEAP.claim(max(image.peak for image in images), reserved=size):
             return pixels.from_images(map(payload.decode_image, images), shape)
 
     def _read_video(self, request: Request) -> Prepared:
@@ -314,7 +317,7 @@ class Pipeline:
         more = max(0, FLOAT * math.prod(shape) - frame_bytes)
         request.reserve(more)
         frames.reverse()
-        with HEAP.lend(0, reserved=more):
+        with HEAP.claim(0, reserved=more):
             batch = pixels.from_images((frames.pop() for _ in range(count)), shape)
         return Prepared(batch, {"X-VAE-Frames": f"the first {shape[2]} of {count}"} if shape[2] < count else {})
 
@@ -381,7 +384,8 @@ class Pipeline:
             if not is_out_of_memory(error):
                 raise
             metrics.OUT_OF_MEMORY.inc()
-            raise RequestError("this device has no free memory for that now; try again soon", 503) from error
+            logger.warning("out of memory outside of the pass: %s", error)
+            raise RequestError("this device has no free memory for the request now; try again soon", 503) from error
 
     def _run_batch(self, vae: VAE, batch: list[Work], start: float) -> tuple[Sequence[Output], Mode]:
         metrics.BATCH_SIZE.observe(len(batch))

@@ -55,6 +55,7 @@ def test_the_wheel_in_a_clean_environment(tmp_path: Path) -> None:
 def test_make_install_brings_the_command(tmp_path: Path) -> None:
     """Run the last command of the target in a copy of the project. The commands before it install the dependencies."""
     copy_package(tmp_path / "project")
+    shutil.copytree(ROOT / "scripts", tmp_path / "project" / "scripts")
     venv.create(tmp_path / "venv", with_pip=True)
     rule = ("make", "--dry-run", "--always-make", "--no-print-directory", "install", f"VENV={tmp_path / 'venv'}")
     *_, command = (line for line in run(*rule, folder=tmp_path / "project").splitlines() if " pip install " in line)

@@ -149,7 +149,7 @@ class TestSizes:
         wait_for_metric(narrow, "vae_bytes_in_flight", 1_400_000)
         response = requests.post(narrow.url, data=b"\0" * 200_000, timeout=10)
         assert response.status_code == 503
-        message = "1.5 MB are in flight already (VAE_MAX_IN_FLIGHT_MB); try again soon"
+        message = "with this request more than 1.5 MB would be in flight (VAE_MAX_IN_FLIGHT_MB); try again soon"
         assert (response.json(), response.headers["Retry-After"]) == ({"error": message}, "1")
         for connection in halves:
             connection.close()

@@ -198,7 +198,7 @@ class TestMemory:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr("handlers.serving.media.pixels.to_output", short)
-        with pytest.raises(RequestError, match="no free memory for that now; try again soon") as refused:
+        with pytest.raises(RequestError, match="no free memory for the request now; try again soon") as refused:
             send(handler.pipeline, make_latents(handler))
         assert refused.value.status == 503
 

@@ -33,7 +33,7 @@ from handlers.serving.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
-EXPOSED = ("dtype", "shape", "Server-Timing", "X-Request-Id", "X-VAE-Frames", "X-VAE-Mode")
+EXPOSED = ("dtype", "shape", "Retry-After", "Server-Timing", "X-Request-Id", "X-VAE-Frames", "X-VAE-Mode")
 """Headers of a response that pages of other origins may read."""
 
 

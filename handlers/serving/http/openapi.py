@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from handlers.model import Task
-from handlers.serving.media.request import Parameters
+from handlers.serving.media.request import IMAGE_FORMATS, Parameters
 from handlers.version import VERSION
 
 DECODE_ONLY = {
@@ -21,14 +21,15 @@ BINARY = {"type": "string", "format": "binary"}
 TEXT = {"text/plain": {"schema": {"type": "string"}}}
 JSON_OBJECT = {"application/json": {"schema": {"type": "object"}}}
 
-FILES = ("image/jpeg", "image/png", "image/webp", "video/mp4", "application/zip")
+FILES = (*(name for name in IMAGE_FORMATS if name != "image/jpg"), "video/mp4", "application/zip")
+"""Media types of files that the service sends."""
 
-TENSOR = "Bytes of a tensor, C-contiguous and little-endian, with `shape` and `dtype`"
-FILE = "a PNG, JPEG, WebP or MP4 file"
+TENSOR_BODY = "Bytes of a tensor, C-contiguous and little-endian, with `shape` and `dtype`"
+FILE_BODY = "a PNG, JPEG, WebP or MP4 file"
 BODIES: dict[Task | None, str] = {
-    "decode": f"{TENSOR}.",
-    "encode": f"{TENSOR}, or {FILE}.",
-    None: f"{TENSOR}, or {FILE}.",
+    "decode": f"{TENSOR_BODY}.",
+    "encode": f"{TENSOR_BODY}, or {FILE_BODY}.",
+    None: f"{TENSOR_BODY}, or {FILE_BODY}.",
 }
 
 SUCCESS = "The result. With `Accept: application/json` it is base64 inside JSON."
@@ -46,7 +47,7 @@ ERRORS = {
     415: "The content type, content encoding or video codec is not supported.",
     422: "The request is well-formed, but this model cannot do it, or it has two meanings.",
     500: "The service failed. Its log has the `request_id`.",
-    503: "The service is busy, starting or stopping. Try again after `Retry-After` seconds.",
+    503: "The service is busy, short of memory, starting, stopping or broken. Try again after `Retry-After` seconds.",
     504: "The service did not respond within `VAE_TIMEOUT` seconds.",
 }
 """Meaning of each status that is no success."""
@@ -104,7 +105,7 @@ def describe_interface(model: str | None = None) -> dict[str, Any]:
                     "type": "object",
                     "required": ["error"],
                     "properties": {
-                        "error": {"type": "string", "description": "The fault, what is expected, and how to mend it."},
+                        "error": {"type": "string", "description": "The fault, what is expected, and how to fix it."},
                         "request_id": {"type": "string", "description": "Id of the request in the log. Only with 500."},
                     },
                 },

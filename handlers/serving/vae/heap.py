@@ -68,9 +68,9 @@ class Heap:
         """Estimated bytes of the current pass; 0 between passes."""
         self.before = 0
         """Resident bytes when the current pass began."""
-        self.lent = 0
-        """Bytes that threads use beside the passes; see `lend`."""
-        self.lending = Lock()
+        self.claimed = 0
+        """Bytes that threads use beside the passes; see `claim`."""
+        self._claims = Lock()
 
     def configure(self, keep_pages: bool) -> None:
         """Use one heap for all threads, so that each can use what another frees.
@@ -92,7 +92,7 @@ class Heap:
 
     def available(self) -> int:
         """Return the bytes that a pass can get now."""
-        return _available() - self.reserve - self.lent
+        return _available() - self.reserve - self.claimed
 
     def capacity(self) -> int:
         """Return the most bytes that a pass can ever get."""
@@ -109,34 +109,34 @@ class Heap:
         _mallopt(M_MMAP_THRESHOLD, SMALL_BLOCK if short else LARGE_BLOCK)
 
     @contextmanager
-    def lend(self, size: int, reserved: int = 0) -> Iterator[None]:
-        """Reserve bytes for work on a thread, such as decoding an image, in a `with` block.
+    def claim(self, size: int, reserved: int = 0) -> Iterator[None]:
+        """Claim bytes for work on a thread, such as decoding an image, in a `with` block.
 
         Args:
             reserved: further bytes that the work takes, which count among the request's bytes in flight.
 
         Raises:
-            RequestError: the bytes are not free now; status 503.
+            RequestError: the bytes are not free now (503), or the process can never have them (422).
         """
-        with self.lending:
+        with self._claims:
             if self._spare() < size + reserved:
                 _return_pages()
             if self._spare() < size + reserved:
-                needed = (size + reserved) / 1e6
-                raise RequestError(
-                    f"reading this takes about {needed:.0f} MB of memory, which are not free now; try again soon", 503
-                )
-            self.lent += size
+                need = f"reading the body takes about {(size + reserved) / 1e6:.0f} MB of memory"
+                if (capacity := self.capacity()) < size + reserved:
+                    raise RequestError(f"{need}, and the service has {capacity / 1e6:.0f} MB for it", 422)
+                raise RequestError(f"{need}, which are not free now; try again soon", 503)
+            self.claimed += size
         try:
             yield
         finally:
-            with self.lending:
-                self.lent -= size
+            with self._claims:
+                self.claimed -= size
 
     def _spare(self) -> int:
         """Return the free bytes that neither the current pass nor a thread will take."""
         growth = max(0, _resident() - self.before)
-        return _available() - self.lent - max(0, self.planned - growth)
+        return _available() - self.claimed - max(0, self.planned - growth)
 
     @contextmanager
     def settle(self) -> Iterator[None]:

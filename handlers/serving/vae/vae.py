@@ -224,21 +224,21 @@ class VAE:
         return HEAP.capacity() if self.device.type == "cpu" else total_memory(self.device)
 
     def _too_large(self, task: Task, shape: Sequence[int], exact: bool) -> RequestError:
-        capacity = f"this device has {self._capacity() / 1e9:.1f} GB for it"
-        return RequestError(f"{self._describe_need(task, shape, exact)}, and {capacity}", 422)
+        need, hint = self._describe_need(task, shape, exact)
+        return RequestError(f"{need}, and this device has {self._capacity() / 1e9:.1f} GB for it{hint}", 422)
 
     def _no_free_memory(self, task: Task, shape: Sequence[int], exact: bool) -> RequestError:
-        need = self._describe_need(task, shape, exact)
-        return RequestError(f"{need}, which this device does not have free now; try again soon", 503)
+        need, hint = self._describe_need(task, shape, exact)
+        return RequestError(f"{need}, which this device does not have free now; try again soon{hint}", 503)
 
-    def _describe_need(self, task: Task, shape: Sequence[int], exact: bool) -> str:
-        """Describe the memory of the mode that needs least, for error texts."""
+    def _describe_need(self, task: Task, shape: Sequence[int], exact: bool) -> tuple[str, str]:
+        """Return the memory of the mode that needs least, and a hint how to need less, for error texts."""
         least = self._offered(task, shape[0], exact)[-1]
         gigabytes = self._estimate(task, shape).needed(least, shape[0]) / 1e9
         need = f"`shape` {list(shape)} takes about {gigabytes:.1f} GB of memory"
         if exact:
-            return f"{need} in diffusers' own pass; without `exact` it may take less"
-        return need + (" even in tiles" if least is Mode.TILED else ", and this model has no tiles for it")
+            return f"{need} in diffusers' own pass", "; without `exact` (or VAE_EXACT) it may take less"
+        return need + (" even in tiles" if least is Mode.TILED else ", and this model has no tiles for it"), ""
 
     def _pass(self, mode: Mode) -> AbstractContextManager[None]:
         """Install the forward pass of a mode for a `with` block."""
