@@ -66,7 +66,7 @@ def test_every_command_in_the_guide_works_in_order(hub: Hub, deploy: Runner, mak
 
 
 def test_every_command_in_the_readme_works(hub: Hub, deploy: Runner, make: list[str]) -> None:
-    """The blocks of code are alternatives, so each runs by itself."""
+    """Run each block of code by itself, because the blocks are alternatives."""
     blocks = [
         block
         for block in re.findall(r"^```.*?^```", (PROJECT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
