@@ -1,4 +1,4 @@
-"""What docs/models.md says of adding a model, done as it says: from its blocks of code to a served picture."""
+"""Tests of adding a model as docs/models.md describes it: from its blocks of code to a served image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = re.search(r"`make serve MODEL=(\S+)`", ADDING)[1]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project with the model in it."""
+    """Copy the project and add the model."""
     project = copy_project(tmp_path)
     (project / "endpoint.json").unlink()
     (project / FILE).write_text(CLASS)
@@ -37,11 +37,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     code = registry.read_text().splitlines(keepends=True)
     for line in LINES.splitlines(keepends=True):
         if line.startswith(" "):
-            assert line[1:] in code  # what is there already
+            assert line[1:] in code  # the line exists already
         else:
             follows = r"from handlers\." if "import" in line else r"MODELS: "
-            place = max(number for number, there in enumerate(code) if re.match(follows, there))
-            code.insert(place + 1, line[1:])
+            index = max(number for number, line_of_code in enumerate(code) if re.match(follows, line_of_code))
+            code.insert(index + 1, line[1:])
     registry.write_text("".join(code))
     monkeypatch.setattr(local_server, "ROOT", project)
     return project
@@ -49,7 +49,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """A checkpoint of the upscaler's shape with few channels: three blocks, so 4 pixels a latent."""
+    """Save a checkpoint of the upscaler's shape with few channels: three blocks, so 4 pixels a latent."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16),
@@ -69,13 +69,13 @@ def declare(project: Path, old: str, new: str) -> None:
 
 
 def served(project: Path, *arguments: str) -> str:
-    """What `make serve` says before it ends."""
-    _, _, said = forked.run("-m", "scripts.serve", "--model", KEY, *arguments, folder=project)
-    return said
+    """Return the output of `make serve` for settings that make it end."""
+    _, _, stderr = forked.run("-m", "scripts.serve", "--model", KEY, *arguments, folder=project)
+    return stderr
 
 
 def assert_decodes(weights: Path, tmp_path: Path) -> None:
-    """The server gives what the VAE itself gives for scaled latents, to the released client."""
+    """Check that the server returns the VAE's own result for scaled latents to the client of diffusers."""
     latents = torch.randn(1, 4, 24, 16) * 0.1
     with serve("--model", KEY, "--weights", str(weights), log=tmp_path / "log") as url:
         decoded = remote_decode(url, latents, scaling_factor=0.08333, output_type="pt", return_type="pt")
@@ -87,11 +87,11 @@ def assert_decodes(weights: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_the_documented_model_decodes_a_picture(weights: Path, tmp_path: Path) -> None:
+def test_the_documented_model_decodes_an_image(weights: Path, tmp_path: Path) -> None:
     assert_decodes(weights, tmp_path)
 
 
-def test_it_is_listed(project: Path) -> None:
+def test_the_documented_model_is_listed(project: Path) -> None:
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", *arguments]
         return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
@@ -99,8 +99,8 @@ def test_it_is_listed(project: Path) -> None:
     assert re.search(rf"^{KEY} +\[B, 4, H/4, W/4\] +do_scaling ", run("scripts.models"), re.MULTILINE)
 
 
-def test_no_test_fails_once_the_documents_have_it(project: Path) -> None:
-    """Of those that go through the models."""
+def test_the_tests_of_models_succeed_with_the_documented_model(project: Path) -> None:
+    """Run the tests that go through the models."""
     for name in ("tests", "docs", "clients", "benchmarks"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     for name in ("README.md", "pyproject.toml"):
@@ -109,31 +109,31 @@ def test_no_test_fails_once_the_documents_have_it(project: Path) -> None:
     readme.write_text(readme.read_text().replace("`sd-v1` ", f"`sd-v1` `{KEY}` ", 1))
     table.write_text(table.read_text().replace("| `sd-v1` |", f"{ROW[1:]}| `sd-v1` |", 1))
 
-    those = "key or every_model or models_table or printed_models"
+    expression = "key or every_model or models_table or printed_models"
     files = ("tests/test_models.py", "tests/test_readme.py")
-    status, said, _ = forked.run("-m", "pytest", "--assert=plain", "-qk", those, *files, folder=project)
-    assert status == 0, said
-    assert re.search(r"^([6-9]|\d\d) passed", said, re.MULTILINE)
+    status, stdout, _ = forked.run("-m", "pytest", "--assert=plain", "-qk", expression, *files, folder=project)
+    assert status == 0, stdout
+    assert re.search(r"^([6-9]|\d\d) passed", stdout, re.MULTILINE)
 
 
-def test_what_is_declared_wrong_is_told_with_what_was_found(project: Path, weights: Path) -> None:
+def test_a_wrong_declaration_is_an_error_with_both_values(project: Path, weights: Path) -> None:
     (shown,) = re.findall(r"`(X4Upscaler declares .*?)`", ADDING)
     declare(project, '"stabilityai/stable-diffusion-x4-upscaler"', f'"{weights}"')
     declare(project, "    vae_scale_factor = 4\n", "")
     assert served(project).splitlines()[-1] == f"error: {shown}"
 
     declare(project, "    latent_channels = 4\n", "    vae_scale_factor = 4\n")
-    said = "declares latent_channels = None, but its AutoencoderKL has latent_channels = 4"
-    assert re.fullmatch(rf"error: \w+ {said}", served(project).splitlines()[-1])
+    message = "declares latent_channels = None, but its AutoencoderKL has latent_channels = 4"
+    assert re.fullmatch(rf"error: \w+ {message}", served(project).splitlines()[-1])
 
 
-def test_what_must_be_declared(project: Path) -> None:
+def test_a_missing_declaration_is_an_error(project: Path) -> None:
     declare(project, '    dtype = "float32"\n    latent_channels = 4\n', "")
     last = "x4-upscaler does not declare {}; handlers/model.py says what that is"
     assert served(project).splitlines() == [f"error: {last.format('dtype')}"]
 
 
-def test_a_class_that_diffusers_does_not_have(project: Path, weights: Path, tmp_path: Path) -> None:
+def test_an_unknown_class_of_diffusers_is_an_error(project: Path, weights: Path, tmp_path: Path) -> None:
     named = re.search(r"`(vae_class = .*?)`", ADDING)[1]
     declare(project, 'vae_class = "AutoencoderKL"', named)
     module, _, name = named.split('"')[1].partition(":")

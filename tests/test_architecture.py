@@ -1,4 +1,4 @@
-"""Each file, class, function, variable, path and target that docs/architecture.md names exists."""
+"""Tests that each file, class, function, variable, path and target in docs/architecture.md exists."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def known() -> set[str]:
     return names | {f"make {target}" for target in re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)}
 
 
-def test_its_links_resolve() -> None:
+def test_links_resolve() -> None:
     links = set(re.findall(r"\]\(([^)]+)\)", TEXT))
     assert [link for link in links if not (DOCUMENT.parent / link).exists()] == []
     assert len(links) > 30
@@ -53,7 +53,7 @@ def test_each_name_exists() -> None:
     assert len(named) > 80
 
 
-def test_the_diagram_has_the_steps_of_the_text() -> None:
+def test_the_diagram_has_the_numbers_of_the_text() -> None:
     section = TEXT.partition("## The life of a request")[2].partition("\n## ")[0]
-    steps = re.findall(r"^(\d+)\. ", section, re.MULTILINE)
-    assert set(re.findall(r": (\d+) ", DIAGRAM)) == set(steps)
+    numbers = re.findall(r"^(\d+)\. ", section, re.MULTILINE)
+    assert set(re.findall(r": (\d+) ", DIAGRAM)) == set(numbers)

@@ -1,4 +1,4 @@
-"""The arithmetic and the tables of the benchmark, and a run at toy sizes. `make bench` is the real run."""
+"""Tests of the benchmark's arithmetic and tables, and a run at toy sizes. `make bench` is the real run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from benchmarks.peak import allocated_peak, peak_bytes
 from benchmarks.service import Client, Load, percentiles
 from handlers import MODELS
 
-KIBIBYTE = torch.empty(256)  # of float32
+KIBIBYTE = torch.empty(256)  # the bytes of a float32
 
 
-def test_the_peak_counts_tensors_that_are_alive_together() -> None:
+def test_the_peak_counts_simultaneous_tensors() -> None:
     def call() -> torch.Tensor:
         a = KIBIBYTE + 1
-        b = a * 2  # two are alive here
+        b = a * 2  # two tensors exist here
         del a
-        return (b - 1).view(16, 16).add_(1)  # and here; neither a view nor an in-place step takes more
+        return (b - 1).view(16, 16).add_(1)  # two here as well: a view and an in-place operation take no memory
 
     assert peak_bytes(call) == 2 * 1024
 
 
-def test_the_peak_leaves_out_earlier_tensors() -> None:
+def test_the_peak_excludes_earlier_tensors() -> None:
     assert peak_bytes(lambda: KIBIBYTE.add_(0)) == 0
 
 
@@ -39,7 +39,7 @@ def test_the_allocators_peak_counts_memory_inside_operators() -> None:
     assert allocated_peak(call, torch.device("cpu")) > peak_bytes(call)
 
 
-def test_calls_take_turns_and_the_ratio_is_their_median() -> None:
+def test_calls_alternate_and_the_ratio_is_their_median() -> None:
     turns: list[str] = []
     calls = {name: lambda name=name: turns.append(name) for name in ("a", "b")}
     assert {name: len(times) for name, times in forward.by_turns(calls, torch.device("cpu"), 2).items()} == {
@@ -56,11 +56,11 @@ def test_percentiles_are_measured_values() -> None:
 
 
 @pytest.mark.parametrize(("task", "tflop"), [("decode", 2.5), ("encode", 1.1)])
-def test_the_floor_is_the_arithmetic_of_an_image(task: str, tflop: float) -> None:
+def test_the_floor_is_the_arithmetic_for_an_image(task: str, tflop: float) -> None:
     assert forward.flops("sd-v1", task, (512, 512, None)) / 1e12 == pytest.approx(tflop, rel=0.05)
 
 
-def test_psnr_is_for_values_in_a_range_of_two() -> None:
+def test_psnr_assumes_a_range_from_minus_1_to_1() -> None:
     exact = torch.zeros(4)
     assert forward.peak_signal_noise_ratio(exact + 0.02, exact) == pytest.approx(40, abs=1e-3)
     assert forward.peak_signal_noise_ratio(exact, exact) is None
@@ -126,7 +126,7 @@ def test_a_report_has_a_page_figures_and_plots(results: dict[str, Any], tmp_path
     assert "Not measured in this run." in (tmp_path / "README.md").read_text()
 
 
-def test_the_table_puts_each_pass_beside_plain_diffusers(results: dict[str, Any]) -> None:
+def test_the_table_compares_each_pass_with_plain_diffusers(results: dict[str, Any]) -> None:
     *_, row = report.forward_table(results["forward"]).splitlines()
     assert "| 2.000 | x 1.01 | x 0.85 | x 0.79 | 192 | x 1.00 | x 0.94 | x 0.56 |  |  | 119 | 120 | 0.80 |" in row
 

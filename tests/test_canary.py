@@ -1,4 +1,4 @@
-"""The canary against the local platform, and the local platform against a recording of the real platform."""
+"""Tests of the canary against the local platform, and of the local platform against a recording of the real one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.hub_server import Hub
 __all__ = ["deploy", "hub", "storage_client"]  # fixtures
 
 RECORDED = Path(__file__).parent / "platform_answers.json"
-"""The recording of `make canary` on the real platform. The file does not exist until somebody has run it."""
+"""Recording of `make canary` on the real platform. The file does not exist until somebody has run it."""
 
 
 def unlike(local: Any, real: Any, where: str = "") -> list[str]:
@@ -52,7 +52,7 @@ def compare(local: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[str
 
 def test_the_canary_deletes_everything_and_records_without_names(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
     hub.serve = "process"
-    file = tmp_path / "answers.json"
+    file = tmp_path / "recording.json"
 
     result = deploy("canary", "--record", str(file))
 
@@ -76,17 +76,17 @@ def test_the_canary_deletes_everything_and_records_without_names(hub: Hub, deplo
 
 
 @pytest.mark.parametrize("path", ["/live/", "/commit/"])
-def test_a_canary_that_fails_deletes_everything_too(hub: Hub, deploy: Runner, tmp_path: Path, path: str) -> None:
+def test_a_failed_canary_deletes_everything(hub: Hub, deploy: Runner, tmp_path: Path, path: str) -> None:
     hub.fail("POST", path, 500, "broken")
-    result = deploy("canary", "--record", str(tmp_path / "answers.json"))
+    result = deploy("canary", "--record", str(tmp_path / "recording.json"))
     assert result.status == 1
     assert hub.endpoints == {}
     assert "nothing remains" in result.out
 
 
-def test_a_canary_that_cannot_delete_says_so(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
+def test_a_failed_deletion_is_reported(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
     hub.fail("POST", "/live/", 500, "broken")
     hub.deletion = 10_000
-    result = deploy("canary", "--record", str(tmp_path / "answers.json"))
+    result = deploy("canary", "--record", str(tmp_path / "recording.json"))
     assert result.status == 1
     assert "was deleted 300 s ago and is still" in result.lines[-1]

@@ -1,4 +1,4 @@
-"""Connections of the standalone server, in front of an app that does nothing: `scripts/connections.py`."""
+"""Tests of the standalone server's connections, with an app that does nothing: `scripts/connections.py`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ MOST = 4
 
 
 LARGE = 20_000_000
-"""Bytes of a response that no buffer of a socket takes."""
+"""Size of a response in bytes that no socket buffer can take."""
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """`/slow` takes until the client is gone, `/large` gives much at once."""
+    """Serve `/slow`, which waits for the client's disconnect, and `/large`, which returns many bytes."""
     if scope["path"] == "/large":
         return await PlainTextResponse(bytes(LARGE))(scope, receive, send)
     if scope["path"] == "/slow":
@@ -42,7 +42,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], socket.socket]]:
-    """Opens connections to a server that takes `MOST`, and gives each a second for a request's head."""
+    """Yield a function that connects to a server with `MOST` connections and a second for a request's head."""
     monkeypatch.setattr(connections, "HEAD_SECONDS", 1)
     opened: list[socket.socket] = []
     config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", http=partial(Connection, MOST))
@@ -64,20 +64,23 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], socket.soc
     thread.join()
 
 
-def answer(connection: socket.socket, request: bytes) -> tuple[int, str]:
-    """Send a request; return the status, and the body of a response that ends the connection or is one word."""
+def send_request(connection: socket.socket, request: bytes) -> tuple[int, str]:
+    """Send a request. Return the status and the body.
+
+    The response must end the connection or end with "Ok" or "}".
+    """
     connection.sendall(request)
     response = b""
     while not response.endswith((b"Ok", b"}")):
-        response += (part := connection.recv(1 << 16))
-        if not part:
+        response += (chunk := connection.recv(1 << 16))
+        if not chunk:
             break
     head, _, body = response.partition(b"\r\n\r\n")
     return int(head.split()[1]), body.decode()
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the server has closed it, or does so within the 10 s that a test waits."""
+    """Return whether the server closes the connection within the 10 s of a test."""
     try:
         return connection.recv(1) == b""
     except ConnectionResetError:
@@ -91,7 +94,7 @@ def test_a_connection_without_a_request_is_closed(connect: Callable[[], socket.s
     assert is_closed(half)
 
 
-def test_a_request_in_progress_is_not(connect: Callable[[], socket.socket]) -> None:
+def test_a_connection_with_a_request_stays_open(connect: Callable[[], socket.socket]) -> None:
     slow = connect()
     slow.sendall(GET % b"slow")
     slow.settimeout(2)
@@ -99,24 +102,24 @@ def test_a_request_in_progress_is_not(connect: Callable[[], socket.socket]) -> N
         slow.recv(1)
 
 
-def test_another_connection_takes_the_place_of_the_one_that_is_idle_for_longest(
+def test_a_new_connection_replaces_the_longest_idle_connection(
     connect: Callable[[], socket.socket],
 ) -> None:
     idle = [connect() for _ in range(MOST)]
     for connection in idle:
-        assert answer(connection, GET % b"") == (200, "Ok")
-    assert answer(connect(), GET % b"") == (200, "Ok")
+        assert send_request(connection, GET % b"") == (200, "Ok")
+    assert send_request(connect(), GET % b"") == (200, "Ok")
     assert is_closed(idle[0])
-    assert answer(idle[1], GET % b"") == (200, "Ok")
+    assert send_request(idle[1], GET % b"") == (200, "Ok")
 
 
-def test_a_response_that_is_still_read_is_not_cut_off(connect: Callable[[], socket.socket]) -> None:
+def test_a_response_is_sent_to_its_end(connect: Callable[[], socket.socket]) -> None:
     slow = [connect() for _ in range(MOST - 1)]
     for connection in slow:
         connection.sendall(GET % b"large")
     time.sleep(0.3)
     for _ in range(MOST):
-        assert answer(connect(), GET % b"") == (200, "Ok")
+        assert send_request(connect(), GET % b"") == (200, "Ok")
     for connection in slow:
         with connection.makefile("rb") as response:
             assert response.readline() == b"HTTP/1.1 200 OK\r\n"
@@ -124,38 +127,38 @@ def test_a_response_that_is_still_read_is_not_cut_off(connect: Callable[[], sock
             assert len(response.read(LARGE)) == LARGE
 
 
-def test_one_too_many_is_refused_in_json_and_the_next_one_works(connect: Callable[[], socket.socket]) -> None:
+def test_a_connection_over_the_limit_gets_json(connect: Callable[[], socket.socket]) -> None:
     busy = [connect() for _ in range(MOST)]
     for connection in busy:
         connection.sendall(GET % b"slow")
     time.sleep(0.3)
-    status, body = answer(connect(), GET % b"")
+    status, body = send_request(connect(), GET % b"")
     assert (status, json.loads(body)["error"][:25]) == (503, f"{MOST} requests are in progress"[:25])
     busy[0].close()
     time.sleep(0.3)
-    assert answer(connect(), GET % b"") == (200, "Ok")
+    assert send_request(connect(), GET % b"") == (200, "Ok")
 
 
 @pytest.mark.parametrize(
-    ("sent", "status", "said"),
+    ("sent", "status", "message"),
     [
         (b"rubbish\r\n\r\n", 400, "no HTTP/1.1 request"),
         (b"GET nowhere HTTP/1.1\r\nHost: x\r\n\r\n", 400, "no HTTP/1.1 request"),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 300_000, 431, "larger than 131072 bytes"),
     ],
 )
-def test_what_never_becomes_a_request_is_refused_in_json(
-    connect: Callable[[], socket.socket], sent: bytes, status: int, said: str
+def test_invalid_requests_get_json(
+    connect: Callable[[], socket.socket], sent: bytes, status: int, message: str
 ) -> None:
-    got, body = answer(connect(), sent)
-    assert (got, said in json.loads(body)["error"]) == (status, True)
+    got, body = send_request(connect(), sent)
+    assert (got, message in json.loads(body)["error"]) == (status, True)
 
 
-def test_bytes_of_a_body_that_was_not_wanted_end_too(connect: Callable[[], socket.socket]) -> None:
-    """An endless one would keep a connection whose request has its response."""
+def test_an_unread_body_is_cut_off(connect: Callable[[], socket.socket]) -> None:
+    """Test that an endless body ends, because it would keep its connection open after the response."""
     endless = connect()
     head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert answer(endless, head) == (200, "Ok")
+    assert send_request(endless, head) == (200, "Ok")
     deadline = time.monotonic() + 10
     with suppress(OSError):  # a reset, or a broken pipe
         while time.monotonic() < deadline:

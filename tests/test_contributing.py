@@ -1,4 +1,4 @@
-"""The files that GitHub reads, and the changelog."""
+"""Tests of the files that GitHub reads, and of the changelog."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GITHUB = ROOT / ".github"
 FORMS = sorted(path for path in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
 
 
-def test_the_workflow_calls_what_must_hold_on_the_images_python_and_another() -> None:
+def test_the_workflow_runs_the_checks_on_two_versions_of_python() -> None:
     workflow = yaml.safe_load((GITHUB / "workflows" / "ci.yml").read_text())
     job = workflow["jobs"]["run"]
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
@@ -42,7 +42,7 @@ def test_a_release_is_published_from_its_tag_without_a_stored_token() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
-def test_a_form_is_one_that_github_takes(form: Path) -> None:
+def test_github_accepts_each_form(form: Path) -> None:
     content = yaml.safe_load(form.read_text())
     assert content.keys() == {"name", "description", "labels", "body"}
     fields = [field for field in content["body"] if field["type"] != "markdown"]
@@ -73,12 +73,12 @@ sys.exit(subprocess.call([sys.executable, "-c", ignores]))
 
 
 @pytest.mark.slow
-def test_what_the_tests_start_takes_ctrl_c_in_the_background_too() -> None:
-    """The tests run as in a shell with `nohup make test &`, which ignores SIGINT."""
+def test_processes_of_background_tests_accept_ctrl_c() -> None:
+    """Run the tests as in a shell with `nohup make test &`, which ignores SIGINT."""
     assert subprocess.run([sys.executable, "-c", IN_THE_BACKGROUND], cwd=ROOT, timeout=120).returncode == 0
 
 
-def test_the_changelogs_newest_version_is_the_one_that_is_served() -> None:
+def test_the_newest_version_of_the_changelog_is_served() -> None:
     unreleased, newest = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[:2]
     assert (unreleased, newest) == ("Unreleased", VERSION)
     assert handlers.__version__ == VERSION

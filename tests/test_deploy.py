@@ -1,4 +1,4 @@
-"""`scripts/deploy.py` from the first command to the last, against the local Hub."""
+"""Tests of `scripts/deploy.py` from the first command to the last, against the local Hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["deploy", "hub"]  # fixtures
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
-    """Return the environment of a machine without torch, diffusers and numpy."""
+    """Return the environment of a computer without torch, diffusers and numpy."""
     folder = tmp_path / "bare"
     folder.mkdir()
     for module in ("torch", "diffusers", "numpy"):
@@ -133,16 +133,16 @@ def test_a_model_that_declares_nothing_about_deploying_can_be_deployed(deploy: R
     assert re.search(r"^   vae/diffusion_pytorch_model.safetensors +\?", result.out, re.MULTILINE)
 
 
-def test_an_unknown_price_is_said(deploy: Runner) -> None:
+def test_an_unknown_price_is_shown(deploy: Runner) -> None:
     result = deploy("deploy", "--model", "flux", "--dry-run", "--vendor", "gcp", "--region", "us-east4")
 
     assert "price unknown here, see https://huggingface.co/pricing" in result.out
 
 
-def test_the_whole_life_of_an_endpoint(
+def test_an_endpoint_from_creation_to_deletion(
     hub: Hub, deploy: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy of the project with many other files is deployed to a real server, which has only the uploaded files."""
+    """Deploy a copy of the project with many other files to a real server, which has only the uploaded files."""
     hub.serve = "process"
     deploy.project = copy_project(tmp_path)
     name, key = "remote-vae-tiny", f"{NAMESPACE}/remote-vae-tiny"
@@ -187,8 +187,8 @@ def test_the_whole_life_of_an_endpoint(
     monkeypatch.chdir(tmp_path)
     _, with_diffusers = printed_code(first)
     exec(with_diffusers, {})
-    with Image.open("decoded.jpg") as picture:
-        assert picture.size == (512, 512)
+    with Image.open("decoded.jpg") as image:
+        assert image.size == (512, 512)
 
     hub.requests.clear()
     again = deploy(*public)
@@ -272,7 +272,7 @@ def test_an_endpoint_with_a_token_prints_code_that_sends_it(
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_a_checkpoint_goes_up_with_nothing_but_the_vae(hub: Hub, deploy: Runner, model: str) -> None:
+def test_only_the_vae_of_a_checkpoint_is_uploaded(hub: Hub, deploy: Runner, model: str) -> None:
     plan = deploy("deploy", "--model", model, "--dry-run")
     result = deploy("deploy", "--model", model)
 
@@ -308,7 +308,7 @@ def test_weights_can_come_from_a_folder(hub: Hub, deploy: Runner, tmp_path: Path
     assert str(folder) not in uploaded["README.md"].decode() + uploaded["endpoint.json"].decode()
 
 
-def test_no_token_goes_into_any_file(hub: Hub, deploy: Runner) -> None:
+def test_no_file_contains_a_token(hub: Hub, deploy: Runner) -> None:
     for model in ("flux", "tiny"):
         assert deploy("deploy", "--model", model).status == 0
         assert not [
@@ -334,7 +334,7 @@ def test_deploy_all_ends_with_a_table(hub: Hub, deploy: Runner) -> None:
     assert len(hub.endpoints) == len(PUBLISHED)
 
 
-def test_the_plan_says_which_clients_send_no_token(deploy: Runner) -> None:
+def test_the_plan_names_the_clients_without_a_token(deploy: Runner) -> None:
     private, public = (
         deploy("deploy", "--model", "flux", "--access", access, "--dry-run").out for access in ("private", "public")
     )
@@ -351,7 +351,7 @@ def test_deploy_all_dry_run_plans_each_published_model(hub: Hub, deploy: Runner)
     assert hub.requests == []
 
 
-def test_an_organization_can_own_it(hub: Hub, deploy: Runner) -> None:
+def test_an_organization_can_own_an_endpoint(hub: Hub, deploy: Runner) -> None:
     assert deploy("deploy", "--model", "flux", "--namespace", "lab", "--name", "shared").status == 0
     assert list(hub.endpoints) == ["lab/shared"]
     assert "lab/shared" in hub.repos
@@ -379,7 +379,7 @@ def test_foreign_endpoints_are_not_listed(hub: Hub, deploy: Runner) -> None:
     assert "other" not in deploy("endpoints").out
 
 
-def test_smoke_of_any_url_sends_no_token_to_strangers(hub: Hub, deploy: Runner) -> None:
+def test_smoke_sends_no_token_to_foreign_urls(hub: Hub, deploy: Runner) -> None:
     deploy("deploy", "--model", "flux")
 
     result = deploy("smoke", "--url", f"{hub.url}/live/{NAMESPACE}/remote-vae-flux")
@@ -388,7 +388,7 @@ def test_smoke_of_any_url_sends_no_token_to_strangers(hub: Hub, deploy: Runner) 
     assert "/encode: 401 UNAUTHORIZED; pass a token" in result.lines[-1]
 
 
-def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:
+def test_smoke_rejects_a_wrong_image(hub: Hub, deploy: Runner) -> None:
     deploy("deploy", "--model", "flux", "--access", "public")
     black = io.BytesIO()
     Image.new("RGB", (256, 256)).save(black, "PNG")
@@ -400,8 +400,8 @@ def test_smoke_rejects_a_picture_that_is_lost(hub: Hub, deploy: Runner) -> None:
     assert re.search(r"the decoded image differs from the original: \d\.\d dB, expected 15 dB", result.lines[-1])
 
 
-def test_a_model_whose_class_is_too_new_for_an_endpoint_is_refused(deploy: Runner, tmp_path: Path) -> None:
-    """`make serve` refuses it too, with an older diffusers."""
+def test_a_class_too_new_for_an_endpoint_is_refused(deploy: Runner, tmp_path: Path) -> None:
+    """Test the deployment. `make serve` refuses it too, with an older diffusers."""
     deploy.project = copy_project(tmp_path)
     (deploy.project / "endpoint.json").unlink()
     file = deploy.project / "handlers" / "sdxl.py"

@@ -1,4 +1,4 @@
-"""Deploying the new model of the documentation."""
+"""Tests of deploying the new model of the documentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.test_adding_a_model import KEY, declare, project, weights
 __all__ = ["project", "weights"]  # fixtures
 
 
-def test_it_can_be_deployed_once_all_is_declared(project: Path) -> None:
+def test_the_documented_model_can_be_deployed(project: Path) -> None:
     command = [sys.executable, "-m", "scripts.deploy", "deploy", "--model", KEY, "--dry-run"]
     planned = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
     assert f"Plan for MODEL={KEY}" in planned.stdout

@@ -1,4 +1,4 @@
-"""The commands in README.md and docs/deploying.md, as written and in order, against the local Hub."""
+"""Tests of the commands in README.md and docs/deploying.md, as written and in order, against the local Hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.hub_server import Hub, identity
 __all__ = ["deploy", "hub"]  # fixtures
 
 OTHERS = {"Quota exceeded", "storage limit reached", "is still initializing", "SIZE", "INSTANCE", "VENDOR"}
-"""Messages of the platform, one that ends with a state, and names of variables."""
+"""Messages of the platform, a message that ends with a state, and names of variables."""
 TARGETS = ("deploy", "deploy-all", "endpoints", "smoke", "pause", "pause-all", "resume", "undeploy")
 
 
@@ -61,12 +61,12 @@ def run_all(hub: Hub, deploy: Runner, make: list[str], text: str) -> None:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
 
 
-def test_every_command_of_the_guide_works_in_its_order(hub: Hub, deploy: Runner, make: list[str]) -> None:
+def test_every_command_in_the_guide_works_in_order(hub: Hub, deploy: Runner, make: list[str]) -> None:
     run_all(hub, deploy, make, (PROJECT / "docs" / "deploying.md").read_text())
 
 
-def test_every_command_of_the_readme_works(hub: Hub, deploy: Runner, make: list[str]) -> None:
-    """The blocks of code are alternatives, so each runs by itself."""
+def test_every_command_in_the_readme_works(hub: Hub, deploy: Runner, make: list[str]) -> None:
+    """Run each block of code by itself, because the blocks are alternatives."""
     blocks = [
         block
         for block in re.findall(r"^```.*?^```", (PROJECT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -114,20 +114,20 @@ def test_make_fails_with_one_line(make: list[str]) -> None:
     )
 
 
-def test_the_messages_that_the_guide_explains_are_those_of_the_script() -> None:
-    """Look for the longest part of each message between its values."""
+def test_the_script_has_the_messages_of_the_guide() -> None:
+    """Find the longest fragment of each message between its values in the script."""
     guide = (PROJECT / "docs" / "deploying.md").read_text().partition("## Troubleshooting")[2].partition("\n## ")[0]
     files = [*(PROJECT / "scripts").rglob("*.py"), PROJECT / "remote_vae" / "check.py"]
     source = re.sub(r'"\s*f?"', "", "".join(file.read_text() for file in files))
     messages = [
         message for row in re.findall(r"^\| (`.*?) \|", guide, re.MULTILINE) for message in re.findall("`(.*?)`", row)
     ]
-    parts = [max(re.split(r"\.\.\.?|\b[\d.]+\b|[A-Z_]+=", message), key=len).strip() for message in messages]
-    assert len(parts) > 20
-    assert [part for part in parts if part not in source and part not in OTHERS] == []
+    fragments = [max(re.split(r"\.\.\.?|\b[\d.]+\b|[A-Z_]+=", message), key=len).strip() for message in messages]
+    assert len(fragments) > 20
+    assert [fragment for fragment in fragments if fragment not in source and fragment not in OTHERS] == []
 
 
-def test_the_documented_prices_are_the_tables_own() -> None:
+def test_the_documented_prices_match_the_table() -> None:
     text = (PROJECT / "docs" / "deploying.md").read_text()
     rows = re.findall(r"^\| `([\w-]+)` x1 \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     for instance, price, month in rows:

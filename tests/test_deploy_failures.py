@@ -1,4 +1,4 @@
-"""Failures of `scripts/deploy.py`: one clear line, a status that is not 0, a second run that succeeds."""
+"""Tests of failures of `scripts/deploy.py`: one clear line, a status that is not 0, a second run that succeeds."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_unknown_token(hub: Hub, deploy: Runner) -> None:
     check_rerun(hub, deploy)
 
 
-def test_a_token_that_may_only_read(hub: Hub, deploy: Runner) -> None:
+def test_a_read_only_token(hub: Hub, deploy: Runner) -> None:
     hub.tokens["hf_read"] = identity(NAMESPACE, role="read")
     check(
         deploy(*FLUX, token="hf_read"),
@@ -116,13 +116,13 @@ def test_a_fine_grained_token_without_a_permission(
 
 
 @pytest.mark.parametrize(
-    ("model", "asked"),
+    ("model", "error"),
     [("fluks", "there is no model 'fluks' (did you mean flux?)"), (None, "no model was named")],
 )
-def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: str) -> None:
+def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, error: str) -> None:
     check(
         deploy("deploy", *(("--model", model) if model else ())),
-        f"error: {asked}; the models are: {', '.join(MODELS)}",
+        f"error: {error}; the models are: {', '.join(MODELS)}",
     )
     assert hub.requests == []
 
@@ -138,12 +138,12 @@ def test_an_unknown_model(hub: Hub, deploy: Runner, model: str | None, asked: st
         (["--weights", "/nowhere"], "WEIGHTS=/nowhere has no config.json and no diffusion_pytorch_model.safetensors"),
     ],
 )
-def test_an_option_that_is_not_valid(hub: Hub, deploy: Runner, arguments: list[str], message: str) -> None:
+def test_an_invalid_option(hub: Hub, deploy: Runner, arguments: list[str], message: str) -> None:
     check(deploy(*FLUX, *arguments), f"error: {message}")
     assert hub.requests == []
 
 
-def test_weights_of_another_class(deploy: Runner, tmp_path: Path) -> None:
+def test_weights_for_another_class(deploy: Runner, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
     (tmp_path / "diffusion_pytorch_model.safetensors").touch()
     check(
@@ -183,8 +183,8 @@ def test_a_namespace_without_rights(hub: Hub, deploy: Runner, namespace: str, me
 )
 def test_no_payment_method_or_quota(hub: Hub, deploy: Runner, status: int, error: str, advice: str) -> None:
     hub.fail("POST", "^/v2/endpoint/ana$", status, error)
-    said = f"Hugging Face answered {status}: {error}; {advice}"
-    check(deploy(*FLUX), f"error: could not create the endpoint {NAME}: {said}{NOTHING}")
+    message = f"Hugging Face answered {status}: {error}; {advice}"
+    check(deploy(*FLUX), f"error: could not create the endpoint {NAME}: {message}{NOTHING}")
     assert hub.endpoints == {}
     copies = len(hub.sent("duplicate"))
 
@@ -192,7 +192,7 @@ def test_no_payment_method_or_quota(hub: Hub, deploy: Runner, status: int, error
     assert len(hub.sent("duplicate")) == copies
 
 
-def test_endpoints_may_not_be_managed(hub: Hub, deploy: Runner) -> None:
+def test_a_token_that_may_not_manage_endpoints(hub: Hub, deploy: Runner) -> None:
     hub.fail("GET", "^/v2/endpoint", 403, "Forbidden")
     check(
         deploy(*FLUX),
@@ -215,7 +215,7 @@ def test_a_gated_checkpoint(hub: Hub, deploy: Runner) -> None:
 
 
 def test_a_gated_checkpoint_that_the_token_may_not_open(hub: Hub, deploy: Runner) -> None:
-    """Its conditions are accepted, so the token is the cause."""
+    """Accept the conditions of the checkpoint, so that the token is the cause."""
     hub.repos[CHECKPOINT].gated = True
     refusal = "Please enable access to public gated repositories in your fine-grained token settings"
     hub.fail("GET", "auth-check", 403, refusal)
@@ -230,7 +230,7 @@ def test_a_comma_too_many(hub: Hub, deploy: Runner, model: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://a..b", "http://localhost:abc", "localhost:8000", "ftp://localhost"])
-def test_smoke_of_no_url(deploy: Runner, url: str) -> None:
+def test_smoke_with_an_invalid_url(deploy: Runner, url: str) -> None:
     result = deploy("smoke", "--url", url)
     assert (result.status, len(result.lines)) == (1, 1)
     assert result.lines[0].startswith("error: ")
@@ -252,7 +252,7 @@ def test_pausing_all_takes_no_model(hub: Hub, deploy: Runner) -> None:
         ({"endpoint.json": b'{"model": "sdxl", "checkpoint": "x", "version": "0"}'}, "is a deployment of sdxl"),
     ],
 )
-def test_a_repository_that_is_not_ours(hub: Hub, deploy: Runner, files: dict[str, bytes], message: str) -> None:
+def test_a_foreign_repository(hub: Hub, deploy: Runner, files: dict[str, bytes], message: str) -> None:
     hub.repos[KEY] = Repo(private=True)
     hub.repos[KEY].commit(files)
     for command in (FLUX, ("undeploy", "--model", "flux", "--delete-repo", "--yes")):
@@ -260,14 +260,14 @@ def test_a_repository_that_is_not_ours(hub: Hub, deploy: Runner, files: dict[str
     check_untouched(hub)
 
 
-def test_another_name_is_the_way_out(hub: Hub, deploy: Runner) -> None:
+def test_another_name_avoids_a_foreign_repository(hub: Hub, deploy: Runner) -> None:
     hub.repos[KEY] = Repo(private=True)
     hub.repos[KEY].commit({"model.bin": b"1"})
     check_rerun(hub, deploy, *FLUX, "--name", "mine")
     assert hub.repos[KEY].files == {"model.bin": b"1"}
 
 
-def test_an_endpoint_that_is_not_ours(hub: Hub, deploy: Runner) -> None:
+def test_a_foreign_endpoint(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     foreign = f"https://endpoints.huggingface.co/{NAMESPACE}/endpoints/{NAME} was not made by this script"
     for tags, message in (
@@ -312,7 +312,7 @@ def test_immutable_settings(hub: Hub, deploy: Runner) -> None:
     ],
 )
 def test_transient_errors(hub: Hub, deploy: Runner, method: str, path: str, task: str, status: int) -> None:
-    """A request is tried five times. The next run needs two attempts."""
+    """Test a fault of each request, which is tried five times. The next run needs two attempts."""
     hub.fail(method, path, status, "busy")
     result = deploy(*FLUX)
     message = f"Hugging Face answered {status}: busy"
@@ -328,7 +328,7 @@ def test_transient_errors(hub: Hub, deploy: Runner, method: str, path: str, task
     assert list(hub.endpoints) == [KEY]
 
 
-def test_a_refusal_without_a_hint_is_waited_for_longer_and_longer(hub: Hub, deploy: Runner) -> None:
+def test_the_wait_grows_after_each_refusal_without_a_hint(hub: Hub, deploy: Runner) -> None:
     hub.fail("GET", "whoami", 500)
     result = deploy(*FLUX)
     assert re.findall(r"in (\d+) s", result.err) == ["2", "4", "8", "16"]
@@ -368,7 +368,7 @@ def test_a_failed_endpoint(hub: Hub, deploy: Runner, state: str) -> None:
     assert deploy("smoke", "--model", "flux").status == 1
 
     hub.script = [(state, "CUDA out of memory"), (state, "CUDA out of memory"), "pending", "running"]
-    check_rerun(hub, deploy)  # the old failure still shows for a while
+    check_rerun(hub, deploy)  # the old failure is visible a little longer
 
 
 def test_the_wait_times_out(hub: Hub, deploy: Runner) -> None:
@@ -395,7 +395,7 @@ def test_ctrl_c_while_uploading(hub: Hub, deploy: Runner) -> None:
 
 
 def test_ctrl_c_while_waiting(hub: Hub, deploy: Runner) -> None:
-    """A user presses Ctrl-C in a terminal."""
+    """Press Ctrl-C as a user does in a terminal."""
     hub.script = ["pending"]
     check(
         deploy.interrupt(*FLUX, when="POST /v2/endpoint"),
@@ -425,7 +425,7 @@ def test_ctrl_c_before_anything(hub: Hub, deploy: Runner) -> None:
     check_rerun(hub, deploy)
 
 
-def test_a_live_endpoint_that_does_not_answer_right(hub: Hub, deploy: Runner) -> None:
+def test_a_live_endpoint_with_a_wrong_response(hub: Hub, deploy: Runner) -> None:
     hub.fail("POST", "/live/.*/encode", 500, "out of memory")
     check(
         deploy(*FLUX),
@@ -434,14 +434,14 @@ def test_a_live_endpoint_that_does_not_answer_right(hub: Hub, deploy: Runner) ->
     check_rerun(hub, deploy)
 
 
-def test_a_proxy_that_is_not_ready_is_waited_for(hub: Hub, deploy: Runner) -> None:
+def test_the_smoke_test_waits_for_the_proxy(hub: Hub, deploy: Runner) -> None:
     hub.fail("POST", "/live/.*/encode", 503, "no replica", times=2)
     result = deploy(*FLUX)
     assert result.status == 0
     assert result.lines == [f"  {hub.url}/live/{KEY}/encode: 503 no replica; retrying, 0 s of at most 600 s so far"]
 
 
-def test_an_endpoint_that_is_not_there(deploy: Runner) -> None:
+def test_a_missing_endpoint(deploy: Runner) -> None:
     for command in ("smoke", "pause", "resume"):
         check(
             deploy(command, "--model", "flux"),
@@ -450,7 +450,7 @@ def test_an_endpoint_that_is_not_there(deploy: Runner) -> None:
         )
 
 
-def test_a_checkpoint_that_is_not_there(hub: Hub, deploy: Runner) -> None:
+def test_a_missing_checkpoint(hub: Hub, deploy: Runner) -> None:
     repo = hub.repos.pop(CHECKPOINT)
     check(
         deploy(*FLUX),

@@ -1,4 +1,7 @@
-"""A fault at each step of a deployment, before or after its work: the message tells what remains and what to do."""
+"""Tests of a fault at each request of a deployment, before or after its work.
+
+The message must tell what remains and how to continue.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ NAME = "remote-vae-flux"
 KEY = f"{NAMESPACE}/{NAME}"
 LIVE = f"/live/{KEY}"
 
-STEPS = {
+REQUESTS = {
     "token": ("GET", "whoami", None),
     "endpoint": ("GET", f"^/v2/endpoint/{KEY}$", False),
     "repository": ("GET", f"^/api/models/{KEY}$", None),
@@ -31,25 +34,25 @@ STEPS = {
 }
 """Method and path of a request, and whether the endpoint must exist already."""
 CHANGING = ("new repository", "copy", "commit", "new endpoint")
-"""Steps whose work may be done when the response is lost."""
+"""Requests whose work may be complete when the response is lost."""
 FAULTS = ("cut", 500, "Ctrl-C")
-"""Faults of every step."""
+"""Faults of every request."""
 STATUSES = (401, 403, 429, 504)
-"""Further statuses, of a step of the platform, of the Hub and of the endpoint."""
+"""Further statuses for a request to the platform, to the Hub and to the endpoint."""
 CASES = [
-    *((step, False, fault) for step in STEPS for fault in FAULTS),
-    *((step, True, fault) for step in CHANGING for fault in FAULTS),
-    *((step, False, status) for step in ("token", "commit", "new endpoint") for status in STATUSES),
+    *((name, False, fault) for name in REQUESTS for fault in FAULTS),
+    *((name, True, fault) for name in CHANGING for fault in FAULTS),
+    *((name, False, status) for name in ("token", "commit", "new endpoint") for status in STATUSES),
     *(("encode", False, status) for status in (401, 403, 504)),  # 429 is retried, as long as the endpoint starts
 ]
 
 
-@pytest.mark.parametrize(("step", "after", "fault"), CASES)
+@pytest.mark.parametrize(("request_name", "after", "fault"), CASES)
 def test_a_fault_tells_what_remains_and_the_same_command_continues(
-    hub: Hub, deploy: Runner, step: str, after: bool, fault: str | int
+    hub: Hub, deploy: Runner, request_name: str, after: bool, fault: str | int
 ) -> None:
-    """A read changes nothing, so a lost response is the same as a lost request. `after` is for the other steps."""
-    method, path, endpoint_exists = STEPS[step]
+    """Test each fault. `after` does not apply to a read, because a lost response is then the same as a lost request."""
+    method, path, endpoint_exists = REQUESTS[request_name]
     hub.script = ["pending", "running"]
     if fault == "cut":
         hub.drop(method, path, after=after, endpoint_exists=endpoint_exists)

@@ -1,4 +1,4 @@
-"""Surprises of the real platform, each with a local platform that behaves the same (`endpoints_server.py`)."""
+"""Tests of surprises of the real platform, each with a local platform that behaves the same (`endpoints_server.py`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEY = f"{NAMESPACE}/{NAME}"
 # 1. Permissions
 
 
-def test_the_permission_to_call_is_asked_for_before_anything_is_made(hub: Hub, deploy: Runner) -> None:
+def test_the_permission_to_call_is_checked_before_any_change(hub: Hub, deploy: Runner) -> None:
     granted = ["repo.write", "inference.endpoints.write"]
     rule = {"entity": {"type": "user", "name": NAMESPACE}, "permissions": granted}
     hub.tokens[TOKEN] = identity(NAMESPACE, role="fineGrained", scoped=[rule])
@@ -35,12 +35,12 @@ def test_the_permission_to_call_is_asked_for_before_anything_is_made(hub: Hub, d
     assert (refused.status, hub.changes()) == (1, [])
     assert "make calls to your Inference Endpoints (inference.endpoints.infer.write)" in refused.lines[-1]
 
-    assert deploy(*FLUX, "--access", "public").status == 0  # which anyone may call
-    assert deploy("pause", "--model", "flux").status == 0  # to stop what costs, nothing is asked for
+    assert deploy(*FLUX, "--access", "public").status == 0  # anyone may call it
+    assert deploy("pause", "--model", "flux").status == 0  # pausing needs no permission to call
 
 
-def test_the_platforms_own_words_when_a_call_is_refused(hub: Hub, deploy: Runner) -> None:
-    """Only the proxy refuses a login whose permissions are not in whoami."""
+def test_a_refused_call_shows_the_platforms_message(hub: Hub, deploy: Runner) -> None:
+    """Test the proxy's refusal. It is the only one for a login whose permissions are not in whoami."""
     hub.fail("POST", "/live/", 403, "missing permissions: inference.endpoints.infer.write")
     result = deploy(*FLUX)
     assert result.status == 1
@@ -50,13 +50,13 @@ def test_the_platforms_own_words_when_a_call_is_refused(hub: Hub, deploy: Runner
     )
 
 
-# 2. An update that takes the scale to zero out
+# 2. An update that removes the scale to zero
 
 
-@pytest.mark.parametrize("taken", ["null", "zero"])
-def test_an_endpoint_that_sleeps_can_be_told_never_to(hub: Hub, deploy: Runner, taken: str) -> None:
+@pytest.mark.parametrize("accepted", ["null", "zero"])
+def test_scale_to_zero_can_be_switched_off(hub: Hub, deploy: Runner, accepted: str) -> None:
     assert deploy(*FLUX).status == 0
-    hub.never_sleeps_by = taken
+    hub.never_sleeps_by = accepted
 
     result = deploy(*FLUX, "--min-replica", "1", "--max-replica", "2")
 
@@ -72,13 +72,13 @@ def test_an_endpoint_that_sleeps_can_be_told_never_to(hub: Hub, deploy: Runner, 
     assert (scaling["minReplica"], scaling["scaleToZeroTimeout"]) == (0, 15)
 
 
-def test_an_api_that_takes_no_never_is_said(hub: Hub, deploy: Runner) -> None:
+def test_an_api_without_never_is_reported(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     hub.never_sleeps_by = "nothing"
     result = deploy(*FLUX, "--min-replica", "1")
     assert result.status == 1
     assert "choose Never under Settings, Autoscaling on https://endpoints.huggingface.co/" in result.lines[-1]
-    assert "is running and costs $0.80 an hour" in result.lines[-1]  # as before
+    assert "is running and costs $0.80 an hour" in result.lines[-1]  # unchanged
     assert hub.endpoints[KEY]["compute"]["scaling"]["minReplica"] == 0
 
 
@@ -86,7 +86,7 @@ def test_an_api_that_takes_no_never_is_said(hub: Hub, deploy: Runner) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 504, None])
-def test_an_endpoint_whose_first_answer_was_lost_is_taken(hub: Hub, deploy: Runner, status: int | None) -> None:
+def test_an_endpoint_is_adopted_after_a_lost_response(hub: Hub, deploy: Runner, status: int | None) -> None:
     path = f"^/v2/endpoint/{NAMESPACE}$"
     if status:
         hub.fail("POST", path, status, "upstream", times=1, after=True)
@@ -101,10 +101,10 @@ def test_an_endpoint_whose_first_answer_was_lost_is_taken(hub: Hub, deploy: Runn
     assert hub.endpoints[KEY]["status"]["state"] == "running"
 
 
-# 4. Deletion takes a moment
+# 4. Deletion takes time
 
 
-def test_undeploy_waits_until_it_is_gone_and_deploy_works_right_after(hub: Hub, deploy: Runner) -> None:
+def test_undeploy_waits_until_a_new_deployment_is_possible(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     hub.deletion = 5
     assert deploy("undeploy", "--model", "flux", "--yes").status == 0
@@ -112,7 +112,7 @@ def test_undeploy_waits_until_it_is_gone_and_deploy_works_right_after(hub: Hub, 
     assert deploy(*FLUX).status == 0
 
 
-def test_a_deletion_that_does_not_end_is_said(hub: Hub, deploy: Runner) -> None:
+def test_an_endless_deletion_is_reported(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     hub.deletion = 10_000
     result = deploy("undeploy", "--model", "flux", "--yes")
@@ -123,7 +123,7 @@ def test_a_deletion_that_does_not_end_is_said(hub: Hub, deploy: Runner) -> None:
 # 5. Rate limits
 
 
-def test_a_rate_limit_is_waited_for_as_long_as_it_says_and_shown(hub: Hub, deploy: Runner) -> None:
+def test_a_rate_limit_is_obeyed_and_shown(hub: Hub, deploy: Runner) -> None:
     limit = {"RateLimit": '"api";r=0;t=240', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
     hub.fail("GET", "^/v2/endpoint", 429, "too many", times=1, headers=limit)
     result = deploy(*FLUX)
@@ -132,7 +132,7 @@ def test_a_rate_limit_is_waited_for_as_long_as_it_says_and_shown(hub: Hub, deplo
     assert 241 in deploy.waits
 
 
-def test_a_rate_limit_inside_of_huggingface_hub_is_shown_too(hub: Hub, deploy: Runner) -> None:
+def test_a_rate_limit_in_huggingface_hub_is_shown(hub: Hub, deploy: Runner) -> None:
     hub.fail("POST", "/preupload/", 429, times=1, headers={"RateLimit": '"api";r=0;t=55'})
     result = deploy(*FLUX)
     assert result.status == 0
@@ -143,7 +143,7 @@ def test_a_rate_limit_inside_of_huggingface_hub_is_shown_too(hub: Hub, deploy: R
 # 6. Xet
 
 
-def test_weights_go_up_by_xet_and_are_not_sent_twice(hub: Hub, deploy: Runner) -> None:
+def test_weights_are_uploaded_by_xet_once(hub: Hub, deploy: Runner) -> None:
     assert deploy(*TINY).status == 0
     assert len(hub.sent("POST /cas/v1/xorbs")) == 1
     hub.requests.clear()
@@ -151,7 +151,7 @@ def test_weights_go_up_by_xet_and_are_not_sent_twice(hub: Hub, deploy: Runner) -
     assert hub.sent("/cas/") == []
 
 
-def test_weights_on_the_hub_are_copied_there_or_go_through_here(hub: Hub, deploy: Runner) -> None:
+def test_weights_on_the_hub_are_copied_or_downloaded(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     assert (len(hub.sent("POST .*/duplicate")), hub.sent("/cas/")) == (1, [])
     copied = hub.repos[KEY].files["vae/diffusion_pytorch_model.safetensors"]
@@ -176,7 +176,7 @@ def test_a_namespace_without_storage(hub: Hub, deploy: Runner) -> None:
     assert deploy(*TINY).status == 0
 
 
-def test_a_refusal_of_storage_downloads_nothing(hub: Hub, deploy: Runner) -> None:
+def test_a_storage_refusal_downloads_nothing(hub: Hub, deploy: Runner) -> None:
     hub.full = "Private repository storage limit reached"
     result = deploy("deploy", "--model", "tiny,flux")
     assert result.lines[-1].startswith("error: could not upload to ana/remote-vae-tiny-flux: Hugging Face answered 403")
@@ -184,7 +184,7 @@ def test_a_refusal_of_storage_downloads_nothing(hub: Hub, deploy: Runner) -> Non
     assert not hub.sent("/resolve/")
 
 
-def test_no_leave_to_upload(hub: Hub, deploy: Runner) -> None:
+def test_no_permission_to_upload(hub: Hub, deploy: Runner) -> None:
     hub.fail("GET", "xet-write-token", 500, "storage is down")
     result = deploy(*TINY)
     assert result.lines[-1].startswith(
@@ -203,7 +203,7 @@ def silent() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("storage", ["silent", "closed"])
-def test_a_storage_that_does_not_answer(
+def test_a_storage_server_without_a_response(
     hub: Hub, deploy: Runner, silent: str, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
     from scripts.deployment import repository
@@ -221,7 +221,7 @@ def test_a_storage_that_does_not_answer(
     assert deploy(*TINY).status == 0
 
 
-def test_a_storage_that_fails_while_it_is_sent_to(hub: Hub, deploy: Runner) -> None:
+def test_a_storage_server_that_fails_during_an_upload(hub: Hub, deploy: Runner) -> None:
     hub.fail("POST", "/cas/v1/xorbs", 500)
     result = deploy(*TINY)
     assert result.status == 1
@@ -233,7 +233,7 @@ def test_a_storage_that_fails_while_it_is_sent_to(hub: Hub, deploy: Runner) -> N
 
 
 @pytest.mark.parametrize("auth", [None, {}, {"type": "oauth", "accessToken": None}, {"type": "oauth"}])
-def test_a_login_by_oauth_tells_no_permissions(hub: Hub, deploy: Runner, auth: dict | None) -> None:
+def test_a_login_by_oauth_has_no_permissions(hub: Hub, deploy: Runner, auth: dict | None) -> None:
     hub.tokens[TOKEN]["auth"] = auth
     if auth is None:
         del hub.tokens[TOKEN]["auth"]
@@ -241,11 +241,11 @@ def test_a_login_by_oauth_tells_no_permissions(hub: Hub, deploy: Runner, auth: d
     assert deploy(*FLUX).status == 0
 
 
-# 8. The type that comes back
+# 8. The type in the response
 
 
 @pytest.mark.parametrize("actual", ["public", "private"])
-def test_another_type_than_was_asked_for(hub: Hub, deploy: Runner, actual: str) -> None:
+def test_an_endpoint_of_another_type_than_requested(hub: Hub, deploy: Runner, actual: str) -> None:
     hub.forced_type = actual
     result = deploy(*FLUX)
     assert result.status == 1
@@ -260,16 +260,16 @@ def test_protected_is_the_older_name_of_authenticated(hub: Hub, deploy: Runner) 
     assert deploy(*FLUX).status == 0
 
 
-# 9. What there is, where, for how much
+# 9. Hardware, regions and prices
 
 
-def test_the_price_is_the_platforms_own(hub: Hub, deploy: Runner) -> None:
+def test_the_price_comes_from_the_platform(hub: Hub, deploy: Runner) -> None:
     result = deploy(*FLUX, "--region", "eu-west-1")
     assert result.status == 0
     assert "nvidia-l4 x1 in aws eu-west-1: $0.95 an hour" in result.out
 
 
-def test_a_region_that_has_none_names_those_that_do(hub: Hub, deploy: Runner) -> None:
+def test_a_region_without_the_hardware_names_the_others(hub: Hub, deploy: Runner) -> None:
     result = deploy(*FLUX, "--region", "us-west-2")
     assert (result.status, hub.changes()) == (1, [])
     assert re.search(
@@ -279,7 +279,7 @@ def test_a_region_that_has_none_names_those_that_do(hub: Hub, deploy: Runner) ->
     )
 
 
-def test_an_endpoint_whose_region_has_none_is_not_told_to_move(hub: Hub, deploy: Runner) -> None:
+def test_an_existing_endpoint_is_not_told_to_move(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX, "--region", "us-west-2", "--instance", "nvidia-h200").status == 0
     before = len(hub.changes())
     result = deploy(*FLUX, "--region", "auto")
@@ -292,18 +292,18 @@ def test_an_endpoint_whose_region_has_none_is_not_told_to_move(hub: Hub, deploy:
 
 
 @pytest.mark.parametrize(("quota", "region"), [(1, "us-east-1"), (0, "eu-west-1")])
-def test_auto_takes_a_region_with_quota_the_default_first(hub: Hub, deploy: Runner, quota: int, region: str) -> None:
+def test_auto_selects_a_region_with_quota(hub: Hub, deploy: Runner, quota: int, region: str) -> None:
     hub.hardware.reverse()  # the order of the platform does not matter for the default region
     for hardware in hub.hardware:
         if hardware.region == "us-east-1":
             hardware.quota = quota
     assert deploy(*FLUX, "--region", "auto").status == 0
     assert hub.endpoints[KEY]["provider"] == {"vendor": "aws", "region": region}
-    assert deploy(*FLUX, "--region", "auto").status == 0  # it stays in its region
+    assert deploy(*FLUX, "--region", "auto").status == 0  # the endpoint stays in its region
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--instance", "nvidia-a100"], r"INSTANCE=nvidia-a100 for aws is not available \(deprecated\): choose from "),
         (
@@ -318,13 +318,13 @@ def test_auto_takes_a_region_with_quota_the_default_first(hub: Hub, deploy: Runn
         ),
     ],
 )
-def test_a_machine_that_is_not_there(hub: Hub, deploy: Runner, arguments: list[str], said: str) -> None:
+def test_unavailable_hardware(hub: Hub, deploy: Runner, arguments: list[str], message: str) -> None:
     result = deploy(*FLUX, *arguments)
     assert (result.status, hub.changes()) == (1, [])
-    assert re.search(said, result.lines[-1])
+    assert re.search(message, result.lines[-1])
 
 
-def test_a_platform_that_does_not_tell_its_prices(hub: Hub, deploy: Runner) -> None:
+def test_a_platform_without_prices(hub: Hub, deploy: Runner) -> None:
     hub.fail("GET", "/v2/provider", 404)
     result = deploy(*FLUX)
     assert result.status == 0
@@ -332,34 +332,34 @@ def test_a_platform_that_does_not_tell_its_prices(hub: Hub, deploy: Runner) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--size", "x9"], "SIZE=x9 is not valid: nvidia-l4 has x1, x4"),
         (["--instance", "intel-spr"], "INSTANCE=intel-spr SIZE=x1 has 2 GB, and this needs 2.1: choose a larger SIZE"),
     ],
 )
-def test_a_machine_too_small_is_refused_without_a_network(deploy: Runner, arguments: list[str], said: str) -> None:
+def test_too_small_hardware_is_refused_without_a_network(deploy: Runner, arguments: list[str], message: str) -> None:
     result = deploy(*FLUX, *arguments, "--dry-run", token=None)
     assert result.status == 1
-    assert said in result.lines[-1]
+    assert message in result.lines[-1]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--region", "mars"], "REGION=mars is not valid: a region of aws looks like us-east-1; auto takes one"),
         (["--vendor", "gcp"], "REGION=us-east-1 is not valid: a region of gcp looks like us-east4; auto takes one"),
         (["--vendor", "asure"], "VENDOR=asure is not valid: choose one of aws, azure, gcp (did you mean azure?)"),
     ],
 )
-def test_a_place_that_cannot_be_is_refused_without_a_network(deploy: Runner, arguments: list[str], said: str) -> None:
+def test_an_invalid_region_is_refused_without_a_network(deploy: Runner, arguments: list[str], message: str) -> None:
     result = deploy(*FLUX, *arguments, "--dry-run", token=None)
     assert result.status == 1
-    assert said in result.lines[-1]
+    assert message in result.lines[-1]
 
 
-def test_a_plan_says_that_nobody_was_asked(deploy: Runner) -> None:
-    """A list in this project does not know the platform's hardware of tomorrow."""
+def test_a_plan_mentions_that_the_platform_was_not_queried(deploy: Runner) -> None:
+    """Test the plan without the platform, because a list in this project does not know tomorrow's hardware."""
     told = "not checked: deploying first asks the platform whether it has this instance"
     listed = deploy(*FLUX, "--region", "ap-south-1", "--dry-run", token=None)
     assert f"nvidia-l4 x1, aws ap-south-1\n                  {told}\n" in listed.out
@@ -367,7 +367,7 @@ def test_a_plan_says_that_nobody_was_asked(deploy: Runner) -> None:
     assert f"{told}; nvidia-l44 is not in the list of 2026-08-20 (did you mean nvidia-l4?)" in newer.out
 
 
-def test_a_machine_that_the_table_does_not_know_and_that_is_too_small(hub: Hub, deploy: Runner) -> None:
+def test_too_small_hardware_that_is_not_in_the_table(hub: Hub, deploy: Runner) -> None:
     hub.hardware.append(Hardware("us-east-1", "intel-tiny", "x1", 0.01, 1))
     result = deploy(*TINY, "--instance", "intel-tiny")
     assert (result.status, hub.changes()) == (1, [])
@@ -377,9 +377,9 @@ def test_a_machine_that_the_table_does_not_know_and_that_is_too_small(hub: Hub, 
 # 10. The quota, and scale to zero
 
 
-def test_what_sleeps_counts_against_the_quota_and_what_is_paused_does_not(hub: Hub, deploy: Runner) -> None:
-    for one in hub.hardware:
-        one.quota = 1
+def test_scaled_to_zero_endpoints_count_against_the_quota(hub: Hub, deploy: Runner) -> None:
+    for hardware in hub.hardware:
+        hardware.quota = 1
     assert deploy("deploy", "--model", "flux").status == 0
     hub.endpoints[KEY]["status"]["state"] = "scaledToZero"
     hub.requests.clear()
@@ -390,31 +390,31 @@ def test_what_sleeps_counts_against_the_quota_and_what_is_paused_does_not(hub: H
         r"quota for nvidia-l4 in us-east-1 is used up: 1 of 1, endpoints that have scaled to zero included; ",
         refused.err,
     )
-    assert deploy(*FLUX).status == 0  # its own part
+    assert deploy(*FLUX).status == 0  # it counts itself
 
     assert deploy("pause", "--model", "flux").status == 0
     assert deploy("deploy", "--model", "flux2").status == 0
 
 
-def test_a_quota_for_fewer_replicas_than_asked_for_is_told(hub: Hub, deploy: Runner) -> None:
-    for one in hub.hardware:
-        one.quota = 2
+def test_a_quota_below_max_replica_is_reported(hub: Hub, deploy: Runner) -> None:
+    for hardware in hub.hardware:
+        hardware.quota = 2
     result = deploy(*FLUX, "--max-replica", "4")
     assert result.status == 0
     assert "the quota in us-east-1 has 2 left: MAX_REPLICA=4 may not be reached" in result.err
 
 
-def test_the_idle_time_is_a_floor_wherever_cost_is_printed(deploy: Runner) -> None:
+def test_the_cost_note_has_the_idle_time(deploy: Runner) -> None:
     for result in (deploy(*FLUX, "--dry-run", token=None), deploy(*FLUX)):
         assert "15 minutes after the last request or later (44 were measured once where 15 were set)" in result.out
         assert "counts against the quota meanwhile" in result.out
         assert "costs that hour and 15 idle minutes after it: $1.00 a day" in result.out
 
 
-# Nothing bills unseen
+# No hidden cost
 
 
-def test_what_was_started_and_failed_is_paused_or_kept(hub: Hub, deploy: Runner) -> None:
+def test_a_failed_new_endpoint_is_paused_or_kept(hub: Hub, deploy: Runner) -> None:
     hub.fail("POST", "/live/", 500, "out of memory")
     assert "is paused and costs nothing; `make resume MODEL=flux` starts it" in deploy(*FLUX).lines[-1]
     assert hub.endpoints[KEY]["status"]["state"] == "paused"
@@ -423,7 +423,7 @@ def test_what_was_started_and_failed_is_paused_or_kept(hub: Hub, deploy: Runner)
     assert hub.endpoints[KEY]["status"]["state"] == "running"
 
 
-def test_what_ran_before_and_was_not_touched_goes_on_and_is_said(hub: Hub, deploy: Runner) -> None:
+def test_an_untouched_endpoint_continues_and_is_reported(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     hub.fail("POST", "/commit/", 403, "no")
     hub.repos[KEY].commits[-1][1]["handler.py"] = b"older"
@@ -432,40 +432,40 @@ def test_what_ran_before_and_was_not_touched_goes_on_and_is_said(hub: Hub, deplo
     assert hub.endpoints[KEY]["status"]["state"] == "running"
 
 
-def test_what_could_not_be_paused_is_said_loudly(hub: Hub, deploy: Runner) -> None:
+def test_a_failed_pause_is_reported_in_capitals(hub: Hub, deploy: Runner) -> None:
     hub.fail("POST", "/live/", 500, "out of memory")
     hub.fail("POST", "/pause", 503)
     result = deploy(*FLUX)
     assert f"the endpoint {NAME} MAY BE RUNNING, at $0.80 an hour: `make pause MODEL=flux` stops it" in result.lines[-1]
 
 
-def test_a_wait_survives_a_lost_network_until_its_own_timeout(hub: Hub, deploy: Runner) -> None:
-    looks = f"^/v2/endpoint/{KEY}$"
+def test_a_wait_survives_a_lost_network_until_its_timeout(hub: Hub, deploy: Runner) -> None:
+    polled = f"^/v2/endpoint/{KEY}$"
     hub.script = ["pending", "running"]
 
     def lose(times: int) -> None:
         hub.faults.clear()
-        hub.drop("GET", looks, times=times)
+        hub.drop("GET", polled, times=times)
 
     assert deploy(*FLUX).status == 0
     hub.endpoints.clear()
-    hub.fail("GET", looks, 404, times=1)  # the first look, before it is made
-    hub.drop("GET", looks, times=50)
+    hub.fail("GET", polled, 404, times=1)  # the first poll, before the endpoint exists
+    hub.drop("GET", polled, times=50)
     result = deploy(*FLUX)
     assert result.status == 0
     assert len([line for line in result.lines if "the endpoint continues to start, still waiting" in line]) == 1
 
     hub.endpoints.clear()
     hub.faults.clear()
-    hub.fail("GET", looks, 404, times=1)
-    hub.drop("GET", looks)
+    hub.fail("GET", polled, 404, times=1)
+    hub.drop("GET", polled)
     result = deploy(*FLUX, "--timeout", "10")
     assert result.status == 1
     assert "is still pending after 0:10:0" in result.lines[-1]
     assert "MAY BE RUNNING, at $0.80 an hour" in result.lines[-1]
 
 
-def test_endpoints_show_for_how_long_they_run_and_what_that_comes_to(hub: Hub, deploy: Runner) -> None:
+def test_endpoints_shows_time_and_cost(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     since = datetime.now(UTC) - timedelta(hours=2.5)
     hub.endpoints[KEY]["status"]["updatedAt"] = f"{since:%Y-%m-%dT%H:%M:%S}.000000078Z"
@@ -474,7 +474,7 @@ def test_endpoints_show_for_how_long_they_run_and_what_that_comes_to(hub: Hub, d
     assert re.search(rf"^{NAME} .* - +http", deploy("endpoints").out, re.MULTILINE)
 
 
-def test_pause_all_and_whatever_tags_a_user_has_added(hub: Hub, deploy: Runner) -> None:
+def test_pause_all_ignores_other_tags(hub: Hub, deploy: Runner) -> None:
     assert deploy(*FLUX).status == 0
     assert deploy("deploy", "--model", "sd-v1").status == 0
     hub.endpoints[f"{NAMESPACE}/other"] = json.loads(json.dumps(hub.endpoints[KEY])) | {"name": "other", "tags": []}
@@ -497,7 +497,7 @@ def test_pause_all_and_whatever_tags_a_user_has_added(hub: Hub, deploy: Runner) 
     assert deploy("undeploy", "--model", "flux", "--yes").status == 0
 
 
-def test_a_change_upstream_is_no_reason_for_an_update(hub: Hub, deploy: Runner) -> None:
+def test_a_change_upstream_causes_no_update(hub: Hub, deploy: Runner) -> None:
     checkpoint = hub.repos[MODELS["flux"].checkpoint]
     assert deploy(*FLUX).status == 0
     first = checkpoint.commits[-1][0]
@@ -529,7 +529,7 @@ def test_several_models_in_one_endpoint(hub: Hub, deploy: Runner) -> None:
     assert raw["tags"] == ["remote-vae", "sd-v1", "sdxl", "flux"]
     assert raw["compute"]["instanceType"] == "nvidia-l4"
     record = json.loads(hub.repos[key].files["endpoint.json"])
-    assert [one["model"] for one in record["models"]] == ["sd-v1", "sdxl", "flux"]
+    assert [model["model"] for model in record["models"]] == ["sd-v1", "sdxl", "flux"]
     assert len(hub.sent("POST /live/.*/(sd-v1|sdxl|flux)/encode")) == 3
     card = hub.repos[key].files["README.md"].decode()
     for model in ("sd-v1", "sdxl", "flux"):

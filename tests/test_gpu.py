@@ -1,6 +1,6 @@
 """Tests that need a GPU: `benchmarks/gpu.sh` runs them on CUDA.
 
-VAE_TEST_DEVICE names another device. With "cpu" all tests run but those of a GPU's memory.
+VAE_TEST_DEVICE names another device. With "cpu" all tests run except those of a GPU's memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODEL_FRAMES = [("sd-v1", None), ("flux2", None), ("wan-2.1", 3), ("qwen-image",
 
 
 def loaded(key: str) -> tuple[VAE, Any]:
-    """A small model on the device, in its own dtype, checked; and the same in plain diffusers."""
+    """Load a small model on the device, in its own dtype and checked, and the same model in plain diffusers."""
     model = build(key).to(DEVICE, getattr(torch, MODELS[key].dtype))
     vae = VAE(deepcopy(model), MODELS[key], fast=True)
     for check in vae.fast.checks():
@@ -41,9 +41,9 @@ def loaded(key: str) -> tuple[VAE, Any]:
     return vae, model
 
 
-def run(vae: VAE, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[Mode]]:
-    decoded, mode = vae.decode(given["decode"])
-    moments, other = vae.encode(given["encode"])
+def run(vae: VAE, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[Mode]]:
+    decoded, mode = vae.decode(tensors["decode"])
+    moments, other = vae.encode(tensors["encode"])
     return {"decode": decoded, "encode": moments}, {mode, other}
 
 
@@ -51,13 +51,13 @@ def run(vae: VAE, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[Mode
 def test_every_mode(key: str, frames: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     vae, model = loaded(key)
     print(key, vae.fast.verdicts)
-    given = {task: tensor.to(DEVICE) for task, tensor in inputs(key, frames, model.dtype).items()}
-    own = outputs(model, given)["decode"]
-    exact = outputs(deepcopy(model).float(), {task: tensor.float() for task, tensor in given.items()})["decode"]
+    tensors = {task: tensor.to(DEVICE) for task, tensor in inputs(key, frames, model.dtype).items()}
+    own = outputs(model, tensors)["decode"]
+    exact = outputs(deepcopy(model).float(), {task: tensor.float() for task, tensor in tensors.items()})["decode"]
     bound = 1.2 * (own.float() - exact).square().mean().sqrt()
     for mode in (Mode.FAST, Mode.FULL, Mode.REDUCED, Mode.SLICED, Mode.TILED):
         monkeypatch.setattr(VAE, "_offered", lambda *_, mode=mode: [mode])
-        results, modes = run(vae, given)
+        results, modes = run(vae, tensors)
         assert modes == {mode}
         if mode is Mode.FULL:
             assert torch.equal(results["decode"].view_as(own), own)
@@ -66,12 +66,12 @@ def test_every_mode(key: str, frames: int | None, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(not DEVICE.startswith("cuda"), reason="a CPU does not fail: it kills")
-def test_out_of_memory_is_a_step_down_and_the_next_request_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_runs_in_a_lower_mode_and_the_next_request_works(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = VAE.load(MODELS["sd-v1"], "", Settings(weights="random"), DEVICE)
     latents = torch.randn(1, 4, 256, 256)
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - 6 * 10**9, dtype=torch.uint8, device=DEVICE)
-    monkeypatch.setattr(vae_module, "free_memory", lambda device: 10**12)  # the plan believes that all fits
+    monkeypatch.setattr(vae_module, "free_memory", lambda device: 10**12)  # the plan estimates that everything fits
     _, mode = vae.decode(latents)
     assert mode is not Mode.FULL
     del ballast

@@ -1,4 +1,4 @@
-"""`handler.py` as the Inference Toolkit loads it: module name, path, startup order, an app whose `POST /` is taken."""
+"""Tests of `handler.py` as the Inference Toolkit loads it: module name, path, startup order, an app with `POST /`."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ STAND_IN = ("-m", "uvicorn", "webservice_starlette:app", "--app-dir", str(ROOT /
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Path:
-    """A deployed repository: the code, `endpoint.json`, the weights in `vae/`."""
+    """Save a deployed repository: the code, `endpoint.json`, the weights in `vae/`."""
     folder = tmp_path_factory.mktemp("repository")
     shutil.copy(ROOT / "handler.py", folder)
     shutil.copytree(ROOT / "handlers", folder / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
@@ -34,7 +34,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[s
     return folder
 
 
-def test_the_released_client_works_in_front_of_the_toolkit(
+def test_the_client_of_diffusers_works_with_the_toolkit(
     repository: Path, tmp_path: Path, photograph: Image.Image
 ) -> None:
     log = tmp_path / "log"
@@ -63,19 +63,19 @@ def import_handler(folder: Path, code: str = "", **environment: str) -> subproce
     )
 
 
-def test_the_model_is_the_one_of_endpoint_json_or_of_the_environment(repository: Path) -> None:
+def test_endpoint_json_or_the_environment_selects_the_model(repository: Path) -> None:
     assert import_handler(repository).stdout.strip() == "black-forest-labs/FLUX.1-schnell"
     assert import_handler(repository, VAE_MODEL="sdxl").stdout.strip() == "madebyollin/sdxl-vae-fp16-fix"
 
 
-def test_another_model_does_not_take_the_weights_in_the_repository(repository: Path) -> None:
+def test_another_model_ignores_the_weights_in_the_repository(repository: Path) -> None:
     result = import_handler(repository, "EndpointHandler('.')", VAE_MODEL="sdxl", HF_HUB_OFFLINE="1")
     assert result.returncode != 0
     assert "madebyollin/sdxl-vae-fp16-fix" in result.stderr
 
 
 @pytest.mark.parametrize("environment", [{}, {"VAE_MODEL": "fluks"}])
-def test_no_or_an_unknown_model_is_an_error_that_lists_the_keys(environment: dict[str, str]) -> None:
+def test_the_error_of_a_missing_or_unknown_model_lists_the_keys(environment: dict[str, str]) -> None:
     result = import_handler(ROOT, **environment)
     assert result.returncode != 0
     assert result.stderr.rstrip().endswith(f"the models are: {', '.join(MODELS)}")

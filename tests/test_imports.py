@@ -1,4 +1,4 @@
-"""The way of a request runs in one direction, and so do the parts of the project; models are read without torch."""
+"""Tests of imports: between the layers of the service, between the folders of the project, and without torch."""
 
 import ast
 import re
@@ -23,17 +23,17 @@ MAY_IMPORT = {
     "traffic": {"handlers", "scripts", "benchmarks"},
     "tests": {"handlers", "remote_vae", "clients", "scripts", "benchmarks", "traffic"},
 }
-"""What each part of the project knows of the others: what is deployed or installed by itself, nothing around it."""
+"""Folders that each folder may import. A deployed or installed folder imports no tools."""
 SERVING = ROOT / "handlers" / "serving"
 LAYERS = [line.split()[0] for line in serving.__doc__.splitlines()[2:] if re.match(r"[a-z]+ {2,}", line)]
 
 
-def layer_of(path: Path) -> str:
+def find_layer(path: Path) -> str:
     return path.relative_to(SERVING).with_suffix("").parts[0]
 
 
 def imported(path: Path) -> set[str]:
-    """The modules that a file imports, at its top or inside a function, each by its full name."""
+    """Return the full names of the modules that a file imports, at its top or inside a function."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -46,44 +46,44 @@ def imported(path: Path) -> set[str]:
 FILES = [path for path in SERVING.rglob("*.py") if path.parent != SERVING or path.stem != "__init__"]
 
 
-def test_the_list_of_layers_is_the_folder() -> None:
+def test_the_list_of_layers_matches_the_folder() -> None:
     assert set(LAYERS) == {path.stem for path in SERVING.iterdir()} - {"__init__", "__pycache__"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SERVING).as_posix())
-def test_a_layer_imports_only_from_the_layers_below_it(path: Path) -> None:
+def test_a_layer_imports_only_from_layers_below(path: Path) -> None:
     layers = {name.split(".")[2] for name in imported(path) if name.startswith("handlers.serving.")}
-    assert layers <= set(LAYERS[LAYERS.index(layer_of(path)) :])
+    assert layers <= set(LAYERS[LAYERS.index(find_layer(path)) :])
     outside = {name.split(".")[1] for name in imported(path) if name.startswith("handlers.")} - {"serving"}
-    assert outside <= {"model", "version"}  # what a model declares, and of which version it all is
+    assert outside <= {"model", "version"}  # declarations of a model, and the version
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SERVING).as_posix())
-def test_http_knows_no_torch_and_only_http_knows_http(path: Path) -> None:
+def test_http_imports_no_torch_and_only_http_imports_starlette(path: Path) -> None:
     libraries = {name.split(".")[0] for name in imported(path)}
-    if layer_of(path) == "http":
+    if find_layer(path) == "http":
         assert not libraries & {"torch", "diffusers", "numpy", "PIL"}
     else:
         assert not libraries & {"starlette", "uvicorn", "httptools"}
 
 
-def test_no_import_goes_in_a_circle() -> None:
-    """Also not one inside a function; and none is for the types alone."""
+def test_imports_have_no_cycle() -> None:
+    """Test also imports inside functions. No import may be only for types."""
     trees = {path: ast.parse(path.read_text()) for path in (ROOT / "handlers").rglob("*.py")}
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in trees}
     imports: dict[str, set[str]] = {}
     for module, path in modules.items():
         assert "TYPE_CHECKING" not in ast.dump(trees[path]), module
-        found = [node for node in ast.walk(trees[path]) if isinstance(node, ast.ImportFrom)]
-        names = {f"{node.module}.{alias.name}" for node in found for alias in node.names}
-        imports[module] = (names | {node.module for node in found}) & modules.keys()
+        nodes = [node for node in ast.walk(trees[path]) if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        imports[module] = (names | {node.module for node in nodes}) & modules.keys()
     assert len(list(TopologicalSorter(imports).static_order())) == len(modules)
     assert imports["handlers.base"] == {"handlers.model", "handlers.serving.pipeline"}
 
 
-def test_of_torchs_private_modules_there_is_one_that_the_image_has_too() -> None:
-    """Its torch is an older one."""
-    files = [file for part in MAY_IMPORT for file in (ROOT / part).rglob("*.py")]
+def test_one_private_module_of_torch_is_imported() -> None:
+    """Test the only private module of torch that the image's older torch has too."""
+    files = [file for folder in MAY_IMPORT for file in (ROOT / folder).rglob("*.py")]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
@@ -96,16 +96,16 @@ def test_models_are_read_without_torch() -> None:
     assert result.stdout.split() == list(MODELS)
 
 
-def test_every_part_is_linted() -> None:
+def test_every_folder_is_linted() -> None:
     (sources,) = re.findall(r"^SOURCES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {source.removesuffix(".py") for source in sources.split()} == MAY_IMPORT.keys()
 
 
-@pytest.mark.parametrize("part", MAY_IMPORT)
-def test_a_part_imports_only_those_below_it(part: str) -> None:
-    files = [ROOT / "handler.py"] if part == "handler" else (ROOT / part).rglob("*.py")
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_folder_imports_only_allowed_folders(folder: str) -> None:
+    files = [ROOT / "handler.py"] if folder == "handler" else (ROOT / folder).rglob("*.py")
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
-    others = {module.split(".")[0] for module in modules} & MAY_IMPORT.keys() - {part}
-    assert others <= MAY_IMPORT[part]
+    others = {module.split(".")[0] for module in modules} & MAY_IMPORT.keys() - {folder}
+    assert others <= MAY_IMPORT[folder]

@@ -1,4 +1,4 @@
-"""Variables of `make`. `make -n` prints what would run; elsewhere a stand-in for Python prints how it was called."""
+"""Tests of variables of `make`. `make -n` prints the commands. Elsewhere a stand-in for Python prints its arguments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(*arguments: str, **environment: str) -> tuple[int, str]:
         (("undeploy", "MODEL=x", "YES=1", "DELETE_REPO=1"), '--model="$MODEL" --delete-repo --yes'),
     ],
 )
-def test_a_switch_is_on_for_1_alone(arguments: tuple[str, ...], options: str) -> None:
+def test_a_switch_is_on_only_for_1(arguments: tuple[str, ...], options: str) -> None:
     status, line = make(*arguments)
     assert status == 0
     assert line.endswith(f"{arguments[0].removesuffix('-all')} {options}")
@@ -76,10 +76,10 @@ def hostile(file: Path) -> str:
 
 @pytest.mark.parametrize("target", COMMANDS)
 def test_a_value_is_data(target: str, called: list[str], tmp_path: Path) -> None:
-    """Each variable that a target takes reaches its command unchanged. A quote once cut `--dry-run` off."""
+    """Test that each variable of a target reaches its command unchanged. A quote once cut `--dry-run` off."""
     value, switches = hostile(tmp_path / "made"), VARIABLES[target] & SWITCHES
     names = VARIABLES[target] - SWITCHES
-    arguments, _ = run([*called, target, *(f"{one}={value}" for one in names), *(f"{one}=1" for one in switches)])
+    arguments, _ = run([*called, target, *(f"{name}={value}" for name in names), *(f"{name}=1" for name in switches)])
     options = {f"--{name.lower().replace('_', '-')}" for name in switches}
     options |= {f"--{name.lower().replace('_', '-')}={value}" for name in names}
     assert {argument for argument in arguments if argument.startswith("--")} - {"--all"} == options
@@ -88,7 +88,7 @@ def test_a_value_is_data(target: str, called: list[str], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("target", ["test", "test-endpoint"])
 def test_words_for_pytest_are_data(target: str, called: list[str], tmp_path: Path) -> None:
-    """Pytest splits them; quotes hold words together."""
+    """Test that quotes keep words together when pytest splits them."""
     words = f"-k 'a and b' $(touch {tmp_path}/made) `touch {tmp_path}/made` ; touch {tmp_path}/made"
     arguments, added = run([*called, target, f"ARGS={words}"])
     assert arguments == ["-m", "pytest"]
@@ -97,7 +97,7 @@ def test_words_for_pytest_are_data(target: str, called: list[str], tmp_path: Pat
     assert not (tmp_path / "made").exists()
 
 
-def test_words_for_the_web_demos_tests_are_data(tmp_path: Path) -> None:
+def test_words_for_tests_of_the_web_demo_are_data(tmp_path: Path) -> None:
     value = hostile(tmp_path / "made")
     status, line = make("test-page", f"PAGE_ARGS={value}", f"TOOLKIT={value}")
     assert (status, line) == (0, "PYTHONPATH=.venv-page .venv/bin/python -m pytest tests/page")
@@ -109,7 +109,7 @@ def test_words_for_the_web_demos_tests_are_data(tmp_path: Path) -> None:
     "path", ["a$(shell touch {})", "a;touch {}", "a\ntouch {}", "a: ; touch {} #", "a b", "`touch {}`"]
 )
 def test_a_path_has_plain_characters(name: str, path: str, tmp_path: Path) -> None:
-    """A path is part of rules."""
+    """Test a path, because it is part of rules."""
     for value in (path, path + "\n"):
         status, line = make("lint", f"{name}={value.format(tmp_path / 'made')}")
         assert status == 2
@@ -118,15 +118,15 @@ def test_a_path_has_plain_characters(name: str, path: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("target", ["serve", "demo", "screenshots", "bench", "fuzz", "soak"])
-def test_what_serves_gets_the_signals_itself(target: str) -> None:
-    """`exec` leaves no shell between `make` and the server: `make` would end that shell alone."""
+def test_servers_get_the_signals_directly(target: str) -> None:
+    """Test `exec`, which leaves no shell between `make` and the server: `make` would end only that shell."""
     status, line = make(target)
     assert status == 0
     assert line.startswith("exec ")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("deploy", "DRYRUN=1"), "`make deploy` takes no DRYRUN (did you mean DRY_RUN?); it takes ACCESS DRY_RUN"),
         (("deploy", "model=flux"), "`make deploy` takes no model (did you mean MODEL?); it takes ACCESS DRY_RUN"),
@@ -144,14 +144,17 @@ def test_what_serves_gets_the_signals_itself(target: str) -> None:
         (("lint", "FIX=1"), "`make lint` takes no FIX."),
     ],
 )
-def test_anything_else_is_an_error_before_anything_happens(arguments: tuple[str, ...], said: str) -> None:
+def test_wrong_variables_are_an_error_before_any_command(arguments: tuple[str, ...], message: str) -> None:
     status, line = make(*arguments)
     assert status == 2
-    assert said in line
+    assert message in line
 
 
-def test_the_environment_is_no_command_line() -> None:
-    """`DRY_RUN=1 make deploy` neither deploys nor plans. Systems set NAME and HOST themselves, so they are ignored."""
+def test_the_environment_sets_no_options() -> None:
+    """Test that `DRY_RUN=1 make deploy` neither deploys nor plans.
+
+    Systems set NAME and HOST, so the targets ignore them.
+    """
     for name in ("DRY_RUN", "REGION", "MODEL"):
         status, line = make("deploy", **{name: "1"})
         assert status == 2

@@ -1,4 +1,4 @@
-"""What the models declare, and the one that ships in this repository."""
+"""Tests of the models' declarations, and of the model in this repository."""
 
 import io
 import json
@@ -39,15 +39,15 @@ def test_an_unknown_key_is_an_error_that_lists_the_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "meant"),
+    ("key", "suggestion"),
     [("Flux", "flux"), ("wan2.1", "wan-2.1"), ("sd_v1", "sd-v1"), ("qwen", "qwen-image"), ("ltx", "ltx-2")],
 )
-def test_an_unknown_key_suggests_the_nearest(asked: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=rf"there is no model '{asked}' \(did you mean {meant}\?\)"):
-        get_models(f"tiny,{asked}")
+def test_an_unknown_key_suggests_the_nearest(key: str, suggestion: str) -> None:
+    with pytest.raises(ValueError, match=rf"there is no model '{key}' \(did you mean {suggestion}\?\)"):
+        get_models(f"tiny,{key}")
 
 
-def test_tiny_is_described_as_its_own_config_describes_it() -> None:
+def test_the_declaration_of_tiny_matches_its_config() -> None:
     config = json.loads((TINY / "config.json").read_text())
     published = MODELS["tiny"].published_config
     assert published == {name: config[name] for name in published}
@@ -57,7 +57,7 @@ def test_tiny_is_small_enough_to_ship() -> None:
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8_000_000
 
 
-def test_tiny_gives_back_a_photograph_that_it_was_not_trained_on(tiny: EndpointHandler) -> None:
+def test_tiny_reproduces_a_photograph_outside_its_training_set(tiny: EndpointHandler) -> None:
     photograph = data.astronaut()
     latents = send(tiny.pipeline, Image.fromarray(photograph), do_scaling=True)
     assert latents.shape == (1, 8, 128, 128)
@@ -67,7 +67,7 @@ def test_tiny_gives_back_a_photograph_that_it_was_not_trained_on(tiny: EndpointH
 
 @pytest.mark.slow
 def test_tiny_is_as_good_in_half_precision() -> None:
-    """A small crop: a processor without float16 instructions takes 200 times as long in float16."""
+    """Use a small crop, because a processor without float16 instructions takes 200 times as long in float16."""
     crop = data.astronaut()[80:176, 180:276]
     photograph = torch.from_numpy(crop).permute(2, 0, 1)[None] / 127.5 - 1
     single, *others = (psnr(photograph, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
@@ -77,20 +77,20 @@ def test_tiny_is_as_good_in_half_precision() -> None:
 
 @torch.inference_mode()
 def psnr(photograph: Tensor, dtype: torch.dtype) -> float:
-    """Of what plain diffusers makes of it with tiny's weights, all of it in this dtype."""
+    """Return the PSNR of plain diffusers with tiny's weights, all in this dtype."""
     vae = AutoencoderKL.from_pretrained(TINY, torch_dtype=dtype)
     decoded = vae.decode(vae.encode(photograph.to(dtype)).latent_dist.mode()).sample
     return peak_signal_noise_ratio(photograph.numpy(), decoded.float().clamp(-1, 1).numpy(), data_range=2)
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_tiny_keeps_a_flat_picture_flat(tiny: EndpointHandler, value: int) -> None:
+def test_tiny_keeps_a_flat_image_flat(tiny: EndpointHandler, value: int) -> None:
     latents = send(tiny.pipeline, Image.new("RGB", (128, 64), (value, value, value)))
     image = Image.open(io.BytesIO(send(tiny.pipeline, latents)))
     assert np.abs(np.asarray(image).astype(int) - value).max() < 16
 
 
-def test_every_model_is_one_class_in_a_file_of_its_own_name() -> None:
+def test_every_model_is_a_class_in_a_file_of_its_name() -> None:
     for key, model in MODELS.items():
         assert Path(model.__module__.replace(".", "/")).name == re.sub("[-.]", "_", key)
         assert issubclass(model, EndpointHandler)
@@ -112,7 +112,7 @@ def test_the_printed_models_can_be_read_at_any_width(
         assert any(model.vae_class in line for line in lines)
 
 
-def test_a_model_that_declares_nothing_is_printed(
+def test_a_model_without_declarations_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(models, "MODELS", {"bare": type("Bare", (EndpointHandler,), {})})

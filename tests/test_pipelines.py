@@ -1,4 +1,4 @@
-"""Each model gives over HTTP what its own pipeline in diffusers makes of the same latents and pixels."""
+"""Tests that each model gives over HTTP the results of its own pipeline in diffusers."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ ENCODERS = [(key, pipeline) for key in SERVED for pipeline in PIPELINES[key][1]]
 SEED = 7
 NOISE = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
 DENORMALIZED = ("LTX2Pipeline", "Flux2KleinPipeline")
-"""They give raw latents."""
+"""Pipelines that return raw latents."""
 LAYOUTS = {
     **dict.fromkeys(("Flux2Pipeline", "Flux2KleinPipeline"), "patchified"),
     **dict.fromkeys(("LTXConditionPipeline", "LTXImageToVideoPipeline"), "packed"),
     **dict.fromkeys(("CogVideoXVideoToVideoPipeline", "CogVideoXImageToVideoPipeline"), "BFCHW"),
     **dict.fromkeys(("Kandinsky5I2IPipeline", "Kandinsky5I2VPipeline"), "BFHWC"),
 }
-"""Of what pipelines encode to, where it is not the VAE's own."""
+"""Layouts of latents that pipelines encode to, if the VAE's own differs."""
 MISSING = {
     "0.37": {
         "ErnieImagePipeline",
@@ -53,7 +53,7 @@ MISSING = {
 
 @pytest.fixture
 def mode(service: Service) -> Iterator[Callable[[str], None]]:
-    """Has all requests of a test run in one mode."""
+    """Return a function that forces all requests of a test into one mode."""
 
     def force(name: str) -> None:
         requests.post(f"{service.url}/mode/{name}", timeout=5).raise_for_status()
@@ -63,7 +63,7 @@ def mode(service: Service) -> Iterator[Callable[[str], None]]:
 
 
 def some_latents(key: str, batch: int = 1, rows: int = 6, columns: int = 4, frames: int = 3, seed: int = 0) -> Tensor:
-    """As a pipeline unpacks them, [B, C, h, w] or [B, C, F, h, w], in the range that its transformer gives."""
+    """Return latents as a pipeline unpacks them, [B, C, h, w] or [B, C, F, h, w], in the range of its transformer."""
     model = model_for(key)
     time = (frames,) if model.kind == "video" else ()
     shape = (batch, model.latent_channels, *time, rows, columns)
@@ -76,10 +76,10 @@ def some_pixels(model: type[Model], frames: int, batch: int = 1, rows: int = 4, 
     return torch.rand((batch, 3, *time, *sides), generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def available(pipeline: str, call: Callable[..., Any], *args: Any, **given: Any) -> Any:
-    """What the call of a pipeline gives; skips the test where this version of diffusers is known not to have it."""
+def available(pipeline: str, call: Callable[..., Any], *args: Any, **parameters: Any) -> Any:
+    """Return the result of a pipeline's function. Skip the test if this diffusers is known not to have the pipeline."""
     try:
-        return call(pipeline, *args, **given)
+        return call(pipeline, *args, **parameters)
     except Unavailable:
         missing = MISSING.get(diffusers.__version__.rsplit(".", 1)[0], set())
         assert pipeline in missing, f"{pipeline} should be there"
@@ -87,7 +87,7 @@ def available(pipeline: str, call: Callable[..., Any], *args: Any, **given: Any)
 
 
 def sent_along(key: str, pipeline: str, latents: Tensor) -> dict[str, Any]:
-    """What a client sends with the latents that a pipeline gave."""
+    """Return the parameters that a client sends with a pipeline's latents."""
     model = model_for(key)
     rows, columns = latents.shape[-2:]
     sent: dict[str, Any] = {
@@ -103,21 +103,23 @@ def sent_along(key: str, pipeline: str, latents: Tensor) -> dict[str, Any]:
     return sent
 
 
-def factors_of(key: str) -> dict[str, float]:
-    """The factors in the config of the small checkpoint."""
+def read_factors(key: str) -> dict[str, float]:
+    """Return the factors in the config of the small checkpoint."""
     config = SMALL[key][1]
     return {name: config[name] for name in ("scaling_factor", "shift_factor") if name in config}
 
 
-def as_decoded(made: pipelines.PipelineResult, model: type[Model]) -> Tensor:
-    """What the pipeline's VAE gave, without the one frame of a picture, and the frames of a video as such."""
+def as_decoded(result: pipelines.PipelineResult, model: type[Model]) -> Tensor:
+    """Return the VAE's output in the pipeline, without the single frame of an image and without a video's batch
+    dimension.
+    """
     if model.kind == "image":
-        return made.decoded[:, :, 0] if made.decoded.ndim == 5 else made.decoded
-    return made.decoded if made.decoded.ndim == 5 else made.decoded.movedim(0, 1)[None]
+        return result.decoded[:, :, 0] if result.decoded.ndim == 5 else result.decoded
+    return result.decoded if result.decoded.ndim == 5 else result.decoded.movedim(0, 1)[None]
 
 
 def by_itself(vae: Any, raw: Tensor) -> Tensor:
-    """What the VAE gives for the latents of one item, called directly."""
+    """Return the output of the VAE for each item's latents, called directly."""
     image_as_video = raw.ndim == 4 and has_frames(vae)
     with torch.no_grad():
         decoded = decode_at_once(vae, raw.unsqueeze(2) if image_as_video else raw, DecodeOptions())
@@ -130,7 +132,7 @@ def assert_close(result: Tensor, expected: Tensor, tolerance: float = 1e-5) -> N
 
 
 def assert_same_pixels(pixels: np.ndarray, expected: np.ndarray, decoded: Tensor) -> None:
-    """The same uint8, but where the decoder's value is on the edge between two: those are one apart at most."""
+    """Compare uint8 pixels. They may differ by 1 where the decoder's value is at a rounding boundary."""
     if decoded.ndim == 5:
         decoded = decoded[0].movedim(1, 0)
     exact = (decoded.movedim(1, -1) / 2 + 0.5).clamp(0, 1).numpy() * 255
@@ -141,38 +143,38 @@ def assert_same_pixels(pixels: np.ndarray, expected: np.ndarray, decoded: Tensor
 
 
 @pytest.mark.parametrize(("key", "pipeline"), DECODERS)
-def test_decoding_gives_what_the_pipeline_gives(service: Service, key: str, pipeline: str) -> None:
+def test_decoding_equals_the_pipeline(service: Service, key: str, pipeline: str) -> None:
     model, latents = model_for(key), some_latents(key)
     conditions = NOISE if service.model(key).config.get("timestep_conditioning") else {}
     generator = torch.Generator().manual_seed(SEED)
-    made = available(pipeline, pipelines.decode, service.model(key), latents, generator=generator, **conditions)
+    result = available(pipeline, pipelines.decode, service.model(key), latents, generator=generator, **conditions)
     sent = {**sent_along(key, pipeline, latents), **conditions, "seed": SEED}
-    decoded = service.tensor(key, made.latent, "decode", **sent)
-    if pipeline == "ErnieImagePipeline":  # it has an epsilon of its own, which is not the VAE's
-        assert_close(decoded, as_decoded(made, model), 1e-3)
+    decoded = service.tensor(key, result.latent, "decode", **sent)
+    if pipeline == "ErnieImagePipeline":  # its own epsilon is not the VAE's
+        assert_close(decoded, as_decoded(result, model), 1e-3)
         return
-    assert_close(decoded, as_decoded(made, model))
-    pixels = service.tensor(key, made.latent, "decode", **sent, partial_postprocess=True).numpy()
-    assert_same_pixels(pixels, made.pixels[0] if model.kind == "video" else made.pixels, decoded)
+    assert_close(decoded, as_decoded(result, model))
+    pixels = service.tensor(key, result.latent, "decode", **sent, partial_postprocess=True).numpy()
+    assert_same_pixels(pixels, result.pixels[0] if model.kind == "video" else result.pixels, decoded)
 
 
-@pytest.mark.parametrize(("key", "pipeline"), [(key, name) for key, name in DECODERS if factors_of(key)])
-def test_explicit_factors_give_what_the_pipeline_gives(service: Service, key: str, pipeline: str) -> None:
-    latents, factors = some_latents(key), factors_of(key)
-    made = available(pipeline, pipelines.decode, service.model(key), latents)
+@pytest.mark.parametrize(("key", "pipeline"), [(key, name) for key, name in DECODERS if read_factors(key)])
+def test_explicit_factors_equal_the_pipeline(service: Service, key: str, pipeline: str) -> None:
+    latents, factors = some_latents(key), read_factors(key)
+    result = available(pipeline, pipelines.decode, service.model(key), latents)
     if pipeline == "Kandinsky5T2IPipeline":
         factors.pop("shift_factor")
     sent = {**sent_along(key, pipeline, latents), **factors}
-    assert_close(service.tensor(key, made.latent, "decode", **sent), as_decoded(made, model_for(key)))
+    assert_close(service.tensor(key, result.latent, "decode", **sent), as_decoded(result, model_for(key)))
 
 
 @pytest.mark.parametrize(("key", "pipeline"), ENCODERS)
-def test_encoding_gives_what_the_pipeline_gives(service: Service, key: str, pipeline: str) -> None:
+def test_encoding_equals_the_pipeline(service: Service, key: str, pipeline: str) -> None:
     model, vae = model_for(key), service.model(key)
     frames = 1 if pipeline in FIRST_FRAME or key == "svd" else 2 * model.frame_factor + 1
     pixels = some_pixels(model, frames)
     expected = available(pipeline, pipelines.encode, vae, pixels[:, :, 0] if key == "svd" else pixels)
-    scaling: dict[str, Any] = {"do_scaling": key != "svd"}  # that one scales what it denoises only
+    scaling: dict[str, Any] = {"do_scaling": key != "svd"}  # this pipeline scales only the latents that it denoises
     if vae.config.get("invert_scale_latents"):
         factor = vae.config.scaling_factor
         scaling = {"scaling_factor": 1 / factor if pipeline == "CogVideoXImageToVideoPipeline" else factor}
@@ -182,10 +184,8 @@ def test_encoding_gives_what_the_pipeline_gives(service: Service, key: str, pipe
 
 @pytest.mark.parametrize("key", SERVED)
 @pytest.mark.parametrize("name", ["full", "reduced", "sliced", "tiled"])
-def test_every_mode_gives_what_diffusers_gives(
-    service: Service, mode: Callable[[str], None], key: str, name: str
-) -> None:
-    """A batch of two, of sizes that no patch goes into; a mode that a model does not have is not offered."""
+def test_every_mode_equals_diffusers(service: Service, mode: Callable[[str], None], key: str, name: str) -> None:
+    """Test a batch of two, with sizes that no patch divides. A mode that a model does not have is not tested."""
     model, vae = model_for(key), service.model(key)
     mode(name)
     latents = torch.cat([some_latents(key, rows=5, columns=6, seed=seed) for seed in (1, 2)])
@@ -206,22 +206,22 @@ def test_every_mode_gives_what_diffusers_gives(
             continue
         assert as_tensor(response).isfinite().all()
         assert response.headers["X-VAE-Mode"] == name
-        expected = [expected_of(vae, model, task, one, tiled=name == "tiled") for one in inputs.split(1)]
+        expected = [compute_expected(vae, model, task, item, tiled=name == "tiled") for item in inputs.split(1)]
         assert_close(as_tensor(response), torch.cat(expected), 1e-4 if name == "reduced" else 3e-5)
 
 
-def expected_of(vae: Any, model: type[Model], task: str, one: Tensor, tiled: bool) -> Tensor:
+def compute_expected(vae: Any, model: type[Model], task: str, item: Tensor, tiled: bool) -> Tensor:
     if not tiled:
-        return by_itself(vae, one) if task == "decode" else encode_at_once(vae, one)
+        return by_itself(vae, item) if task == "decode" else encode_at_once(vae, item)
     copy = type(vae).from_config(vae.config)
     copy.load_state_dict(vae.state_dict())
     small_tiles(copy.eval(), model.vae_scale_factor)
     copy.enable_tiling()
-    return by_itself(copy, one) if task == "decode" else encode_at_once(copy, one)
+    return by_itself(copy, item) if task == "decode" else encode_at_once(copy, item)
 
 
-class TestWhatCanBeReadInTwoWays:
-    """It is refused with the parameter that settles it."""
+class TestAmbiguousInput:
+    """Tests of ambiguous input: the error names the parameter that resolves it."""
 
     @pytest.mark.parametrize("pipeline_layout", [True, False])
     def test_as_many_frames_as_channels(self, service: Service, pipeline_layout: bool) -> None:
@@ -230,26 +230,26 @@ class TestWhatCanBeReadInTwoWays:
         error = service.refusal("cogvideox", sent, "decode", output_type="pt", num_frames=61)
         assert "say which with `latents_layout`" in error
         layout = "BFCHW" if pipeline_layout else "BCFHW"
-        given = {"output_type": "pt", "num_frames": 61, "latents_layout": layout}
+        parameters = {"output_type": "pt", "num_frames": 61, "latents_layout": layout}
         assert_close(
-            service.tensor("cogvideox", sent, "decode", **given), by_itself(service.model("cogvideox"), latents)
+            service.tensor("cogvideox", sent, "decode", **parameters), by_itself(service.model("cogvideox"), latents)
         )
 
-    def test_a_frame_of_padding(self, service: Service) -> None:
-        made = pipelines.decode(
+    def test_a_padding_frame(self, service: Service) -> None:
+        result = pipelines.decode(
             "CogVideoXPipeline", service.model("cogvideox-1.5"), some_latents("cogvideox-1.5"), additional_frames=1
         )
-        latents = torch.cat([made.latent, made.latent[:, :1]], dim=1)
-        made = pipelines.decode(
+        latents = torch.cat([result.latent, result.latent[:, :1]], dim=1)
+        result = pipelines.decode(
             "CogVideoXPipeline", service.model("cogvideox-1.5"), latents.movedim(1, 2), additional_frames=1
         )
-        given = {"output_type": "pt", "do_scaling": True}
-        assert "send `num_frames`" in service.refusal("cogvideox-1.5", made.latent, "decode", **given)
-        decoded = service.tensor("cogvideox-1.5", made.latent, "decode", **given, num_frames=9)
-        assert_close(decoded, made.decoded)
+        parameters = {"output_type": "pt", "do_scaling": True}
+        assert "send `num_frames`" in service.refusal("cogvideox-1.5", result.latent, "decode", **parameters)
+        decoded = service.tensor("cogvideox-1.5", result.latent, "decode", **parameters, num_frames=9)
+        assert_close(decoded, result.decoded)
 
     @pytest.mark.parametrize(("key", "layout"), [("ltx-2", "BCFHW"), ("flux2", "BCHW")])
-    def test_latents_that_may_be_denormalized_already(self, service: Service, key: str, layout: str) -> None:
+    def test_latents_that_may_be_raw(self, service: Service, key: str, layout: str) -> None:
         latents = some_latents(key)
         error = service.refusal(key, latents, "decode", output_type="pt", do_scaling=True)
         assert f"pipelines give {layout} latents either denormalized or normalized" in error
@@ -258,21 +258,21 @@ class TestWhatCanBeReadInTwoWays:
             by_itself(service.model(key), latents),
         )
 
-    def test_three_frames_of_latents_or_pixels(self, service: Service) -> None:
-        """At the path that both are sent to; what only comes with latents tells."""
+    def test_three_frames_as_latents_or_pixels(self, service: Service) -> None:
+        """Test the root path, which accepts both. Parameters of latents identify them."""
         latents = some_latents("cogvideox", frames=3, rows=8, columns=8)
         sent = latents.movedim(1, 2).contiguous()
         assert "POST pixels to /encode and latents to /decode" in service.refusal("cogvideox", sent, "")
         decoded = service.tensor("cogvideox", sent, "", output_type="pt")
         assert_close(decoded, by_itself(service.model("cogvideox"), latents))
 
-    def test_scaling_of_the_images_of_cogvideox_15(self, service: Service) -> None:
+    def test_scaling_for_an_image_of_cogvideox_15(self, service: Service) -> None:
         error = service.refusal("cogvideox-1.5", some_pixels(model_for("cogvideox-1.5"), 1), "encode", do_scaling=True)
         assert "send scaling_factor=1.42" in error
 
 
 class TestFrames:
-    """Nothing is dropped without a word."""
+    """Tests that nothing is dropped silently."""
 
     @pytest.mark.parametrize(
         ("key", "frames", "nearest"),
@@ -289,12 +289,12 @@ class TestFrames:
         error = service.refusal(key, some_pixels(model_for(key), frames), "encode")
         assert error.endswith(f"this VAE would drop some of the {frames} frames; send {nearest}")
 
-    def test_every_count_of_frames_fits_one_by_one(self, service: Service) -> None:
+    def test_every_frame_count_fits_frame_by_frame(self, service: Service) -> None:
         for frames in (1, 2, 3):
             latents = service.tensor("svd", some_pixels(model_for("svd"), frames), "encode")
             assert latents.shape[2] == frames
 
-    def test_a_file_is_cut_and_the_answer_says_so(self, service: Service) -> None:
+    def test_a_file_is_cut_and_the_response_has_the_frame_count(self, service: Service) -> None:
         video = service.post("wan-2.1", some_latents("wan-2.1"), "decode", output_type="mp4").content
         with av.open(io.BytesIO(video)) as container:
             frames = [frame.to_image() for frame in container.decode(video=0)]
@@ -311,11 +311,11 @@ def as_mp4(frames: list[Any]) -> bytes:
 
 
 @pytest.mark.slow
-class TestNothingStaysBroken:
-    """A pass that fails midway leaves nothing in the model for the next one."""
+class TestRecovery:
+    """Tests that a pass that fails midway leaves no trace in the model."""
 
     @pytest.mark.parametrize("key", ["easyanimate", "wan-2.1", "qwen-image", "cogvideox", "hunyuan-video", "ltx-2"])
-    def test_the_next_pass_is_right(self, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_next_pass_is_correct(self, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
         vae = VAE(build(key), model_for(key))
         raw = some_latents(key).unsqueeze(2) if key == "qwen-image" else some_latents(key)
         pixels = some_pixels(model_for(key), 2 * model_for(key).frame_factor + 1)
@@ -330,18 +330,16 @@ class TestNothingStaysBroken:
         assert torch.equal(vae.encode(pixels)[0], expected[1])
 
 
-def test_what_the_models_own_code_cannot_do_is_a_422_that_names_it(
-    service: Service, mode: Callable[[str], None]
-) -> None:
-    """LTX-2 reflects at its edges, so that a last tile of one latent is too small."""
+def test_a_limit_of_the_models_code_is_a_422(service: Service, mode: Callable[[str], None]) -> None:
+    """Test LTX-2, which reflects at its edges, so that a last tile of one latent is too small."""
     mode("tiled")
     error = service.refusal("ltx-2", some_latents("ltx-2", rows=5, columns=7), "decode", output_type="pt")
     assert "cannot decode `shape` [1, 128, 3, 5, 7] in mode tiled: " in error
 
 
 @pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning")  # of its own default
-class TestReleasedClient:
-    """`remote_decode` as it is, with what it sends by itself."""
+class TestDiffusersClient:
+    """Tests of `remote_decode` with its own defaults."""
 
     def test_wan(self, service: Service) -> None:
         vae, latents = service.model("wan-2.1"), some_latents("wan-2.1")
@@ -359,30 +357,30 @@ class TestReleasedClient:
         ("key", "pipeline"),
         [("qwen-image", "QwenImagePipeline"), ("flux2", "Flux2Pipeline"), ("sd3", "StableDiffusion3Pipeline")],
     )
-    def test_pictures(self, service: Service, key: str, pipeline: str) -> None:
-        """The latents as the pipeline gave them, packed ones with height and width, and its own scaling by default."""
+    def test_images(self, service: Service, key: str, pipeline: str) -> None:
+        """Send the latents of the pipeline. Packed ones have height and width, and the scaling is the default."""
         latents = some_latents(key)
-        made = pipelines.decode(pipeline, service.model(key), latents)
-        size = {"height": 48, "width": 32} if made.latent.ndim == 3 else {}
+        result = pipelines.decode(pipeline, service.model(key), latents)
+        size = {"height": 48, "width": 32} if result.latent.ndim == 3 else {}
         url = f"{service.url}/{key}"
-        jpeg = remote_decode(url, made.latent.contiguous(), **size)
+        jpeg = remote_decode(url, result.latent.contiguous(), **size)
         assert (jpeg.format, jpeg.size) == ("jpeg", (32, 48))
-        assert np.abs(np.asarray(jpeg).astype(int) - made.pixels[0]).mean() < 6  # noise, the hardest to compress
-        png = remote_decode(url, made.latent.contiguous(), image_format="png", **size)
-        assert np.abs(np.asarray(png).astype(int) - made.pixels[0]).max() <= 1
+        assert np.abs(np.asarray(jpeg).astype(int) - result.pixels[0]).mean() < 6  # noise, which is hardest to compress
+        png = remote_decode(url, result.latent.contiguous(), image_format="png", **size)
+        assert np.abs(np.asarray(png).astype(int) - result.pixels[0]).max() <= 1
 
     def test_cogvideox(self, service: Service) -> None:
-        made = pipelines.decode("CogVideoXPipeline", service.model("cogvideox"), some_latents("cogvideox"))
+        result = pipelines.decode("CogVideoXPipeline", service.model("cogvideox"), some_latents("cogvideox"))
         url = f"{service.url}/cogvideox"
-        latents = made.latent.contiguous()
-        assert_close(remote_decode(url, latents, output_type="pt", return_type="pt"), made.decoded)
+        latents = result.latent.contiguous()
+        assert_close(remote_decode(url, latents, output_type="pt", return_type="pt"), result.decoded)
         video = remote_decode(url, latents, output_type="mp4", return_type="mp4")
         with av.open(io.BytesIO(video)) as container:
             assert len(list(container.decode(video=0))) == 9
 
     def test_further_parameters_go_in_the_url(self, service: Service) -> None:
         latents = some_latents("ltx-2")
-        made = available("SanaVideoPipeline", pipelines.decode, service.model("ltx-2"), latents)
+        result = available("SanaVideoPipeline", pipelines.decode, service.model("ltx-2"), latents)
         url = f"{service.url}/ltx-2?normalized=true"
-        decoded = remote_decode(url, made.latent.contiguous(), output_type="pt", return_type="pt")
-        assert_close(decoded, made.decoded)
+        decoded = remote_decode(url, result.latent.contiguous(), output_type="pt", return_type="pt")
+        assert_close(decoded, result.decoded)

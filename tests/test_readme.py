@@ -1,4 +1,4 @@
-"""The README and the guides are true: their Python and commands run, links resolve, tables match the code."""
+"""Tests that the README and the guides are correct: Python and commands run, links resolve, tables match the code."""
 
 import json
 import os
@@ -77,9 +77,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(DIFFUSERS)))
-def test_snippets_run_as_they_stand(
-    key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_snippets_run_unchanged(key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     variables = run_snippets(DIFFUSERS, key, f"{service.url}/{key}")
     assert variables["image"].size > (256, 256) if MODELS[key].kind == "image" else len(variables["video"]) > 1000
@@ -98,7 +96,7 @@ CURL = next(block for block in re.findall(r"```console\n(.*?)```", HTTP_API, re.
 
 
 @pytest.mark.parametrize("auth", ["with a token", "without"])
-def test_curl_takes_an_image_there_and_back(dtype: str, auth: str, service: Service, tmp_path: Path) -> None:
+def test_curl_makes_a_round_trip_with_an_image(dtype: str, auth: str, service: Service, tmp_path: Path) -> None:
     photograph = Image.effect_noise((72, 64), 50).convert("RGB")
     photograph.save(tmp_path / "photo.jpg")
     commands = CURL if auth == "with a token" else re.sub("AUTH=.*", "AUTH=", CURL)
@@ -118,7 +116,7 @@ def test_curl_keeps_an_error_out_of_the_image(service: Service, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_each_call_by_curl_sends_the_token_and_fails_on_an_error(document: Path) -> None:
+def test_each_curl_command_sends_the_token_and_fails_on_an_error(document: Path) -> None:
     blocks = re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if " curl " in f" {line}"]
     calls = [command for command in commands if re.search(r"\$URL|http|URL/", command)]
@@ -133,7 +131,7 @@ def test_a_half_precision_response_is_widened_exactly(dtype: str, service: Servi
     assert torch.equal(wide, own.float())
 
 
-def test_curl_hands_a_stream_on(dtype: str, service: Service, tmp_path: Path) -> None:
+def test_curl_pipes_a_stream_to_a_player(dtype: str, service: Service, tmp_path: Path) -> None:
     """Run the command of the streaming section with a player that writes a file."""
     (command,) = re.findall(r"^\$ (curl -N .*?)\n```", HTTP_API, re.MULTILINE | re.DOTALL)
     shape = [int(size) for size in re.search(r"shape=([\d,]+)", command)[1].split(",")]
@@ -146,7 +144,7 @@ def test_curl_hands_a_stream_on(dtype: str, service: Service, tmp_path: Path) ->
 
 @pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(MODELS_PAGE)))
-def test_snippets_of_the_models_run_as_they_stand(
+def test_snippets_of_the_models_run_unchanged(
     key: str, dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -154,7 +152,7 @@ def test_snippets_of_the_models_run_as_they_stand(
 
 
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(REMOTE_VAE)))
-def test_snippets_of_the_package_run_as_they_stand(
+def test_snippets_of_the_package_run_unchanged(
     key: str, dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -163,7 +161,7 @@ def test_snippets_of_the_package_run_as_they_stand(
 
 
 def test_the_first_example_runs(dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run it with a small pipeline in place of FLUX.1, without text encoders."""
+    """Run it with a small pipeline instead of FLUX.1, without text encoders."""
     case = next(case for case in CASES if case.pipeline == "FluxPipeline")
     make(case, None).save_pretrained(tmp_path)
     text = next(block for block in code(README) if "FluxPipeline" in block)
@@ -194,13 +192,13 @@ def test_variables_of_make_serve_reach_the_server() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_make_are_taken(command: str) -> None:
+def test_make_accepts_each_documented_command(command: str) -> None:
     """Check their targets and variables; the tests of each target run it."""
     subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, check=True)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_resolve(document: Path) -> None:
     """Check that each link leads to a file of this project, and each anchor to a heading of that document."""
     for file, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", document.read_text()):
         target = (document.parent / file).resolve() if file else document
@@ -228,7 +226,7 @@ FIGURES = [
 
 
 @pytest.mark.parametrize(("figure", "source"), FIGURES)
-def test_a_figure_of_the_readme_is_in_the_file_that_its_row_links(figure: str, source: str) -> None:
+def test_each_figure_of_the_readme_is_in_the_linked_file(figure: str, source: str) -> None:
     assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\.?\d)", (ROOT / source).read_text())
 
 
@@ -237,7 +235,7 @@ def test_the_readme_names_every_model() -> None:
     assert set(re.findall(r"`([^`]+)`", listed)) - {"MODEL"} == set(MODELS)
 
 
-def test_models_table_is_the_one_of_the_code() -> None:
+def test_models_table_matches_the_code() -> None:
     table = MODELS_PAGE[MODELS_PAGE.index("|---") : MODELS_PAGE.index("## Adding one")]
     rows = re.findall(r"^\| (`.*?`) \| .* \| `?(.*?)`? \| (.*?) ?\|$", table, re.MULTILINE)
     listed = {key: (latents, sent) for keys, latents, sent in rows for key in re.findall(r"`(\S+)`", keys)}
@@ -263,7 +261,7 @@ def test_models_are_printed() -> None:
     assert re.search(r"^flux .* 0.3611, 0.1159 ", result.stdout, re.MULTILINE)
 
 
-def test_limits_are_those_of_the_code_with_their_defaults() -> None:
+def test_documented_limits_match_the_code() -> None:
     table = OPERATING[OPERATING.index("## Limits") : OPERATING.index("## Health")]
     rows = re.findall(r"^\| (`VAE_.*?) \| .* \| ([\d., ]+) \|$", table, re.MULTILINE)
     shown = {
@@ -274,7 +272,7 @@ def test_limits_are_those_of_the_code_with_their_defaults() -> None:
     assert shown == {name.upper(): str(field.default) for name, field in Limits.model_fields.items()}
 
 
-def test_metrics_are_those_of_the_code() -> None:
+def test_documented_metrics_match_the_code() -> None:
     text = metrics.exposition().decode()
     exported = set(re.findall(r"^# TYPE ((?:vae|inf)_\w+)", text, re.MULTILINE))
     table = OPERATING[OPERATING.index("## Metrics") : OPERATING.index("## Log")]

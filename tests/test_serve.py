@@ -1,4 +1,4 @@
-"""The command line of the standalone server, and one clear line when it cannot start."""
+"""Tests of the standalone server's command line, with one clear line when the server cannot start."""
 
 import os
 import shlex
@@ -33,22 +33,24 @@ pytestmark = pytest.mark.slow
         (["--model", "sd-v1", "--weights", "random", "--device", "tpu9"], "VAE_DEVICE: torch cannot use 'tpu9' here"),
     ],
 )
-def test_what_cannot_start_says_so_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_has_a_one_line_error(arguments: list[str], message: str, tmp_path: Path) -> None:
     arguments = [argument.replace("{empty}", str(tmp_path)) for argument in arguments]
-    status, _, said = forked.run("-m", "scripts.serve", *arguments)
+    status, _, stderr = forked.run("-m", "scripts.serve", *arguments)
     assert status == 1
-    assert "Traceback" not in said
-    assert said.splitlines()[-1].startswith("error: " + message.replace("{empty}", str(tmp_path)))
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("error: " + message.replace("{empty}", str(tmp_path)))
 
 
-@pytest.mark.parametrize(("hub", "message"), [("there", "is gated: accept its conditions on"), ("away", None)])
-def test_a_checkpoint_that_the_hub_does_not_give(hub: str, message: str | None, tmp_path: Path) -> None:
-    """`tests/serving/test_hub.py` has other reasons."""
+@pytest.mark.parametrize(
+    ("hub", "message"), [("reachable", "is gated: accept its conditions on"), ("unreachable", None)]
+)
+def test_an_unavailable_checkpoint(hub: str, message: str | None, tmp_path: Path) -> None:
+    """Test the command. `tests/serving/test_hub.py` has other reasons."""
     checkpoint = MODELS["flux"].checkpoint
-    with running_hub(tmp_path) as there:
-        there.repos[checkpoint] = Repo(gated=True)
-        there.repos[checkpoint].commit({"vae/config.json": b"{}"})
-        url = there.url if hub == "there" else f"http://127.0.0.1:{free_port()}"
+    with running_hub(tmp_path) as running:
+        running.repos[checkpoint] = Repo(gated=True)
+        running.repos[checkpoint].commit({"vae/config.json": b"{}"})
+        url = running.url if hub == "reachable" else f"http://127.0.0.1:{free_port()}"
         result = subprocess.run(
             [sys.executable, "-m", "scripts.serve", "--model", "flux"],
             cwd=ROOT,
@@ -110,8 +112,8 @@ with serve(log=Path({os.devnull!r}), command=("-c", {SERVER!r})) as url:
 """
 
 
-def test_sigterm_to_what_started_a_server_ends_it_too() -> None:
-    """A process with a server, such as the demo or the benchmark, stops it at SIGTERM."""
+def test_sigterm_to_a_parent_process_ends_the_server() -> None:
+    """Send SIGTERM to a process with a server, such as the demo or the benchmark."""
     command = [sys.executable, "-c", STARTS_ONE]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         url = process.stdout.readline().strip()
@@ -123,7 +125,7 @@ def test_sigterm_to_what_started_a_server_ends_it_too() -> None:
 
 
 def test_sigterm_to_make_ends_the_server(tmp_path: Path) -> None:
-    """SIGTERM ends the server too, not only `make`."""
+    """Test that SIGTERM ends the server, not only `make`."""
     venv = tmp_path / "venv" / "bin"
     venv.mkdir(parents=True)
     (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')

@@ -1,4 +1,4 @@
-"""`remote_vae.check` and the code that `make deploy` prints, against a real server."""
+"""Tests of `remote_vae.check` and the code that `make deploy` prints, against a real server."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SERVED = [key for key in MODELS if key in SMALL or key == "tiny"]
 
 
 @pytest.mark.parametrize("model", SERVED)
-def test_check_of_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
-    """Check shapes alone: random weights do not keep the image."""
+def test_check_with_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """Check only shapes, because random weights do not reproduce the image."""
     monkeypatch.setattr(check, "MIN_PSNR", 0)
     result = check.check(f"{service.url}/{model}")
 

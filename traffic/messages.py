@@ -157,5 +157,5 @@ def send_request(
 
 
 def parse_address(url: str) -> Address:
-    parts = urlsplit(url)
-    return parts.hostname, parts.port
+    split_url = urlsplit(url)
+    return split_url.hostname, split_url.port

@@ -14,7 +14,7 @@ SHOWN = 20
 
 
 def rows(ledger: Ledger) -> list[list[str]]:
-    """Return a row for each kind and one for all. The first row holds the names of the columns."""
+    """Return a row for each kind and one for all. The first row has the names of the columns."""
     outcomes = sorted({outcome for counts in ledger.outcomes.values() for outcome in counts})
     kinds = sorted(ledger.sent, key=str.lower)
     table = [["kind", "sent", *outcomes]]

@@ -33,7 +33,7 @@ class Visit:
     page: Page
     url: str
     errors: list[str] = field(default_factory=list)
-    """Errors of the page's script and violations of its policy. Logged error responses are left out."""
+    """Errors of the page's script and violations of its policy, without error responses."""
     hosts: set[str] = field(default_factory=set)
     """Hosts of the page's requests."""
 

@@ -33,7 +33,7 @@ def remote_vae(*arguments: object, status: int = 0, **environment: str) -> tuple
     return out, error
 
 
-def test_the_documented_commands_run_as_they_stand(service: Service, tmp_path: Path) -> None:
+def test_the_documented_commands_run_unchanged(service: Service, tmp_path: Path) -> None:
     """Run all but the player, and the proxy, which has its own tests."""
     readme = (ROOT / "remote_vae" / "README.md").read_text()
     commands = re.findall(r"^\$ remote-vae (.*?)(?: \| ffplay -)?\s*(?:#.*)?$", readme, re.MULTILINE)

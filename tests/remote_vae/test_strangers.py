@@ -139,7 +139,7 @@ def test_a_foreign_config(stranger: Stranger, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "AutoencoderRAE", "utils", "vae", "os.system", "\x1b[2J"])
 def test_a_class_that_is_not_an_autoencoder(stranger: Stranger, name: str) -> None:
-    """AutoencoderRAE would load the model that its config names from the Hub."""
+    """Test AutoencoderRAE, which would load the model in its config from the Hub."""
     stranger.responses["/config"] = config(vae_class=name, vae_config={"encoder_name_or_path": "stranger/model"})
     with pytest.raises(ImportError, match="has no autoencoder for images or videos named") as caught:
         RemoteVAE(stranger.url)

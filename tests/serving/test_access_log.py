@@ -87,7 +87,7 @@ def test_probes_write_no_lines(endpoint: Endpoint) -> None:
 
 def test_metrics_count_requests(endpoint: Endpoint) -> None:
     names = {
-        "answered": 'vae_requests_total{model="sd-v1",route="/decode",status="200"}',
+        "accepted": 'vae_requests_total{model="sd-v1",route="/decode",status="200"}',
         "refused": 'vae_requests_total{model="sd-v1",route="/decode",status="400"}',
         "received": "vae_received_bytes_total",
         "sent": "vae_sent_bytes_total",

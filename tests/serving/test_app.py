@@ -297,9 +297,9 @@ class TestOlderClients:
         )
         message = response.json()
         assert message["parameters"]["dtype"] == "float32"
-        decoded = torch.frombuffer(bytearray(base64.b64decode(response["inputs"])), dtype=torch.float32)
+        decoded = torch.frombuffer(bytearray(base64.b64decode(message["inputs"])), dtype=torch.float32)
         expected = endpoint.decoded(latents)
-        torch.testing.assert_close(decoded.reshape(response["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded.reshape(message["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("accept", ["image/png", "image/jpeg", "application/json", "*/*"])
     def test_json_image(self, image_endpoint: Endpoint, accept: str) -> None:

@@ -16,7 +16,7 @@ class Device:
         self.batches: list[list[int]] = []
         self.go = threading.Semaphore(0)
         self.alive = True
-        self.rests = 0
+        self.idle_calls = 0
 
     def run(self, work: list[int]) -> list[int]:
         self.batches.append(work)
@@ -32,7 +32,7 @@ class Device:
         return self.alive
 
     def on_idle(self) -> None:
-        self.rests += 1
+        self.idle_calls += 1
 
 
 def wait_until(condition) -> None:
@@ -65,9 +65,9 @@ def test_an_idle_device_runs_its_idle_hook_once(device: Device, monkeypatch: pyt
     device.go.release(2)
     for times in (1, 2):
         assert queue.submit(times, "a", 1).result(10) == 2 * times
-        wait_until(lambda times=times: device.rests == times)
+        wait_until(lambda times=times: device.idle_calls == times)
         time.sleep(0.2)
-        assert device.rests == times
+        assert device.idle_calls == times
 
 
 def test_a_job_over_the_limit_runs_alone(device: Device) -> None:

@@ -131,7 +131,7 @@ def test_the_port_is_closed_while_the_model_loads(kind: str, checkpoint: Callabl
         process.wait(timeout=30)
 
 
-class TestOneRequest:
+class TestRecoverableFaults:
     """Tests of faults that fail one request: the next succeeds, and the service stays healthy."""
 
     @pytest.mark.parametrize("fault", [PAYLOAD_BUG, BUG, DISK_FULL])
@@ -268,7 +268,7 @@ class TestAbandonedPass:
         assert (response.status_code, response.json()) == (504, {"error": message})
 
 
-class TestTheDevice:
+class TestDeviceFailures:
     @pytest.mark.parametrize("fault", [DEVICE_LOST, THREAD_ENDS])
     def test_a_lost_device_fails_all_requests(self, start: Start, fault: int) -> None:
         endpoint = start(DEVICE_SECONDS="0.7")

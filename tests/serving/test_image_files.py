@@ -241,9 +241,7 @@ class TestLoops:
 
 
 class TestFloats:
-    """Tests that the VAE's input equals diffusers' in each bit and in its strides, which affect the rounding of
-    kernels.
-    """
+    """Tests that the VAE's input equals diffusers' in each bit and stride. Strides affect the rounding of kernels."""
 
     @pytest.mark.parametrize("size", [(40, 24), (41, 29), (1500, 1200)])
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])

@@ -241,7 +241,7 @@ class TestOddRequests:
         assert "got '\\ud800'" in response.json()["error"]
 
 
-class TestManyAtATime:
+class TestConcurrency:
     def test_a_full_queue_returns_503_and_loses_no_request(self, narrow: Endpoint) -> None:
         with ThreadPoolExecutor(30) as clients:
             responses = list(clients.map(lambda _: slow(narrow), range(30)))

@@ -98,7 +98,7 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("key", "frames"), [("flux", None), ("hunyuan-video", 9)])
-def test_tiling_and_slicing_combine_with_it(key: str, frames: int | None, load: Load) -> None:
+def test_tiling_and_slicing_combine_with_the_low_memory_pass(key: str, frames: int | None, load: Load) -> None:
     plain, low = load(key)
     for model in (plain, low):
         model.enable_tiling()

@@ -50,7 +50,7 @@ class Result:
 
     @property
     def lines(self) -> list[str]:
-        """Standard error without progress bars."""
+        """Return standard error without progress bars."""
         return [line for line in self.err.splitlines() if line.strip() and not BAR.search(line)]
 
 

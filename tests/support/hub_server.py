@@ -73,11 +73,11 @@ class Fault:
     response: Response | None
     """None drops the connection."""
     after: bool = False
-    """Whether the work of the request is done first."""
+    """True if the work of the request is done before the fault."""
     endpoint_exists: bool | None = None
-    """Whether an endpoint must exist, or must not; None for either."""
+    """True if an endpoint must exist, False if it must not; None for either."""
     interrupts: bool = False
-    """Whether this process gets a Ctrl-C, and the connection is dropped."""
+    """True to press Ctrl-C in this process and drop the connection."""
 
 
 @dataclass

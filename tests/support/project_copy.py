@@ -1,4 +1,4 @@
-"""A copy of the project, to change."""
+"""Copies of the project that tests change."""
 
 from __future__ import annotations
 
