@@ -107,7 +107,7 @@ class Connection(HttpToolsProtocol):
         self.refuse(400, "the bytes that arrived are no HTTP/1.1 request")
 
     def refuse(self, status: int, message: str) -> None:
-        """Answer in JSON what never becomes a request for the app, and close the connection."""
+        """Respond in JSON to what never becomes a request for the app, and close the connection."""
         if not self.pipeline and (self.is_idle or not self.cycle.response_started):  # not into another response
             body = json.dumps({"error": message})
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"

@@ -213,7 +213,7 @@ def test_a_storage_server_without_a_response(
     hub.storage = silent if storage == "silent" else "http://127.0.0.1:9"
     result = deploy(*TINY)
     assert re.fullmatch(
-        r"error: the Hub's storage 127.0.0.1:\d+ does not answer \(\w+\): is it blocked by a proxy\? "
+        r"error: the Hub's storage 127.0.0.1:\d+ does not respond \(\w+\): is it blocked by a proxy\? "
         "Run the same command again to continue",
         result.lines[-1],
     )

@@ -37,7 +37,7 @@ class Account:
 
     @cached_property
     def hardware(self) -> list[InferenceEndpointHardware]:
-        """The platform's hardware with prices and quota; empty where the platform does not answer."""
+        """The platform's hardware with prices and quota; empty where the platform does not respond."""
         try:
             return call("ask for prices", self.api.list_inference_endpoints_hardware, namespace=self.namespace)
         except HubError as error:

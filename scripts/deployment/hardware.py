@@ -27,7 +27,7 @@ def choose_hardware(plan: Plan, offers: Offers, is_new: bool) -> Plan:
     Raises:
         DeployError: the platform does not offer the instance, the quota is used up, or the memory is too small.
     """
-    if not offers:  # the platform did not answer
+    if not offers:  # the platform did not respond
         return replace(plan, region=Plan.region if plan.region == "auto" else plan.region)
     offers = _usable(plan, sorted(offers, key=lambda offer: offer.region != Plan.region), is_new)
     offer = next((offer for offer in offers if _free_replicas(offer) > 0), offers[0])

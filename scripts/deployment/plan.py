@@ -46,7 +46,7 @@ def make_variables(models: Sequence[str], namespace: str | None, name: str) -> s
 
 
 def addresses(url: str, models: Sequence[str]) -> dict[str, str]:
-    """Return the URL of each model. Several models have a path each; the first one answers at the root too."""
+    """Return the URL of each model. Several models have a path each; the first one is also at the root."""
     return {model: url if len(models) == 1 else f"{url}/{model}" for model in models}
 
 

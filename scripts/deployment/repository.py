@@ -238,7 +238,7 @@ class Repository:
         try:
             httpx2.get(storage, timeout=STORAGE_TIMEOUT)
         except httpx2.HTTPError as error:
-            what = f"the Hub's storage {httpx2.URL(storage).netloc.decode()} does not answer ({type(error).__name__})"
+            what = f"the Hub's storage {httpx2.URL(storage).netloc.decode()} does not respond ({type(error).__name__})"
             raise DeployError(f"{what}: is it blocked by a proxy? Run the same command again to continue") from None
 
     def delete(self) -> None:
