@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 
 from scripts.local_server import ROOT
 from scripts.make_options import SWITCHES, TAKES
-from tests.support import forked
 
 VARIABLES = {target: set(names.split()) for target, names in TAKES.items()}
 COMMANDS = sorted(VARIABLES.keys() - {"test", "test-endpoint", "test-page"})
@@ -163,14 +161,3 @@ def test_the_environment_sets_no_options() -> None:
     assert make("deploy", "MODEL=flux", NAME="DESKTOP-1")[1].endswith('deploy --model="$MODEL"')
     assert make("serve", "MODEL=tiny", HOST="desktop")[1].endswith('serve --model="$MODEL"')
     assert make("lint", REGION="mars", MODEL="flux")[0] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", COMMANDS)
-def test_a_command_has_an_option_for_each_variable(target: str) -> None:
-    line = make(target)[1]
-    module, *subcommand = re.search(r"python -m (\S+)(.*)$", line)[0].removeprefix("python -m ").split()
-    words = [word for word in subcommand if word != "--all"]
-    _, shown, _ = forked.run("-m", module, *words, "--help", COLUMNS="200")
-    options = set(re.findall(r"--[a-z-]+", shown))
-    assert {f"--{name.lower().replace('_', '-')}" for name in VARIABLES[target]} <= options
