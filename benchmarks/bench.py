@@ -52,7 +52,7 @@ class Plan:
     """One further decode for some models."""
     repeats: int
     fast: bool
-    """Whether the service runs the fast pass."""
+    """True if the service runs the fast pass."""
     loads: tuple[Load, ...]
     latency: tuple[str, int]
     """Model, and height and width of the latency over HTTP."""
@@ -153,7 +153,7 @@ START = datetime.now(UTC)
 
 
 def has_weights(key: str) -> bool:
-    """Whether the weights are here: `tiny` runs with its own, the other models with random ones."""
+    """True if the weights are here: `tiny` runs with its own, the other models with random ones."""
     return key != "tiny" or (Path(MODELS["tiny"].checkpoint) / "config.json").is_file()
 
 

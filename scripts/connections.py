@@ -48,12 +48,12 @@ class Connection(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is in progress."""
+        """Return whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     @property
     def is_expendable(self) -> bool:
-        """Whether it may be closed without a loss: it is idle, and its last response is all on its way."""
+        """Return whether it may be closed without a loss: it is idle, and its last response is all on its way."""
         return self.is_idle and not self.transport.get_write_buffer_size()
 
     def connection_made(self, transport: asyncio.Transport) -> None:

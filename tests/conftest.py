@@ -205,6 +205,15 @@ def endpoint(request: pytest.FixtureRequest, running: Callable[[str], Endpoint])
     return running(request.param)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Use one thread: small tensors need no second one, and threads of other processes need the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def photograph() -> Image.Image:
     """Return a crop of scikit-image's astronaut, 96x64 pixels."""

@@ -27,17 +27,10 @@ from traffic.samples import Sample, samples
 from traffic.servers import TRACEBACK, server
 from traffic.truth import Truth, Wrong, check, check_refusal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNT = 600
 """Requests of the quick fuzz, with each kind of mutation. `make fuzz` sends ten thousand."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread, because torch's threads here and the servers' would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ class Endpoint:
         self.page = f"https://endpoints.huggingface.co/{account.namespace}/endpoints/{name}"
         self.variables = make_variables(models, account.requested_namespace, name)
         self.was_changed = False
-        """Whether this command sent a request after which it may run."""
+        """True if this command sent a request after which it may run."""
         self.previous_state: str | None = None
         """The state before an update or a resume."""
         if not info:

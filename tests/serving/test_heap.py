@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from handlers.serving.errors import RequestError
 from handlers.serving.vae import heap
 from handlers.serving.vae.heap import HOLES, LARGE_BLOCK, MAX_KERNELS, SMALL_BLOCK, Heap, map_gpu_memory
 from scripts.local_server import ROOT
@@ -208,6 +209,20 @@ def test_memory_for_requests_in_flight_is_reserved(monkeypatch: pytest.MonkeyPat
     fake.resident = fake.live = 900  # memory of other requests at the time of a trim
     fake.trim()
     assert (fake.available(), fake.capacity()) == (850, 1350)
+
+
+def test_a_claim_that_is_not_free_now_is_503_and_one_that_never_is_422(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeHeap(monkeypatch, resident=400, available=1600)
+    monkeypatch.setattr(heap, "total_memory", lambda device: 2000)
+    fake.reserve = 250
+    fake.trim()
+    with fake.claim(1600):
+        for size, status in ((1600, 503), (1601, 422)):
+            with pytest.raises(RequestError) as refused, fake.claim(size):
+                pass
+            assert refused.value.status == status
+    with fake.claim(1600):
+        pass
 
 
 def test_another_allocator_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:

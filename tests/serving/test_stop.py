@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from handlers.serving.vae.stop import PassStopped, stoppable
 from handlers.serving.vae.vae import VAE
 from tests.support.checkpoints import SMALL, build, model_for, small_tiles
 from tests.support.small_service import SERVED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONVOLUTIONS = {torch.conv2d, torch.conv3d, torch.conv1d, torch.nn.functional.linear}
 CLASSES = list({SMALL[key][0]: key for key in SERVED}.values())
@@ -44,15 +46,6 @@ class Convolutions(TorchFunctionMode):
 
     def is_unwanted(self) -> bool:
         return self.last is not None and self.count >= self.last
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: tensors as small as these are finished before a second thread starts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -5,6 +5,7 @@ It holds for every model; `GET /config` tells what one model takes.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from handlers.model import Task
@@ -63,6 +64,7 @@ RESPONSE_HEADERS = {
 """Type and description of each header of a success."""
 
 
+@cache
 def describe_interface(model: str | None = None) -> dict[str, Any]:
     """Return the OpenAPI document of the service, or of one of its several models."""
     parameters = _schema()

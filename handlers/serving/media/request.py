@@ -57,9 +57,9 @@ class Parameters(BaseModel):
     shift_factor: float | None = None
     """Shift of normalized latents: `raw = latents / scaling_factor + shift_factor`."""
     do_scaling: bool = False
-    """Whether the service normalizes latents as the model's pipeline does. Otherwise latents are raw."""
+    """True if the service scales latents as the model's pipeline does. Otherwise latents are raw."""
     normalized: bool | None = None
-    """Whether latents are normalized still, for a layout in which some of the model's pipelines return raw latents."""
+    """True if latents are still normalized, in a layout in which some of the model's pipelines return raw latents."""
     latents_layout: LatentsLayout | None = None
     """Layout of the latents. Absent: decode finds it by the shape, and encode returns the VAE's own."""
     memory_format: Literal["channels_last"] | None = None
@@ -73,13 +73,13 @@ class Parameters(BaseModel):
     output_type: Literal["pil", "pt", "mp4"] | None = None
     """Output kind: `pil` for an image file or floats in [0, 1], `pt` for a tensor, `mp4` for a video file."""
     partial_postprocess: bool = False
-    """Whether `pt` returns uint8 with channels last."""
+    """True if `pt` returns uint8 with channels last."""
     output_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Data type of floats in the response, the VAE's own by default. JavaScript and numpy have no bfloat16."""
     image_format: Annotated[Literal[ImageFormat, "jpeg"], AfterValidator(_image_format)] | None = None
     """Format of an image file. Absent: `Accept` decides, then JPEG."""
     stream: bool = False
-    """Whether an MP4 is sent while it is decoded."""
+    """True if an MP4 is sent while it is decoded."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Quality of a JPEG or WebP file."""
     fps: Annotated[float, Field(ge=1, le=240)] | None = None
@@ -91,7 +91,7 @@ class Parameters(BaseModel):
     decode_chunk_size: Annotated[int, Field(ge=1)] | None = None
     """Frames that SVD's VAE decodes at a time, all by default."""
     exact: bool = False
-    """Whether the result equals diffusers' bit for bit. The service then refuses what does not fit into memory."""
+    """True if only diffusers' own pass will do, bit for bit. The service refuses what that has no memory for."""
     sample_mode: SampleMode = "argmax"
     """Latents of the encoder's distribution: its mode, a sample drawn with `seed`, or its moments."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None

@@ -123,8 +123,9 @@ class Heap:
                 _return_pages()
             if self._spare() < size + reserved:
                 need = f"reading the body takes about {(size + reserved) / 1e6:.0f} MB of memory"
-                if (capacity := self.capacity()) < size + reserved:
-                    raise RequestError(f"{need}, and the service has {capacity / 1e6:.0f} MB for it", 422)
+                most = self.capacity() + self.reserve  # when no other request has bytes in flight
+                if most < size + reserved:
+                    raise RequestError(f"{need}, and the service has {most / 1e6:.0f} MB for it", 422)
                 raise RequestError(f"{need}, which are not free now; try again soon", 503)
             self.claimed += size
         try:
