@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Set before the import of Triton and torch: kernels run on a CPU, and idle threads do not block other processes.
+# Set before the import of Triton and torch: kernels run on a CPU, and the small passes of the tests and their servers
+# run on one thread each, because there are as many busy processes as cores.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import io
@@ -35,7 +37,7 @@ from tests.support.small_service import Service, running_service, save_checkpoin
 
 local_server.start_process = forked.start
 # The `make` that runs the tests sets these variables.
-for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "PYTEST_ADDOPTS"):
+for variable in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "PYTEST_ADDOPTS"):
     os.environ.pop(variable, None)
 # A shell starts a background process (`nohup make test &`) with Ctrl-C ignored, and the tests' processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -203,15 +205,6 @@ def video_endpoint(running: Callable[[str], Endpoint]) -> Endpoint:
 @pytest.fixture(params=[*IMAGE_MODELS, "hunyuan-video"])
 def endpoint(request: pytest.FixtureRequest, running: Callable[[str], Endpoint]) -> Endpoint:
     return running(request.param)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Use one thread: small tensors need no second one, and threads of other processes need the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

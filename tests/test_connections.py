@@ -87,6 +87,7 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_a_connection_without_a_request_is_closed(connect: Callable[[], socket.socket]) -> None:
     silent, half = connect(), connect()
     half.sendall(GET[:-4] % b"")
@@ -94,6 +95,7 @@ def test_a_connection_without_a_request_is_closed(connect: Callable[[], socket.s
     assert is_closed(half)
 
 
+@pytest.mark.slow
 def test_a_connection_with_a_request_stays_open(connect: Callable[[], socket.socket]) -> None:
     slow = connect()
     slow.sendall(GET % b"slow")
@@ -154,6 +156,7 @@ def test_invalid_requests_get_json(
     assert (got, message in json.loads(body)["error"]) == (status, True)
 
 
+@pytest.mark.slow
 def test_an_unread_body_is_cut_off(connect: Callable[[], socket.socket]) -> None:
     """Test that an endless body ends, because it would keep its connection open after the response."""
     endless = connect()

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.test_adding_a_model import KEY, declare, project, weights
 
 __all__ = ["project", "weights"]  # fixtures
 
 
+@pytest.mark.slow
 def test_the_documented_model_can_be_deployed(project: Path) -> None:
     command = [sys.executable, "-m", "scripts.deploy", "deploy", "--model", KEY, "--dry-run"]
     planned = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)

@@ -27,9 +27,7 @@ from traffic.samples import Sample, samples
 from traffic.servers import TRACEBACK, server
 from traffic.truth import Truth, Wrong, check, check_refusal
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-COUNT = 600
+COUNT = 300
 """Requests of the quick fuzz, with each kind of mutation. `make fuzz` sends ten thousand."""
 
 
@@ -159,7 +157,7 @@ class Misbehaving(BaseHTTPRequestHandler):
 def misbehaving() -> Iterator[tuple[str, int]]:
     """Run the misbehaving server and return its address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield running.server_address
         running.shutdown()
@@ -229,6 +227,7 @@ def test_a_refusal_must_have_retry_after() -> None:
         check_refusal(Response(503, {"content-type": "application/json"}, b'{"error": "later"}'))
 
 
+@pytest.mark.slow
 def test_seed_and_number_determine_a_request() -> None:
     good = samples("tiny")
     cases = [make_case(good, 0, number) for number in range(500)]

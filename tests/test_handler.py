@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 
 from handlers import MODELS
-from scripts.local_server import ROOT, clean_environment, serve
+from scripts.local_server import ROOT, serve
 from tests.conftest import Endpoint, uint8_pixels
+from tests.support import forked
 
 pytestmark = pytest.mark.slow
 
@@ -51,31 +50,26 @@ def test_the_client_of_diffusers_works_with_the_toolkit(
             assert (response.status_code, list(response.json())) == (status, ["error"])
 
 
-def import_handler(folder: Path, code: str = "", **environment: str) -> subprocess.CompletedProcess:
+def import_handler(folder: Path, code: str = "", **environment: str) -> tuple[int, str, str]:
+    """Return the exit status, the output and the errors of a process that imports the handler in a folder."""
     code = f"from handler import EndpointHandler; print(EndpointHandler.checkpoint); {code}"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={**clean_environment(), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return forked.run("-c", code, folder=folder, **environment)
 
 
 def test_endpoint_json_or_the_environment_selects_the_model(repository: Path) -> None:
-    assert import_handler(repository).stdout.strip() == "black-forest-labs/FLUX.1-schnell"
-    assert import_handler(repository, VAE_MODEL="sdxl").stdout.strip() == "madebyollin/sdxl-vae-fp16-fix"
+    assert import_handler(repository) == (0, "black-forest-labs/FLUX.1-schnell\n", "")
+    assert import_handler(repository, VAE_MODEL="sdxl") == (0, "madebyollin/sdxl-vae-fp16-fix\n", "")
 
 
 def test_another_model_ignores_the_weights_in_the_repository(repository: Path) -> None:
-    result = import_handler(repository, "EndpointHandler('.')", VAE_MODEL="sdxl", HF_HUB_OFFLINE="1")
-    assert result.returncode != 0
-    assert "madebyollin/sdxl-vae-fp16-fix" in result.stderr
+    code = "import huggingface_hub.constants; huggingface_hub.constants.HF_HUB_OFFLINE = True; EndpointHandler('.')"
+    status, _, errors = import_handler(repository, code, VAE_MODEL="sdxl")
+    assert status != 0
+    assert "madebyollin/sdxl-vae-fp16-fix" in errors
 
 
 @pytest.mark.parametrize("environment", [{}, {"VAE_MODEL": "fluks"}])
 def test_the_error_of_a_missing_or_unknown_model_lists_the_keys(environment: dict[str, str]) -> None:
-    result = import_handler(ROOT, **environment)
-    assert result.returncode != 0
-    assert result.stderr.rstrip().endswith(f"the models are: {', '.join(MODELS)}")
+    status, _, errors = import_handler(ROOT, **environment)
+    assert status != 0
+    assert errors.rstrip().endswith(f"the models are: {', '.join(MODELS)}")

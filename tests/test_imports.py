@@ -81,6 +81,7 @@ def test_imports_have_no_cycle() -> None:
     assert imports["handlers.base"] == {"handlers.model", "handlers.serving.pipeline"}
 
 
+@pytest.mark.slow
 def test_one_private_module_of_torch_is_imported() -> None:
     """Test the only private module of torch that the image's older torch has too."""
     files = [file for folder in MAY_IMPORT for file in (ROOT / folder).rglob("*.py")]

@@ -14,6 +14,8 @@ import pytest
 from scripts.local_server import ROOT
 from scripts.make_options import SWITCHES, TAKES
 
+pytestmark = pytest.mark.slow
+
 VARIABLES = {target: set(names.split()) for target, names in TAKES.items()}
 COMMANDS = sorted(VARIABLES.keys() - {"test", "test-endpoint", "test-page"})
 PYTHON = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('PYTEST_ADDOPTS')]))"

@@ -57,6 +57,7 @@ def test_tiny_is_small_enough_to_ship() -> None:
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8_000_000
 
 
+@pytest.mark.slow
 def test_tiny_reproduces_a_photograph_outside_its_training_set(tiny: EndpointHandler) -> None:
     photograph = data.astronaut()
     latents = send(tiny.pipeline, Image.fromarray(photograph), do_scaling=True)

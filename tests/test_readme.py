@@ -131,12 +131,12 @@ def test_a_half_precision_response_is_widened_exactly(dtype: str, service: Servi
     assert torch.equal(wide, own.float())
 
 
-def test_curl_pipes_a_stream_to_a_player(dtype: str, service: Service, tmp_path: Path) -> None:
+def test_curl_pipes_a_stream_to_a_player(service: Service, tmp_path: Path) -> None:
     """Run the command of the streaming section with a player that writes a file."""
     (command,) = re.findall(r"^\$ (curl -N .*?)\n```", HTTP_API, re.MULTILINE | re.DOTALL)
     shape = [int(size) for size in re.search(r"shape=([\d,]+)", command)[1].split(",")]
     (tmp_path / "latents.bin").write_bytes(torch.randn(shape).numpy().tobytes())
-    player = f"URL={service.url}/hunyuan-video{dtype} AUTH=; ffplay() {{ cat > video.mp4; }}"
+    player = f"URL={service.url}/hunyuan-video AUTH=; ffplay() {{ cat > video.mp4; }}"
     run_curl(command, "", tmp_path, before=player)
     with av.open(str(tmp_path / "video.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == 4 * (shape[2] - 1) + 1
@@ -145,10 +145,10 @@ def test_curl_pipes_a_stream_to_a_player(dtype: str, service: Service, tmp_path:
 @pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(MODELS_PAGE)))
 def test_snippets_of_the_models_run_unchanged(
-    key: str, dtype: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_snippets(MODELS_PAGE, key, f"{service.url}/{key}{dtype}")
+    assert run_snippets(MODELS_PAGE, key, f"{service.url}/{key}")
 
 
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(REMOTE_VAE)))
@@ -191,6 +191,7 @@ def test_variables_of_make_serve_reach_the_server() -> None:
     assert command.endswith(f"-m scripts.serve {options}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_make_accepts_each_documented_command(command: str) -> None:
     """Check their targets and variables; the tests of each target run it."""

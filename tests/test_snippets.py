@@ -34,7 +34,7 @@ def test_check_with_each_model(service: Service, monkeypatch: pytest.MonkeyPatch
 def test_the_printed_code_runs(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_ofTheTests")
-    monkeypatch.setattr(snippets, "SIZE", 192)
+    monkeypatch.setattr(snippets, "SIZE", 96)
     url, kind = f"{service.url}/{model}", MODELS[model].kind
     for snippet, name in ((snippets.diffusers_snippet, "decoded.jpg"), (snippets.token_snippet, "decoded.png")):
         exec(snippet(MODELS[model], url), {})
@@ -43,7 +43,7 @@ def test_the_printed_code_runs(service: Service, tmp_path: Path, monkeypatch: py
             assert frames_in(Path(name)) == expected_frames(MODELS[model])
         else:
             with Image.open(name) as image:
-                assert image.size == (192, 192)
+                assert image.size == (96, 96)
         Path(name).unlink()
 
 

@@ -22,6 +22,8 @@ from tests.support import forked
 from tests.support.faulty_proxy import faulty_proxy
 from tests.support.small_service import Service
 
+pytestmark = pytest.mark.slow
+
 LATENTS = torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(0))
 
 

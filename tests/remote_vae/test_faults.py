@@ -117,6 +117,7 @@ def test_the_login_is_sent_only_to_hugging_face(faulty: FaultyProxy, monkeypatch
     assert {url: Client(url)._token for url in hosts} == hosts
 
 
+@pytest.mark.slow
 def test_no_network() -> None:
     with pytest.raises(RemoteVAEError, match=r"the host name in https://nowhere\.invalid is unknown"):
         RemoteVAE("https://nowhere.invalid")
@@ -176,6 +177,7 @@ def test_valid_urls_are_accepted(url: str) -> None:
     assert Client(url).url == url.rstrip("/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
 def test_a_wrong_port_is_not_retried_for_long(name: str) -> None:
     """Test that the retries end soon. For a starting replica, its proxy would respond."""

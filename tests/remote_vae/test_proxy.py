@@ -137,7 +137,7 @@ def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
 
     SIZE = 300 << 20
     server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
     file, expected = tmp_path / "body", hashlib.sha256()
     with file.open("wb") as body:
@@ -156,6 +156,7 @@ def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_an_unreachable_endpoint(tmp_path: Path) -> None:
     with proxy(f"http://127.0.0.1:{free_port()}", tmp_path, "--retry-timeout", "2") as url:
         response = requests.post(url + "/decode", data=b"1", timeout=20)
@@ -246,7 +247,7 @@ class Recorder(BaseHTTPRequestHandler):
 @pytest.fixture
 def recorder() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 

@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def stranger() -> Iterator[Stranger]:
     with Stranger() as stranger:
-        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        threading.Thread(target=stranger.serve_forever, args=(0.01,), daemon=True).start()
         yield stranger
         stranger.shutdown()
 
@@ -128,6 +128,7 @@ CONFIGS: dict[str, Response] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_foreign_config(stranger: Stranger, name: str) -> None:
     stranger.responses["/config"] = CONFIGS[name]
@@ -174,6 +175,7 @@ DECODED: dict[str, Response] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODED)
 def test_a_foreign_tensor(stranger: Stranger, name: str) -> None:
     vae = RemoteVAE(stranger.url, retry_timeout=2)
@@ -252,6 +254,7 @@ def test_an_error_is_printed_without_control_characters(stranger: Stranger) -> N
         RemoteVAE(stranger.url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retry_after", ["3600", "1e400", "nan", "-1", "Wed, 21 Oct 2065 07:28:00 GMT", "9" * 400])
 def test_no_server_makes_a_client_wait_beyond_its_retry_timeout(
     stranger: Stranger, retry_after: str, caplog: pytest.LogCaptureFixture

@@ -16,8 +16,6 @@ from handlers import MODELS
 from handlers.serving.vae.chunks import decode_chunks
 from handlers.serving.vae.low_memory import reduced_peak
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Callable[[str], Path]) -> Any:

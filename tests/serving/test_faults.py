@@ -226,7 +226,7 @@ def videos(
 ) -> Iterator[Endpoint]:
     """Return an endpoint of a video model, whose requests may take far longer than its deadline."""
     log, key = tmp_path_factory.mktemp("videos") / "log", "hunyuan-video"
-    with faulty_endpoint(request.param, key, checkpoint(key), log, VAE_TIMEOUT="15") as endpoint:
+    with faulty_endpoint(request.param, key, checkpoint(key), log, VAE_TIMEOUT="8") as endpoint:
         yield endpoint
 
 
@@ -264,7 +264,7 @@ class TestAbandonedPass:
     @pytest.mark.usefixtures("one_pass_alone")
     def test_a_pass_stops_at_its_deadline(self, videos: Endpoint) -> None:
         response = videos.post(videos.latents(**self.LONG).half(), output_type="pt")
-        message = "no response within 15 s (VAE_TIMEOUT); send less at once"
+        message = "no response within 8 s (VAE_TIMEOUT); send less at once"
         assert (response.status_code, response.json()) == (504, {"error": message})
 
 
@@ -288,7 +288,7 @@ class TestDeviceFailures:
             assert (response.status_code, response.json()) == (503, {"error": "device 0 is lost"})
 
     def test_a_stuck_device_makes_health_fail(self, start: Start) -> None:
-        endpoint = start(DEVICE_SECONDS="6", VAE_TIMEOUT="1")
+        endpoint = start(DEVICE_SECONDS="3.5", VAE_TIMEOUT="1")
         assert send_request(endpoint, SLOW).status_code == 504
         seen = [health(endpoint)]
         deadline = time.monotonic() + 30

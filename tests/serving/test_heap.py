@@ -1,14 +1,12 @@
 import os
 import platform
-import subprocess
-import sys
 
 import pytest
 
 from handlers.serving.errors import RequestError
 from handlers.serving.vae import heap
 from handlers.serving.vae.heap import HOLES, LARGE_BLOCK, MAX_KERNELS, SMALL_BLOCK, Heap, map_gpu_memory
-from scripts.local_server import ROOT
+from tests.support import forked
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +15,9 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's
 
 def run(code: str, *arguments: str) -> int:
     """Run code in its own process, whose heap it changes. Return the value that it prints."""
-    command = [sys.executable, "-c", code, *arguments]
-    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    status, output, errors = forked.run("-c", code, *arguments)
+    assert status == 0, errors
+    return int(output)
 
 
 @glibc
@@ -124,8 +123,8 @@ for size in map(int, sys.argv[1:]):
 
 def test_the_cache_of_onednn_is_bounded() -> None:
     first, recent = range(4, MAX_KERNELS + 50), range(MAX_KERNELS, MAX_KERNELS + 50)
-    command = [sys.executable, "-c", SHAPES, *map(str, [*first, *recent, *first])]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    status, output, errors = forked.run("-c", SHAPES, *first, *recent, *first)
+    assert status == 0, errors
     passes = output.split("size ")[:-1]
     compiled = ["cache_miss" in text for text in passes]
     assert len(compiled) == 2 * len(first) + len(recent)

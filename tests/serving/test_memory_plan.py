@@ -27,7 +27,13 @@ BY_PRICE = sorted(MEMORY_GB, key=lambda instance: HOURLY[instance]["x1"])
 
 
 def cases(declared: type[Model], task: Task) -> Iterator[Case]:
-    """Return few cases, because each is a pass of a published architecture, operator by operator."""
+    """Yield few cases, because each is a pass of a published architecture, operator by operator.
+
+    The first model of an architecture has all of them. The others differ in the channels of their latents.
+    """
+    yield Case(task, Mode.FULL, 128, 128)
+    if declared is not next(model for model in MODELS.values() if architecture(model) == architecture(declared)):
+        return
     half, factor = torch.float16, declared.frame_factor
     few = 2 * factor + 1 if declared.kind == "video" else 1
     alone, both = offered(declared, task), offered(declared, task, batch=2)
@@ -35,7 +41,6 @@ def cases(declared: type[Model], task: Task) -> Iterator[Case]:
     if declared.peak[task].frames < ALL:
         frames = min(frames, 17)  # more take no more memory, but time
     yield Case(task, Mode.FULL, height, width, frames, dtype=half)
-    yield Case(task, Mode.FULL, 128, 128)
     if Mode.FULL in both:
         yield Case(task, Mode.FULL, 256, 384, few, batch=2)
     if Mode.REDUCED in both:
@@ -46,6 +51,10 @@ def cases(declared: type[Model], task: Task) -> Iterator[Case]:
         unit = declared.vae_scale_factor
         side = -(-tile_side(declared) * 9 // 8 // unit) * unit
         yield Case(task, Mode.TILED, side, side, few, batch=2 if side <= 512 and few == 1 else 1, dtype=half)
+
+
+def architecture(declared: type[Model]) -> tuple[str, object]:
+    return declared.vae_class, declared.peak
 
 
 def takes_less(declared: type[Model], case: Case) -> bool:

@@ -62,6 +62,7 @@ def refused_or(call: Any) -> Any:
     return None
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(values=st.dictionaries(NAMES, VALUES))
 def test_parameters_are_valid_or_refused(values: dict[str, Any]) -> None:

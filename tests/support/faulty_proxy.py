@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def faulty_proxy(target: str, port: int = 0) -> Iterator[FaultyProxy]:
     with FaultyProxy(target, port) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield proxy
         finally:

@@ -31,7 +31,7 @@ THIRD_CHUNK_SLOW = 926
 NOISE = 931
 """Fault that sends frames of noise, which no encoder compresses well."""
 DEVICE_SECONDS = float(os.environ.get("DEVICE_SECONDS", "1"))
-HANGS_SECONDS = 30
+HANGS_SECONDS = 5
 
 LOAD_WAITS = "the load waits for the gate"
 """Log text of a server that waits for the file in GATE before it loads the model."""

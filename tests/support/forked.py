@@ -37,7 +37,7 @@ INHERITED = from_the_start(os.environ)
 
 
 class Process(context.Process):
-    """A process of `python -m ...` with the methods of `subprocess.Popen` that the tests need."""
+    """A process of `python -m ...` or `python -c ...` with the methods of `subprocess.Popen` that the tests need."""
 
     def __init__(
         self, arguments: Sequence[str], environment: dict[str, str], output: Path, errors: Path, folder: Path = ROOT
@@ -98,8 +98,11 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, errors:
     sys.path[:] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep), *others]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("scripts", "tests", "traffic")]:
         del sys.modules[name]  # modules of this project may come from another folder
-    _, module, *sys.argv[1:] = arguments
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    option, code, *sys.argv[1:] = arguments
+    if option == "-c":
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_module(code, run_name="__main__", alter_sys=True)
 
 
 def _end_with(tests: multiprocessing.process.BaseProcess) -> None:
