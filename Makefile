@@ -92,7 +92,7 @@ canary: install  ## test the real platform with tiny, for a few cents [NAMESPACE
 
 # The tests of one file share servers, so they run in one process. `make test ARGS="-k mp4"` runs some of them.
 # Pytest reads the words from PYTEST_ADDOPTS and splits them itself, quotes included.
-ARGS ?= -n 3 --dist loadfile
+ARGS ?= -n 3 --dist worksteal
 test test-endpoint: export PYTEST_ADDOPTS := $(value PYTEST_ADDOPTS) $(value ARGS)
 test-page: export PYTEST_ADDOPTS := $(value PYTEST_ADDOPTS) $(value PAGE_ARGS)
 

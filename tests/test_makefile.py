@@ -93,7 +93,7 @@ def test_words_for_pytest_are_data(target: str, called: list[str], tmp_path: Pat
     arguments, added = run([*called, target, f"ARGS={words}"])
     assert arguments == ["-m", "pytest"]
     assert added.strip() == words
-    assert run([*called, target])[1].strip() == "-n 3 --dist loadfile"
+    assert run([*called, target])[1].strip() == "-n 3 --dist worksteal"
     assert not (tmp_path / "made").exists()
 
 

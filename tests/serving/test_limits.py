@@ -336,6 +336,8 @@ class TestToken:
             for header in (
                 {},
                 {"Authorization": "Bearer wrong"},
+                {"Authorization": f"Bearer {TOKEN[:-1]}"},
+                {"Authorization": f"Bearer {TOKEN}s"},
                 {"Authorization": TOKEN},
                 {"Authorization": "Bearer "},
             ):

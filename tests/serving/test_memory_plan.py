@@ -35,7 +35,7 @@ def cases(declared: type[Model], task: Task) -> Iterator[Case]:
     if declared is not next(model for model in MODELS.values() if architecture(model) == architecture(declared)):
         return
     half, factor = torch.float16, declared.frame_factor
-    few = 2 * factor + 1 if declared.kind == "video" else 1
+    few, fewer = (2 * factor + 1, factor + 1) if declared.kind == "video" else (1, 1)
     alone, both = offered(declared, task), offered(declared, task, batch=2)
     height, width, frames = (*declared.usual_size, 1)[:3]
     if declared.peak[task].frames < ALL:
@@ -44,13 +44,12 @@ def cases(declared: type[Model], task: Task) -> Iterator[Case]:
     if Mode.FULL in both:
         yield Case(task, Mode.FULL, 256, 384, few, batch=2)
     if Mode.REDUCED in both:
-        yield Case(task, Mode.REDUCED, 128, 128, dtype=half)
         yield Case(task, Mode.REDUCED, 256, 384, few, batch=2, dtype=half)
-    yield Case(task, Mode.SLICED, 128, 192, few, batch=2)
+    yield Case(task, Mode.SLICED, 128, 192, fewer, batch=2)
     if Mode.TILED in alone:
         unit = declared.vae_scale_factor
         side = -(-tile_side(declared) * 9 // 8 // unit) * unit
-        yield Case(task, Mode.TILED, side, side, few, batch=2 if side <= 512 and few == 1 else 1, dtype=half)
+        yield Case(task, Mode.TILED, side, side, fewer, batch=2 if side <= 512 and few == 1 else 1, dtype=half)
 
 
 def architecture(declared: type[Model]) -> tuple[str, object]:

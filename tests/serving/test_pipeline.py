@@ -88,6 +88,15 @@ def test_a_wrong_request_does_not_affect_the_next(handler: EndpointHandler) -> N
     assert send(handler.pipeline, make_latents(handler), output_type="pt").shape == (1, 3, 32, 48)
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_tensor_that_is_not_finite_is_refused(handler: EndpointHandler, value: float) -> None:
+    latents = make_latents(handler)
+    latents[0, 3, 2, 1] = value
+    with pytest.raises(RequestError, match="the tensor has NaN or infinity") as refusal:
+        send(handler.pipeline, latents, output_type="pt")
+    assert refusal.value.status == 422
+
+
 # A convolution over a batch may add up in another order than over one item. The results here are about [-4, 4].
 BATCH_TOLERANCE = 1e-4
 
@@ -114,6 +123,26 @@ class TestBatches:
             # 1: a value at a rounding boundary
             tolerance = 1 if batched.value.dtype == torch.uint8 else BATCH_TOLERANCE
             torch.testing.assert_close(batched.value, single.value, atol=tolerance, rtol=0)
+
+    def test_only_requests_of_equal_properties_share_a_batch(self, checkpoint: Callable[[str], Path]) -> None:
+        pipeline, keys = MODELS["flux"](str(checkpoint("flux"))).pipeline, []
+        pipeline.devices.submit = lambda pipeline, work, key, size, future: keys.append(key)  # type: ignore[assignment]
+        for channels, height, width, parameters in [
+            (16, 4, 6, {}),
+            (16, 4, 6, {"partial_postprocess": True}),
+            (16, 6, 4, {}),
+            (16, 4, 6, {"exact": True}),
+            (16, 4, 6, {"decode_chunk_size": 3}),
+            (3, 32, 48, {}),
+            (3, 32, 48, {"sample_mode": "moments"}),
+        ]:
+            values = {"shape": [1, channels, height, width], "dtype": "uint8" if channels == 3 else "float32"}
+            body = bytes(channels * height * width * (1 if channels == 3 else 4))
+            more = {"output_type": "pt", **parameters} if channels == 16 else parameters
+            request = pipeline.parse(body, "tensor/binary", None, {**values, **more})
+            pipeline.submit(request, pipeline.prepare(request).inputs)
+        assert keys[1] == keys[0]
+        assert len(set(keys)) == len(keys) - 1
 
     def test_concurrent_requests_get_their_own_results(self, handler: EndpointHandler) -> None:
         handler.pipeline.device_queue._batch_limit = 4 * 32 * 48

@@ -138,8 +138,9 @@ class TestOverflow:
         result, mode = vae.decode(torch.rand(1, 4, 8, 8))
         assert (result.dtype, mode) == (torch.float16, Mode.FULL)
 
-    def test_infinity_in_float32_is_an_error(self, vae: VAE) -> None:
-        vae.model.decoder.conv_out.bias.fill_(float("nan"))
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_one_infinite_channel_in_float32_is_an_error(self, vae: VAE, value: float) -> None:
+        vae.model.decoder.conv_out.bias[1] = value
         with pytest.raises(
             RequestError, match="gives NaN or infinity for this decode request, even in float32"
         ) as refused:
