@@ -16,9 +16,9 @@ class CogVideoX(EndpointHandler):
     padding_frames = 1
     fps = 8
     takes_reciprocal = True
-    peak = {"decode": Peak(5175, 1610, 12), "encode": Peak(2665, 860, 12)}
+    peak = {"decode": Peak(5175, 2590, 8), "encode": Peak(2665, 860, 12)}
     usual_size = (480, 720, 49)
-    instance = "nvidia-l4"  # 20.7 GB of 24
+    instance = "nvidia-l4"  # 21.1 GB of 24
     license = "apache-2.0"
     license_link = "https://huggingface.co/THUDM/CogVideoX-2b/blob/main/LICENSE"
     weights_mb = 431
