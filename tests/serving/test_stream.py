@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -53,10 +54,15 @@ def faulty(
 ) -> Iterator[Endpoint]:
     """Return an endpoint with faults on request and a short deadline."""
     log = tmp_path_factory.mktemp("faulty") / "log"
+    with run_faulty(request.param, checkpoint("hunyuan-video"), log) as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def run_faulty(kind: str, weights: Path, log: Path) -> Iterator[Endpoint]:
     environment = {"VAE_TIMEOUT": TIMEOUT, "DEVICE_SECONDS": DEVICE_SECONDS, "VAE_MAX_IN_FLIGHT_MB": IN_FLIGHT_MB}
-    weights = checkpoint("hunyuan-video")
     texts = {name: str(value) for name, value in environment.items()}
-    with faulty_endpoint(request.param, "hunyuan-video", weights, log, **texts) as endpoint:
+    with faulty_endpoint(kind, "hunyuan-video", weights, log, **texts) as endpoint:
         while not is_complete(read(send_request(endpoint))):  # a first pass can miss the deadline on a busy computer
             pass
         yield endpoint
@@ -349,12 +355,16 @@ class TestStream:
         assert len(read_frames(file)) == count
 
 
-def test_when_the_device_is_lost_midway_the_stream_breaks(faulty: Endpoint) -> None:
-    """Test a lost device. This test is the last, because the endpoint is then unusable."""
-    response = send_request(faulty, seed=CHUNK_LOSES_DEVICE)
-    assert response.status_code == 200
-    with pytest.raises(Broken):
-        read(response)
-    wait_for_metric(faulty, "inf_batch_current_size", 0)
-    assert requests.get(f"{faulty.url}/health", timeout=5).status_code == 503
-    assert send_request(faulty).status_code == 503
+@pytest.mark.parametrize("kind", SERVERS)
+def test_when_the_device_is_lost_midway_the_stream_breaks(
+    kind: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Test a lost device, in an endpoint of its own, because it is then unusable."""
+    with run_faulty(kind, checkpoint("hunyuan-video"), tmp_path / "log") as faulty:
+        response = send_request(faulty, seed=CHUNK_LOSES_DEVICE)
+        assert response.status_code == 200
+        with pytest.raises(Broken):
+            read(response)
+        wait_for_metric(faulty, "inf_batch_current_size", 0)
+        assert requests.get(f"{faulty.url}/health", timeout=5).status_code == 503
+        assert send_request(faulty).status_code == 503
