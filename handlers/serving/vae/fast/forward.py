@@ -144,7 +144,7 @@ class FastPass:
             if hasattr(module, "norm1"):
                 yield module, partial(self._causal_residual, module)
             elif hasattr(module, "_padding"):
-                yield module, partial(_causal_convolve, module)
+                yield module, partial(self._causal_convolve, module)
             elif getattr(module, "mode", "").startswith("upsample") and module.resample[1] in self._folded:
                 yield module.resample, partial(self._upsample_image, module.resample[1])
         yield coder.norm_out, partial(self._normalize, coder.norm_out, coder.nonlinearity)
@@ -163,20 +163,24 @@ class FastPass:
                 frames = frames if earlier is None else torch.cat([earlier, frames], dim=2)
                 feat_cache[feat_idx[0]] = frames[:, :, -2:].clone()
                 feat_idx[0] += 1
-            return _causal_convolve(conv, frames, earlier=0 if earlier is None else earlier.shape[2])
+            return self._causal_convolve(conv, frames, earlier=0 if earlier is None else earlier.shape[2])
 
         hidden = convolve(block.norm1, block.conv1, x)
         return convolve(block.norm2, block.conv2, hidden).add_(block.conv_shortcut(x))
 
+    def _causal_convolve(self, conv: Module, x: Tensor, cache_x: Tensor | None = None, earlier: int = 0) -> Tensor:
+        """Convolve x, which begins with `earlier` frames of the past. Cached frames are put before it."""
+        padding = conv._padding[4]
+        if cache_x is not None and padding:
+            x, earlier = torch.cat([cache_x, x], dim=2), cache_x.shape[2]
+        return self._convolve_in_time(conv, x, max(padding - earlier, 0))
 
-def _causal_convolve(conv: Module, x: Tensor, cache_x: Tensor | None = None, earlier: int = 0) -> Tensor:
-    """Convolve x, which begins with `earlier` frames of the past. Cached frames are put before it."""
-    columns, _, rows, _, missing, _ = conv._padding
-    if cache_x is not None and missing:
-        x, earlier = torch.cat([cache_x, x], dim=2), cache_x.shape[2]
-    if missing > earlier:
-        x = F.pad(x, (0, 0, 0, 0, missing - earlier, 0))
-    return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, rows, columns))
+    def _convolve_in_time(self, conv: Module, x: Tensor, missing: int) -> Tensor:
+        """Convolve frames with `missing` frames of zeros before them."""
+        columns, _, rows, *_ = conv._padding
+        if missing:
+            x = F.pad(x, (0, 0, 0, 0, missing, 0))
+        return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, rows, columns))
 
 
 def _unchanged_layer(layer: Module, x: Tensor) -> Tensor:
