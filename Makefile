@@ -90,7 +90,8 @@ undeploy: $(DEPLOY_VENV)/bin/.installed  ## delete the endpoint of MODEL [DELETE
 canary: install  ## test the real platform with tiny, for a few cents [NAMESPACE=...] [TIMEOUT=30]
 	$(BIN)/python -m scripts.canary $(options)
 
-# The tests of one file share servers, so they run in one process. `make test ARGS="-k mp4"` runs some of them.
+# Neighboring tests share servers, so each process takes a row of them, and idle ones take from the others' ends.
+# `make test ARGS="-k mp4"` runs some of them.
 # Pytest reads the words from PYTEST_ADDOPTS and splits them itself, quotes included.
 ARGS ?= -n 3 --dist worksteal
 test test-endpoint: export PYTEST_ADDOPTS := $(value PYTEST_ADDOPTS) $(value ARGS)

@@ -176,10 +176,15 @@ def _compare(fast: FastPass, task: Task, inputs: Tensor) -> tuple[float, float, 
 
 
 def _accuracy(result: Tensor, exact: Tensor) -> float:
-    """Return the ratio of the exact result's variance to the mean squared error, in dB; NaN if a result has NaN."""
+    """Return the ratio of the exact result's variance to the mean squared error, in dB.
+
+    It is infinite without an error, and NaN if a result has NaN or the exact one is constant.
+    """
     error = (result - exact).square().mean().item()
+    if not error:
+        return math.inf
     variance = exact.var(correction=0).item()
-    return 10 * math.log10(variance / error) if error and variance else math.nan if error else math.inf
+    return 10 * math.log10(variance / error) if variance else math.nan
 
 
 def _now(inputs: Tensor) -> float:

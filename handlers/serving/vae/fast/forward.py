@@ -6,8 +6,10 @@ It is algebraically exact, but rounds differently from diffusers' own pass, whic
   one for each position in a square of pixels, with 4 multiplications instead of 9. For a video that doubles in time
   too, it is 8 instead of 27.
 - Activations and sums are computed in place, and convolutions pad by themselves instead of a padded copy.
-- On a GPU, normalization and activation are one kernel (`kernels`). Images are channels-last in memory, as its
-  convolutions prefer, and a convolution's bias is added by the kernel that reads its result.
+- On a CPU (`cpu`), tensors are channels-last in memory, as its convolutions prefer, and one frame of Wan or Qwen-Image
+  takes convolutions of images.
+- On a GPU (`fused`), normalization and activation are one kernel (`kernels`). Images are channels-last in memory too,
+  and a convolution's bias is added by the kernel that reads its result.
 """
 
 from __future__ import annotations
