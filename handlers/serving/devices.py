@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -90,8 +90,8 @@ class DeviceQueue:
         self._arrival = threading.Condition()
         self._batches: dict[int, tuple[float, list[Job]]] = {}
         """Start and jobs of the running batch, by device."""
-        self._idle_tasks: list[deque[Callable[[], None]]] = [deque() for _ in devices]
-        """Tasks for the time without jobs, by device."""
+        self._idle_tasks: list[deque[Iterator[None]]] = [deque() for _ in devices]
+        """Tasks for the time without jobs, in steps, by device."""
         self._alive = set(range(len(devices)))
         self._problem: str | None = None
         self._closing = False
@@ -144,10 +144,13 @@ class DeviceQueue:
             self._arrival.notify()
         return job.future
 
-    def when_idle(self, number: int, idle_task: Callable[[], None]) -> None:
-        """Run a task on the thread of a device as soon as no job waits."""
+    def when_idle(self, number: int, steps: Iterator[None]) -> None:
+        """Run the steps of a task on the thread of a device while no job waits.
+
+        A job that arrives stops the pass of a step (`PassStopped`), which the task catches.
+        """
         with self._arrival:
-            self._idle_tasks[number].append(idle_task)
+            self._idle_tasks[number].append(steps)
             self._arrival.notify_all()
 
     def close(self) -> None:
@@ -169,7 +172,7 @@ class DeviceQueue:
                 elif isinstance(work, list):
                     self._run_batch(number, device, work)
                 else:
-                    work()
+                    self._run_step(number, work)
         except BaseException:
             logger.exception("device %d is lost", number)
             self._lose(number)
@@ -183,6 +186,12 @@ class DeviceQueue:
         else:
             logger.info("device %d stopped a pass after %.1f s: nobody waits for it", number, seconds)
 
+    def _run_step(self, number: int, steps: Iterator[None]) -> None:
+        with stoppable(lambda: bool(self._waiting)):
+            for _ in steps:
+                return
+        self._idle_tasks[number].popleft()
+
     def _lose(self, number: int) -> None:
         """Fail the jobs of a lost device, and all waiting jobs if it was the last one. `/health` reports it."""
         self._problem = f"device {number} is lost"
@@ -194,8 +203,8 @@ class DeviceQueue:
         for job in jobs:
             _fail(job, RequestError(f"{self._problem}; try again soon", 503))
 
-    def _next(self, number: int, timeout: float | None) -> list[Job] | Callable[[], None] | None:
-        """Take the job that is due first, with the jobs of its batch, or an idle task if no job waits.
+    def _next(self, number: int, timeout: float | None) -> list[Job] | Iterator[None] | None:
+        """Take the job that is due first, with the jobs of its batch. If no job waits, return the next idle task.
 
         Return None if neither arrives within `timeout` seconds.
         """
@@ -203,7 +212,7 @@ class DeviceQueue:
             if not self._arrival.wait_for(lambda: self._waiting or self._idle_tasks[number], timeout):
                 return None
             if not self._waiting:
-                return self._idle_tasks[number].popleft()
+                return self._idle_tasks[number][0]
             self._waiting.sort(key=lambda job: job.due)
             first, size = self._waiting[0], 0
             batch = []

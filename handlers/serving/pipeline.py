@@ -143,12 +143,12 @@ class Pipeline:
         self.devices = devices or DevicePool([vae.device for vae in vaes], settings.timeout)
         self.device_queue = self.devices.queue
         for number, vae in enumerate(vaes):
-            if vae.fast.fast:  # diffusers' own pass serves requests meanwhile
+            if any(vae.fast.candidates.values()):  # diffusers' own pass serves requests meanwhile
                 Thread(target=self._check_fast, args=(number, vae), name=f"fast-{number}", daemon=True).start()
 
     def _check_fast(self, number: int, vae: VAE) -> None:
-        for check in vae.fast.checks():
-            self.device_queue.when_idle(number, check)
+        vae.fast.prepare()
+        self.device_queue.when_idle(number, vae.fast.check())
 
     def parse(
         self,

@@ -43,9 +43,12 @@ class Settings(Limits):
     device: str | None = None
     """Torch device; None uses CUDA, then MPS, then the CPU."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """Dtype of the weights; None uses the model's own on a GPU and float32 on a CPU."""
-    fast: bool = False
-    """True if the fast pass is used when a check on the device finds it accurate and faster (`fast/check.py`)."""
+    """Dtype of the weights; None uses the model's own on a GPU and float32 on a CPU. A CPU with instructions for
+    bfloat16 then decodes in bfloat16, as a fast pass."""
+    fast: bool | None = None
+    """True if a fast pass is used when a check on the device finds it accurate and faster (`fast/check.py`).
+
+    None allows it on a CPU, unless `dtype` or `exact` is set."""
     exact: bool = False
     """True if every request runs diffusers' own pass, bit for bit, or is refused (`exact` of a request)."""
     api_token: str | None = None
@@ -88,6 +91,12 @@ class Settings(Limits):
             if value.isspace() or (name == "api_token" and not value):
                 raise ValueError(f"{_variable(name)} is blank; give it a value, or unset it")
         return {name: value for name, value in sent.items() if value}
+
+    def allows_fast(self, device_type: str) -> bool:
+        """Return whether a device may run a fast pass."""
+        if self.fast is None:
+            return device_type == "cpu" and self.dtype is None and not self.exact
+        return self.fast
 
     def for_model(self, key: str) -> Settings:
         """Return the settings of one of several models."""

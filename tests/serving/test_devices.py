@@ -1,12 +1,13 @@
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from handlers.serving import devices
 from handlers.serving.devices import DeviceQueue
 from handlers.serving.errors import RequestError
-from handlers.serving.vae.stop import check_wanted
+from handlers.serving.vae.stop import PassStopped, check_wanted
 
 
 class Device:
@@ -310,14 +311,40 @@ def test_a_device_runs_its_idle_hook_while_nothing_waits(device: Device) -> None
     done: list[str] = []
     running, waiting = (queue.submit(number, "a", 1) for number in (1, 2))
     wait_until(lambda: queue.running == 1)
+
+    def steps(name: str) -> Iterator[None]:
+        for number in (1, 2):
+            done.append(f"{name} {number}")
+            yield
+
     for name in ("first", "second"):
-        queue.when_idle(0, lambda name=name: done.append(name))
+        queue.when_idle(0, steps(name))
     device.go.release(1)
     running.result(10)
     wait_until(lambda: len(device.batches) == 2)
     assert done == []
     device.go.release(1)
     waiting.result(10)
-    wait_until(lambda: done == ["first", "second"])
+    wait_until(lambda: done == ["first 1", "first 2", "second 1", "second 2"])
     device.go.release(1)
     assert queue.submit(3, "a", 1).result(10) == 6
+
+
+def test_a_job_stops_the_pass_of_an_idle_task(device: Device) -> None:
+    queue = DeviceQueue([device], batch_limit=1, timeout=60)
+    done: list[str] = []
+
+    def steps() -> Iterator[None]:
+        try:
+            done.append("begun")
+            wait_until(check_wanted)  # a pass that goes on until it is stopped
+        except PassStopped:
+            done.append("stopped")
+        yield
+        done.append("again")
+
+    queue.when_idle(0, steps())
+    wait_until(lambda: done == ["begun"])
+    device.go.release(1)
+    assert queue.submit(3, "a", 1).result(10) == 6
+    wait_until(lambda: done == ["begun", "stopped", "again"])

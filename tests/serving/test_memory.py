@@ -11,7 +11,7 @@ from handlers.serving.vae.memory import JOINING, Estimate, MemoryUse, Mode, choo
 
 IMAGE = Layout("image", 4, 8)
 VIDEO = Layout("video", 16, 8, (1, 5, 9), 5)
-ESTIMATE = Estimate(full=90, reduced=40, tiled=5, result=10)
+ESTIMATE = Estimate(fast=90, full=90, reduced=40, tiled=5, result=10)
 
 
 class Declared(Model):

@@ -35,8 +35,9 @@ class Mode(Enum):
 class Estimate:
     """Bytes of one item of a batch at the peak of a pass."""
 
+    fast: int
+    """Activations of diffusers' own pass in the dtype of the fast pass, which takes less."""
     full: int
-    """Activations of diffusers' own pass; the fast pass takes less."""
     reduced: int
     tiled: int
     result: int
@@ -45,13 +46,17 @@ class Estimate:
     def needed(self, mode: Mode, batch: int) -> int:
         """Return the bytes of a batch in this mode."""
         activations = {
-            Mode.FAST: self.full * batch,
+            Mode.FAST: self.fast * batch,
             Mode.FULL: self.full * batch,
             Mode.REDUCED: self.reduced * batch,
             Mode.SLICED: self.reduced,
             Mode.TILED: self.tiled,
         }
         return activations[mode] + self.result * batch
+
+    def least(self, modes: Sequence[Mode], batch: int) -> Mode:
+        """Return the mode that needs the fewest bytes for a batch."""
+        return min(modes, key=lambda mode: self.needed(mode, batch))
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,12 @@ class MemoryUse:
     tile_pixels: int
     """Pixels of one frame in one tile."""
 
-    def estimate(self, task: Task, layout: Layout, shape: Sequence[int], itemsize: int) -> Estimate:
+    def estimate(
+        self, task: Task, layout: Layout, shape: Sequence[int], itemsize: int, fast_itemsize: int | None = None
+    ) -> Estimate:
         """Estimate a pass over inputs of this shape, in a dtype of `itemsize` bytes.
+
+        The fast pass may have another dtype, of `fast_itemsize` bytes.
 
         The factor 1.25 covers the workspaces of convolutions, which the measurements do not include.
         """
@@ -75,7 +84,11 @@ class MemoryUse:
         reduced = 1.25 * peak.reduced_values(frames) * itemsize if self.reduces else full
         result = frame * frames * JOINING[task] * itemsize
         return Estimate(
-            int(frame * full), int(frame * reduced), int(min(frame, self.tile_pixels * peak.tile) * reduced), result
+            int(frame * full / itemsize * (fast_itemsize or itemsize)),
+            int(frame * full),
+            int(frame * reduced),
+            int(min(frame, self.tile_pixels * peak.tile) * reduced),
+            result,
         )
 
 
@@ -86,15 +99,16 @@ JOINING: dict[Task, int] = {"decode": 15, "encode": 9}
 def choose_modes(estimate: Estimate, batch: int, free: int, capacity: int, offered: Sequence[Mode]) -> list[Mode]:
     """Return the modes to try: those that fit in `free` bytes, best first.
 
-    If none fits now, return the last one, because the estimate has a margin. If it exceeds `capacity`, the whole memory
-    of the device, return no mode.
+    If none fits now, return the one that needs least, because the estimate has a margin. If it exceeds `capacity`, the
+    whole memory of the device, return no mode.
 
     Args:
         offered: modes of the model, best first.
     """
-    if estimate.needed(offered[-1], batch) > capacity:
+    least = estimate.least(offered, batch)
+    if estimate.needed(least, batch) > capacity:
         return []
-    return [mode for mode in offered if estimate.needed(mode, batch) <= free] or [offered[-1]]
+    return [mode for mode in offered if estimate.needed(mode, batch) <= free] or [least]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, encod
 from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.fast.check import FastPasses
+from handlers.serving.vae.fast.cpu import has_instructions
 from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.low_memory import reduced_peak
 from handlers.serving.vae.memory import (
@@ -42,11 +43,14 @@ logger = logging.getLogger(__name__)
 class VAE:
     """A diffusers autoencoder on its device. Inputs may be on any device; results are on its own."""
 
-    def __init__(self, model: Any, declared: type[Model], fast: bool = False, name: str = "") -> None:
+    def __init__(
+        self, model: Any, declared: type[Model], fast: bool = False, bfloat16: bool = False, name: str = ""
+    ) -> None:
         """Wrap a loaded model.
 
         Args:
             fast: prepare the fast pass too.
+            bfloat16: prepare a fast pass that decodes in bfloat16 too.
             name: label of the model in the metrics.
         """
         self.model = model.eval().requires_grad_(False)
@@ -56,8 +60,8 @@ class VAE:
         self.probe = Probe(model)
         self.layout = self.probe.layout(declared)
         self.memory = MemoryUse(declared, is_known(model), _tile_pixels(model))
-        self.fast = FastPasses(self.model, declared, wanted=fast, name=name)
         make_stoppable(self.model)
+        self.fast = FastPasses(self.model, declared, fast, bfloat16, name, self._make_room)
         self.mode = Mode.FULL
         """Mode of the current pass, or of the last one."""
 
@@ -74,12 +78,19 @@ class VAE:
         HEAP.configure(keep_pages=is_cpu)
         dtype = getattr(torch, settings.dtype or ("float32" if is_cpu else declared.dtype))
         model = load_model(declared, path, settings, dtype)
-        vae = cls(model.to(device), declared, settings.fast, settings.model or "")
+        fast = settings.allows_fast(torch.device(device).type)
+        bfloat16 = fast and is_cpu and settings.dtype is None and has_instructions(torch.bfloat16)
+        vae = cls(model.to(device), declared, fast, bfloat16, settings.model or "")
         if difference := find_difference(vae.layout, declared):
             if settings.weights in (None, "random"):
                 raise ValueError(difference)
             logger.warning("%s; these weights are used nevertheless", difference)
         logger.info("running on %s in %s", device, dtype)
+        if is_cpu and dtype == torch.float16 and not has_instructions(dtype):
+            logger.warning(
+                "this processor has no instructions for float16, which takes up to 190 times as long as float32; "
+                "unset VAE_DTYPE, or set it to bfloat16 or float32"
+            )
         return vae
 
     @property
@@ -99,20 +110,20 @@ class VAE:
         again.
         """
 
-        def chunks(z: Tensor, one_by_one: bool) -> Iterator[Tensor]:
+        def chunks(model: Any, z: Tensor, one_by_one: bool) -> Iterator[Tensor]:
             if one_by_one and len(z) > 1:
-                yield torch.cat([join(chunks(item, False)) for item in z.split(1)])
+                yield torch.cat([join(chunks(model, item, False)) for item in z.split(1)])
                 return
-            for pixels in decode_chunks(self.model, z, options):
+            for pixels in decode_chunks(model, z, options):
                 yield self._check_finite(pixels.squeeze(2) if pixels.ndim > self.layout.pixels_ndim else pixels)
 
-        return self._run("decode", latents, lambda z, one_by_one: gather(chunks(z, one_by_one)), options.exact)
+        return self._run("decode", latents, lambda *inputs: gather(chunks(*inputs)), options.exact)
 
     def encode(self, pixels: Tensor, options: EncodeOptions = EncodeOptions()) -> tuple[Tensor, Mode]:  # noqa: B008
         """Encode pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents (see `Layout`)."""
 
-        def forward(x: Tensor, one_by_one: bool) -> Tensor:
-            return self._check_finite(encode_at_once(self.model, x, options, one_by_one))
+        def forward(model: Any, x: Tensor, one_by_one: bool) -> Tensor:
+            return self._check_finite(encode_at_once(model, x, options, one_by_one))
 
         return self._run("encode", pixels, forward, options.exact)
 
@@ -124,11 +135,13 @@ class VAE:
         return result
 
     @torch.no_grad()
-    def _run(self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T], exact: bool) -> tuple[T, Mode]:
+    def _run(
+        self, task: Task, inputs: Tensor, forward: Callable[[Any, Tensor, bool], T], exact: bool
+    ) -> tuple[T, Mode]:
         """Run `forward` in the model's dtype. After an overflow, or without a kernel for the dtype, repeat in float32.
 
         Args:
-            forward: function of the inputs on the device, and of whether to take them one by one.
+            forward: function of the model, of the inputs on its device, and of whether to take them one by one.
 
         Raises:
             RequestError: float32 overflows too (422), or the memory does not suffice (422, 503).
@@ -158,23 +171,21 @@ class VAE:
         )
 
     def _try_modes(
-        self, task: Task, inputs: Tensor, forward: Callable[[Tensor, bool], T], exact: bool
+        self, task: Task, inputs: Tensor, forward: Callable[[Any, Tensor, bool], T], exact: bool
     ) -> tuple[T, Mode]:
         """Run `forward` in the best mode that fits in memory. When memory runs out, try the next one."""
         for mode in self._plan(task, inputs.shape, exact):
             self.mode, self.model.use_tiling = mode, mode is Mode.TILED
             one_by_one = mode in (Mode.SLICED, Mode.TILED) and len(inputs) > 1
             try:
-                with self._pass(mode):
-                    return forward(inputs.to(self.device, self.model.dtype), one_by_one), mode
+                with self._pass(task, mode) as (model, dtype):
+                    return forward(model, inputs.to(self.device, dtype), one_by_one), mode
             except PassStopped as stop:
                 raise stop.with_traceback(None)  # noqa: B904  # its frames refer to the tensors of the pass
             except (RuntimeError, ValueError) as error:
                 self._check_out_of_memory(error, task, inputs.shape, mode)
                 logger.warning("out of memory with %s in mode %s: %s", list(inputs.shape), mode.value, error)
                 metrics.OUT_OF_MEMORY.inc()
-            finally:
-                forget(self.model)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         raise self._no_free_memory(task, inputs.shape, exact)
@@ -210,14 +221,29 @@ class VAE:
             HEAP.planned = needed
         return modes
 
+    @contextmanager
+    def _make_room(self, task: Task, shape: Sequence[int]) -> Iterator[None]:
+        """Make room for diffusers' own pass in a `with` block.
+
+        Raises:
+            RequestError: see `_plan`.
+        """
+        with HEAP.settle() if self.device.type == "cpu" else nullcontext():
+            self._plan(task, shape, exact=True)
+            yield
+
     def check_capacity(self, task: Task, shape: Sequence[int], exact: bool) -> None:
         """Raise `RequestError`, status 422, for inputs whose pass never fits in this device."""
-        least = self._offered(task, shape[0], exact)[-1]
-        if self._estimate(task, shape).needed(least, shape[0]) > self._capacity():
+        estimate = self._estimate(task, shape)
+        least = estimate.least(self._offered(task, shape[0], exact), shape[0])
+        if estimate.needed(least, shape[0]) > self._capacity():
             raise self._too_large(task, shape, exact)
 
     def _estimate(self, task: Task, shape: Sequence[int]) -> Estimate:
-        return self.memory.estimate(task, self.layout, shape, self.model.dtype.itemsize)
+        fast = self.fast.used(task)
+        return self.memory.estimate(
+            task, self.layout, shape, self.model.dtype.itemsize, fast.dtype.itemsize if fast else None
+        )
 
     def _capacity(self) -> int:
         """Return the most bytes that a pass can ever get."""
@@ -233,22 +259,25 @@ class VAE:
 
     def _describe_need(self, task: Task, shape: Sequence[int], exact: bool) -> tuple[str, str]:
         """Return the memory of the mode that needs least, and a hint how to need less, for error texts."""
-        least = self._offered(task, shape[0], exact)[-1]
-        gigabytes = self._estimate(task, shape).needed(least, shape[0]) / 1e9
+        estimate = self._estimate(task, shape)
+        least = estimate.least(self._offered(task, shape[0], exact), shape[0])
+        gigabytes = estimate.needed(least, shape[0]) / 1e9
         need = f"`shape` {list(shape)} takes about {gigabytes:.1f} GB of memory"
         if exact:
             return f"{need} in diffusers' own pass", "; without `exact` (or VAE_EXACT) it may take less"
         return need + (" even in tiles" if least is Mode.TILED else ", and this model has no tiles for it"), ""
 
-    def _pass(self, mode: Mode) -> AbstractContextManager[None]:
-        """Install the forward pass of a mode for a `with` block."""
-        match mode:
-            case Mode.FAST:
-                return self.fast.installed()
-            case Mode.FULL:
-                return nullcontext()
-            case Mode.REDUCED | Mode.SLICED | Mode.TILED:
-                return reduced_peak(self.model)
+    @contextmanager
+    def _pass(self, task: Task, mode: Mode) -> Iterator[tuple[Any, torch.dtype]]:
+        """Install the forward pass of a mode for a `with` block. Return the model to call, and the dtype of inputs."""
+        fast = self.fast.used(task) if mode is Mode.FAST else None
+        model, dtype = (fast.model, fast.dtype) if fast else (self.model, self.model.dtype)
+        installed = fast.installed() if fast else nullcontext() if mode is Mode.FULL else reduced_peak(model)
+        try:
+            with installed:
+                yield model, dtype
+        finally:
+            forget(model)
 
     def _offered(self, task: Task, batch: int, exact: bool) -> list[Mode]:
         """Return the modes of this model for a batch of this size, best first.
@@ -261,7 +290,7 @@ class VAE:
             if not whole:
                 raise RequestError("`exact`: diffusers runs no batch through this model; send one at a time", 422)
             return [Mode.FULL]
-        fast = whole and self.fast.is_on(task, self.model.dtype)
+        fast = whole and self.fast.used(task) is not None
         has = {
             Mode.FAST: fast,
             Mode.FULL: whole and not fast,

@@ -42,13 +42,27 @@ class FastPass:
                 bit like diffusers.
         """
         self.model = model
-        self.dtype: torch.dtype = model.dtype
-        self._folded: dict[nn.Module, FoldedKernels] = {}
-        for layer in self._modules if fold else ():
+        self.dtype = self.current_dtype
+        self._folds = fold
+
+    @property
+    def current_dtype(self) -> torch.dtype:
+        """Dtype of the weights now. A request that overflows has them in float32 for a while."""
+        return next(self.model.decoder.parameters()).dtype
+
+    @cached_property
+    def _folded(self) -> dict[nn.Module, FoldedKernels]:
+        """Folded convolutions, by convolution. An encoder needs none, so they are made for the first decode."""
+        folded = {}
+        for layer in self._modules if self._folds else ():
             if type(layer).__name__ in ("Upsample2D", "HunyuanVideoUpsampleCausal3D"):
-                self._fold(layer.conv, *getattr(layer, "upsample_factor", ()))
+                time, scale, _ = getattr(layer, "upsample_factor", (1, 2, 2))
+                if scale == 2:
+                    doubled = [2, -2, -1] if time == 2 else [-2, -1]
+                    folded[layer.conv] = _fold((getattr(layer.conv, "conv", None) or layer.conv).weight, doubled)
             elif getattr(layer, "mode", "").startswith("upsample"):
-                self._fold(layer.resample[1])
+                folded[layer.resample[1]] = _fold(layer.resample[1].weight, [-2, -1])
+        return folded
 
     @property
     def _modules(self) -> Iterator[Module]:
@@ -93,11 +107,6 @@ class FastPass:
 
     def _finish(self, coder: Module, x: Tensor) -> Tensor:
         return coder.conv_out(self._normalize(coder.conv_norm_out, coder.conv_act, x))
-
-    def _fold(self, conv: Module, time: int = 1, scale: int = 2, _: int = 2) -> None:
-        if scale == 2:
-            inner = getattr(conv, "conv", None) or conv
-            self._folded[conv] = _fold(inner.weight, [*([2] if time == 2 else []), -2, -1])
 
     def _upsample(self, layer: Module, x: Tensor) -> Tensor:
         if layer.conv not in self._folded:
