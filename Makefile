@@ -125,7 +125,11 @@ test-page: install $(PAGE_PACKAGES)/.installed chromium  ## test the web demo in
 screenshots: install $(PAGE_PACKAGES)/.installed chromium  ## take the screenshots of the web demo in docs/
 	exec env $(with_page) -m scripts.screenshots
 
-bench: install  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [MODELS=...]
+$(BIN)/.bench: requirements/bench.txt $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements/bench.txt
+	@touch $@
+
+bench: $(BIN)/.bench  ## measure speed and memory into benchmarks/ [DEVICE=cpu|cuda] [MODELS=...]
 	exec $(BIN)/python -m benchmarks.bench $(options)
 
 # The toolkit runs with the packages of its image.

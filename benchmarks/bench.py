@@ -40,6 +40,10 @@ BENCHMARKS = ROOT / "benchmarks"
 console = Console()
 
 
+TINY = 512
+"""Height and width for `tiny`, on every device."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The measurements on one kind of device."""
@@ -51,8 +55,8 @@ class Plan:
     more_decodes: dict[str, Size]
     """One further decode for some models."""
     repeats: int
-    fast: bool
-    """True if the service runs the fast pass."""
+    openvino: tuple[tuple[str, Task, Size], ...]
+    """Passes that are compared with OpenVINO's, on a CPU."""
     loads: tuple[Load, ...]
     latency: tuple[str, int]
     """Model, and height and width of the latency over HTTP."""
@@ -71,7 +75,7 @@ GPU = Plan(
     video=((320, 512, 9), (320, 512, 61)),
     more_decodes={"wan-2.1": (480, 832, 33)},
     repeats=10,
-    fast=True,
+    openvino=(),
     loads=tuple(
         Load("sd-v1", size, image_format, clients, 128)
         for size in (512, 1024)
@@ -90,7 +94,11 @@ CPU = Plan(
     video=(),
     more_decodes={"sd-v1": (512, 512, None), "flux": (512, 512, None)},
     repeats=2,
-    fast=False,
+    openvino=tuple(
+        (key, task, (side, side, None))
+        for key, side in (("sd-v1", 256), ("flux", 256), ("qwen-image", 256), ("tiny", TINY), ("taesd", 256))
+        for task in ("decode", "encode")
+    ),
     loads=(
         Load("sd-v1", 256, "jpg", 8, 12),
         Load("tiny", 512, "jpg", 1, 16, rounds=1),
@@ -113,8 +121,6 @@ CPU = Plan(
         ("wan-2.1", "decode", (320, 512, 9)),
     ),
 )
-TINY = 512
-"""Height and width for `tiny`, on every device."""
 
 
 def main(
@@ -162,8 +168,8 @@ class Benchmark:
 
     def __init__(self, plan: Plan, keys: list[str], device: str) -> None:
         self.plan, self.keys, self.device = plan, keys, device
-        self.about = about(device) | {"fast": plan.fast}
-        names = ("forward", "fake_peaks", "latency", "throughput", "queue", "data_set")
+        self.about = about(device)
+        names = ("forward", "openvino", "fake_peaks", "latency", "throughput", "queue", "data_set")
         self.results: dict[str, Any] = {"about": self.about, **{name: [] for name in names}}
         self.servers = ExitStack()
         self.loaded: tuple[str, Any, VAE] | None = None
@@ -176,6 +182,9 @@ class Benchmark:
         for key in self.keys:
             for task, size in passes(plan, key):
                 yield f"{key} {task} {pixels(size)}", partial(self.compare_passes, key, task, size)
+        for key, task, size in plan.openvino:
+            if key in self.keys:
+                yield f"{key} {task} {pixels(size)}: OpenVINO", partial(self.compare_openvino, key, task, size)
         for key, task, size in plan.fake:
             if key in self.keys:
                 yield f"{key} {task} {pixels(size)}: peak", partial(self.compute_peaks, key, task, size)
@@ -207,6 +216,11 @@ class Benchmark:
             row |= forward.tiled(key, vae, task, size, self.plan.repeats)
         self.results["forward"].append(row)
 
+    def compare_openvino(self, key: str, task: Task, size: Size) -> None:
+        from benchmarks import openvino  # its package is installed for a CPU alone
+
+        self.results["openvino"] += openvino.compare(key, *self.models(key), task, size, self.plan.repeats)
+
     def compute_peaks(self, key: str, task: Task, size: Size) -> None:
         self.results["fake_peaks"].append(forward.fake_peaks(key, task, size))
 
@@ -229,14 +243,14 @@ class Benchmark:
         """Return the model in plain diffusers and in this project."""
         if self.loaded is None or self.loaded[0] != key:
             self.loaded = None  # frees its memory first
-            self.loaded = (key, *forward.load(key, self.device, self.plan.fast))
+            self.loaded = (key, *forward.load(key, self.device))
         return self.loaded[1:]
 
     def url(self, key: str) -> str:
         """Return the address of a server of the model."""
         if self.running is None or self.running[0] != key:
             self.servers.close()
-            self.running = key, self.servers.enter_context(server(key, self.device, self.plan.fast))
+            self.running = key, self.servers.enter_context(server(key, self.device))
         return self.running[1]
 
 
@@ -254,11 +268,11 @@ def passes(plan: Plan, key: str) -> Iterator[tuple[Task, Size]]:
 
 
 @contextmanager
-def server(key: str, device: str, fast: bool) -> Iterator[str]:
+def server(key: str, device: str) -> Iterator[str]:
     """Serve the model, and yield its URL when the fast pass has been checked."""
     log = Path(tempfile.mkdtemp()) / "server.log"
     weights = () if key == "tiny" else ("--weights", "random")
-    with serve("--model", key, "--device", device, *weights, log=log, VAE_FAST=str(int(fast))) as url:
+    with serve("--model", key, "--device", device, *weights, log=log, VAE_FAST="1") as url:
         while "not checked yet" in httpx2.get(f"{url}/config").json()["fast"].values():
             sleep(1)
         yield url

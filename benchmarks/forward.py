@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -20,7 +19,9 @@ from benchmarks.peak import allocated_peak, peak_bytes
 from handlers import MODELS
 from handlers.serving.settings import Settings
 from handlers.serving.vae.autoencoder import has_frames
+from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.fast.check import fast_pass
+from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.low_memory import reduce_peak, reduced_peak
 from handlers.serving.vae.vae import VAE
 
@@ -28,16 +29,16 @@ Size = tuple[int, int, int | None]
 """Height and width in pixels, and the frames of a video."""
 
 
-def load(key: str, device: str, fast: bool = False) -> tuple[Any, VAE]:
+def load(key: str, device: str) -> tuple[Any, VAE]:
     """Load the model in plain diffusers and in this project, with the same seeded random weights (`tiny`: its own).
 
-    Args:
-        fast: whether this project runs the fast pass, when its check finds it accurate and quicker.
+    The project runs its fast pass where the check finds it accurate and quicker.
     """
     handler = MODELS[key]
-    vae = VAE.load(handler, "", Settings(weights=None if key == "tiny" else "random", fast=fast), device)
-    for check in vae.fast.checks():
-        check()
+    vae = VAE.load(handler, "", Settings(weights=None if key == "tiny" else "random", fast=True), device)
+    vae.fast.prepare()
+    for _ in vae.fast.check():
+        pass
     plain = getattr(diffusers, handler.vae_class).from_config(vae.config)
     plain.load_state_dict(vae.model.state_dict())
     return plain.to(vae.device, vae.dtype).eval().requires_grad_(False), vae
@@ -62,7 +63,7 @@ def compare(key: str, plain: Any, vae: VAE, task: str, size: Size, repeats: int)
     calls = {
         "plain": plain_call(plain, task, data),
         "project": lambda: getattr(vae, task)(with_frames(vae.model, data) if task == "decode" else data)[0],
-        "fast": fast_call(vae.model, task, data),
+        "fast": fast_call(fast_pass(vae.model), task, data) if is_known(vae.model) else plain_call(plain, task, data),
         "reduced": reduced_call(vae.model, task, data),
     }
     results: dict[str, Tensor] = {}
@@ -147,12 +148,11 @@ def reduced_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
     return reduced
 
 
-def fast_call(model: Any, task: str, data: Tensor) -> Callable[[], Tensor]:
-    """Return the pass that the service runs with `VAE_FAST=1`: diffusers' own for an unknown architecture."""
-    call, fast = plain_call(model, task, data), fast_pass(model)
+def fast_call(fast: FastPass, task: str, data: Tensor) -> Callable[[], Tensor]:
+    call = plain_call(fast.model, task, data.to(fast.dtype))
 
     def installed() -> Tensor:
-        with fast.installed() if fast else nullcontext():
+        with fast.installed():
             return call()
 
     return installed

@@ -43,7 +43,7 @@ def readme(results: Results) -> str:
     about = results["about"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in about["matrix_tflops"].items())
-    served = "as it is served with `VAE_FAST=1`" if about["fast"] else "as it is served by default"
+    served = "as it is served by default" if about["kind"] == "cpu" else "as it is served with `VAE_FAST=1`"
     return f"""# Benchmark: {about["device"]}
 
 Written by `make bench` on {about["date"]}, at commit {about["commit"]}, in {about["seconds"]} s. {versions}.
@@ -60,6 +60,7 @@ pass at the rate above. The last column is the share of the fast pass's time tha
 
 {forward_table(results["forward"])}
 
+{openvino_table(results["openvino"])}
 {fake_table(results["fake_peaks"])}
 ## Time and memory on this device
 
@@ -116,6 +117,32 @@ def forward_table(rows: Rows) -> str:
             for row in rows
         ],
     )
+
+
+def openvino_table(rows: Rows) -> str:
+    if not rows:
+        return ""
+    cells = [
+        (
+            row["model"],
+            row["task"],
+            pixels(row["size"]),
+            row["dtype"],
+            f"{row['seconds']:.3f}",
+            *(f"x {row['time_ratio'][side]:.3f}" for side in ("openvino", "fast")),
+            f"{row['time_ratio']['fast'] / row['time_ratio']['openvino']:.2f}",
+            *(decibels(row["psnr_db"][side]) for side in ("openvino", "fast")),
+        )
+        for row in rows
+    ]
+    head = ("model", "task", "pixels", "dtype", "diffusers in float32, s", "OpenVINO", "fast pass", "fast / OpenVINO")
+    return f"""## Against OpenVINO
+
+OpenVINO runs the same weights in the same dtype, with as many threads. Times are ratios of minima to diffusers' in
+float32; the three take turns. A model without a fast pass runs diffusers' own in float32.
+
+{table((*head, "PSNR OpenVINO, dB", "fast"), cells)}
+"""
 
 
 def fake_table(rows: Rows) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 
 # Set before the import of Triton and torch: kernels run on a CPU, and the small passes of the tests and their servers
-# run on one thread each, because there are as many busy processes as cores. Servers run diffusers' own pass, so most
-# tests compare values bit for bit. tests/serving/test_fast.py has the tests of the default.
+# run on one thread each, because there are as many busy processes as cores.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("VAE_FAST", "0")
 
 import io
 import signal

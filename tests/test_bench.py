@@ -90,7 +90,6 @@ def results() -> dict[str, Any]:
     return {
         "about": {
             "kind": "cpu",
-            "fast": False,
             "device": "a CPU",
             "threads": 2,
             "load_average": 0.1,
@@ -115,6 +114,17 @@ def results() -> dict[str, Any]:
             }
         ],
         "latency": [],
+        "openvino": [
+            {
+                "model": "sd-v1",
+                "task": "decode",
+                "size": [256, 256, None],
+                "dtype": "float32",
+                "seconds": 2.0,
+                "time_ratio": {"openvino": 0.8, "fast": 0.6},
+                "psnr_db": {"openvino": 100.0, "fast": None},
+            }
+        ],
     }
 
 
@@ -131,6 +141,10 @@ def test_the_table_compares_each_pass_with_plain_diffusers(results: dict[str, An
     assert "| 2.000 | x 1.01 | x 0.85 | x 0.79 | 192 | x 1.00 | x 0.94 | x 0.56 |  |  | 119 | 120 | 0.80 |" in row
 
 
+def test_the_fast_pass_is_compared_with_openvino(results: dict[str, Any]) -> None:
+    assert "| float32 | 2.000 | x 0.800 | x 0.600 | 0.75 | 100 |  |" in report.openvino_table(results["openvino"])
+
+
 @pytest.mark.slow
 def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = 64
@@ -140,7 +154,7 @@ def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         video=(),
         more_decodes={},
         repeats=1,
-        fast=False,
+        openvino=(),
         loads=(Load("tiny", size, "jpg", 2, 4, rounds=1),),
         latency=("tiny", size),
         latency_count=2,
@@ -155,8 +169,9 @@ def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (folder,) = tmp_path.iterdir()
     assert {path.name for path in folder.iterdir()} == {"README.md", "results.json", "time.png", "memory.png"}
     results = json.loads((folder / "results.json").read_text())
-    counts = {name: len(rows) for name, rows in results.items() if isinstance(rows, list)}
-    assert counts == {"forward": 2, "fake_peaks": 1, "latency": 2, "throughput": 1, "queue": 1, "data_set": 1}
+    counts = [(name, len(rows)) for name, rows in results.items() if isinstance(rows, list)]
+    expected = {"forward": 2, "openvino": 0, "fake_peaks": 1, "latency": 2, "throughput": 1, "queue": 1, "data_set": 1}
+    assert dict(counts) == expected
 
 
 def test_a_client_gets_every_format(running: Any) -> None:
