@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENDPOINT_VENV := .venv-endpoint
 DEPLOY_VENV := .venv-deploy
-SOURCES := handler.py handlers models remote_vae clients scripts benchmarks traffic tests
+SOURCES := handler.py handlers models remote_vae clients scripts deploy benchmarks traffic tests
 
 # scripts/make_options.py has the variables that each target takes. Any other variable is an error before a recipe runs.
 quoted = '$(subst ','\'',$(1))'

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "clients": {"remote_vae"},
     "models": set(),
     "scripts": {"handler", "handlers", "remote_vae"},
+    "deploy": {"handler", "handlers"},
     "benchmarks": {"handlers", "remote_vae", "scripts"},
     "traffic": {"handlers", "scripts", "benchmarks"},
     "tests": {"handlers", "remote_vae", "clients", "scripts", "benchmarks", "traffic"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,6 @@ from tests.support.manifests import Manifests, problems, unknown_series
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 MONITORING = KUBERNETES / "components" / "monitoring"
-RUNNING = (ROOT / "docs" / "running.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +156,7 @@ def test_a_query_is_about_metrics_of_the_service(query: str, exposition: str) ->
 def test_an_unknown_metric_is_found(exposition: str) -> None:
     assert unknown_series("sum(rate(vae_requests[5m]))", exposition) == ["vae_requests []"]
     assert unknown_series('vae_passes_total{kind="tiled"}', exposition) == ["vae_passes_total ['kind']"]
-    with pytest.raises(ValueError, match="invalid promql query"):
+    with pytest.raises(ValueError, match="unclosed left parenthesis"):
         unknown_series("sum(rate(vae_requests_total[5m])", exposition)
 
 
@@ -173,10 +171,3 @@ def test_the_panels_of_the_dashboard_do_not_overlap() -> None:
     assert len(cells) == len(set(cells))
     assert max(x for x, _ in cells) < 24
     assert len({panel["id"] for panel in panels}) == len(panels)
-
-
-def test_the_guide_names_each_overlay_and_component() -> None:
-    named = set(re.findall(r"deploy/kubernetes/overlays/(\w+)", RUNNING)) | set(
-        re.findall(r"^\| `([\w-]+)` \|", RUNNING, re.M)
-    )
-    assert {*OVERLAYS, *(path.name for path in (KUBERNETES / "components").iterdir())} <= named
