@@ -103,6 +103,7 @@ MISTAKES = [
     (annotations, f"{HAPROXY}/timeout-server", "330s", "timeout-server is shorter than 1230 seconds"),
     (environment, "VAE_TIMEOUT", "600", "responseHeader is shorter than VAE_TIMEOUT"),
     (annotations, f"{HAPROXY}/balance-algorithm", "random(2)", "does not balance by least connections"),
+    (annotations, f"{HAPROXY}/config-backend", "", "HAProxy keeps connections that the service closes"),
     (annotations, f"{HAPROXY}/maxconn-server", "4", "the interceptor is one server for all requests"),
     # a right that a server does not need, or one that it lacks
     (

@@ -227,6 +227,8 @@ def check_ingress(manifests: Manifests) -> Iterator[str]:
                 yield "the interceptor is one server for all requests, and has no /health"
         if seconds(values["timeout-server"]) < needed or seconds(values["timeout-server"]) <= settings.timeout:
             yield f"timeout-server is shorter than {needed:g} seconds"
+        if "option http-server-close" not in values["config-backend"]:
+            yield "HAProxy keeps connections that the service closes"
         if values["balance-algorithm"] != "leastconn":
             yield "the ingress does not balance by least connections"
     if route and seconds(route["spec"]["timeouts"]["responseHeader"]) <= settings.timeout:
