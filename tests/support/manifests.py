@@ -142,28 +142,22 @@ def check_references(manifests: Manifests) -> Iterator[str]:
     if [probe["path"] for probe in probes] != ["/health"] * 3:
         yield "startup, readiness and liveness probes ask for /health"
     used = {probe["port"] for probe in probes} | set(find(service, "targetPort"))
-    used |= {
-        endpoint["port"] for endpoints in find(manifests.resources, "podMetricsEndpoints") for endpoint in endpoints
-    }
+    used |= {each["port"] for endpoints in find(manifests.resources, "podMetricsEndpoints") for each in endpoints}
     if not used <= {port["name"] for port in manifests.container["ports"]}:
         yield "a port is not one of the container"
     mounts = {mount["name"] for mount in manifests.container["volumeMounts"]}
     if mounts != {volume["name"] for volume in manifests.pod["volumes"]}:
         yield "volumes and mounts differ"
-    if set(find(manifests.pod, "claimName")) != {
-        each["metadata"]["name"] for each in manifests.all("PersistentVolumeClaim")
-    }:
+    claims = {each["metadata"]["name"] for each in manifests.all("PersistentVolumeClaim")}
+    if set(find(manifests.pod, "claimName")) != claims:
         yield "the pods do not mount the volume claim"
-    targets = [
-        (each["service"]["name"], each["service"]["port"]["name"]) for each in find(manifests.all("Ingress"), "backend")
-    ]
+    backends = [backend["service"] for backend in find(manifests.all("Ingress"), "backend")]
+    targets = [(each["name"], each["port"]["name"]) for each in backends]
     targets += [(each["service"], each["portName"]) for each in find(manifests.all("InterceptorRoute"), "target")]
     for name, port in targets:
         if port not in {each["name"] for each in manifests.get("Service", name).get("spec", {"ports": []})["ports"]}:
             yield f"there is no Service {name} with a port {port}"
-    hosts = {host for hosts in find(manifests.resources, "hosts") for host in hosts} | set(
-        find(manifests.all("Ingress"), "host")
-    )
+    hosts = set(find(manifests.all("Ingress"), "host")).union(*find(manifests.resources, "hosts"))
     if len(hosts) > 1:
         yield f"more than one host: {sorted(hosts)}"
 
@@ -213,43 +207,38 @@ def check_ingress(manifests: Manifests) -> Iterator[str]:
     """Check balancing, sizes and timeouts on the way to a replica."""
     settings = manifests.settings
     route = manifests.get("InterceptorRoute")
+    readiness, response = (seconds(next(find(route, key), "0s")) for key in ("readiness", "responseHeader"))
     for ingress in manifests.all("Ingress"):
         values = {name.removeprefix(INGRESS): value for name, value in ingress["metadata"]["annotations"].items()}
         number, unit = re.fullmatch(r"(\d+)([kmg]?)", values["proxy-body-size"]).groups()
         if int(number) * SIZES[unit] < settings.max_body_mb * 1e6:
             yield "proxy-body-size is smaller than VAE_MAX_BODY_MB"
-        needed = settings.timeout
-        if route:
-            needed = seconds(route["spec"]["timeouts"]["readiness"]) + seconds(
-                route["spec"]["timeouts"]["responseHeader"]
-            )
-            if {"maxconn-server", "health-check-uri"} & values.keys():
-                yield "the interceptor is one server for all requests, and has no /health"
-        if seconds(values["timeout-server"]) < needed or seconds(values["timeout-server"]) <= settings.timeout:
+        if route and {"maxconn-server", "health-check-uri"} & values.keys():
+            yield "the interceptor is one server for all requests, and has no /health"
+        needed = max(readiness + response, settings.timeout + 1)
+        if seconds(values["timeout-server"]) < needed:
             yield f"timeout-server is shorter than {needed:g} seconds"
         if "option http-server-close" not in values["config-backend"]:
             yield "HAProxy keeps connections that the service closes"
         if values["balance-algorithm"] != "leastconn":
             yield "the ingress does not balance by least connections"
-    if route and seconds(route["spec"]["timeouts"]["responseHeader"]) <= settings.timeout:
+    if route and response <= settings.timeout:
         yield "responseHeader is shorter than VAE_TIMEOUT"
-    if route and seconds(route["spec"]["timeouts"]["readiness"]) < manifests.startup_seconds():
+    if route and readiness < manifests.startup_seconds():
         yield "readiness is shorter than the startup probe"
 
 
 def check_scaling(manifests: Manifests) -> Iterator[str]:
     """Check the autoscaler's target, bounds and triggers."""
-    namespace = manifests.get("Namespace")["metadata"]["name"]
+    namespace = {"namespace": manifests.get("Namespace")["metadata"]["name"]}
     for scaled in (each["spec"] for each in manifests.all("ScaledObject")):
         if not manifests.get("Deployment", scaled["scaleTargetRef"]["name"]):
             yield "the ScaledObject has another target"
         if scaled["minReplicaCount"] > scaled["maxReplicaCount"]:
             yield "minReplicaCount is above maxReplicaCount"
         for trigger in (each["metadata"] for each in scaled["triggers"]):
-            if "query" in trigger and any(
-                dict(labels) != {"namespace": namespace} for _, labels in series(trigger["query"])
-            ):
-                yield f"the query is not about the namespace {namespace}"
+            if any(labels != namespace for _, labels in series(trigger.get("query", "0"))):
+                yield f"the query is not about the namespace {namespace['namespace']}"
             if "interceptorRoute" in trigger and not manifests.get("InterceptorRoute", trigger["interceptorRoute"]):
                 yield "the trigger has another route"
         if manifests.all("InterceptorRoute") and scaled["minReplicaCount"] != 0:
