@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,21 @@ from tests.support import forked
 
 pytestmark = pytest.mark.slow
 
-STAND_IN = ("-m", "uvicorn", "webservice_starlette:app", "--app-dir", str(ROOT / "tests" / "support" / "toolkit"))
+TOOLKIT = ROOT / "tests" / "support" / "toolkit"
+STAND_IN = ("-m", "uvicorn", "webservice_starlette:app", "--app-dir", str(TOOLKIT))
+
+IDLE_TIMEOUT = 0.5
+"""Seconds after which the idle checker ends a worker."""
+
+
+def gunicorn(repository: Path) -> tuple[str, str]:
+    """Return the command of the toolkit that follows 0.5.6. It takes the place of `--port N` in its arguments."""
+    arguments = ["webservice_starlette:app", "-k", "uvicorn.workers.UvicornWorker", "--no-control-socket"]
+    return "-c", (
+        "import os, sys; from gunicorn.app.wsgiapp import run; "
+        f"os.environ['HF_MODEL_DIR'] = {str(repository)!r}; "
+        f"sys.argv[1:] = [*{arguments}, '--chdir', {str(TOOLKIT)!r}, '--bind', '127.0.0.1:' + sys.argv[2]]; run()"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +48,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[s
     return folder
 
 
+@pytest.mark.parametrize("version", ["0.5.6", "next"])
 def test_the_client_of_diffusers_works_with_the_toolkit(
-    repository: Path, tmp_path: Path, photograph: Image.Image
+    version: str, repository: Path, tmp_path: Path, photograph: Image.Image
 ) -> None:
     log = tmp_path / "log"
-    with serve(log=log, command=STAND_IN, HF_MODEL_DIR=str(repository), PYTHONSAFEPATH="1") as url:
+    environment = {"HF_MODEL_DIR": str(repository), "PYTHONSAFEPATH": "1"} if version == "0.5.6" else {}
+    with serve(log=log, command=STAND_IN if environment else gunicorn(repository), **environment) as url:
         vae = AutoencoderKL.from_pretrained(repository / "vae").eval()
         endpoint = Endpoint("flux", url, vae, log)
         latents = endpoint.latents()
@@ -50,9 +67,45 @@ def test_the_client_of_diffusers_works_with_the_toolkit(
             assert (response.status_code, list(response.json())) == (status, ["error"])
 
 
-def import_handler(folder: Path, code: str = "", **environment: str) -> tuple[int, str, str]:
+def test_an_idle_worker_is_unloaded_but_not_at_work(repository: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    body = bytes(4 * 16 * 4 * 4)
+    parameters = {"shape": [1, 16, 4, 4], "dtype": "float32"}
+
+    def post(data: bytes | Iterator[bytes]) -> requests.Response:
+        headers = {"Content-Type": "tensor/binary"}
+        return requests.post(url, data=data, params=parameters, headers=headers, timeout=60)
+
+    def slow_body() -> Iterator[bytes]:
+        yield body[:100]
+        time.sleep(3 * IDLE_TIMEOUT)
+        yield body[100:]
+
+    lazy = {"UNLOAD_IDLE": "1", "IDLE_TIMEOUT": str(IDLE_TIMEOUT)}
+    with serve(log=log, command=gunicorn(repository), **lazy) as url:
+        first = post(body)
+        assert first.status_code == 400  # the toolkit's own response
+        assert first.json()["error"].startswith("the model is loading")
+        while (health := requests.get(f"{url}/health", timeout=60)).status_code == 503:
+            assert health.json() == {"error": "the model is loading"}
+        assert health.text == "Ok"
+        response = post(slow_body())
+        assert response.ok, response.text
+        while log.read_text().count("Booting worker") < 2:  # the test ends at its timeout if the worker lives on
+            time.sleep(0.1)
+        assert requests.get(f"{url}/health", timeout=60).ok  # of the next worker
+
+
+def test_two_workers_on_one_device_are_refused() -> None:
+    status, _, errors = import_handler(ROOT, "", "import gunicorn; ", VAE_MODEL="flux", WORKERS="2")
+    assert status != 0
+    assert "WORKERS=2: each worker would load the model again" in errors
+    assert import_handler(ROOT, VAE_MODEL="flux", WORKERS="2")[0] == 0  # toolkit 0.5.6 does not read it
+
+
+def import_handler(folder: Path, code: str = "", before: str = "", **environment: str) -> tuple[int, str, str]:
     """Return the exit status, the output and the errors of a process that imports the handler in a folder."""
-    code = f"from handler import EndpointHandler; print(EndpointHandler.checkpoint); {code}"
+    code = f"{before}from handler import EndpointHandler; print(EndpointHandler.checkpoint); {code}"
     return forked.run("-c", code, folder=folder, **environment)
 
 
