@@ -79,6 +79,7 @@ def test_an_idle_worker_is_unloaded_but_not_at_work(repository: Path, tmp_path: 
     def slow_body() -> Iterator[bytes]:
         yield body[:100]
         time.sleep(3 * IDLE_TIMEOUT)
+        assert "the idle checker ends this worker" not in log.read_text()
         yield body[100:]
 
     lazy = {"UNLOAD_IDLE": "1", "IDLE_TIMEOUT": str(IDLE_TIMEOUT)}

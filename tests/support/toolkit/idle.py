@@ -1,6 +1,7 @@
-"""Idle unloading of the stand-in: what the toolkit's module `idle` offers, with seconds instead of minutes."""
+"""Idle unloading of the stand-in: the names of the toolkit's module `idle` that the project uses, and its checker."""
 
 import asyncio
+import logging
 import os
 import signal
 import time
@@ -29,4 +30,5 @@ async def live_check_loop() -> None:
     """End this worker after its first request, when it had none for `IDLE_TIMEOUT` seconds."""
     while running or not ended or time.monotonic() - ended < IDLE_TIMEOUT:
         await asyncio.sleep(IDLE_TIMEOUT / 5)
+    logging.info("the idle checker ends this worker")
     os.kill(os.getpid(), signal.SIGTERM)
