@@ -26,12 +26,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve models deploy deploy-all endpoints smoke pause pause-all resume undeploy canary \
-	test test-quick test-endpoint chromium test-page screenshots bench fuzz soak lint format train-tiny
+	test test-quick test-endpoint chromium test-page haproxy test-haproxy image test-image lock screenshots bench fuzz soak \
+	lint format train-tiny
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(BIN)/.installed: requirements/dev.txt requirements/test.txt
+$(BIN)/.installed: requirements/dev.txt requirements/serve.txt requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
@@ -54,8 +55,9 @@ install: $(BIN)/.installed  ## set up .venv with the newest releases and the com
 demo: install  ## send a photograph through the tiny VAE over HTTP, into out/demo.png
 	exec $(BIN)/python -m scripts.demo
 
+# Some shells set HOST to the name of the machine.
 serve: install  ## serve MODEL [PORT=8000] [HOST=127.0.0.1] [WEIGHTS=folder|random] [DEVICE=cpu|cuda|mps] [DTYPE=...]
-	exec $(BIN)/python -m scripts.serve $(options)
+	exec env -u HOST $(BIN)/python -m scripts.serve $(options)
 
 models: install  ## list the models
 	@$(BIN)/python -m scripts.models
@@ -121,6 +123,27 @@ chromium:
 
 test-page: install $(PAGE_PACKAGES)/.installed chromium  ## test the web demo in Chromium [TOOLKIT=checkout]
 	$(with_page) -m pytest tests/page
+
+haproxy:
+	@command -v haproxy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends haproxy; } || \
+		{ echo "error: deploy/haproxy.cfg is tested with haproxy 2.6 or later; as root: apt-get install haproxy" >&2; exit 1; }
+
+test-haproxy: install haproxy  ## test two servers behind HAProxy
+	$(BIN)/python -m pytest tests/haproxy
+
+# docker or buildah get their own options as BUILD_ARGS, split into words like a shell does without quotes.
+image:  ## build the container image with docker or buildah [TARGET=cpu|cuda] [TAG=remote-vae] [BUILD_ARGS=...]
+	@exec scripts/build_image.sh --target "$${TARGET:-cpu}" --tag "$${TAG:-remote-vae}" $$BUILD_ARGS
+
+test-image: install  ## test the container image TAG, by default remote-vae, which `make image` has built
+	TAG="$${TAG:-remote-vae}" $(BIN)/python -m pytest tests/image
+
+LOCK = $(BIN)/uv pip compile requirements/serve.txt --quiet --generate-hashes --no-annotate --upgrade \
+	--custom-compile-command "make lock" --python-version 3.11 --python-platform x86_64-manylinux_2_28
+
+lock: install  ## pin the newest packages for serving, with their hashes
+	$(LOCK) --torch-backend cpu --output-file requirements/lock-cpu.txt
+	$(LOCK) --output-file requirements/lock-cuda.txt
 
 screenshots: install $(PAGE_PACKAGES)/.installed chromium  ## take the screenshots of the web demo in docs/
 	exec env $(with_page) -m scripts.screenshots

@@ -59,7 +59,10 @@ def free_port() -> int:
 
 def clean_environment() -> dict[str, str]:
     """Return the environment of this process without the variables of the service."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("VAE_", "HF_"))}
+    own = {"API_TOKEN", "MODEL", "HOST", "PORT", "WEIGHTS", "DEVICE", "DTYPE"}
+    return {
+        name: value for name, value in os.environ.items() if name not in own and not name.startswith(("VAE_", "HF_"))
+    }
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:

@@ -27,6 +27,8 @@ TAKES = {
     "bench": "DEVICE MODELS",
     "fuzz": "COUNT SEED KIND MEMORY_MB ONLY TOOLKIT",
     "soak": "MINUTES SEED TOOLKIT",
+    "image": "TARGET TAG BUILD_ARGS",
+    "test-image": "TAG",
     "test": "ARGS",
     "test-endpoint": "ARGS",
     "test-page": "PAGE_ARGS TOOLKIT",

@@ -4,7 +4,6 @@ import logging
 import os
 import socket
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,22 +11,29 @@ from safetensors import SafetensorError
 
 from scripts.connections import run_server
 
-REPOSITORY = Path(__file__).parent.parent
+logger = logging.getLogger(__name__)
 
 
 def main(
     model: Annotated[
-        str | None, typer.Option(help="Key of the model, or several as a,b,c; `make models` lists them.")
+        str | None,
+        typer.Option(envvar="MODEL", help="Key of the model, or several as a,b,c; `make models` lists them."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 listens on every interface.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    host: Annotated[
+        str, typer.Option(envvar="HOST", help="Address to listen on; 0.0.0.0 listens on every interface.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="PORT", help="Port to listen on.")] = 8000,
     weights: Annotated[
-        str | None, typer.Option(help='Folder with the weights, or "random"; default: the checkpoint.')
+        str | None,
+        typer.Option(envvar="WEIGHTS", help='Folder with the weights, or "random"; default: the checkpoint.'),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the best one of this machine.")
+        str | None,
+        typer.Option(envvar="DEVICE", help="cpu, cuda, cuda:1 or mps; default: the best one of this machine."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the model's own.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(envvar="DTYPE", help="float32, float16 or bfloat16; default: the model's own.")
+    ] = None,
 ) -> None:
     """Serve VAEs over HTTP until SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
@@ -35,12 +41,17 @@ def main(
     os.environ.update({f"VAE_{name.upper()}": value for name, value in options.items() if value})
     try:
         from handler import EndpointHandler, app, settings
+        from handlers.serving.settings import REPOSITORY
 
         EndpointHandler(str(REPOSITORY))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"error: {error}") from None
     if is_loopback(host):
         app.state.loopback_host = host
+    elif not settings.api_token:
+        logger.warning(
+            "anybody who reaches %s:%d may call this service; API_TOKEN=... makes it ask for a token", host, port
+        )
     run_server(app, host, port, stop_after=int(settings.grace) + 5)  # by then every request has its response
 
 

@@ -17,7 +17,7 @@ from scripts.make_options import SWITCHES, TAKES
 pytestmark = pytest.mark.slow
 
 VARIABLES = {target: set(names.split()) for target, names in TAKES.items()}
-COMMANDS = sorted(VARIABLES.keys() - {"test", "test-endpoint", "test-page"})
+COMMANDS = sorted(VARIABLES.keys() - {"test", "test-endpoint", "test-page", "image", "test-image"})
 PYTHON = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('PYTEST_ADDOPTS')]))"
 
 
@@ -94,6 +94,19 @@ def test_words_for_pytest_are_data(target: str, called: list[str], tmp_path: Pat
     assert arguments == ["-m", "pytest"]
     assert added.strip() == words
     assert run([*called, target])[1].strip() == "-n 3 --dist worksteal"
+    assert not (tmp_path / "made").exists()
+
+
+def test_values_for_docker_are_data(tmp_path: Path) -> None:
+    """Test `make image` with a stand-in for docker, which prints its arguments. BUILD_ARGS are split at spaces."""
+    (tmp_path / "docker").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -c "{PYTHON}" "$@"\n')
+    (tmp_path / "docker").chmod(0o755)
+    value = hostile(tmp_path / "made")
+    make_image = ["env", f"PATH={tmp_path}:{os.environ['PATH']}", "make", "--no-print-directory", "--silent", "image"]
+    assert run(make_image)[0] == ["build", "--target", "cpu", "--tag", "remote-vae", "."]
+    arguments, _ = run([*make_image, f"TARGET={value}", f"TAG={value}", f"BUILD_ARGS=--pull `touch {tmp_path}/made`"])
+    words = ["--pull", "`touch", f"{tmp_path}/made`"]
+    assert arguments == ["build", "--target", value, "--tag", value, *words, "."]
     assert not (tmp_path / "made").exists()
 
 

@@ -38,7 +38,12 @@ class Limits(BaseModel):
     timeout: Annotated[float, Field(gt=0)] = 300
     """Seconds from the first byte of a request until its response is ready."""
     grace: Annotated[float, Field(ge=0)] = 20
-    """Seconds after SIGTERM in which running requests may finish. Kubernetes kills after 30."""
+    """Seconds after SIGTERM and `drain_delay` in which running requests may finish. Kubernetes kills after 30."""
+    drain_delay: Annotated[float, Field(ge=0)] = 0
+    """Seconds after SIGTERM in which `/health` is 503 and requests are still taken.
+
+    Load balancers stop sending requests meanwhile.
+    """
 
     def within(self, memory: int) -> Self:
         """Return the limits for a machine or container with `memory` bytes."""

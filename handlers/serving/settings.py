@@ -12,8 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError
 
 from handlers.serving.limits import Limits
 
-REPOSITORY = Path(__file__).parents[2]
-"""Folder of `handler.py`: this project, or the repository of an endpoint."""
+REPOSITORY = Path(os.environ.get("VAE_REPOSITORY") or Path(__file__).parents[2])
+"""Folder with `endpoint.json` and weights: that of `handler.py`, unless the environment names another."""
 
 
 def _separated(value: Any) -> Any:

@@ -353,6 +353,25 @@ class TestSigterm:
         connection.close()
         server.wait(timeout=5)  # raises if the process does not end
 
+    def test_requests_are_taken_for_the_drain_delay(self, start: Start) -> None:
+        """A second SIGTERM ends the delay, which is long, so that the test does not depend on the time."""
+        endpoint = start(VAE_DRAIN_DELAY="100")
+        kept = open_connection(endpoint)
+        kept.request("GET", "/metrics")
+        response = kept.getresponse()
+        assert (response.status, response.read() != b"", response.getheader("Connection")) == (200, True, None)
+        server = self.terminate(endpoint)
+        assert poll_health(endpoint.url, last="503")[-1] == "503"
+        kept.request("POST", "/", b"no tensor")
+        response = kept.getresponse()
+        assert (response.status, response.getheader("Connection")) == (400, "close")
+        kept.close()
+        for _ in range(2):
+            response = send_request(endpoint)
+            assert (response.status_code, response.headers["Connection"]) == (200, "close")
+        self.terminate(endpoint)
+        server.wait(timeout=10)  # raises if the process does not end
+
 
 def test_the_service_writes_no_files(start: Start, tmp_path: Path) -> None:
     home, temporary = tmp_path / "home", tmp_path / "tmp"

@@ -11,14 +11,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from handlers.model import split_keys
 from handlers.serving import metrics
@@ -68,7 +68,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     }
     app = Starlette(
         routes=routes,
-        middleware=[*cross_origin(cors_origins), access_log, router, caller_check],
+        middleware=[Middleware(CloseConnections), *cross_origin(cors_origins), access_log, router, caller_check],
         exception_handlers=error_handlers,
         lifespan=lifespan,
     )
@@ -88,6 +88,25 @@ def cross_origin(origins: Sequence[str]) -> list[Middleware]:
             CrossOrigin, allow_origins=origins, allow_methods=methods, allow_headers=["*"], expose_headers=EXPOSED
         )
     ]
+
+
+class CloseConnections:
+    """ASGI middleware that closes each connection after its response, once SIGTERM has come.
+
+    A balancer that keeps connections would send the next request on one that is about to end.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def closing_send(message: Message) -> None:
+            handler = scope["app"].state.handler
+            if message["type"] == "http.response.start" and handler and handler.pipeline.device_queue.is_draining:
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
+        await self.app(scope, receive, closing_send)
 
 
 class CrossOrigin(CORSMiddleware):
@@ -128,24 +147,35 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 def drain_on_sigterm(app: Starlette) -> None:
-    """On SIGTERM, take no new work, respond 503 to `/health`, and let requests finish within `VAE_GRACE`.
+    """On SIGTERM, respond 503 to `/health`, take no new work, and let requests finish within `VAE_GRACE`.
 
-    Call this after the server has installed its own signal handler. Without one, nothing changes.
+    New work is still taken for `VAE_DRAIN_DELAY` seconds, or until a second SIGTERM. Call this after the server has
+    installed its own signal handler. Without one, nothing changes.
     """
     stop = signal.getsignal(signal.SIGTERM)
     if not callable(stop) or threading.current_thread() is not threading.main_thread():
         return
 
     def drain(*arguments: Any) -> None:
-        if app.state.handler is not None:
-            pipeline = app.state.handler.pipeline
-            pipeline.device_queue.close()
+        if app.state.handler is None:
+            return stop(*arguments)
+        pipeline = app.state.handler.pipeline
+        queue, settings = pipeline.device_queue, pipeline.settings
+        loop = asyncio.get_running_loop()  # this signal has interrupted it
+
+        def finish() -> None:
+            queue.close()
             server = getattr(stop, "__self__", None)
             if config := getattr(server, "config", None):  # uvicorn's; without a timeout it waits forever
-                config.timeout_graceful_shutdown = int(pipeline.settings.grace) + 5
-            loop = asyncio.get_running_loop()  # this signal has interrupted it
-            loop.call_soon_threadsafe(loop.call_later, pipeline.settings.grace, pipeline.admission.expire)
-        stop(*arguments)
+                config.timeout_graceful_shutdown = int(settings.grace) + 5
+            loop.call_soon_threadsafe(loop.call_later, settings.grace, pipeline.admission.expire)
+            stop(*arguments)
+
+        if settings.drain_delay and not queue.is_draining:
+            queue.is_draining = True
+            loop.call_soon_threadsafe(loop.call_later, settings.drain_delay, finish)
+        else:
+            finish()
 
     signal.signal(signal.SIGTERM, drain)
 
