@@ -73,6 +73,9 @@ def deploy(
     scale_to_zero: Annotated[int, typer.Option(help="Idle minutes before it scales to zero.")] = Plan.scale_to_zero,
     weights: Annotated[str | None, typer.Option(help="Folder with weights to upload; default: the checkpoint.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of the checkpoint; default: the deployed one.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Container image of this project, with its tag; default: the stock toolkit.")
+    ] = None,
     timeout: Timeout = 30,
     keep: Keep = False,
     dry_run: DryRun = False,
@@ -81,7 +84,7 @@ def deploy(
     """Create or update an endpoint, wait until it runs, and test it."""
     names = {field.name for field in fields(Plan)}
     options = {key: value for key, value in context.params.items() if key in names}
-    plans = [Plan.create(key, **options) for key in (published_models() if every else [model])]
+    plans = [Plan.create(key, **options) for key in (published_models(image) if every else [model])]
     if every:
         prices = [plan.price for plan in plans]
         total = None if None in prices else sum(prices)

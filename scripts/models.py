@@ -57,9 +57,8 @@ def declared(model: type[Model], name: str) -> str:
 
 def instance(key: str) -> str:
     """Return the instance of the model's endpoint and its price by the list of `instances.AS_OF`."""
-    if why_not_deployable(key):
-        return f"none: it needs diffusers {MODELS[key].diffusers}"
-    return f"{MODELS[key].instance}, {dollars(table_price('aws', MODELS[key].instance, 'x1'))}/h"
+    needs_image = " with IMAGE" if why_not_deployable(key) else ""
+    return f"{MODELS[key].instance}, {dollars(table_price('aws', MODELS[key].instance, 'x1'))}/h{needs_image}"
 
 
 def checkpoint(model: type[Model]) -> str:
@@ -71,15 +70,16 @@ def checkpoint(model: type[Model]) -> str:
 
 
 def why_not_deployable(model: str) -> str | None:
-    """Return why an endpoint cannot run the model, or None. requirements.txt bounds diffusers on endpoints alone."""
+    """Return why the stock Inference Toolkit cannot run the model, or None. requirements.txt bounds its diffusers."""
     handler, bound = MODELS[model], re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
     needed, below = ([int(number) for number in version.split(".")] for version in (handler.diffusers, bound[1]))
     if needed < below:
         return None
     vae_class = declared(handler, "vae_class")
     return (
-        f"{model} cannot run on an endpoint: its {vae_class} needs diffusers {handler.diffusers} or later, and "
-        f"endpoints have one before {bound[1]}; `make serve MODEL={model}` runs it on a machine of your own"
+        f"{model} cannot run in the stock Inference Toolkit: its {vae_class} needs diffusers {handler.diffusers} or "
+        f"later, and the toolkit has one before {bound[1]}; IMAGE=... deploys a container image of this project "
+        f"instead, and `make serve MODEL={model}` runs it on a machine of your own"
     )
 
 
@@ -88,9 +88,12 @@ def is_shipped(model: str) -> bool:
     return Path(MODELS[model].checkpoint).is_absolute()
 
 
-def published_models() -> list[str]:
-    """Return the models with weights on the Hub that an endpoint can run, and note why it cannot run the others."""
-    reasons = {key: why_not_deployable(key) for key in MODELS if not is_shipped(key)}
+def published_models(image: str | None) -> list[str]:
+    """Return the models with weights on the Hub that an endpoint can run, and note why it cannot run the others.
+
+    A container image of this project runs all of them.
+    """
+    reasons = {key: None if image else why_not_deployable(key) for key in MODELS if not is_shipped(key)}
     for reason in filter(None, reasons.values()):
         note(reason)
     return [key for key, reason in reasons.items() if not reason]

@@ -408,8 +408,9 @@ def test_a_class_too_new_for_an_endpoint_is_refused(deploy: Runner, tmp_path: Pa
     code = file.read_text().replace('"AutoencoderKL"', '"AutoencoderOfTomorrow"\n    diffusers = "9.1"')
     file.write_text(code)
     message = (
-        "sdxl cannot run on an endpoint: its AutoencoderOfTomorrow needs diffusers 9.1 or later, and endpoints have "
-        "one before 0.38; `make serve MODEL=sdxl` runs it on a machine of your own"
+        "sdxl cannot run in the stock Inference Toolkit: its AutoencoderOfTomorrow needs diffusers 9.1 or later, and "
+        "the toolkit has one before 0.38; IMAGE=... deploys a container image of this project instead, and "
+        "`make serve MODEL=sdxl` runs it on a machine of your own"
     )
 
     for dry_run in ((), ("--dry-run",)):
@@ -418,6 +419,9 @@ def test_a_class_too_new_for_an_endpoint_is_refused(deploy: Runner, tmp_path: Pa
     others = deploy("deploy", "--all", "--dry-run")
     assert (others.status, others.lines) == (0, [message])
     assert "MODEL=sdxl;" not in others.out
+    in_image = deploy("deploy", "--all", "--dry-run", "--image", "ghcr.io/ana/remote-vae:0.1.0-cuda")
+    assert (in_image.status, in_image.lines) == (0, [])
+    assert "MODEL=sdxl;" in in_image.out
 
     served = subprocess.run(
         [sys.executable, "-m", "scripts.serve", "--model", "sdxl", "--weights", "random"],

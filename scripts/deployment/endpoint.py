@@ -33,6 +33,8 @@ FIXED_SETTINGS = {
     "scaling_threshold": PENDING,
 }
 """Settings of every endpoint, by the names of huggingface_hub."""
+IMAGE_SETTINGS = {"port": 8000, "healthRoute": "/health"}
+"""Settings of the container image of this project: those of its Dockerfile, by the names of the API."""
 
 
 def poll(limit: float) -> Iterator[timedelta]:
@@ -132,6 +134,11 @@ class Endpoint:
         return table_price(self.placement[0], *self.placement[2:])
 
     @property
+    def image(self) -> str | None:
+        """The URL of its container image; None for the stock Inference Toolkit."""
+        return self.info.raw["model"].get("image", {}).get("custom", {}).get("url")
+
+    @property
     def scaling(self) -> tuple[int, int, int | None]:
         """The least and the most replicas, and the idle minutes before it scales to zero."""
         scaling = self.info.raw["compute"]["scaling"]
@@ -161,6 +168,8 @@ class Endpoint:
                 attention = "ATTENTION: " if self.was_changed else ""
                 wrong = f"{attention}{variable}={value} was requested and {self} has {actual}"
                 raise DeployError(f"{wrong}, which never changes: {advice}")
+        if self.image and not plan.image:  # no public source says how an update returns to the stock image
+            raise DeployError(f"{self} runs IMAGE={self.image}: name an IMAGE again, or {advice}")
 
     def deploy(self, plan: Plan, repository: str, revision: str) -> None:
         """Create it, or update the settings that differ."""
@@ -172,14 +181,17 @@ class Endpoint:
             "min_replica": plan.min_replica,
             "max_replica": plan.max_replica,
             "scale_to_zero_timeout": plan.scale_to_zero,
+            "image": plan.image,
         }
         settings = FIXED_SETTINGS | wanted | {"accelerator": "cpu" if is_cpu(plan.instance) else "gpu"}
+        if image := settings.pop("image"):
+            settings["custom_image"] = {"url": image, **IMAGE_SETTINGS}
         if not self.info:
             self._create(plan, settings)
         self.check_immutable(plan)
         if plan.scale_to_zero is None and self.scaling[-1]:
             self._disable_scale_to_zero(plan)
-        actual = (self.info.repository, self.info.revision, *self.placement[2:], *self.scaling)
+        actual = (self.info.repository, self.info.revision, *self.placement[2:], *self.scaling, self.image)
         compared = zip(wanted.items(), actual, strict=True)
         changes = [f"{name} {old} -> {new}" for (name, new), old in compared if old != new]
         if changes or self.info.status in BROKEN:

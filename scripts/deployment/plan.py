@@ -27,6 +27,8 @@ TAG = "remote-vae"
 """The tag of every endpoint of this project. Each of its models has a tag too."""
 WEIGHT_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+IMAGE = re.compile(r"[a-z0-9][\w.-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)+(:\w[\w.-]*|@sha256:[0-9a-f]{64})", re.ASCII)
+"""A container image in a registry, with its tag or its digest."""
 
 
 def model_tag(model: str) -> str:
@@ -67,6 +69,8 @@ class Plan:
     scale_to_zero: int | None = 15
     weights: str | None = None
     revision: str | None = None
+    image: str | None = None
+    """Container image of this project; None for the stock Inference Toolkit."""
     price: float | None = None
     """USD an hour for one replica: from the table, until the platform is asked."""
     weight_folders: dict[str, Path] = field(default_factory=dict)
@@ -76,8 +80,9 @@ class Plan:
     def create(cls, model: str | None, name: str | None = None, instance: str | None = None, **options: Any) -> Plan:
         """Check the options and fill in the defaults. `DeployError` names the Makefile's variable that is wrong."""
         models = find_models(model)
-        for reason in filter(None, map(why_not_deployable, models)):
-            raise DeployError(reason)
+        if not options.get("image"):
+            for reason in filter(None, map(why_not_deployable, models)):
+                raise DeployError(reason)
         dearest = max((MODELS[key] for key in models), key=instance_price)
         plan = cls(models, name or default_name(*models), instance or dearest.instance, **options)
         plan._check()
@@ -92,6 +97,9 @@ class Plan:
         sizes = HOURLY.get(self.instance, [self.size]) if self.vendor == "aws" else [self.size]
         if not NAME.fullmatch(self.name):
             raise DeployError(f"NAME={self.name} is not valid: use 1 to 32 of a-z, 0-9 and -, with no - at either end")
+        if self.image and not IMAGE.fullmatch(self.image):
+            example = "as in ghcr.io/someone/remote-vae:0.1.0-cuda"
+            raise DeployError(f"IMAGE={self.image} is not valid: name its registry and its tag or digest, {example}")
         if self.access not in CALLERS:
             raise DeployError(f"ACCESS={self.access} is not valid: choose one of {', '.join(CALLERS)}")
         if not 0 <= low <= high >= 1:

@@ -32,11 +32,14 @@ Checkpoints = dict[str, ModelInfo]
 
 
 def small_files(plan: Plan, revisions: dict[str, str]) -> dict[str, bytes]:
-    """Return the code, `endpoint.json` and the model card. `revisions` are commits of checkpoints, by model."""
+    """Return the code, `endpoint.json` and the model card. `revisions` are commits of checkpoints, by model.
+
+    A container image has the code and its packages.
+    """
     paths = (PROJECT / "handlers").rglob("[!.]*")
     kinds = {".py", ".html", ".json"}
     modules = sorted(path for path in paths if path.suffix in kinds and path.parent.name != "__pycache__")
-    code = [PROJECT / "handler.py", *modules, PROJECT / "requirements.txt"]
+    code = [] if plan.image else [PROJECT / "handler.py", *modules, PROJECT / "requirements.txt"]
     pinned = {key: {"revision": revision} for key, revision in revisions.items()}
     records = [{"model": key, "checkpoint": describe_origin(plan, key), **pinned.get(key, {})} for key in plan.models]
     record = (records[0] if len(records) == 1 else {"models": records}) | {"version": __version__}

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from handlers import MODELS, __version__
 from scripts.deployment.plan import CALLERS, PENDING, TAG, Plan, addresses, make_variables
-from scripts.instances import AS_OF, describe_price, describe_unlisted, dollars
+from scripts.instances import AS_OF, describe_price, describe_unlisted, dollars, is_cpu
 from scripts.models import license_link
 from scripts.snippets import calling_code
 
@@ -27,7 +27,7 @@ def describe_origin(plan: Plan, model: str) -> str:
     return f"models/{model}" if folder == Path(checkpoint) else "a local folder"
 
 
-FUNCTIONS = (decimal, describe_origin, describe_price, describe_unlisted, dollars, license_link, make_variables)
+FUNCTIONS = (decimal, describe_origin, describe_price, describe_unlisted, dollars, is_cpu, license_link, make_variables)
 GLOBALS = {"MODELS": MODELS, "CALLERS": CALLERS, "PENDING": PENDING, "AS_OF": AS_OF, "version": __version__}
 GLOBALS |= {function.__name__: function for function in FUNCTIONS}
 """The names in templates, beside the plan."""

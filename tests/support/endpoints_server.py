@@ -29,6 +29,7 @@ from starlette.routing import Route
 
 from handlers import MODELS
 from scripts.deployment.plan import model_tag
+from scripts.local_server import ROOT
 
 TOOLKIT = Path(__file__).parent / "toolkit"
 Script = list[str | tuple[str, str]]
@@ -86,10 +87,13 @@ def default_hardware() -> list[Hardware]:
 
 
 class Process:
-    """The stand-in toolkit with a repository's files in a clean folder, without other files of the project."""
+    """The container of an endpoint, with the repository's files in a clean folder.
 
-    def __init__(self, files: dict[str, bytes], folder: Path) -> None:
-        self.files = files
+    It is the stand-in toolkit, which has no other files of the project, or the command of the project's own image.
+    """
+
+    def __init__(self, files: dict[str, bytes], folder: Path, image: dict[str, Any] | None) -> None:
+        self.files, self.image = files, image
         for path, content in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
@@ -105,9 +109,13 @@ class Process:
             "HF_HUB_OFFLINE": "1",
         }
         app = ["webservice_starlette:app", "--app-dir", str(TOOLKIT), "--port", str(port)]
+        command, cwd = ["-m", "uvicorn", *app], folder
+        if image:  # the repository is at /repository, and the port is the image's own
+            environment |= {"VAE_REPOSITORY": str(folder), "HOST": "127.0.0.1", "PORT": str(port)}
+            command, cwd = ["-m", "scripts.serve"], ROOT
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "uvicorn", *app], cwd=folder, env=environment, stdout=log, stderr=log
+                [sys.executable, *command], cwd=cwd, env=environment, stdout=log, stderr=log
             )
 
     @property
@@ -310,9 +318,11 @@ class Platform(ABC):
         """Start a deployment of the endpoint's pinned revision. A process that already runs it is kept, for speed."""
         raw = self.endpoints[key]
         self.pending[key] = [*first, *self.script]
-        if self.serve == "process" and (key not in self.processes or self.processes[key].files != self.files(raw)):
-            self.halt(key)
-            self.processes[key] = Process(self.files(raw), Path(self.folder, uuid.uuid4().hex))
+        if self.serve == "process":
+            container = (self.files(raw), raw["model"]["image"].get("custom"))
+            if key not in self.processes or (self.processes[key].files, self.processes[key].image) != container:
+                self.halt(key)
+                self.processes[key] = Process(container[0], Path(self.folder, uuid.uuid4().hex), container[1])
         raw["status"] |= {"url": f"{self.url}/live/{key}", "updatedAt": now()}
         self.advance(key)
 
