@@ -8,7 +8,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt \
     && useradd --uid 1000 --home-dir /cache --create-home vae
 # The service reads /repository/endpoint.json, unless MODEL names a model. Inference Endpoints mount a repository there.
-RUN mkdir /repository && echo '{"model": "tiny"}' > /repository/endpoint.json
+RUN mkdir /app /repository && echo '{"model": "tiny"}' > /repository/endpoint.json
 WORKDIR /app
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \

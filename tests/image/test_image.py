@@ -101,10 +101,9 @@ def test_the_health_check_responds(container: Container, server: tuple[str, subp
 
 
 def test_it_runs_as_a_user_without_rights(container: Container) -> None:
-    script = (
-        "import os; print(os.getuid(), os.access('/app', os.W_OK), os.access(os.environ['HF_HOME'] + '/..', os.W_OK))"
-    )
-    assert output(*container.command("python3", "-c", script)) == "1000 False True"
+    """Test the owners and not the access, since buildah's chroot leaves the user capabilities that docker drops."""
+    script = "import os; print(os.getuid(), *(os.stat(f).st_uid for f in ('/app', '/venv', '/repository', '/cache')))"
+    assert output(*container.command("python3", "-c", script)) == "1000 0 0 0 1000"
 
 
 def test_it_holds_the_packages_of_the_lock_and_no_others(container: Container) -> None:
