@@ -38,6 +38,10 @@ def test_a_release_is_published_from_its_tag_without_a_stored_token() -> None:
     ]
     assert publish["needs"] == "build"
     assert publish["permissions"] == {"id-token": "write"}
+    image = workflow["jobs"]["image"]
+    assert (image["needs"], image["permissions"]["packages"]) == ("build", "write")
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert all(f"AS {target}\n" in dockerfile for target in image["strategy"]["matrix"]["target"])
     assert "secrets." not in (GITHUB / "workflows" / "release.yml").read_text()
 
 
