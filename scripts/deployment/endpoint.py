@@ -136,7 +136,7 @@ class Endpoint:
     @property
     def image(self) -> str | None:
         """The URL of its container image; None for the stock Inference Toolkit."""
-        return self.info.raw["model"].get("image", {}).get("custom", {}).get("url")
+        return ((self.info.raw["model"].get("image") or {}).get("custom") or {}).get("url")
 
     @property
     def scaling(self) -> tuple[int, int, int | None]:
