@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -86,4 +87,5 @@ def test_the_image_serves_the_repository(hub: Hub, deploy: Runner) -> None:
     result = deploy("deploy", "--model", "tiny", "--access", "public", "--image", IMAGE)
     assert result.status == 0, result.err
     (process,) = hub.processes.values()
-    assert "vae" in process.log.read_text().partition("loading AutoencoderKL from ")[2].splitlines()[0]
+    folder = process.log.read_text().partition("loading AutoencoderKL from ")[2].splitlines()[0]
+    assert json.loads(Path(folder, "../endpoint.json").read_text())["model"] == "tiny"
