@@ -40,7 +40,7 @@ class Server:
 
     def start(self) -> None:
         command = ["-m", "tests.support.faulty_server", "standalone", "--model", "tiny", "--weights", str(TINY)]
-        environment = {"VAE_DRAIN_DELAY": "5", "DEVICE_SECONDS": SECONDS}
+        environment = {"VAE_DRAIN_DELAY": "5", "VAE_EXACT": "1", "DEVICE_SECONDS": SECONDS}
         self.process = forked.start([*command, "--port", str(self.port)], self.log, clean_environment() | environment)
         wait_until_healthy(f"http://127.0.0.1:{self.port}", self.process, self.log)
 

@@ -66,7 +66,7 @@ def server(container: Container, tmp_path_factory: pytest.TempPathFactory) -> It
     """Start the container without arguments, beside its port, and yield its URL and its process."""
     port, log = free_port(), tmp_path_factory.mktemp("image") / "log"
     words: Sequence[str] = [*CONFIG["Entrypoint"], *(CONFIG["Cmd"] or ())]
-    command = container.command(*words, PORT=str(port), OMP_NUM_THREADS="1")
+    command = container.command(*words, PORT=str(port), OMP_NUM_THREADS="1", VAE_EXACT="1")
     started = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
