@@ -28,7 +28,7 @@ KUBERNETES = ("1.31", "1.37")
 INGRESS = "haproxy-ingress.github.io/"
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
-VARIABLES = {f"VAE_{name.upper()}" for name in Settings.model_fields} | {"OMP_NUM_THREADS", "VAE_DRAIN_DELAY"}
+VARIABLES = {f"VAE_{name.upper()}" for name in Settings.model_fields} | {"OMP_NUM_THREADS"}
 FROM_PROMETHEUS = {"namespace", "pod"}
 """Labels that Prometheus adds to each series of a pod."""
 
@@ -192,7 +192,7 @@ def check_rights(manifests: Manifests) -> Iterator[str]:
 def check_end(manifests: Manifests) -> Iterator[str]:
     """Check the seconds of a start and of an end."""
     settings, pause = manifests.settings, float(next(find(manifests.container, "preStop"))["exec"]["command"][1])
-    needed = pause + float(manifests.environment["VAE_DRAIN_DELAY"]) + settings.grace + 5
+    needed = pause + settings.drain_delay + settings.grace + 5
     if manifests.pod["terminationGracePeriodSeconds"] <= needed:
         yield f"terminationGracePeriodSeconds: preStop, VAE_DRAIN_DELAY, VAE_GRACE and 5 seconds are {needed:g}"
     if settings.grace < settings.timeout:
