@@ -30,7 +30,7 @@ from handlers.serving.vae.fast import cpu, kernels
 from handlers.serving.vae.fast.check import FastPasses, fast_pass
 from handlers.serving.vae.fast.cpu import CpuPass
 from handlers.serving.vae.fast.forward import FastPass
-from handlers.serving.vae.fast.fused import FusedPass
+from handlers.serving.vae.fast.fused import fused_pass
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.stop import stoppable
 from handlers.serving.vae.vae import VAE
@@ -74,7 +74,7 @@ def outputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def both(key: str, frames: int | None, dtype: torch.dtype, fast_class: type[FastPass] = FastPass) -> Any:
     """Return the results of diffusers, of the fast pass, and of diffusers in float64, for each task."""
-    device = DEVICE if fast_class is FusedPass else "cpu"
+    device = DEVICE if fast_class is fused_pass else "cpu"
     model = deepcopy(small(key)).to(device, dtype)
     fast, tensors = fast_class(model), {task: tensor.to(device) for task, tensor in inputs(key, frames, dtype).items()}
     fast.prepare()
@@ -128,7 +128,7 @@ def test_wan_without_folding_equals_diffusers_bit_for_bit(key: str, frames: int)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16 if DEVICE == "cpu" else torch.bfloat16])
 @pytest.mark.parametrize(("key", "frames"), [("sd-v1", None), ("wan-2.1", 3)])
 def test_the_kernels_are_as_exact_as_diffusers(key: str, frames: int | None, dtype: torch.dtype) -> None:
-    own, result, exact = both(key, frames, dtype, FusedPass)
+    own, result, exact = both(key, frames, dtype, fused_pass)
     for task in own:
         # both errors are float32 rounding, which differs by processor: 1.25 on an AMD without AVX-512
         assert error(result[task], exact[task]) <= 1.5 * error(own[task], exact[task])
@@ -144,7 +144,7 @@ def test_group_norm_is_precise_for_a_large_mean(height: int, width: int) -> None
     torch.nn.init.normal_(norm.bias)
     expected = torch.nn.functional.silu(norm.double()((x + bias[:, None, None]).double()))
     norm.float()
-    result = kernels.group_norm(x, norm.weight, norm.bias, 16, norm.eps, torch.empty_like(x), input_bias=bias)
+    result = kernels.group_norm(x, norm.weight, norm.bias, 16, norm.eps, input_bias=bias)
     torch.testing.assert_close(result.double(), expected, atol=2e-4, rtol=0)
 
 

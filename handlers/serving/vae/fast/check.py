@@ -94,10 +94,13 @@ class FastPasses:
         self.verdicts: dict[Task, str] = {task: PENDING if passes else none for task, passes in self.candidates.items()}
         self._used: dict[Task, FastPass] = {}
 
-    def used(self, task: Task) -> FastPass | None:
-        """Return the pass that is on for a task. None is on while its weights are in another dtype."""
+    def used(self, task: Task, pixels: int = 0) -> FastPass | None:
+        """Return the pass that is on for a task and frames of this many pixels.
+
+        None is on while its weights are in another dtype.
+        """
         fast = self._used.get(task)
-        return fast if fast and fast.dtype == fast.current_dtype else None
+        return fast if fast and fast.dtype == fast.current_dtype and pixels <= fast.most_pixels else None
 
     def prepare(self) -> None:
         """Do the slow preparations that need no device queue, such as compiling. A pass that fails is dropped."""
@@ -118,7 +121,7 @@ class FastPasses:
                     is_on, verdict = yield from self._judge(fast, task)
                 except Exception as error:
                     is_on, verdict = False, _reason(error)
-                self._set(task, fast if is_on else None, verdict)
+                self._set(task, fast if is_on else None, verdict + fast.note)
                 if is_on:
                     break
 
@@ -169,7 +172,7 @@ class FastPasses:
         @contextmanager
         def widened() -> Iterator[None]:
             try:
-                with torch.backends.cudnn.flags(allow_tf32=False), reduced_peak(self.model.to(wider)):
+                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), reduced_peak(self.model.to(wider)):
                     yield
             finally:
                 self.model.to(dtype)  # exact, because the weights were in this dtype
@@ -208,9 +211,9 @@ def fast_pass(model: Any) -> FastPass | None:
     if not is_known(model):
         return None
     if model.device.type == "cuda" and importlib.util.find_spec("triton"):
-        from handlers.serving.vae.fast.fused import FusedPass
+        from handlers.serving.vae.fast.fused import fused_pass
 
-        return FusedPass(model)
+        return fused_pass(model)
     return CpuPass(model) if model.device.type == "cpu" else FastPass(model)
 
 

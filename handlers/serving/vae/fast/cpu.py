@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handlers.serving.vae import blocks
 from handlers.serving.vae.blocks import Module
-from handlers.serving.vae.fast.forward import FastPass
+from handlers.serving.vae.fast.forward import FastPass, convolve_frame
 
 
 class CpuPass(FastPass):
@@ -39,12 +38,8 @@ class CpuPass(FastPass):
 
     def _convolve_in_time(self, conv: Module, x: Tensor, missing: int) -> Tensor:
         """Convolve frames as in `FastPass`. One frame takes a convolution of an image."""
-        time = conv.weight.shape[2]
-        if x.shape[2] > 1 or missing != time - 1:
-            return super()._convolve_in_time(conv, x, missing)
-        columns, _, rows, *_ = conv._padding
-        # The kernel's other frames see only zeros.
-        return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (rows, columns)).unsqueeze(2)
+        is_alone = x.shape[2] == 1 and missing == conv.weight.shape[2] - 1
+        return convolve_frame(conv, x) if is_alone else super()._convolve_in_time(conv, x, missing)
 
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:

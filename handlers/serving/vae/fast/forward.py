@@ -9,14 +9,15 @@ It is algebraically exact, but rounds differently from diffusers' own pass, whic
 - On a CPU (`cpu`), tensors are channels-last in memory, as its convolutions prefer, and one frame of Wan or Qwen-Image
   takes convolutions of images.
 - On a GPU (`fused`), normalization and activation are one kernel (`kernels`). Images are channels-last in memory too,
-  and a convolution's bias is added by the kernel that reads its result.
+  and a convolution's bias is added by the kernel that reads its result. One frame takes convolutions of images too.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -34,6 +35,11 @@ FoldedKernels = list[tuple[tuple[int, ...], Tensor]]
 class FastPass:
     """Fast pass of one model in one dtype, with operators of torch, on any device."""
 
+    note = ""
+    """End of the verdict: the reason why this pass runs instead of a better one."""
+    most_pixels = sys.maxsize
+    """Pixels of the largest image."""
+
     def __init__(self, model: Any, fold: bool = True) -> None:
         """Prepare the pass of a known model (`blocks.is_known`), whose weights must not change afterwards.
 
@@ -42,6 +48,7 @@ class FastPass:
                 bit like diffusers.
         """
         self.model = model
+        self.device: torch.device = model.device
         self.dtype = self.current_dtype
         self._folds = fold
 
@@ -51,9 +58,9 @@ class FastPass:
         return next(self.model.decoder.parameters()).dtype
 
     @cached_property
-    def _folded(self) -> dict[nn.Module, FoldedKernels]:
+    def _folded(self) -> dict[Module, FoldedKernels]:
         """Folded convolutions, by convolution. An encoder needs none, so they are made for the first decode."""
-        folded = {}
+        folded: dict[Module, FoldedKernels] = {}
         for layer in self._modules if self._folds else ():
             if type(layer).__name__ in ("Upsample2D", "HunyuanVideoUpsampleCausal3D"):
                 time, scale, _ = getattr(layer, "upsample_factor", (1, 2, 2))
@@ -73,21 +80,27 @@ class FastPass:
     def installed(self) -> Iterator[None]:
         """Let the model run this pass in a `with` block."""
         coders = blocks.coders_of(self.model)
-        replaced = [
-            pair
-            for coder in coders
-            for pair in (self._causal(coder) if blocks.is_causal(coders) else [(coder, partial(self._run, coder))])
-        ]
+        forwards = self._causal if blocks.is_causal(coders) else self._forwards
+        replaced = [pair for coder in coders for pair in forwards(coder)]
         for module, forward in replaced:
             module.forward = forward
         try:
-            yield
+            with self._on_device():
+                yield
         finally:
             for module, _ in replaced:
                 del module.forward
 
     def prepare(self) -> None:
         """Do slow preparations that do not need the device's queue. Call it before the first pass, on any thread."""
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Make this GPU the thread's own. Triton starts kernels there, wherever their tensors are."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _forwards(self, coder: Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+        """Yield the modules of a coder, with their new `forward`s."""
+        yield coder, partial(self._run, coder)
 
     def _run(self, coder: Module, sample: Tensor, latent_embeds: None = None) -> Tensor:
         return blocks.run(coder, self._ops, sample)
@@ -192,6 +205,12 @@ class FastPass:
         if missing:
             x = F.pad(x, (0, 0, 0, 0, missing, 0))
         return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, rows, columns))
+
+
+def convolve_frame(conv: Module, x: Tensor) -> Tensor:
+    """Convolve one frame without earlier frames as an image. The kernel's other frames see only zeros."""
+    columns, _, rows, *_ = conv._padding
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (rows, columns)).unsqueeze(2)
 
 
 def _unchanged_layer(layer: Module, x: Tensor) -> Tensor:
