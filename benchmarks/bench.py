@@ -33,6 +33,7 @@ from benchmarks.report import pixels
 from benchmarks.service import Load
 from handlers import MODELS, get_model
 from handlers.model import Task
+from handlers.serving.vae.heap import map_gpu_memory
 from handlers.serving.vae.vae import VAE
 from scripts.local_server import ROOT, serve
 
@@ -137,6 +138,7 @@ def main(
         raise SystemExit(f"error: {error}") from None
     keys = [key for key in MODELS if has_weights(key) and (not models or key in models.split(","))]
     diffusers_logging.set_verbosity_error()
+    map_gpu_memory()  # as the service does
     benchmark = Benchmark(plan, keys, device)
     folder = BENCHMARKS / slug(benchmark.about["device"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -280,7 +282,6 @@ def server(key: str, device: str) -> Iterator[str]:
 
 def about(device: str) -> dict[str, Any]:
     """Return the device, the versions and the commit of a run."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     packages = ("torch", "diffusers", "starlette", "uvicorn", "pillow")
     return {
         "kind": torch.device(device).type,
@@ -288,11 +289,20 @@ def about(device: str) -> dict[str, Any]:
         "cores": service.cores(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
-        "commit": git.stdout.strip(),
+        "commit": commit(),
         "date": f"{START:%Y-%m-%d %H:%M} UTC",
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
         "matrix_tflops": {},
     }
+
+
+def commit() -> str:
+    """Return the commit that is measured; an unknown one without git or its folder."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:
+        return "unknown"
 
 
 def device_name(device: str) -> str:

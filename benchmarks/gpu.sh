@@ -1,31 +1,55 @@
 #!/usr/bin/env bash
-# The tests and the benchmark that need a GPU. Run it in the project's root: `benchmarks/gpu.sh [tests|bench]`.
+# Two calls of at most 300 s each decide what only a GPU can. Run them in the project's root:
 #
-# It uses the installed Python (PYTHON=...) with its torch, and installs wheels from the folder `wheels` if that exists. A
-# machine without a network needs torch, Triton, transformers and huggingface_hub, and this folder:
+#   benchmarks/gpu.sh wheels    fetch the wheels that the machine needs into the folder `wheels`, on one with a network
+#   benchmarks/gpu.sh first     the kernels, the passes of FLUX.2 and their profile, and the tests of every mode
+#   benchmarks/gpu.sh second    FLUX.2 and Stable Diffusion, Wan, and the service over HTTP
 #
-#   pip download -d wheels --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
-#     --only-binary=:all: --no-deps diffusers==0.42.1 av isal starlette uvicorn h11 pydantic pydantic-core annotated-types \
-#     typing-inspection typing-extensions rich markdown-it-py mdurl pygments tenacity importlib_metadata zipp \
-#     prometheus-client typer annotated-doc shellingham click httpx2 httpcore2 truststore idna anyio python-multipart \
-#     einops pytest pytest-timeout pluggy iniconfig
-#
-# The results are in benchmarks/<name of the GPU>/. Copies go to $OUT if that is set.
+# The machine needs Python 3.12 (PYTHON=...) with torch, Triton, transformers, huggingface_hub, pytest and typer. It
+# needs no network if the folder `wheels` is there. Results go to the folder $OUT, each as soon as it is known.
+# DEVICE=cpu runs the same at toy sizes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+call=${1:-}
+export OUT=${OUT:-.} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+case $call in
+wheels)
+    # Without dependencies, because the machine has the others.
+    exec "$python" -m pip download --dest wheels --no-deps --only-binary=:all: --python-version 3.12 \
+        --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+        diffusers==0.42.1 av==18.1.0 isal==1.9.1 starlette==1.10.0 uvicorn==0.54.0 httptools==0.9.0 pydantic==2.14.4 \
+        pydantic-core==2.50.5 annotated-types==0.8.0 typing-inspection==0.4.5 typing-extensions==4.16.0 tenacity==9.2.1 \
+        importlib_metadata==10.2.0 lazy-importer==0.1.0 httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5 \
+        python-multipart==0.0.34 idna==3.20
+    ;;
+first | second) ;;
+*)
+    sed -n '4,6s/^# *//p' "$0" >&2
+    exit 2
+    ;;
+esac
 
 if [ -d wheels ]; then
-    $python -m pip install --quiet --no-index --find-links wheels wheels/*.whl || exit 1
+    site=$(mktemp -d)
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" wheels/*.whl || exit 1
+    export PYTHONPATH=$site
 fi
 
-status=0
-if [ "${1:-tests}" = tests ]; then
-    TRITON_INTERPRET=0 $python -m pytest tests/test_gpu.py tests/serving/test_fast.py -q -s -p no:cacheprovider
-    status=$?
-fi
-if [ "${1:-bench}" = bench ]; then
-    $python -m benchmarks.bench --device cuda || status=1
-    [ -n "${OUT:-}" ] && cp -r benchmarks "$OUT"
-fi
-exit "$status"
+measure() {  # seconds, stages, options
+    timeout $(($1 + 10)) "$python" -m benchmarks.gpu "$2" --seconds "$1" --device "$device" "${@:3}"
+}
+
+{
+    if [ "$call" = first ]; then
+        measure 180 environment,kernels,passes,attention,upsampling,convolutions --models "${MODELS:-flux2}"
+        VAE_TEST_DEVICE=$device TRITON_INTERPRET=0 timeout 95 "$python" -m pytest tests/test_gpu.py -q -s -W default \
+            -p no:cacheprovider -k "every_mode or out_of_memory"
+    else
+        measure 115 environment,passes --models "${MODELS:-flux2,sd-v1}"
+        measure 75 wan
+        measure 65 service
+    fi
+} 2>&1 | tee "$OUT/gpu-$call.log"

@@ -45,6 +45,8 @@ class Device(NamedTuple):
     """Return whether the device still computes, after a batch has failed."""
     on_idle: Callable[[], None]
     """Free the memory that the device keeps for the next batch."""
+    on_start: Callable[[], None] = lambda: None
+    """Prepare the device's thread, before its first batch."""
 
 
 class JobFuture(Future[T]):
@@ -166,6 +168,7 @@ class DeviceQueue:
         """Run batches and idle tasks on the thread of a device, until the device is lost."""
         is_idle = True
         try:
+            device.on_start()
             while True:
                 work = self._next(number, None if is_idle else IDLE_SECONDS)
                 is_idle = work is None
@@ -297,8 +300,8 @@ class DevicePool:
         """Create the queue. `timeout` is the deadline of a request in seconds; see `DeviceQueue`."""
         self.queue = DeviceQueue(
             [
-                Device(partial(self._run, number), partial(self._is_alive, number), HEAP.trim)
-                for number in range(len(devices))
+                Device(partial(self._run, number), partial(self._is_alive, number), HEAP.trim, partial(_use, device))
+                for number, device in enumerate(devices)
             ],
             0 if devices[0].type == "cpu" else BATCH_PIXELS,
             timeout,
@@ -317,6 +320,12 @@ class DevicePool:
 
     def _is_alive(self, number: int) -> bool:
         return self._running[number].vaes[number].is_alive()
+
+
+def _use(device: torch.device) -> None:
+    """Make this GPU the thread's own, where kernels of Triton start. By default each thread has the first GPU."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def device_names(device: str | None) -> list[str]:

@@ -381,7 +381,7 @@ class Pipeline:
             milliseconds = (perf_counter() - start) * 1000
             return [Result(value, mode, milliseconds) for value in values]
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error, vae.device):
                 raise
             metrics.OUT_OF_MEMORY.inc()
             logger.warning("out of memory outside of the pass: %s", error)
@@ -470,7 +470,8 @@ class Pipeline:
         metrics.RUNNING.set(self.device_queue.running)
         metrics.WAITING.set(self.device_queue.waiting)
         for vae in self.vaes:
-            metrics.FREE_MEMORY.labels(str(vae.device)).set(free_memory(vae.device))
+            with suppress(RuntimeError):  # from a lost GPU; `/health` reports it
+                metrics.FREE_MEMORY.labels(str(vae.device)).set(free_memory(vae.device))
             metrics.TOTAL_MEMORY.labels(str(vae.device)).set(total_memory(vae.device))
 
     def run_message(self, message: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from handlers.serving import devices
 from handlers.serving.devices import DeviceQueue
@@ -31,6 +32,9 @@ class Device:
 
     def is_alive(self) -> bool:
         return self.alive
+
+    def on_start(self) -> None:
+        self.thread = threading.current_thread().name
 
     def on_idle(self) -> None:
         self.idle_calls += 1
@@ -116,6 +120,16 @@ class Passes:
     def is_alive(self) -> bool:
         self.alive_checked = True
         return True
+
+
+def test_each_gpu_has_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: dict[str, torch.device] = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used.update({threading.current_thread().name: device}))
+    gpus = [torch.device("cuda", index) for index in range(3)]
+    devices.DevicePool(gpus, timeout=60)
+    wait_until(lambda: len(used) == 3)
+    assert used == {f"device-{index}": gpu for index, gpu in enumerate(gpus)}
+    devices.DevicePool([torch.device("cpu")], timeout=60)  # sets nothing
 
 
 class TestAbandonedWork:

@@ -26,7 +26,7 @@ from handlers.serving.vae import blocks as coders
 from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, has_frames
 from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.fast import check as fast_check
-from handlers.serving.vae.fast import cpu, kernels
+from handlers.serving.vae.fast import cpu
 from handlers.serving.vae.fast.check import FastPasses, fast_pass
 from handlers.serving.vae.fast.cpu import CpuPass
 from handlers.serving.vae.fast.forward import FastPass
@@ -134,20 +134,6 @@ def test_the_kernels_are_as_exact_as_diffusers(key: str, frames: int | None, dty
         assert error(result[task], exact[task]) <= 1.5 * error(own[task], exact[task])
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # from the interpreter, masked values
-@pytest.mark.parametrize(("height", "width"), [(3, 5), (16, 33)])
-def test_group_norm_is_precise_for_a_large_mean(height: int, width: int) -> None:
-    x = torch.randn(2, 64, height, width, device=DEVICE) + 100
-    x, bias = x.contiguous(memory_format=torch.channels_last), torch.randn(64, device=DEVICE)
-    norm = torch.nn.GroupNorm(16, 64, device=DEVICE)
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
-    expected = torch.nn.functional.silu(norm.double()((x + bias[:, None, None]).double()))
-    norm.float()
-    result = kernels.group_norm(x, norm.weight, norm.bias, 16, norm.eps, input_bias=bias)
-    torch.testing.assert_close(result.double(), expected, atol=2e-4, rtol=0)
-
-
 @pytest.mark.parametrize("fast_class", [FastPass, CpuPass])
 @pytest.mark.parametrize("key", ["sd-v1", "wan-2.1", "hunyuan-video"])
 def test_the_fast_pass_takes_no_more_memory_than_diffusers(key: str, fast_class: type[FastPass]) -> None:
@@ -248,6 +234,15 @@ def test_an_overflow_runs_in_float32(vae: VAE, monkeypatch: pytest.MonkeyPatch) 
     assert vae.fast.used("decode")
     vae.model.double()  # as a request does that overflows in half precision
     assert not vae.fast.used("decode")
+
+
+def test_larger_images_than_the_pass_takes_run_in_diffusers(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_checks(vae, monkeypatch)
+    fast = vae.fast.used("decode")
+    fast.most_pixels = 5 * 7 * 64
+    assert modes(vae) == [Mode.FAST, Mode.FAST]
+    fast.most_pixels -= 1
+    assert modes(vae) == [Mode.FULL, Mode.FULL]
 
 
 def test_exact_is_refused_if_it_does_not_fit(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,41 @@ def test_a_video_counts_the_frames_in_memory_at_once() -> None:
         assert estimate.result == 64 * 64 * frames * JOINING["decode"] * 4
 
 
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_errors_about_memory_are_known(error: Exception) -> None:
+    assert memory.is_out_of_memory(error, CPU)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(0.1, True), (0.2, False)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET was unable to find an engine to execute this computation",  # of torch 2.11, for a convolution
+        "FIND was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+    ],
+)
+def test_an_error_of_cudnn_is_about_memory_if_little_is_free(
+    text: str, free: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: free * memory.total_memory(device))
+    assert memory.is_out_of_memory(RuntimeError(text), CPU) is expected
+    assert not memory.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"), CPU)
+
+
 @pytest.mark.parametrize("names", [("memory.max", "memory.current", "memory.stat"), ("v1",)])
 def test_a_containers_limit_counts(names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, used, stat = (
@@ -82,7 +117,6 @@ def test_a_containers_limit_counts(names: tuple[str, ...], tmp_path: Path, monke
     (tmp_path / used).write_text("900000000\n")
     (tmp_path / stat).write_text("anon 500000000\ninactive_file 400000000\n")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    cpu = torch.device("cpu")
-    assert (memory.total_memory(cpu), memory.free_memory(cpu)) == (2_000_000_000, 1_500_000_000)
+    assert (memory.total_memory(CPU), memory.free_memory(CPU)) == (2_000_000_000, 1_500_000_000)
     (tmp_path / limit).write_text("max\n")
-    assert memory.total_memory(cpu) == psutil.virtual_memory().total
+    assert memory.total_memory(CPU) == psutil.virtual_memory().total

@@ -1,7 +1,7 @@
 """Compile the kernels of `handlers.serving.vae.fast.kernels` as the fast pass starts them, without a GPU.
 
-`python -m tests.support.compiled_kernels [CAPABILITY ...]` prints a JSON object: for each kernel, its registers, spilled
-bytes, and the widths in bits of its loads and stores of images.
+`python -m tests.support.compiled_kernels` prints a JSON object. For each kernel and compute capability it has the
+registers and spilled bytes of a thread, and the widths of its loads and stores in bits.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -27,37 +27,42 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
+CHANNELS = {75: (256, 384), 80: (512, 96), 90: (128, 1024)}
+"""Channels of an image and of a video, by compute capability."""
+KERNELS = {name: value for name, value in vars(kernels).items() if isinstance(value, triton.JITFunction)}
+Start = tuple[str, tuple[Any, ...], dict[str, Any]]
+"""A kernel's name, its arguments and its constants."""
+
+
 class Recorder:
     """Stand-in for a kernel of the module. It keeps the arguments of a start."""
 
-    def __init__(self, name: str, starts: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]) -> None:
-        self.name, self.kernel, self.starts = name, getattr(kernels, name), starts
+    def __init__(self, name: str, starts: list[Start]) -> None:
+        self.name, self.starts = name, starts
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *values, **constants: self.starts.append((self.name, self.kernel, values, constants))
+        return lambda *values, **constants: self.starts.append((self.name, values, constants))
 
 
-def starts(dtype: torch.dtype) -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
-    """Return the kernels that the module starts for published sizes, with their arguments on the meta device."""
-    recorded: list[Any] = []
-    for name in [name for name, value in vars(kernels).items() if isinstance(value, triton.JITFunction)]:
-        setattr(kernels, name, Recorder(name, recorded))
-    with torch.device("meta"):
-        for channels in (128, 512):
-            x = kernels.channels_last(torch.empty(1, channels, 1024, 1024, dtype=dtype))
-            bias = torch.empty(channels, dtype=dtype)
-            kernels.group_norm(x, bias, bias, 32, 1e-6, input_bias=bias)
-            kernels.add(x, bias.float(), x)
-            kernels.interleave(torch.empty(1, 4 * channels, 65, 65, dtype=dtype), bias)
-        kernels.group_norm(x, bias, bias, 32, 1e-6)
-        for channels in (96, 384, 1024):
-            x = torch.empty(1, channels, 2, 480, 832, dtype=dtype)
-            kernels.rms_norm(x, torch.empty(channels, dtype=dtype), None, channels**0.5)
-    return recorded
+def record(dtype: torch.dtype, image: int, video: int) -> list[Start]:
+    """Return the starts of kernels for an image and a video of these channels, with arguments on the meta device."""
+    starts: list[Start] = []
+    recorders = {name: Recorder(name, starts) for name in KERNELS}
+    with patch.multiple(kernels, **recorders), torch.device("meta"):
+        x = kernels.channels_last(torch.empty(1, image, 1024, 1024, dtype=dtype))
+        bias = torch.empty(image, dtype=dtype)
+        kernels.group_norm(x, bias, bias, 32, 1e-6, input_bias=bias if image < 512 else None)
+        kernels.add(x, bias.float(), x)
+        kernels.interleave(torch.empty(1, 4 * image, 65, 65, dtype=dtype), bias)
+        frames = torch.empty(1, video, 2, 480, 832, dtype=dtype)
+        kernels.rms_norm(frames, torch.empty(video, dtype=dtype), None, video**0.5)
+    return starts
 
 
-def compile_start(kernel: Any, values: tuple[Any, ...], constants: dict[str, Any], capability: int) -> dict[str, Any]:
-    """Compile one start, with what Triton knows of its arguments: tensors begin at a multiple of 16 bytes."""
+def compile_start(start: Start, capability: int) -> dict[str, Any]:
+    """Compile a kernel with what Triton knows of its arguments: tensors begin at a multiple of 16 bytes."""
+    name, values, constants = start
+    kernel, constants = KERNELS[name], dict(constants)
     warps = constants.pop("num_warps", 4)
     types = {name: _type(value) for name, value in zip(kernel.arg_names, values, strict=False)}
     source = ASTSource(
@@ -97,8 +102,7 @@ def _widths(ptx: str, operation: str) -> Iterator[int]:
 
 if __name__ == "__main__":
     results = {}
-    for capability in map(int, sys.argv[1:]):
-        for name, kernel, values, constants in starts(torch.float16 if capability < 80 else torch.bfloat16):
-            label = f"{capability} {name} {constants}"
-            results[label] = compile_start(kernel, values, constants, capability)
+    for capability, channels in CHANNELS.items():
+        for start in record(torch.float16 if capability < 80 else torch.bfloat16, *channels):
+            results[f"{capability} {start[0]} {start[2]}"] = compile_start(start, capability)
     print(json.dumps(results, indent=1))

@@ -64,10 +64,10 @@ def start(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> P
     """Start a process in the way of `local_server.start_process`.
 
     A server runs diffusers' own pass unless `environment` says otherwise, because most tests compare values bit for
-    bit. The tests of the default are in tests/serving/test_fast.py.
+    bit. The tests of the default are in tests/serving/test_fast.py. CUDA does not run in a forked process.
     """
     environment = {"VAE_FAST": "0", **environment}
-    if from_the_start(environment) != INHERITED:
+    if from_the_start(environment) != INHERITED or environment.get("VAE_DEVICE", "").startswith("cuda"):
         return start_process(arguments, log, environment)
     return Process(arguments, environment, log, log, local_server.ROOT)
 

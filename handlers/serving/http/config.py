@@ -13,9 +13,6 @@ from handlers.serving.media.request import ImageFormat
 from handlers.serving.pipeline import Pipeline
 from handlers.version import VERSION
 
-MAX_BUFFER = 4096
-"""Values of a buffer with statistics. Larger buffers are weights."""
-
 
 def describe(pipeline: Pipeline) -> dict[str, Any]:
     """Describe a pipeline in types of JSON, without paths of this machine. `docs/http-api.md` explains each entry."""
@@ -32,7 +29,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "vae_class": declared.vae_class,
         "diffusers": version("diffusers"),
         "vae_config": {name: value for name, value in stored.items() if name != "_name_or_path"},
-        "buffers": _buffers(vae.model),
+        "buffers": vae.statistics,
         "dtype": str(vae.dtype).removeprefix("torch."),
         "device": str(vae.device),
         "fast": vae.fast.verdicts,
@@ -79,14 +76,4 @@ def _normalization(pipeline: Pipeline) -> dict[str, Any]:
         **{name: None if values is None else values[0].tolist() for name, values in statistics.items()},
         "raw_layouts": list(declared.raw_layouts),
         "unshifted_layouts": list(declared.unshifted_layouts),
-    }
-
-
-def _buffers(model: Any) -> dict[str, Any]:
-    """Return the statistics in the checkpoint's buffers: of a BatchNorm, or mean and deviation of latents."""
-    state = model.state_dict()
-    return {
-        name: buffer.cpu().double().tolist()
-        for name, buffer in model.named_buffers()
-        if name in state and buffer.numel() <= MAX_BUFFER
     }

@@ -46,8 +46,8 @@ class EncodeOptions:
 
 
 def has_frames(model: Any) -> bool:
-    """Return whether the model's tensors have a dimension for frames, even for images."""
-    return any(isinstance(module, nn.Conv3d) for module in model.encoder.modules())
+    """Return whether the model's tensors have a dimension for frames, even for images. The first convolution tells."""
+    return isinstance(next(m for m in model.encoder.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), nn.Conv3d)
 
 
 def decode_at_once(model: Any, latents: Tensor, options: DecodeOptions = DecodeOptions()) -> Tensor:

@@ -111,13 +111,27 @@ def choose_modes(estimate: Estimate, batch: int, free: int, capacity: int, offer
     return [mode for mode in offered if estimate.needed(mode, batch) <= free] or [least]
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error is a lack of memory. Only torch's allocator for CUDA has a class for it."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+def is_out_of_memory(error: Exception, device: torch.device) -> bool:
+    """Return whether an error is a lack of memory. Only torch's allocator for CUDA has a class for it.
+
+    Some errors have other reasons too. They count if the device has less than an eighth of its memory left.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+        return True
+    may_be = any(sign in str(error) for sign in PERHAPS_OUT_OF_MEMORY)
+    return may_be and free_memory(device) < total_memory(device) / 8
 
 
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED")
-"""Messages of torch's CPU allocator, the CUDA driver, and cuDNN."""
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""Messages of torch's CPU allocator, the CUDA driver, Triton, cuBLAS, and cuDNN."""
+PERHAPS_OUT_OF_MEMORY = ("unable to find an engine to execute this computation", "CUDNN_STATUS_NOT_INITIALIZED")
+"""Messages of cuDNN without memory for any algorithm's workspace, or for its own state."""
 
 
 def free_memory(device: torch.device) -> int:

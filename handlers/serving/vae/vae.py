@@ -37,6 +37,9 @@ from handlers.serving.vae.weights import load_model
 
 T = TypeVar("T")
 
+MAX_STATISTICS = 4096
+"""Values of a buffer with statistics. Larger buffers are weights."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -54,8 +57,12 @@ class VAE:
             name: label of the model in the metrics.
         """
         self.model = model.eval().requires_grad_(False)
+        # A model searches all its modules for its device and its dtype, which takes a millisecond.
+        self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.config = model.config
+        self.statistics = _statistics(model)
+        """Values of the small buffers by name. A copy from a GPU would wait for the pass that runs there."""
         self.declared = declared
         self.probe = Probe(model)
         self.layout = self.probe.layout(declared)
@@ -94,8 +101,9 @@ class VAE:
         return vae
 
     @property
-    def device(self) -> torch.device:
-        return self.model.device
+    def current_dtype(self) -> torch.dtype:
+        """Dtype of the weights now: float32 while a pass that overflowed is repeated."""
+        return next(self.model.parameters()).dtype
 
     def decode(
         self,
@@ -192,7 +200,7 @@ class VAE:
 
     def _check_out_of_memory(self, error: Exception, task: Task, shape: Sequence[int], mode: Mode) -> None:
         """Raise an error other than a lack of memory. It is the request's if the model cannot take its shape."""
-        if is_out_of_memory(error):
+        if is_out_of_memory(error, self.device):
             return
         if not self.probe.refuses(task, shape, mode is Mode.TILED):
             raise error
@@ -207,7 +215,7 @@ class VAE:
             RequestError: the least mode does not fit in this device (422), or on a CPU in its free memory (503).
         """
         batch, is_cpu = shape[0], self.device.type == "cpu"
-        estimate, offered = self._estimate(task, shape), self._offered(task, batch, exact)
+        estimate, offered = self._estimate(task, shape), self._offered(task, shape, exact)
         if is_cpu:
             HEAP.make_room(estimate.needed(offered[0], batch))
         free = HEAP.available() if is_cpu else free_memory(self.device)
@@ -235,14 +243,14 @@ class VAE:
     def check_capacity(self, task: Task, shape: Sequence[int], exact: bool) -> None:
         """Raise `RequestError`, status 422, for inputs whose pass never fits in this device."""
         estimate = self._estimate(task, shape)
-        least = estimate.least(self._offered(task, shape[0], exact), shape[0])
+        least = estimate.least(self._offered(task, shape, exact), shape[0])
         if estimate.needed(least, shape[0]) > self._capacity():
             raise self._too_large(task, shape, exact)
 
     def _estimate(self, task: Task, shape: Sequence[int]) -> Estimate:
         fast = self.fast.used(task)
         return self.memory.estimate(
-            task, self.layout, shape, self.model.dtype.itemsize, fast.dtype.itemsize if fast else None
+            task, self.layout, shape, self.current_dtype.itemsize, fast.dtype.itemsize if fast else None
         )
 
     def _capacity(self) -> int:
@@ -260,7 +268,7 @@ class VAE:
     def _describe_need(self, task: Task, shape: Sequence[int], exact: bool) -> tuple[str, str]:
         """Return the memory of the mode that needs least, and a hint how to need less, for error texts."""
         estimate = self._estimate(task, shape)
-        least = estimate.least(self._offered(task, shape[0], exact), shape[0])
+        least = estimate.least(self._offered(task, shape, exact), shape[0])
         gigabytes = estimate.needed(least, shape[0]) / 1e9
         need = f"`shape` {list(shape)} takes about {gigabytes:.1f} GB of memory"
         if exact:
@@ -271,7 +279,7 @@ class VAE:
     def _pass(self, task: Task, mode: Mode) -> Iterator[tuple[Any, torch.dtype]]:
         """Install the forward pass of a mode for a `with` block. Return the model to call, and the dtype of inputs."""
         fast = self.fast.used(task) if mode is Mode.FAST else None
-        model, dtype = (fast.model, fast.dtype) if fast else (self.model, self.model.dtype)
+        model, dtype = (fast.model, fast.dtype) if fast else (self.model, self.current_dtype)
         installed = fast.installed() if fast else nullcontext() if mode is Mode.FULL else reduced_peak(model)
         try:
             with installed:
@@ -279,18 +287,19 @@ class VAE:
         finally:
             forget(model)
 
-    def _offered(self, task: Task, batch: int, exact: bool) -> list[Mode]:
-        """Return the modes of this model for a batch of this size, best first.
+    def _offered(self, task: Task, shape: Sequence[int], exact: bool) -> list[Mode]:
+        """Return the modes of this model for inputs of this shape, best first.
 
         Raises:
             RequestError: `exact` is set, and diffusers cannot run a batch; status 422.
         """
+        batch = shape[0]
         whole = batch == 1 or self.declared.runs_batches
         if exact:
             if not whole:
                 raise RequestError("`exact`: diffusers runs no batch through this model; send one at a time", 422)
             return [Mode.FULL]
-        fast = whole and self.fast.used(task) is not None
+        fast = whole and self.fast.used(task, self.layout.frame_pixels(task, shape)) is not None
         has = {
             Mode.FAST: fast,
             Mode.FULL: whole and not fast,
@@ -313,6 +322,16 @@ class VAE:
             return tensor.cpu()
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return pinned.copy_(tensor)
+
+
+def _statistics(model: Any) -> dict[str, Any]:
+    """Return the statistics in the checkpoint's buffers: of a BatchNorm, or mean and deviation of latents."""
+    state = model.state_dict()
+    return {
+        name: buffer.cpu().double().tolist()
+        for name, buffer in model.named_buffers()
+        if name in state and buffer.numel() <= MAX_STATISTICS
+    }
 
 
 def _tile_pixels(model: Any) -> int:

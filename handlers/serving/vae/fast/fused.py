@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ ALIGNED = 8
 """Tensor cores take a multiple of this many channels, so images with 3 or 4 channels get channels of zeros."""
 SCORES = 2**25
 """Most attention scores in memory: 128 MiB of float32."""
+COMPILING = Lock()
+"""Held while kernels are compiled. Several models share most of them."""
 WIDEST_HEAD = 256
 """Channels of the widest attention head that torch's fast kernels take."""
 
@@ -56,15 +59,16 @@ class ImagePass(FastPass):
         super().__init__(model)
         # cuDNN before 9.3 takes fewer than 2^31 values. The first two levels have the largest tensors.
         self.most_pixels = (2**31 - 1) // max(model.config.block_out_channels[:2])
-        self._parameters: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        self._biases: dict[nn.Module, Tensor] = {}
+        self._parameters: dict[Module, tuple[Tensor, Tensor | None]] = {}
+        self._biases: dict[Module, Tensor] = {}
         """Biases that the sum at the end of a residual block adds."""
         for module in self._modules:
             if isinstance(module, nn.Conv2d):
                 self._parameters[module] = _aligned(module)
             elif _has_kernels(module):
                 convs = [module.conv2] if module.conv_shortcut is None else [module.conv2, module.conv_shortcut]
-                self._biases[module] = torch.stack([conv.bias.float() for conv in convs]).sum(0)
+                wide = torch.promote_types(self.dtype, torch.float32)
+                self._biases[module] = torch.stack([conv.bias for conv in convs]).sum(0, dtype=wide)
         self._phases = {
             conv: channels_last(torch.cat([kernel for _, kernel in self._folded.pop(conv)]))
             for conv in list(self._folded)
@@ -75,7 +79,7 @@ class ImagePass(FastPass):
     @torch.no_grad()
     def prepare(self) -> None:
         """Compile the kernels by running each once for each number of channels."""
-        with self._on_device():
+        with COMPILING, self._on_device():
             for block in {block.conv2.out_channels: block for block in self._biases}.values():
                 x = torch.zeros(1, block.conv2.out_channels, 4, 4, device=self.device, dtype=self.dtype)
                 self._group_norm(block.norm2, x)
@@ -114,14 +118,16 @@ class ImagePass(FastPass):
             shortcut = self._convolve(block.conv_shortcut, x, has_bias=False)
         hidden = self._convolve(block.conv1, self._group_norm(block.norm1, x, in_place=not has_own), has_bias=False)
         if not has_own:
-            x.set_()  # frees its memory, because the caller still refers to x
+            _free(x)
         hidden = self._group_norm(block.norm2, hidden, block.conv1.bias, in_place=True)
         return kernels.add(self._convolve(block.conv2, hidden, has_bias=False), self._biases[block], shortcut)
 
     def _upsample(self, layer: Module, x: Tensor) -> Tensor:
         if layer.conv not in self._phases:
             return super()._upsample(layer, x)
-        return kernels.interleave(F.conv2d(x, self._phases[layer.conv], padding=1), layer.conv.bias)
+        phases = F.conv2d(x, self._phases[layer.conv], padding=1)
+        _free(x)
+        return kernels.interleave(phases, layer.conv.bias)
 
     def _convolve(self, conv: Module, x: Tensor, has_bias: bool = True) -> Tensor:
         weight, bias = self._parameters[conv]
@@ -138,7 +144,7 @@ class CausalPass(FastPass):
     def prepare(self) -> None:
         """Compile the kernel by running it once for each number of channels, with and without vectors."""
         norms = {module.gamma.numel(): module for module in self._modules if _is_rms_norm(module)}
-        with self._on_device():
+        with COMPILING, self._on_device():
             for channels, norm in norms.items():
                 for width in (1, kernels.VECTOR):
                     x = torch.zeros(1, channels, 1, 1, width, device=self.device, dtype=self.dtype)
@@ -182,6 +188,11 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 def has_wide_products() -> bool:
     """Return whether torch has products of half precision in float32, which came with 2.8."""
     return "out_dtype" in (inspect.getdoc(torch.mm) or "")
+
+
+def _free(x: Tensor) -> None:
+    """Free the memory of a tensor that the caller still refers to, but does not read."""
+    x.data = x.new_empty(0)
 
 
 def _aligned(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
