@@ -52,7 +52,7 @@ class Stages:
         self.end = monotonic() + seconds
         self.is_gpu = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.is_gpu else torch.float32
-        self.scale = 1 if self.is_gpu else 16
+        self.scale = 1 if self.is_gpu else 64
         """Divisor of heights and widths."""
         self.results: dict[str, list[dict[str, Any]]] = {}
 
@@ -131,8 +131,8 @@ class Stages:
             for name, (call, passes) in calls.items():
                 self.write_bandwidth(name, call, passes * x.nbytes, channels)
         for channels in (96, 192, 384):
-            height, width = 480 * 96 // channels // self.scale, 832 * 96 // channels // self.scale // 8 * 8
-            frames = torch.randn(1, channels, 4, height, width, device=self.device, dtype=self.dtype)
+            size = 480 * 96 // channels // self.scale, 832 * 96 // channels // 8 // self.scale * 8 or 8
+            frames = torch.randn(1, channels, 4, *size, device=self.device, dtype=self.dtype)
             bias = torch.randn(channels, device=self.device, dtype=self.dtype)
             call = partial(kernels.rms_norm, frames, bias, None, channels**0.5)
             self.write_bandwidth("rms_norm", call, 2 * frames.nbytes, channels)
