@@ -74,7 +74,7 @@ class Stages:
     def has_time(self) -> bool:
         return monotonic() < self.end - SECONDS
 
-    def write(self, stage: str, **row: Any) -> None:
+    def write(self, stage: str, /, **row: Any) -> None:
         self.results.setdefault(stage, []).append(row)
         self.path.write_text(json.dumps(self.results, indent=1, default=str))
         values = (
