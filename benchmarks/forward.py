@@ -38,12 +38,17 @@ def load(key: str, device: str) -> tuple[Any, VAE]:
     """
     handler = MODELS[key]
     vae = VAE.load(handler, "", Settings(weights=None if key == "tiny" else "random", fast=True), device)
-    vae.fast.prepare()
-    for _ in vae.fast.check():
-        pass
+    check(vae)
     plain = getattr(diffusers, handler.vae_class).from_config(vae.config)
     plain.load_state_dict(vae.model.state_dict())
     return plain.to(vae.device, vae.dtype).eval().requires_grad_(False), vae
+
+
+def check(vae: VAE) -> None:
+    """Check the fast pass as the service does on an idle device."""
+    vae.fast.prepare()
+    for _ in vae.fast.check():
+        pass
 
 
 def inputs(key: str, task: str, size: Size) -> Tensor:

@@ -15,6 +15,7 @@ import requests
 import torch
 from torch import Tensor
 
+from benchmarks.forward import check
 from handlers import MODELS
 from handlers.serving.settings import Settings
 from handlers.serving.vae import vae as vae_module
@@ -38,8 +39,7 @@ def loaded(key: str) -> tuple[VAE, Any]:
     """Load a small model on the device, in its own dtype and checked, and the same model in plain diffusers."""
     model = build(key).to(DEVICE, torch.float32 if DEVICE == "cpu" else getattr(torch, MODELS[key].dtype))
     vae = VAE(deepcopy(model), MODELS[key], fast=True)
-    for check in vae.fast.checks():
-        check()
+    check(vae)
     return vae, model
 
 

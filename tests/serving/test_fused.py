@@ -20,7 +20,7 @@ from benchmarks.peak import peak_bytes
 from handlers import MODELS
 from handlers.serving.vae import blocks
 from handlers.serving.vae.fast import fused, kernels
-from handlers.serving.vae.fast.check import FastPasses
+from handlers.serving.vae.fast.check import FastPasses, Steps
 from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.fast.fused import CausalPass, ImagePass, fused_pass
 from tests.serving.test_fast import both, error, inputs, outputs, small
@@ -132,10 +132,18 @@ def test_other_attention_is_torchs(channels: int, has_wide_products: bool, monke
 def test_without_a_compiler_the_pass_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    passes = FastPasses(deepcopy(small("sd-v1")), MODELS["sd-v1"], wanted=True)
-    passes.fast = fused_pass(small("sd-v1"))
-    assert type(passes.fast) is FastPass
-    passes._set("decode", True, "0.90 of diffusers' time")
+    fast = fused_pass(small("sd-v1"))
+    assert type(fast) is FastPass
+
+    def judge(*_: object) -> Steps[tuple[bool, str]]:
+        yield
+        return True, "0.90 of diffusers' time"
+
+    monkeypatch.setattr(FastPasses, "_judge", judge)
+    passes = FastPasses(small("sd-v1"), MODELS["sd-v1"], wanted=True)
+    passes.candidates["decode"] = [fast]
+    list(passes.check())
+    assert passes.verdicts["encode"] == "on: 0.90 of diffusers' time"
     assert passes.verdicts["decode"] == (
         "on: 0.90 of diffusers' time; without the kernels, because Triton finds no C compiler (gcc, clang or CC)"
     )
