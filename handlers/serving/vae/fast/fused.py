@@ -113,11 +113,12 @@ class ImagePass(FastPass):
         """Compute a residual block. The kernel that reads a convolution's result adds its bias."""
         if block not in self._biases:
             return super()._residual(block, x)
-        shortcut, has_own = x, block.conv_shortcut is None
-        if not has_own:
-            shortcut = self._convolve(block.conv_shortcut, x, has_bias=False)
-        hidden = self._convolve(block.conv1, self._group_norm(block.norm1, x, in_place=not has_own), has_bias=False)
-        if not has_own:
+        conv = block.conv_shortcut
+        shortcut = x if conv is None else self._convolve(conv, x, has_bias=False)
+        normalized = self._group_norm(block.norm1, x, in_place=shortcut is not x)
+        hidden = self._convolve(block.conv1, normalized, has_bias=False)
+        del normalized
+        if shortcut is not x:
             _free(x)
         hidden = self._group_norm(block.norm2, hidden, block.conv1.bias, in_place=True)
         return kernels.add(self._convolve(block.conv2, hidden, has_bias=False), self._biases[block], shortcut)
