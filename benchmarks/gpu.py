@@ -89,10 +89,8 @@ class Stages:
             return min(first, once) * 1000
         count = max(1, int(0.01 / once))
         turns = min(30, max(5, int(seconds / (once * count))))
-        return (
-            statistics.median(forward.timed(partial(repeat, call, count), self.device) / count for _ in range(turns))
-            * 1000
-        )
+        times = [forward.timed(partial(repeat, call, count), self.device) for _ in range(turns)]
+        return statistics.median(times) / count * 1000
 
     def image(self, channels: int, height: int, width: int) -> Tensor:
         height, width = max(2, height // self.scale), max(2, width // self.scale)
@@ -221,13 +219,13 @@ class Stages:
         exact = forward.exact_result(plain, task, data)
         estimate = vae.memory.estimate(task, vae.layout, data.shape, vae.dtype.itemsize)
         for name, call in calls.items():
-            peak = allocated_peak(call, self.device) / 2**20
             self.write(
                 "passes",
-                **{"model": key, "task": task, "side": side, "way": name, "ms": self.milliseconds(call, 0.8)},
-                peak_mb=peak,
-                planned_mb=estimate.needed(Mode.REDUCED if name == "reduced" else Mode.FULL, 1) / 2**20,
+                **{"model": key, "task": task, "side": side, "way": name},
                 psnr_db=forward.peak_signal_noise_ratio(call(), exact),
+                ms=self.milliseconds(call, 0.8),
+                peak_mb=allocated_peak(call, self.device) / 2**20,
+                planned_mb=estimate.needed(Mode.REDUCED if name == "reduced" else Mode.FULL, 1) / 2**20,
             )
         if self.is_gpu and task == "decode" and side == 1024 and key == self.models[0]:
             self.write_profile("fast", calls["fast"])

@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 call=${1:-}
+[ "$device" = cpu ] && export TRITON_INTERPRET=1  # runs the kernels without a GPU, slowly
 export OUT=${OUT:-.} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 case $call in
