@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.peak import allocated_peak, peak_bytes
 from handlers import MODELS
@@ -216,9 +216,14 @@ def flops(key: str, task: str, size: Size) -> int:
     """Count the multiplications and additions of plain diffusers' convolutions and matrix products."""
     with FakeTensorMode(), torch.no_grad():  # in inference mode torch 2.5 counts nothing
         model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
-        with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: sdpa_flop}) as counter:
+        with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops}) as counter:
             getattr(model, task)(with_frames(model, inputs(key, task, size)))
     return counter.get_total_flops()
+
+
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Count the operations of attention, from the shapes of its inputs."""
+    return sdpa_flop_count(query, key, value)
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
