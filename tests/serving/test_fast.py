@@ -124,14 +124,13 @@ def test_wan_without_folding_equals_diffusers_bit_for_bit(key: str, frames: int)
         assert_equal(outputs(model, tensors), own)
 
 
-# Triton's interpreter truncates bfloat16 where hardware rounds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16 if DEVICE == "cpu" else torch.bfloat16])
-@pytest.mark.parametrize(("key", "frames"), [("sd-v1", None), ("wan-2.1", 3)])
-def test_the_kernels_are_as_exact_as_diffusers(key: str, frames: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("key", "frames"), [("sd-v1", None), ("wan-2.1", 2)])
+def test_the_kernels_are_as_exact_as_diffusers(key: str, frames: int | None) -> None:
+    # Triton's interpreter truncates bfloat16 where hardware rounds
+    dtype = torch.float16 if DEVICE == "cpu" else torch.bfloat16
     own, result, exact = both(key, frames, dtype, fused_pass)
     for task in own:
-        # both errors are float32 rounding, which differs by processor: 1.25 on an AMD without AVX-512
-        assert error(result[task], exact[task]) <= 1.5 * error(own[task], exact[task])
+        assert error(result[task], exact[task]) <= 1.2 * error(own[task], exact[task])
 
 
 @pytest.mark.parametrize("fast_class", [FastPass, CpuPass])
