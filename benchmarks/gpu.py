@@ -29,7 +29,9 @@ from benchmarks import bench, forward
 from benchmarks import service as over_http
 from benchmarks.peak import allocated_peak
 from benchmarks.service import Load
+from handlers import MODELS
 from handlers.model import Task
+from handlers.serving.settings import Settings
 from handlers.serving.vae import blocks
 from handlers.serving.vae.fast import fused, kernels
 from handlers.serving.vae.fast.check import fast_pass
@@ -197,7 +199,7 @@ class Stages:
         for key in self.models:
             if not self.has_time():
                 return
-            plain, vae = forward.load(key, str(self.device), fast=True)
+            plain, vae = forward.load(key, str(self.device))
             self.write("verdicts", model=key, **vae.fast.verdicts)
             tasks: tuple[tuple[Task, int], ...] = (("decode", 1024), ("decode", 512), ("encode", 1024))
             for task, side in tasks:
@@ -209,11 +211,10 @@ class Stages:
     def compare(self, key: str, plain: Any, vae: VAE, task: Task, side: int) -> None:
         size = side // min(self.scale, 8), side // min(self.scale, 8), None
         data = forward.inputs(key, task, size).to(self.device, vae.dtype)
-        own = forward.plain_call(vae.model, task, data)
         calls = {
             "diffusers": forward.plain_call(plain, task, data),
-            "fast": partial(through, fast_pass(vae.model), own),
-            "fast without kernels": partial(through, FastPass(vae.model), own),
+            "fast": forward.fast_call(fast_pass(vae.model), task, data),
+            "fast without kernels": forward.fast_call(FastPass(vae.model), task, data),
             "reduced": forward.reduced_call(vae.model, task, data),
         }
         exact = forward.exact_result(plain, task, data)
@@ -241,15 +242,15 @@ class Stages:
 
     def wan(self) -> None:
         """A video in each pass, and whether it has the bits of diffusers' own."""
-        plain, vae = forward.load("wan-2.1", str(self.device))
+        model = VAE.load(MODELS["wan-2.1"], "", Settings(weights="random", fast=False), str(self.device)).model
         size = (480, 832, 33) if self.is_gpu else (32, 32, 5)
-        data = forward.inputs("wan-2.1", "decode", size).to(self.device, vae.dtype)
-        own = forward.plain_call(vae.model, "decode", data)
+        data = forward.inputs("wan-2.1", "decode", size).to(self.device, model.dtype)
+        own = forward.plain_call(model, "decode", data)
         expected = own()
         calls = {
-            "diffusers": forward.plain_call(plain, "decode", data),
-            "without folding and kernels": partial(through, FastPass(vae.model, fold=False), own),
-            "fast": partial(through, fast_pass(vae.model), own),
+            "diffusers": own,
+            "without folding and kernels": forward.fast_call(FastPass(model, fold=False), "decode", data),
+            "fast": forward.fast_call(fast_pass(model), "decode", data),
         }
         for name, call in calls.items():
             if self.has_time():
@@ -261,8 +262,8 @@ class Stages:
     def service(self) -> None:
         """Latency and throughput over HTTP against a bare loop of the same VAE."""
         key, side, count = ("sd-v1", 1024, 40) if self.is_gpu else ("tiny", 64, 2)
-        vae = forward.load(key, str(self.device), fast=True)[1]
-        with bench.server(key, str(self.device), fast=True) as url:
+        vae = forward.load(key, str(self.device))[1]
+        with bench.server(key, str(self.device)) as url:
             for image_format in ("uint8", "jpg"):
                 row = over_http.latency(url, key, vae, (side, side, None), image_format, count)
                 self.write(
@@ -282,11 +283,6 @@ class Stages:
 def repeat(call: Call, count: int) -> None:
     for _ in range(count):
         call()
-
-
-def through(fast: FastPass, call: Call) -> Any:
-    with fast.installed():
-        return call()
 
 
 def attend_by(backend: SDPBackend, module: Any, x: Tensor) -> Tensor:

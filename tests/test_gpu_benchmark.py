@@ -27,6 +27,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name in ("group_norm", "add", "interleave", "rms_norm"):
         monkeypatch.setattr(kernels, name, getattr(reference_kernels, name))
     monkeypatch.setattr(forward, "load", load_small)
+    monkeypatch.setattr(VAE, "load", lambda declared, *_: VAE(build("wan-2.1"), declared))
     monkeypatch.setenv("OUT", str(tmp_path))
 
     def run(*stages: str) -> dict[str, list[dict[str, Any]]]:
@@ -37,7 +38,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
-def load_small(key: str, device: str, fast: bool = False) -> tuple[Any, VAE]:
+def load_small(key: str, device: str) -> tuple[Any, VAE]:
     model = build(key)
     return deepcopy(model), VAE(model, MODELS[key])
 
