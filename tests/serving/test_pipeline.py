@@ -159,7 +159,7 @@ class TestMemory:
 
     @pytest.fixture
     def vae(self, checkpoint: Callable[[str], Path]) -> VAE:
-        return VAE.load(MODELS["sd-v1"], "", Settings(weights=str(checkpoint("sd-v1"))), "cpu")
+        return VAE.load(MODELS["sd-v1"], "", Settings(weights=str(checkpoint("sd-v1")), fast=False), "cpu")
 
     @pytest.mark.parametrize("expected", [mode for mode in Mode if mode is not Mode.FAST])
     def test_the_mode_depends_on_the_free_memory(

@@ -47,7 +47,7 @@ JSON = st.recursive(
 @pytest.fixture(scope="module", params=["flux", "hunyuan-video"])
 def pipeline(request: pytest.FixtureRequest, checkpoint: Any) -> Pipeline:
     model: type[EndpointHandler] = MODELS[request.param]
-    options = Settings(weights=str(checkpoint(request.param)), max_pixels=LIMITS.max_pixels)
+    options = Settings(weights=str(checkpoint(request.param)), max_pixels=LIMITS.max_pixels, fast=False)
     return Pipeline([VAE.load(model, "", options, "cpu")], options)
 
 
