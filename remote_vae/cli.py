@@ -175,6 +175,9 @@ def latents(
     out: Annotated[Path, typer.Option(help="Output folder. Kohya and ai-toolkit look in the images' own folder.")],
     format: Annotated[str, typer.Option(help="kohya, musubi, ai-toolkit or webdataset.")],
     token: Token = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Model that the trainer trains, if several use the VAE: lumina, z_image, krea2.")
+    ] = None,
     resolution: Annotated[str, typer.Option(help="Area to which images are resized: 1024, or 1280x720.")] = "1024",
     upscale: Annotated[bool, typer.Option(help="Enlarge smaller images; ai-toolkit never does.")] = True,
     flip: Annotated[bool, typer.Option(help="Add mirrored images.")] = False,
@@ -193,7 +196,7 @@ def latents(
         raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     client = Client(url, token)
     config = client.config()
-    cache = FORMATS[format](config["model"], (sides[0], sides[-1]), upscale, flip, sample_mode)
+    cache = FORMATS[format](config["model"], (sides[0], sides[-1]), upscale, flip, sample_mode, arch)
     run = Run(client, config, folder, out, cache, seed, workers)
     encoded = run.encode(console)
     print_line(f"{encoded} encoded, {run.already_stored} already stored, {len(run.failed)} failed")

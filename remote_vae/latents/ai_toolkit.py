@@ -13,18 +13,34 @@ from PIL import Image, ImageOps
 from safetensors.torch import save
 
 from remote_vae.latents.buckets import AIToolkitBuckets, Placement
-from remote_vae.latents.format import Encoded, Format, ImageFile, cropped
+from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, cropped
 
 
 @dataclass
 class AIToolkit(Format):
-    models: ClassVar[dict[str, tuple[str, int]]] = {
-        "sd-v1": ("sd1", 16),
-        "sdxl": ("sdxl", 16),
-        "sd3": ("sd3", 32),
-        "flux": ("flux1", 32),
+    architectures: ClassVar[dict[str, Architecture]] = {
+        "sd1": Architecture("sd-v1", "sd1", 16),
+        "sdxl": Architecture("sdxl", "sdxl", 16),
+        "sd3": Architecture("sd3", "sd3", 32),
+        "flux": Architecture("flux", "flux1", 32),
+        "flux_kontext": Architecture("flux", "flux_kontext", 16),
+        "chroma": Architecture("flux", "chroma", 32),
+        "hidream": Architecture("flux", "hidream", 16),
+        "zimage": Architecture("flux", "zimage", 16),
+        "flux2": Architecture("flux2", "flux2", 16, "argmax", layout="patchified"),
+        "flux2_klein_4b": Architecture("flux2", "flux2_klein_4b", 16, "argmax", layout="patchified"),
+        "flux2_klein_9b": Architecture("flux2", "flux2_klein_9b", 16, "argmax", layout="patchified"),
+        "qwen_image": Architecture("qwen-image", "qwen_image", 32),
+        "qwen_image_edit": Architecture("qwen-image", "qwen_image_edit", 32),
+        "qwen_image_edit_plus": Architecture("qwen-image", "qwen_image_edit_plus", 32),
+        "krea2": Architecture("qwen-image", "krea2", 16),
+        "anima": Architecture("qwen-image", "anima", 32),
+        "cogview4": Architecture("cogview4", "cogview4", 8),
+        "wan21": Architecture("wan-2.1", "wan21", 16, has_frames=True),
+        "wan22_14b": Architecture("wan-2.1", "wan22_14b", 16, has_frames=True),
+        "wan22_5b": Architecture("wan-2.2", "wan22_5b", 32, has_frames=True),
     }
-    """Name of the latent space; number of which the sides of buckets are multiples."""
+    """Each ending is the name of the latent space in the files' metadata."""
     trainer: ClassVar[str] = "ai-toolkit"
     suffixes: ClassVar[frozenset[str]] = frozenset({".png", ".jpg", ".jpeg", ".webp"})
     follows_links: ClassVar[bool] = False
@@ -36,9 +52,8 @@ class AIToolkit(Format):
         if width != height:
             side = int((width * height) ** 0.5)
             raise ValueError(f"--resolution {width}x{height}: expected one side; {side} has about this area")
-        self.latent_space, steps = self.models[self.model]
         self.mixes_resolutions = True
-        self.buckets = AIToolkitBuckets(self.resolution, steps)
+        self.buckets = AIToolkitBuckets(self.resolution, self.architecture.steps)
 
     def loads(self, relative: Path) -> bool:
         return super().loads(relative) and relative.parent.name != "_controls"
@@ -70,7 +85,7 @@ class AIToolkit(Format):
             "crop_y": placement.corner[1],
             "crop_width": placement.bucket[0],
             "crop_height": placement.bucket[1],
-            "latent_space_version": self.latent_space,
+            "latent_space_version": self.architecture.ending,
             "latent_version": 1,
         }
         return {**metadata, "flip_x": True} if flip else metadata

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -32,7 +32,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One image's latents [C, h, w] or moments [2 * C, h, w]; [C, 1, h, w] from the VAE of a video model."""
+    """One image's latents or moments [C, h, w], or [C, 1, h, w] if the architecture stores frames."""
 
     image: ImageFile
     latents: Tensor
@@ -40,23 +40,45 @@ class Encoded:
     caption: bytes | None = None
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """A model that a trainer trains: its VAE, and what the trainer stores of the VAE's distribution."""
+
+    vae: str
+    """Key of the VAE that encodes its images."""
+    ending: str
+    """Name of the architecture in the names or the metadata of files."""
+    steps: int = 16
+    """Number of pixels of which the sides of buckets are multiples."""
+    sample_mode: str = "sample"
+    normalized: bool = True
+    """Store latents as the diffusion model takes them, not as the VAE gives them."""
+    layout: str | None = None
+    """Layout of the latents, if it is not the VAE's own."""
+    has_frames: bool = False
+    """Store latents [C, F, h, w] with the one frame of an image, not [C, h, w]."""
+
+
 @dataclass
 class Format(ABC):
     """Files of latents as a trainer writes and reads them.
 
     Raises:
-        ValueError: the trainer does not have these options, or its format for this model is unknown.
+        ValueError: the trainer does not have these options, or it has no architecture with this model's VAE.
     """
 
     model: str
+    """Key of the VAE."""
     resolution: Size
     upscale: bool = True
     flip: bool = False
     sample_mode: str | None = None
     """Values of the encoder's distribution to store; None stores those that the trainer stores."""
+    arch: str | None = None
+    """Name of the trained model; None: the only one with this VAE, or the one with the VAE's name."""
 
-    models: ClassVar[dict[str, Any]]
-    """Properties of each model, by its key; empty if every model works."""
+    architectures: ClassVar[dict[str, Architecture]]
+    """Models of the trainer by name; empty if the format is the same for all."""
     trainer: ClassVar[str]
     suffixes: ClassVar[frozenset[str]]
     """Suffixes of the images that the trainer loads, in lower case."""
@@ -66,28 +88,41 @@ class Format(ABC):
     """Load images of linked folders."""
     applies_exif: ClassVar[bool] = False
     """Rotate images as their EXIF data says."""
-    default_sample_mode: ClassVar[str] = "sample"
     images_per_file: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if self.models and self.model not in self.models:
-            raise ValueError(f"{name} does not have the model {self.model}: expected one of {', '.join(self.models)}")
-        if self.models and self.sample_mode not in (None, self.default_sample_mode):
+        self.architecture = self.find_architecture()
+        """What the trainer stores."""
+        if self.architectures and self.sample_mode not in (None, self.architecture.sample_mode):
             raise ValueError(
-                f"--sample-mode {self.sample_mode}: {name} stores {self.default_sample_mode}; use --format webdataset"
+                f"--sample-mode {self.sample_mode}: {self.trainer} stores {self.architecture.sample_mode}; "
+                "use --format webdataset"
             )
-        self.sample_mode = self.sample_mode or self.default_sample_mode
-        self.normalized = True
-        """Store latents normalized, as the diffusion model takes them."""
+        self.sample_mode = self.sample_mode or self.architecture.sample_mode
+        self.normalized = self.architecture.normalized
         self.mixes_resolutions = False
         """Latents of several resolutions may be in one folder."""
         self.buckets: KohyaBuckets | MusubiBuckets | AIToolkitBuckets
 
+    def find_architecture(self) -> Architecture:
+        """Return the architecture that the options name."""
+        names = [name for name, row in self.architectures.items() if row.vae == self.model]
+        if not names:
+            vaes = ", ".join(dict.fromkeys(row.vae for row in self.architectures.values()))
+            raise ValueError(f"{self.trainer} has no format for latents of {self.model}: expected one of {vaes}")
+        own = [name for name in names if len(names) == 1 or name.replace("_", "-") == self.model]
+        self.arch = self.arch or next(iter(own), None)
+        if self.arch not in names:
+            problem = f"--arch {self.arch} is not a model" if self.arch else "add --arch: there are several models"
+            raise ValueError(
+                f"{problem} that {self.trainer} trains with the VAE {self.model}: expected one of {', '.join(names)}"
+            )
+        return self.architectures[self.arch]
+
     @property
     def set_name(self) -> str:
         """Name for all files that could be mistaken for one another. One set of options must have made them."""
-        return f"{self.trainer}-{self.model}"
+        return f"{self.trainer}-{self.arch or self.model}"
 
     def loads(self, relative: Path) -> bool:
         """Return True if the trainer loads a file of this name."""

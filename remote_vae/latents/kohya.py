@@ -12,36 +12,42 @@ from typing import Any, ClassVar
 import numpy as np
 
 from remote_vae.latents.buckets import KohyaBuckets
-from remote_vae.latents.format import Encoded, Format, ImageFile, crop_ltrb
+from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, crop_ltrb
 
 
 @dataclass
 class Kohya(Format):
-    models: ClassVar[dict[str, tuple[str, bool, bool]]] = {
-        "sd-v1": ("sd", False, False),
-        "sdxl": ("sdxl", False, False),
-        "sd3": ("sd3", True, False),
-        "flux": ("flux", True, True),
+    architectures: ClassVar[dict[str, Architecture]] = {
+        "sd-v1": Architecture("sd-v1", "sd", 64, normalized=False),
+        "sdxl": Architecture("sdxl", "sdxl", 64, normalized=False),
+        "sd3": Architecture("sd3", "sd3", 64, normalized=False),
+        "flux": Architecture("flux", "flux", 64),
+        "lumina": Architecture("flux", "lumina", 64),
+        "hunyuan_image": Architecture("hunyuan-image", "hi", 64, normalized=False),
+        "anima": Architecture("qwen-image", "anima", 64, "argmax"),
     }
-    """Ending of the file's name; keys end in the latents' size; latents are normalized."""
+    scale_factors: ClassVar[dict[str, int]] = {"hunyuan_image": 32}
+    """Pixels per latent, where they are not 8."""
     trainer: ClassVar[str] = "sd-scripts"
     suffixes: ClassVar[frozenset[str]] = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"})
     any_case: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.buckets = KohyaBuckets(self.resolution, self.upscale, largest=max(1024, *self.resolution))
-        self.ending, self.mixes_resolutions, self.normalized = self.models[self.model]
+        largest = max(1024, *self.resolution)
+        self.buckets = KohyaBuckets(self.resolution, self.upscale, largest=largest, steps=self.architecture.steps)
+        self.mixes_resolutions = self.arch not in ("sd-v1", "sdxl")
+        """The keys of the arrays in a file end in the size of the latents."""
 
     def files(self, images: list[ImageFile]) -> list[Path]:
-        return [images[0].sized_name(f"{self.ending}.npz")]
+        return [images[0].sized_name(f"{self.architecture.ending}.npz")]
 
     def is_stored(self, out: Path, image: ImageFile) -> bool:
         exists = super().is_stored(out, image)
         if not exists or not self.mixes_resolutions:
             return exists
-        width, height = image.placement.bucket
-        size = f"_{height // 8}x{width // 8}"
+        width, height = (side // self.scale_factors.get(str(self.arch), 8) for side in image.placement.bucket)
+        size = f"_{height}x{width}"
         with _npz(out / self.name(image)) as file:
             return f"latents{size}" in file and (not self.flip or f"latents_flipped{size}" in file)
 

@@ -144,6 +144,7 @@ class Run:
         file = self.out / STATE_FOLDER / f"{self.format.set_name}.json"
         settings = {"format": type(self.format).__name__, "seed": self.seed, **asdict(self.format)}
         settings["resolution"] = list(self.format.resolution)  # as JSON has it
+        del settings["arch"]  # it is in the file's name
         if self.format.mixes_resolutions:
             del settings["resolution"]
         earlier = _read_settings(file) if file.exists() else settings
@@ -222,7 +223,11 @@ class Run:
             return None
         if self.is_video:  # an image is a video of one frame
             batch = batch.movedim(-1, 1).unsqueeze(2).contiguous()
-        parameters: dict[str, Any] = {"sample_mode": self.format.sample_mode, "do_scaling": self.format.normalized}
+        parameters: dict[str, Any] = {
+            "sample_mode": self.format.sample_mode,
+            "do_scaling": self.format.normalized,
+            "latents_layout": self.format.architecture.layout,
+        }
         if self.format.sample_mode == "sample":
             name = image.relative.as_posix().encode(errors="surrogateescape")
             parameters["seed"] = self.seed ^ zlib.crc32(name)
@@ -233,6 +238,8 @@ class Run:
                 raise
             self.failed[image.relative] = _reason(error)
             return None
+        if latents.ndim == 5 and not self.format.architecture.has_frames:
+            latents = latents.squeeze(2)
         return Encoded(image, latents[0], latents[1] if self.format.flip else None, caption)
 
     def _write(self, group: list[ImageFile], encoded: list[Encoded]) -> None:

@@ -10,24 +10,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from remote_vae.files import npy_bytes
 from remote_vae.latents.buckets import KohyaBuckets
-from remote_vae.latents.format import Encoded, Format, ImageFile, crop_ltrb
+from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, crop_ltrb
 from remote_vae.latents.kohya import Kohya
 
 
 @dataclass
 class WebDataset(Format):
-    models: ClassVar[dict[str, Any]] = {}  # all
+    architectures: ClassVar[dict[str, Architecture]] = {}  # all are stored alike
     trainer: ClassVar[str] = "webdataset"
     suffixes: ClassVar[frozenset[str]] = Kohya.suffixes | {".jfif", ".jpe", ".gif", ".tif", ".tiff"}
     applies_exif: ClassVar[bool] = True
-    default_sample_mode: ClassVar[str] = "moments"
     images_per_file: ClassVar[int] = 1000
 
     def __post_init__(self) -> None:
@@ -35,6 +34,11 @@ class WebDataset(Format):
         self.buckets = KohyaBuckets(self.resolution, self.upscale, largest=max(1024, *self.resolution))
         self.normalized = self.sample_mode != "moments"
         self._free_names: Iterator[Path] = _shard_names()
+
+    def find_architecture(self) -> Architecture:
+        if self.arch:
+            raise ValueError(f"--arch {self.arch}: a webdataset stores all models alike; remove the option")
+        return Architecture(self.model, "", sample_mode="moments", has_frames=True)
 
     @property
     def set_name(self) -> str:

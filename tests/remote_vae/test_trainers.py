@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
 
 from remote_vae import Client
 from remote_vae.latents.buckets import Placement
-from remote_vae.latents.format import ImageFile, crop_ltrb
+from remote_vae.latents.format import Encoded, Format, ImageFile, crop_ltrb
 from remote_vae.latents.formats import FORMATS
 from remote_vae.latents.run import Run
 
@@ -49,9 +51,15 @@ def test_buckets_and_names(trainer: str) -> None:
     assert [row for row in ours if row not in TRAINERS["buckets"][trainer]] == []
 
 
-def bucket_and_names(trainer: str, model: str, resolution: list[int], upscale: bool, size: list[int]) -> list[Any]:
+def make_format(trainer: str, arch: str, resolution: list[int], upscale: bool = True, flip: bool = False) -> Format:
+    """Return the format of a trainer for one of its architectures."""
+    cls = BY_TRAINER[trainer]
+    return cls(cls.architectures[arch].vae, tuple(resolution), upscale, flip, arch=arch)
+
+
+def bucket_and_names(trainer: str, arch: str, resolution: list[int], upscale: bool, size: list[int]) -> list[Any]:
     """Return the last columns of the table of buckets from our functions."""
-    format = BY_TRAINER[trainer](model, tuple(resolution), upscale, flip=trainer == "ai-toolkit")
+    format = make_format(trainer, arch, resolution, upscale, flip=trainer == "ai-toolkit")
     try:
         placement = format.place(tuple(size))
     except ValueError:  # too narrow
@@ -64,11 +72,37 @@ def bucket_and_names(trainer: str, model: str, resolution: list[int], upscale: b
 
 
 @pytest.mark.parametrize("trainer", TRAINERS["trainers"])
+def test_every_architecture_has_rows(trainer: str) -> None:
+    """Test that no architecture is without the trainer's own results."""
+    assert {row[0] for row in TRAINERS["buckets"][trainer]} == BY_TRAINER[trainer].architectures.keys()
+
+
+@pytest.mark.parametrize("trainer", ["sd-scripts", "musubi-tuner"])
+def test_contents(trainer: str, tmp_path: Path) -> None:
+    """Compare keys, shapes and metadata of the file of an image of 256x192."""
+    for arch, shapes, metadata in TRAINERS["contents"][trainer]:
+        format = make_format(trainer, arch, [256, 256], flip=trainer == "sd-scripts")
+        image = ImageFile(Path("a.png"), Path("a.png"), Placement((256, 192), (256, 192), (256, 192)))
+        latents = torch.zeros(next(shape for key, shape in shapes.items() if key.startswith("latents")))
+        path = tmp_path / format.files([image])[0]
+        (data,) = format.contents([Encoded(image, latents, latents if format.flip else None)], [path])
+        path.write_bytes(data)
+        if trainer == "sd-scripts":
+            with np.load(path) as file:
+                assert {key: list(file[key].shape) for key in sorted(file)} == shapes
+            assert format.is_stored(tmp_path, image)
+        else:
+            with safe_open(path, "pt") as file:
+                assert {key: list(file.get_tensor(key).shape) for key in file.keys()} == shapes  # noqa: SIM118
+                assert file.metadata() == metadata
+
+
+@pytest.mark.parametrize("trainer", TRAINERS["trainers"])
 def test_pixels(trainer: str) -> None:
     """Compare within a difference of 1 of 255, because OpenCV's versions round differently."""
     for *row, theirs in TRAINERS["pixels"][trainer]:
-        model, resolution, upscale, flip, mode, size = row
-        format = BY_TRAINER[trainer](model, tuple(resolution), upscale, flip)
+        arch, resolution, upscale, flip, mode, size = row
+        format = make_format(trainer, arch, resolution, upscale, flip)
         file = io.BytesIO()
         sample_image(mode, tuple(size)).save(file, "png")
         pixels = np.array(format.pixels(Image.open(file), format.place(tuple(size)))[int(flip)])
@@ -79,7 +113,6 @@ def test_pixels(trainer: str) -> None:
 def test_loaded_files(trainer: str, tmp_path: Path) -> None:
     """Compare also files behind a link to a folder; the table has these for ai-toolkit only."""
     theirs = TRAINERS["loads"][trainer]
-    model = {"sd-scripts": "sdxl", "musubi-tuner": "qwen-image", "ai-toolkit": "sdxl"}[trainer]
     folder = tmp_path / "folder"
     for name in theirs:
         path = (tmp_path / "elsewhere" / "z.png") if name.startswith("link/") else (folder / name)
@@ -87,6 +120,6 @@ def test_loaded_files(trainer: str, tmp_path: Path) -> None:
         path.touch()
     if (tmp_path / "elsewhere").exists():
         (folder / "link").symlink_to(tmp_path / "elsewhere")
-    format = BY_TRAINER[trainer](model, (512, 512))
+    format = make_format(trainer, "qwen_image" if trainer == "musubi-tuner" else "sdxl", [512, 512])
     run = Run(Client("http://127.0.0.1:9"), {"kind": "image"}, folder, tmp_path, format, seed=0, workers=1)
     assert {path.as_posix() for path in run.find()} == {name for name, loaded in theirs.items() if loaded}
