@@ -166,6 +166,13 @@ def encode(
     print(f"{out} {shape}")
 
 
+def _read_shard(text: str) -> tuple[int, int]:
+    number, slash, shards = text.partition("/")
+    if not (slash and number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
+        raise ValueError(f"--shard {text}: expected I/N, with I from 1 to N, such as 3/8")
+    return int(number), int(shards)
+
+
 @app.command()
 def latents(
     url: Url,
@@ -184,26 +191,31 @@ def latents(
     sample_mode: Annotated[str | None, typer.Option(help="With webdataset: moments, sample or argmax.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of samples.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Images in flight at a time.")] = 8,
+    more_urls: Annotated[
+        list[str], typer.Option("--url", help="URL of one more endpoint of the model, to share the load. Repeatable.")
+    ] = [],  # noqa: B006
+    shard: Annotated[str, typer.Option(help="Part of the images for this machine, such as 1/8 to 8/8.")] = "1/1",
 ) -> None:
     """Write the latents of a data set as a trainer reads them. Run the command again to continue an interrupted run."""
     from remote_vae.latents.formats import FORMATS
     from remote_vae.latents.run import Run
+    from remote_vae.pool import connect
 
     sides = [int(side) for side in resolution.split("x") if side.isdecimal()]
     if len(sides) not in (1, 2) or min(sides) < 64:
         raise ValueError(f"--resolution {resolution}: expected 1024, or 1280x720, with sides of 64 or more")
     if format not in FORMATS:
         raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
-    client = Client(url, token)
+    client = connect([url, *more_urls], token)
     config = client.config()
     cache = FORMATS[format](config["model"], (sides[0], sides[-1]), upscale, flip, sample_mode, arch)
-    run = Run(client, config, folder, out, cache, seed, workers)
-    encoded = run.encode(console)
-    print_line(f"{encoded} encoded, {run.already_stored} already stored, {len(run.failed)} failed")
+    run = Run(client, config, folder, out, cache, seed, workers, _read_shard(shard))
+    run.encode(console)
+    print_line(f"{run.encoded} encoded, {run.already_stored} already stored, {run.failures.count} failed")
     if skipped := run.skipped_summary():
         print_line(skipped)
-    if run.failed:
-        raise ValueError(f"{len(run.failed)} images could not be encoded; {run.failed_list} has the reasons")
+    if run.failures.count:
+        raise ValueError(f"{run.failures.count} images could not be encoded; {run.failures.path} has the reasons")
 
 
 @app.command()

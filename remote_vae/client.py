@@ -86,6 +86,14 @@ class ConnectionBroken(RemoteVAEError):
     """The connection ended before the response was complete."""
 
 
+class NoResponse(RemoteVAEError):
+    """Nothing arrived for `timeout` seconds."""
+
+
+class Paused(RemoteVAEError):
+    """The endpoint is paused. Its owner must resume it."""
+
+
 @dataclass(frozen=True)
 class Response:
     """A complete response."""
@@ -158,7 +166,10 @@ class Client:
         Raises:
             RemoteVAEError: the request failed, or the response is no config of a service of this project.
         """
-        response = self.request("GET", "/config")
+        return self.read_config(self.request("GET", "/config"))
+
+    def read_config(self, response: Response) -> dict[str, Any]:
+        """Return the config in a response of `GET /config`, as `config` does."""
         try:
             return read_config(response.content)
         except ValueError as error:
@@ -175,7 +186,7 @@ class Client:
         Raises:
             RemoteVAEError: the service refused the request, did not respond in time, or sent more than `max_bytes`.
         """
-        return self._retry(lambda: self._send(method, path, max_bytes, **arguments), has_body=method == "POST")
+        return self._retry(lambda: self.send(method, path, max_bytes, **arguments), has_body=method == "POST")
 
     def stream(self, path: str, *, max_bytes: int, **arguments: Any) -> Iterator[bytes]:
         """POST until a response begins, and yield its bytes as they arrive.
@@ -183,7 +194,10 @@ class Client:
         Raises:
             RemoteVAEError: as `request`; or the connection broke in the middle. Nothing is sent again then.
         """
-        response = self._retry(lambda: self._open("POST", path, **arguments), has_body=True)
+        yield from self.read(self._retry(lambda: self.open("POST", path, **arguments), has_body=True), path, max_bytes)
+
+    def read(self, response: httpx.Response, path: str, max_bytes: int) -> Iterator[bytes]:
+        """Yield the body of a response, and close it."""
         try:
             yield from self._chunks(response, path, max_bytes)
         finally:
@@ -199,20 +213,21 @@ class Client:
         for attempt in self.attempts(Retrying, sleep=cancelled.wait, is_cancelled=cancelled.is_set):
             with attempt:
                 if has_body and attempt.retry_state.attempt_number > 1:
-                    self._send("GET", "/health", MAX_SMALL_BYTES)  # before many megabytes are sent again
+                    self.send("GET", "/health")  # before many megabytes are sent again
                 return send()
         raise AssertionError  # one of the attempts has returned or raised
 
-    def _send(self, method: str, path: str, max_bytes: int, **arguments: Any) -> Response:
+    def send(self, method: str, path: str, max_bytes: int = MAX_SMALL_BYTES, **arguments: Any) -> Response:
+        """Send a request once, as `request` does with its attempts."""
         start = monotonic()
-        response = self._open(method, path, **arguments)
+        response = self.open(method, path, **arguments)
         try:
             content = b"".join(self._chunks(response, path, max_bytes))
         finally:
             response.close()
         return Response(response.status_code, response.headers, content, monotonic() - start)
 
-    def _open(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    def open(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """Return a successful response whose body is not read yet."""
         with self.translated_errors():
             response = self._http.send(self._http.build_request(method, self.url + path, **arguments), stream=True)
@@ -275,7 +290,7 @@ class Client:
                 raise ConnectionRefused(f"{self.url} cannot be reached: {message}") from None
             raise NotReady(f"{self.url} cannot be reached ({error})") from None
         except httpx.TimeoutException:
-            raise RemoteVAEError(f"{self.url} did not respond for {self.timeout:g} s") from None
+            raise NoResponse(f"{self.url} did not respond for {self.timeout:g} s") from None
         except httpx.TransportError as error:
             message = f"the connection to {self.url} broke before the response was complete ({error})"
             raise ConnectionBroken(message) from None
@@ -290,7 +305,8 @@ class Client:
         message = f"{self.url}{path}: {status} {self._error_text(response)}"
         if status in NOT_READY:
             raise NotReady(message, status, _retry_after(response.headers.get("retry-after")))
-        raise RemoteVAEError(message + _advice(status, message, self._token), status)
+        error = Paused if status == 400 and "Invalid state" in message else RemoteVAEError
+        raise error(message + _advice(status, message, self._token), status)
 
     def _error_text(self, response: Response) -> str:
         """Return the message of the service or of the proxy, without the token."""

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from remote_vae import tensors
-from remote_vae.client import Client, RemoteVAEError
+from remote_vae.client import RemoteVAEError
+from remote_vae.pool import AnyClient
 
 STDOUT = Path("-")
 MAX_LATENTS_BYTES = 1 << 29
@@ -35,7 +36,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def decode(client: Client, file: Path, out: Path, parameters: dict[str, Any], stream: bool = False) -> list[Path]:
+def decode(client: AnyClient, file: Path, out: Path, parameters: dict[str, Any], stream: bool = False) -> list[Path]:
     """Decode a file's latents to an image, to one image for each of a batch, or to an MP4. Return the new files.
 
     With `stream`, the MP4 is written while it is decoded, to standard output if `out` is "-".
@@ -59,7 +60,7 @@ def decode(client: Client, file: Path, out: Path, parameters: dict[str, Any], st
     return [write(out.with_stem(f"{out.stem}-{index}"), image) for index, image in enumerate(images)]
 
 
-def encode(client: Client, files: list[Path], out: Path, parameters: dict[str, Any]) -> list[int]:
+def encode(client: AnyClient, files: list[Path], out: Path, parameters: dict[str, Any]) -> list[int]:
     """Encode images of one size, or a video, to a file of latents. Return the shape of the latents."""
     if out.suffix.lower() not in (".safetensors", ".npy"):
         raise ValueError(f"{out} is no file for latents: expected a name with .safetensors or .npy")
@@ -78,7 +79,7 @@ def encode(client: Client, files: list[Path], out: Path, parameters: dict[str, A
     return list(latents.shape)
 
 
-def _decode_images(client: Client, latents: Tensor, suffix: str, parameters: dict[str, Any]) -> list[bytes]:
+def _decode_images(client: AnyClient, latents: Tensor, suffix: str, parameters: dict[str, Any]) -> list[bytes]:
     """Decode latents to image files.
 
     Raises:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remote_vae.client import Client, RemoteVAEError, Response
+from remote_vae.client import RemoteVAEError, Response
+from remote_vae.pool import AnyClient
 from remote_vae.text import read_shape
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "float32", "bfloat16", "uint8")}
@@ -22,18 +23,18 @@ ENCODED_BYTES = 8
 """Most bytes of latents for each value of pixels. No VAE has more means, or more log-variances, than pixels."""
 
 
-def decode(client: Client, latents: Tensor, **parameters: Any) -> Tensor:
+def decode(client: AnyClient, latents: Tensor, **parameters: Any) -> Tensor:
     """Decode latents to pixels. The parameters are those of docs/http-api.md; `output_type` is "pt" by default."""
     return to_tensor(post_tensor(client, "/decode", latents, {"output_type": "pt", **parameters}))
 
 
-def decode_mp4(client: Client, latents: Tensor, **parameters: Any) -> bytes:
+def decode_mp4(client: AnyClient, latents: Tensor, **parameters: Any) -> bytes:
     """Decode the latents of one video to an MP4 file."""
     parameters = {**parameters, "output_type": "mp4"}
     return b"".join(_check_mp4(client, [post_tensor(client, "/decode", latents, parameters, "video/mp4").content]))
 
 
-def stream_mp4(client: Client, latents: Tensor, **parameters: Any) -> Iterator[bytes]:
+def stream_mp4(client: AnyClient, latents: Tensor, **parameters: Any) -> Iterator[bytes]:
     """Decode the latents of one video, and yield a fragmented MP4 file as the endpoint writes it.
 
     Raises:
@@ -48,7 +49,7 @@ def stream_mp4(client: Client, latents: Tensor, **parameters: Any) -> Iterator[b
         raise RemoteVAEError(f"the video from {client.url} ended early: expected the box `mfro` at its end; try again")
 
 
-def _check_mp4(client: Client, chunks: Iterable[bytes]) -> Iterator[bytes]:
+def _check_mp4(client: AnyClient, chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the chunks of a file after its start is known to be that of an MP4."""
     chunks, start = iter(chunks), b""
     while len(start) < 8 and (chunk := next(chunks, b"")):
@@ -60,13 +61,13 @@ def _check_mp4(client: Client, chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield from chunks
 
 
-def encode(client: Client, pixels: Tensor, **parameters: Any) -> Tensor:
+def encode(client: AnyClient, pixels: Tensor, **parameters: Any) -> Tensor:
     """Encode pixels, in [-1, 1] or uint8, to latents. The parameters are those of docs/http-api.md."""
     return to_tensor(post_tensor(client, "/encode", pixels, parameters))
 
 
 def post_tensor(
-    client: Client, path: str, tensor: Tensor, parameters: Mapping[str, Any], accept: str = "tensor/binary"
+    client: AnyClient, path: str, tensor: Tensor, parameters: Mapping[str, Any], accept: str = "tensor/binary"
 ) -> Response:
     """Send a tensor. Parameters that are None are not sent."""
     request = tensor_request(tensor, parameters, accept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from os import PathLike
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from remote_vae import tensors
 from remote_vae.batches import batch_limit, decoded_frames, fits_latents
-from remote_vae.client import Client, RemoteVAEError
+from remote_vae.client import RemoteVAEError
+from remote_vae.pool import AnyClient, connect
 from remote_vae.tensors import memory_format
 from remote_vae.text import visible
 from remote_vae.threads import start_thread
@@ -32,7 +33,7 @@ CLASSES = re.compile(r"AutoencoderKL[A-Za-z0-9]*|AutoencoderDC|AutoencoderTiny")
 """Names of classes that an endpoint may choose. Other classes of diffusers may load what their config names."""
 
 
-def RemoteVAE(url: str, token: str | None = None, *, uint8: bool = False, **options: Any) -> Any:
+def RemoteVAE(url: str | Sequence[str], token: str | None = None, *, uint8: bool = False, **options: Any) -> Any:
     """Return a VAE whose passes run on an endpoint, for every pipeline that takes a VAE.
 
     It is an object of the class that the endpoint runs, with the checkpoint's config and statistics, but without
@@ -41,7 +42,7 @@ def RemoteVAE(url: str, token: str | None = None, *, uint8: bool = False, **opti
     is decoded. The endpoint decides about tiling and slicing.
 
     Args:
-        url: URL of the endpoint.
+        url: URL of the endpoint, or several URLs of one model: the least busy gets a request, another if it fails.
         token: token of an endpoint that is not public. None: the Hugging Face login, for Hugging Face's own hosts.
         uint8: receive decoded pixels in 8 bits, a half or a quarter of the bytes. `decode` returns them as float32 in
             [-1, 1]. PIL images are the same, if the pipeline adds no watermark.
@@ -52,13 +53,13 @@ def RemoteVAE(url: str, token: str | None = None, *, uint8: bool = False, **opti
         RemoteVAEError: the endpoint cannot be reached, or it is no endpoint of this project.
         ImportError: the installed diffusers lacks the VAE's class.
     """
-    return RemotePasses(Client(url, token, **options), uint8).vae
+    return RemotePasses(connect(url, token, **options), uint8).vae
 
 
 class RemotePasses:
     """Methods that run on an endpoint, for a VAE without weights. `vae` has them, and this object as `vae.remote`."""
 
-    def __init__(self, client: Client, uint8: bool = False) -> None:
+    def __init__(self, client: AnyClient, uint8: bool = False) -> None:
         self.client = client
         self.config = client.config()
         self.uint8 = uint8

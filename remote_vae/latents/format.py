@@ -155,12 +155,15 @@ class Format(ABC):
         """Return the caption if the format stores it beside the latents."""
         return None
 
-    def stored(self, out: Path) -> dict[Path, Path]:
-        """Return the relative paths of the images in files of several images, by `name`."""
-        return {}
+    def prepare(self, out: Path, run: str) -> None:  # noqa: B027
+        """Read what the output folder has, before `is_stored`. `run` is a name that no other run at the time has."""
 
     def is_stored(self, out: Path, image: ImageFile) -> bool:
-        """Return True if the folder `out` has the image's own files, and they hold its latents."""
+        """Return True if the folder `out` has the latents of this image.
+
+        Raises:
+            ValueError: it has those of another image under the same name, or a damaged file.
+        """
         return all((out / file).exists() for file in self.files([image]))
 
     def name(self, image: ImageFile) -> Path:

@@ -8,12 +8,12 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from remote_vae import tensors
-from remote_vae.client import Client, RemoteVAEError
+from remote_vae.client import ConnectionBroken, NoResponse, Paused, RemoteVAEError
 from remote_vae.files import write
+from remote_vae.latents.failures import Failures
 from remote_vae.latents.format import Encoded, Format, ImageFile
+from remote_vae.pool import AnyClient
 
 STATE_FOLDER = ".remote-vae"
 """Folder of the command's own files in the output folder. Trainers skip it, because its name begins with a dot."""
@@ -36,34 +38,61 @@ PLUGINS = {".avif": ("pillow_avif", "pillow-avif-plugin"), ".jxl": ("pillow_jxl"
 MEDIA = {".avif", ".heic", ".heif", ".jxl", ".svg", ".avi", ".mkv", ".mov", ".mp4", ".webm"}
 """Suffixes in addition to Pillow's. A run reports how many files with these it skipped."""
 IMAGE_ERRORS = (400, 413, 422)
-"""Statuses that concern one image. All others end the run."""
+"""Statuses that concern one image."""
+MAX_ENDPOINT_ERRORS = 10
+"""Images that fail one after the other because of the endpoint, such as with status 500, until the run ends."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Errors with which no file can be written. They end the run."""
+WINDOW = 1000
+"""Files whose sizes are read ahead, to encode images of one size together. It bounds the memory of a run."""
+
+
+@dataclass
+class Group:
+    """Images whose latents are written together."""
+
+    images: list[ImageFile]
+    results: list[Encoded | None] = field(default_factory=list)
 
 
 class Run:
-    """One run over a folder of images. It encodes those whose latents are not stored yet.
+    """One run over a folder of images, or over one shard of it. It encodes those whose latents are not stored yet.
 
     Args:
         config: config of the endpoint.
         seed: seed of samples; each image's own seed also depends on its name.
         workers: images in flight at a time.
+        shard: number of this shard, from 1, and number of shards. A file's shard depends on its name alone.
     """
 
     def __init__(
-        self, client: Client, config: dict[str, Any], folder: Path, out: Path, format: Format, seed: int, workers: int
+        self,
+        client: AnyClient,
+        config: dict[str, Any],
+        folder: Path,
+        out: Path,
+        format: Format,
+        seed: int,
+        workers: int,
+        shard: tuple[int, int] = (1, 1),
     ) -> None:
         self.client, self.folder, self.out, self.format = client, folder, out, format
-        self.seed, self.workers = seed, workers
+        self.seed, self.workers, self.shard = seed, workers, shard
         self.is_video = config["kind"] == "video"
-        self.failed: dict[Path, str] = {}
-        """Reasons by the relative path of each image that could not be encoded."""
-        self.failed_list = out / STATE_FOLDER / f"{format.set_name}.failed.txt"
+        self.name = format.set_name if shard[1] == 1 else f"{format.set_name}.{shard[0]}-of-{shard[1]}"
+        """Name of the run's own files. Runs that write to one folder at a time have different names."""
+        self.failures = Failures(out / STATE_FOLDER / f"{self.name}.failed.txt")
         self.skipped: Counter[str] = Counter()
         """Files and folders that the trainer does not load, by type."""
+        self.found = 0
+        """Images of all shards."""
+        self.encoded = 0
         self.already_stored = 0
         """Images whose latents were stored before."""
+        self.endpoint_errors = 0
 
-    def encode(self, console: Console) -> int:
-        """Encode the images, and return how many were encoded.
+    def encode(self, console: Console) -> None:
+        """Encode the images.
 
         Raises:
             ValueError: there is no image, or the output folder has latents that were made with other options.
@@ -73,66 +102,77 @@ class Run:
             with suppress(ImportError):
                 import_module(module)
         files = self.find()
-        if not files and not self.failed:
+        if not self.found and not self.failures.count:
             suffixes = ", ".join(sorted(self.format.suffixes))
             message = f"{self.folder} has no image that {self.format.trainer} loads: expected files with {suffixes}"
             raise ValueError("; ".join(filter(None, [message, self.skipped_summary()])))
         self._check_settings()
-        pool = ThreadPoolExecutor(self.workers)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("encoding"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
         )
+        workers, reader = ThreadPoolExecutor(self.workers), ThreadPoolExecutor(1)
         with Progress(*columns, console=console) as progress:
+            task = progress.add_task("", total=len(files), speed="")
             try:
-                reading = progress.add_task("reading", total=len(files), speed="")
-                groups = self._groups(progress.track(files, task_id=reading))
-                total = sum(map(len, groups))
-                encoding = progress.add_task("encoding", total=total, speed="")
-                for _ in self._encode(pool, groups):
-                    speed = progress.tasks[encoding].speed
-                    progress.update(encoding, advance=1, speed=f"{speed:.1f} images/s" if speed else "")
+                self.format.prepare(self.out, self.name)
+                for _ in self._encode(workers, self._groups(reader, files)):
+                    speed = progress.tasks[0].speed
+                    done = min(self.encoded + self.already_stored + self.failures.count, len(files))
+                    progress.update(task, completed=done, speed=f"{speed:.1f} images/s" if speed else "")
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # images in flight are not waited for
-                self._list_failed()
-        return total - len({image.relative for group in groups for image in group} & self.failed.keys())
+                for pool in (workers, reader):
+                    pool.shutdown(wait=False, cancel_futures=True)  # images in flight are not waited for
+                self.failures.close()
 
     def skipped_summary(self) -> str:
         """Return a sentence about the files that the trainer does not load; empty if there are none."""
         types = ", ".join(f"{count} {name}" for name, count in sorted(self.skipped.items()))
         return f"skipped, because {self.format.trainer} does not load them: {types}" if types else ""
 
-    def find(self) -> list[Path]:
-        """Return the images below the folder, relative to it."""
+    def find(self) -> list[str]:
+        """Return this shard's images below the folder, relative to it. Files that differ in their suffix are neighbors.
+
+        The names of a million files take about 100 MB.
+        """
         images = []
         media = MEDIA | Image.registered_extensions().keys()
-        for path in self._walk(self.folder):
-            relative, is_hidden = path.relative_to(self.folder), path.name.startswith(".")
+        number, shards = self.shard
+        for path in self._walk(""):
+            relative = Path(path)
+            is_hidden, suffix = relative.name.startswith("."), relative.suffix
             if not is_hidden and self.format.loads(relative):
-                images.append(relative)
-            elif path.suffix.lower() in media:
-                self.skipped[f"hidden {path.suffix}" if is_hidden else path.suffix] += 1
-        return sorted(images)
+                self.found += 1
+                if zlib.crc32(os.fsencode(_stem(path))) % shards == number - 1:
+                    images.append(path)
+            elif suffix.lower() in media:
+                self.skipped[f"hidden {suffix}" if is_hidden else suffix] += 1
+        images.sort()
+        images.sort(key=_stem)
+        return images
 
-    def _walk(self, folder: Path, parents: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    def _walk(self, folder: str, parents: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
         """Yield the files below a folder. A link to one of its parents is not followed."""
         try:
-            status, entries = folder.stat(), list(folder.iterdir())
+            status = os.stat(self.folder / folder)
+            with os.scandir(self.folder / folder) as entries:
+                names = [(entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries]
         except OSError as error:
-            self.failed[folder.relative_to(self.folder)] = _reason(error)
+            self.failures.add(folder or ".", error)
             return
         identity = (status.st_dev, status.st_ino)
         if identity in parents:
             return
-        for path in entries:
-            if not os.path.isdir(path):
+        for name, is_folder, is_link in names:
+            path = os.path.join(folder, name)
+            if not is_folder:
                 yield path
-            elif path.is_symlink() and not self.format.follows_links:
+            elif is_link and not self.format.follows_links:
                 self.skipped["linked folder"] += 1
-            elif not path.name.startswith("."):
+            elif not name.startswith("."):
                 yield from self._walk(path, parents | {identity})
 
     def _check_settings(self) -> None:
@@ -153,62 +193,72 @@ class Run:
             options = ", ".join(changed)
             raise ValueError(f"{self.out} has latents that were made with {options}; use the same, or another --out")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps(settings).encode())
+        write(file.with_name(f".{self.name}.json"), json.dumps(settings).encode()).replace(file)
 
-    def _groups(self, files: Iterable[Path]) -> list[list[ImageFile]]:
-        """Return the images that are not stored yet, in groups that are written together."""
-        stored = self.format.stored(self.out)
-        owners = dict(stored)
+    def _groups(self, reader: ThreadPoolExecutor, files: list[str]) -> Iterator[Group]:
+        """Yield groups of images that are not stored yet. Read the sizes of one window of files ahead."""
+        ahead: Future[list[Group]] | None = None
+        for window in chain(_windows(files), [None]):
+            following = reader.submit(self._read_window, window) if window else None
+            if ahead:
+                yield from ahead.result()
+            ahead = following
+
+    def _read_window(self, files: list[str]) -> list[Group]:
+        """Return the images of a window that are not stored yet, in groups that are written together."""
+        owners: dict[Path, Path] = {}
         images: list[ImageFile] = []
         for image in filter(None, map(self._read_header, files)):
             try:
-                name = self.format.name(image)
-                owner = owners.setdefault(name, image.relative)
+                owner = owners.setdefault(self.format.name(image), image.relative)
                 if owner != image.relative:
                     raise ValueError(f"its latents would have the same name as those of {owner}; rename the image")
-                if name in stored or self.format.is_stored(self.out, image):
+                if self.format.is_stored(self.out, image):
                     self.already_stored += 1
                 else:
                     images.append(image)
             except (OSError, ValueError) as error:
-                self.failed[image.relative] = _reason(error)
+                self.failures.add(str(image.relative), error)
         size = self.format.images_per_file
-        groups = [images[start : start + size] for start in range(0, len(images), size)]
-        return sorted(groups, key=lambda group: group[0].placement.bucket)  # the endpoint batches images of one size
+        groups = [Group(images[start : start + size]) for start in range(0, len(images), size)]
+        if not groups:
+            return [Group([])]  # shows progress
+        return sorted(groups, key=lambda group: group.images[0].placement.bucket)  # for batches of one size
 
-    def _read_header(self, relative: Path) -> ImageFile | None:
+    def _read_header(self, name: str) -> ImageFile | None:
         """Read the size of an image. Return None, and list the image as failed, if it has none."""
-        path = self.folder / relative
+        path = self.folder / name
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO would block
                 raise ValueError("it is not a file, but a FIFO, a socket or a device")
             with Image.open(path) as image:
                 is_rotated = self.format.applies_exif and image.getexif().get(Base.Orientation, 1) >= 5
                 size = image.size[::-1] if is_rotated else image.size
-            return ImageFile(path, relative, self.format.place(size))
+            return ImageFile(path, Path(name), self.format.place(size))
         except Exception as error:  # Pillow raises a dozen types for damaged files
-            self.failed[relative] = _reason(error)
+            reason = error
             if isinstance(error, UnidentifiedImageError) and (plugin := PLUGINS.get(path.suffix.lower())):
-                self.failed[relative] += f"; if Pillow does not read {path.suffix} here, `pip install {plugin[1]}`"
+                reason = ValueError(f"{error}; if Pillow does not read {path.suffix} here, `pip install {plugin[1]}`")
+            self.failures.add(name, reason)
             return None
 
-    def _encode(self, pool: ThreadPoolExecutor, groups: list[list[ImageFile]]) -> Iterator[None]:
-        """Keep all workers busy and few images in memory. Yield once for each image that is done."""
-        jobs = ((index, image) for index, group in enumerate(groups) for image in group)
-        results: dict[int, list[Encoded | None]] = {}
-        running: dict[Future[Encoded | None], int] = {}
+    def _encode(self, workers: ThreadPoolExecutor, groups: Iterator[Group]) -> Iterator[None]:
+        """Keep all workers busy and few images in memory. Yield when an image or a window is done."""
+        jobs = _jobs(groups)
+        running: dict[Future[Encoded | None], Group] = {}
         while True:
-            for index, image in islice(jobs, 2 * self.workers - len(running)):
-                running[pool.submit(self._encode_image, image)] = index
+            for group, image in islice(jobs, 2 * self.workers - len(running)):
+                if image:
+                    running[workers.submit(self._encode_image, image)] = group
+            yield
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                index = running.pop(future)
-                results.setdefault(index, []).append(future.result())
-                if len(results[index]) == len(groups[index]):
-                    self._write(groups[index], [encoded for encoded in results.pop(index) if encoded])
-                yield
+                group = running.pop(future)
+                group.results.append(future.result())
+                if len(group.results) == len(group.images):
+                    self._write(group)
 
     def _encode_image(self, image: ImageFile) -> Encoded | None:
         """Encode an image. Return None, and list the image as failed, if that is impossible."""
@@ -219,7 +269,7 @@ class Run:
             batch = torch.from_numpy(np.stack([np.array(each) for each in pixels]))
             caption = self.format.caption(image)
         except Exception as error:
-            self.failed[image.relative] = _reason(error)
+            self.failures.add(str(image.relative), error)
             return None
         if self.is_video:  # an image is a video of one frame
             batch = batch.movedim(-1, 1).unsqueeze(2).contiguous()
@@ -234,43 +284,74 @@ class Run:
         try:
             latents = tensors.encode(self.client, batch, **parameters)
         except RemoteVAEError as error:
-            if error.status not in IMAGE_ERRORS:
-                raise
-            self.failed[image.relative] = _reason(error)
+            self._check_endpoint(error)
+            self.failures.add(str(image.relative), error)
             return None
+        self.endpoint_errors = 0
         if latents.ndim == 5 and not self.format.architecture.has_frames:
             latents = latents.squeeze(2)
         return Encoded(image, latents[0], latents[1] if self.format.flip else None, caption)
 
-    def _write(self, group: list[ImageFile], encoded: list[Encoded]) -> None:
-        """Write the files of a group, in its order. An image is missing in `encoded` if it failed."""
+    def _check_endpoint(self, error: RemoteVAEError) -> None:
+        """Raise the error unless it may concern one image alone."""
+        if error.status in IMAGE_ERRORS and not isinstance(error, Paused):
+            return
+        self.endpoint_errors += 1
+        may_concern_one = error.status in (500, 504) or isinstance(error, ConnectionBroken | NoResponse)
+        if not may_concern_one or self.endpoint_errors >= MAX_ENDPOINT_ERRORS:
+            raise error
+
+    def _write(self, group: Group) -> None:
+        """Write the files of a group, in its order. A result is None if its image failed."""
+        encoded = [result for result in group.results if result]
         if not encoded:
             return
-        order = {image.relative: index for index, image in enumerate(group)}
+        order = {image.relative: index for index, image in enumerate(group.images)}
         encoded.sort(key=lambda each: order[each.image.relative])
-        paths = [self.out / file for file in self.format.files(group)]
         try:
+            paths = [self.out / file for file in self.format.files(group.images)]
             for path, data in zip(paths, self.format.contents(encoded, paths), strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write(path, data)
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+            self.encoded += len(encoded)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
-            self.failed |= {image.relative: _reason(error) for image in group}
+            for each in encoded:
+                self.failures.add(str(each.image.relative), error)
 
-    def _list_failed(self) -> None:
-        """Write a line for each failed image: the bytes of its name, line breaks escaped, and the reason."""
-        if not self.failed:
-            self.failed_list.unlink(missing_ok=True)
-            return
-        lines = [
-            str(name).translate({ord("\n"): r"\n", ord("\t"): r"\t"}).encode(errors="surrogateescape")
-            + b"\t"
-            + reason.encode(errors="backslashreplace")
-            + b"\n"
-            for name, reason in sorted(self.failed.items())
-        ]
-        write(self.failed_list, b"".join(lines))
+
+def _jobs(groups: Iterator[Group]) -> Iterator[tuple[Group, ImageFile | None]]:
+    """Yield each image with its group, and None for a group without images."""
+    for group in groups:
+        if not group.images:
+            yield group, None
+        for image in group.images:
+            yield group, image
+
+
+def _windows(files: list[str]) -> Iterator[list[str]]:
+    """Yield windows of files. Neighbors with one stem are in one window."""
+    start = 0
+    while start < len(files):
+        end = start + WINDOW
+        while end < len(files) and _stem(files[end]) == _stem(files[end - 1]):
+            end += 1
+        yield files[start:end]
+        start = end
+
+
+def _stem(file: str) -> str:
+    """Return what the names of two images have in common if their latents could have the same name."""
+    return os.path.splitext(file)[0].replace(".", "_")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder, and for a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -282,7 +363,3 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file} is damaged; delete it if the latents beside it were made with the same options")
     return settings
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import ClassVar
@@ -33,7 +35,8 @@ class WebDataset(Format):
         super().__post_init__()
         self.buckets = KohyaBuckets(self.resolution, self.upscale, largest=max(1024, *self.resolution))
         self.normalized = self.sample_mode != "moments"
-        self._free_names: Iterator[Path] = _shard_names()
+        self._free_names: Iterator[Path] = _shard_names("shard")
+        self._stored = StoredKeys()
 
     def find_architecture(self) -> Architecture:
         if self.arch:
@@ -61,22 +64,23 @@ class WebDataset(Format):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
-    def stored(self, out: Path) -> dict[Path, Path]:
-        stored: dict[Path, Path] = {}
+    def prepare(self, out: Path, run: str) -> None:
+        """Read the keys of all shards in the folder."""
+        self._stored = StoredKeys()
         for shard in sorted(out.glob("shard-*.tar")):
             try:
                 with tarfile.open(shard, "r:") as archive:
                     for member in archive:
                         if member.name.endswith(".json") and (file := archive.extractfile(member)):
                             with suppress(ValueError, KeyError, TypeError):  # the shard of another program
-                                stored[Path(member.name.removesuffix(".json"))] = Path(json.load(file)["file"])
+                                self._stored.add(member.name.removesuffix(".json"), json.load(file)["file"])
             except tarfile.TarError as error:
                 raise ValueError(f"{shard} cannot be read as a shard ({error}); delete or move it") from None
-        self._free_names = (name for name in _shard_names() if not (out / name).exists())
-        return stored
+        prefix = "shard" + run.removeprefix(self.set_name).replace(".", "-")
+        self._free_names = (name for name in _shard_names(prefix) if not (out / name).exists())
 
     def is_stored(self, out: Path, image: ImageFile) -> bool:
-        return False
+        return self._stored.has(self.name(image).as_posix(), image.relative.as_posix())
 
     def name(self, image: ImageFile) -> Path:
         """Return the sample's key. It has no dot: the part of a member's name after the first dot is its type."""
@@ -121,5 +125,36 @@ class WebDataset(Format):
         return members if encoded.caption is None else {**members, f"{key}.txt": encoded.caption}
 
 
-def _shard_names() -> Iterator[Path]:
-    return (Path(f"shard-{index:06d}.tar") for index in count())
+def _shard_names(prefix: str) -> Iterator[Path]:
+    return (Path(f"{prefix}-{index:06d}.tar") for index in count())
+
+
+class StoredKeys:
+    """Keys of samples and the files that they were made from, as hashes: 16 bytes for each sample."""
+
+    def __init__(self) -> None:
+        self._hashes = array("Q")
+        self._table = np.empty((0, 2), np.uint64)
+
+    def add(self, key: str, file: str) -> None:
+        self._hashes.extend((_hash(key), _hash(file)))
+
+    def has(self, key: str, file: str) -> bool:
+        """Return True if this key was made from this file.
+
+        Raises:
+            ValueError: it was made from another file.
+        """
+        if len(self._table) * 2 != len(self._hashes):
+            table = np.frombuffer(self._hashes, np.uint64).reshape(-1, 2)
+            self._table = table[table[:, 0].argsort(kind="stable")]
+        index = int(np.searchsorted(self._table[:, 0], np.uint64(_hash(key))))
+        if index == len(self._table) or self._table[index, 0] != _hash(key):
+            return False
+        if self._table[index, 1] != _hash(file):
+            raise ValueError("its latents would have the same name as those of another image; rename the image")
+        return True
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little")

@@ -210,7 +210,7 @@ def test_other_settings_are_refused(service: Service, folder: Path, tmp_path: Pa
             ("--format", "ai-toolkit", "--resolution", "1280x720"),
             "1280x720: expected one side; 960 has about",
         ),
-        (("--format", "musubi"), "Musubi does not have the model sdxl: expected one of qwen-image, wan-2.1"),
+        (("--format", "musubi"), "musubi-tuner has no format for latents of sdxl: expected one of qwen-image, wan-2.1"),
         (("--format", "lora"), "expected one of kohya, musubi, ai-toolkit, webdataset"),
         (("--resolution", "big"), "expected 1024, or 1280x720"),
     ):

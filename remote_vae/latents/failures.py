@@ -1,0 +1,40 @@
+"""The list of files that could not be encoded. It is written line by line, so a run of any length takes no memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO
+
+
+class Failures:
+    """A file with a line for each failed file: the bytes of its name, line breaks escaped, a tab, and the reason.
+
+    Threads may share it. It replaces the list of an earlier run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self._file: BinaryIO | None = None
+        self._lock = Lock()
+
+    def add(self, name: str, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        line = os.fsencode(name.translate({ord("\n"): r"\n", ord("\t"): r"\t"})) + b"\t"
+        with self._lock:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("wb", buffering=0)
+            self.count += 1
+            self._file.write(line + reason.encode(errors="backslashreplace") + b"\n")
+
+    def close(self) -> None:
+        """Close the list. Remove that of an earlier run if nothing failed in this one."""
+        with self._lock:
+            if self._file:
+                self._file.close()
+                self._file = None
+            elif not self.count:
+                self.path.unlink(missing_ok=True)
