@@ -139,7 +139,7 @@ class Format(ABC):
 
     def convert(self, image: Image.Image) -> Image.Image:
         """Return the image in the mode in which it is resized."""
-        return image.convert("RGB")
+        return to_rgb(image)
 
     def fit(self, image: Image.Image, placement: Placement) -> Image.Image:
         """Resize and crop as kohya's trainers do: shrink with OpenCV's area, enlarge with Pillow's Lanczos."""
@@ -181,7 +181,14 @@ class Format(ABC):
 
 def cropped(image: Image.Image, placement: Placement) -> Image.Image:
     left, top = placement.corner
-    return image.crop((left, top, left + placement.bucket[0], top + placement.bucket[1])).convert("RGB")
+    if image.size != placement.bucket:
+        image = image.crop((left, top, left + placement.bucket[0], top + placement.bucket[1]))
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB. One that is RGB is not copied."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def crop_ltrb(placement: Placement) -> tuple[float, float, float, float]:

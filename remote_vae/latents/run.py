@@ -265,8 +265,8 @@ class Run:
         try:
             with Image.open(image.path) as opened:
                 upright = ImageOps.exif_transpose(opened) if self.format.applies_exif else opened
-                pixels = self.format.pixels(upright, image.placement)
-            batch = torch.from_numpy(np.stack([np.array(each) for each in pixels]))
+                pixels = [np.array(each) for each in self.format.pixels(upright, image.placement)]
+            batch = torch.from_numpy(np.stack(pixels) if len(pixels) > 1 else pixels[0][None])
             caption = self.format.caption(image)
         except Exception as error:
             self.failures.add(str(image.relative), error)
