@@ -31,7 +31,7 @@ Token = Annotated[
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Use the VAE's own latents, without the pipeline's normalization.")]
 
-PACKAGES = {"torch": "torch", "cv2": "opencv-python-headless"}
+PACKAGES = {"torch": "torch", "cv2": "opencv-python-headless", "av": "av"}
 """Modules that some commands need in addition, and their packages."""
 
 
@@ -194,11 +194,24 @@ def latents(
     more_urls: Annotated[
         list[str], typer.Option("--url", help="URL of one more endpoint of the model, to share the load. Repeatable.")
     ] = [],  # noqa: B006
+    frames: Annotated[
+        str | None, typer.Option(help="Encode videos: lengths of clips, such as 1,25,45 (musubi's target_frames).")
+    ] = None,
+    frame_extraction: Annotated[str, typer.Option(help="head, chunk, slide, uniform or full, as in musubi.")] = "head",
+    frame_stride: Annotated[int, typer.Option(help="With slide.")] = 1,
+    frame_sample: Annotated[int, typer.Option(help="With uniform.")] = 1,
+    max_frames: Annotated[int, typer.Option(help="With full.")] = 129,
+    source_fps: Annotated[
+        float | None, typer.Option(help="Frame rate of the videos, to convert it to the model's as musubi does.")
+    ] = None,
     shard: Annotated[str, typer.Option(help="Part of the images for this machine, such as 1/8 to 8/8.")] = "1/1",
 ) -> None:
     """Write the latents of a data set as a trainer reads them. Run the command again to continue an interrupted run."""
+    from remote_vae.latents.format import Format
     from remote_vae.latents.formats import FORMATS
+    from remote_vae.latents.musubi import MusubiVideos
     from remote_vae.latents.run import Run
+    from remote_vae.latents.videos import Sampling
     from remote_vae.pool import connect
 
     sides = [int(side) for side in resolution.split("x") if side.isdecimal()]
@@ -208,7 +221,15 @@ def latents(
         raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     client = connect([url, *more_urls], token)
     config = client.config()
-    cache = FORMATS[format](config["model"], (sides[0], sides[-1]), upscale, flip, sample_mode, arch)
+    options = (config["model"], (sides[0], sides[-1]), upscale, flip, sample_mode, arch)
+    if frames or frame_extraction == "full":
+        if format != "musubi":
+            raise ValueError(f"--frames: --format {format} has no videos; expected --format musubi")
+        counts = tuple(int(count) for count in (frames or "1").split(",") if count.isdecimal())
+        sampling = Sampling(counts, frame_extraction, frame_stride, frame_sample, max_frames, source_fps)
+        cache: Format = MusubiVideos(*options, sampling=sampling)
+    else:
+        cache = FORMATS[format](*options)
     run = Run(client, config, folder, out, cache, seed, workers, _read_shard(shard))
     run.encode(console)
     print_line(f"{run.encoded} encoded, {run.already_stored} already stored, {run.failures.count} failed")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.ExifTags import Base
 from torch import Tensor
 
 from remote_vae.latents.buckets import AIToolkitBuckets, KohyaBuckets, MusubiBuckets, Placement, Size
@@ -23,6 +25,8 @@ class ImageFile:
     relative: Path
     """Path below the data set's folder."""
     placement: Placement
+    clip: tuple[int, int] | None = None
+    """First frame and number of frames of a part of a video."""
 
     def sized_name(self, ending: str) -> Path:
         """Return the relative path with the image's size and `ending` in its name."""
@@ -131,6 +135,22 @@ class Format(ABC):
 
     def place(self, size: Size) -> Placement:
         return self.buckets.place(size)
+
+    def read_size(self, path: Path) -> Size:
+        """Return width and height of an image, upright if the trainer turns it."""
+        with Image.open(path) as image:
+            is_turned = self.applies_exif and image.getexif().get(Base.Orientation, 1) >= 5
+            return image.size[::-1] if is_turned else image.size
+
+    def parts(self, image: ImageFile, out: Path) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
+        """Yield what is encoded at a time with its pixels in 8 bits [B, H, W, 3]. An image is one part.
+
+        B is 2 with `flip`: the image and its mirror image.
+        """
+        with Image.open(image.path) as opened:
+            upright = ImageOps.exif_transpose(opened) if self.applies_exif else opened
+            pixels = [np.array(each) for each in self.pixels(upright, image.placement)]
+        yield image, np.stack(pixels) if len(pixels) > 1 else pixels[0][None]
 
     def pixels(self, image: Image.Image, placement: Placement) -> list[Image.Image]:
         """Return the image in RGB as the trainer encodes it, and with `flip` its mirror image."""

@@ -1,17 +1,20 @@
-"""Files of musubi-tuner's `cache_directory`: a `.safetensors` for each image."""
+"""Files of musubi-tuner's `cache_directory`: a `.safetensors` for each image, or for each clip of a video."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 from PIL import Image
 from safetensors.torch import save
 
-from remote_vae.latents.buckets import MusubiBuckets
+from remote_vae.latents.buckets import MusubiBuckets, Size
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile
 from remote_vae.latents.kohya import Kohya
+from remote_vae.latents.videos import Sampling, opened, read_clips, read_frames, read_size
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Musubi(Format):
         "qwen_image": Architecture("qwen-image", "qi", 16, "argmax", has_frames=True),
         "krea2": Architecture("qwen-image", "kr2", 16, "argmax", has_frames=True),
         "wan": Architecture("wan-2.1", "wan", 16, "argmax", has_frames=True),
+        "hunyuan_video": Architecture("hunyuan-video", "hv", 16, normalized=False, has_frames=True),
         "hunyuan_video_1_5": Architecture("hunyuan-video-1.5", "hv15", 16, "argmax", normalized=False, has_frames=True),
         "z_image": Architecture("flux", "zi", 16, "argmax", normalized=False),
         "flux_2_dev": Architecture("flux2", "f2d", 16, "argmax", layout="patchified"),
@@ -52,4 +56,65 @@ class Musubi(Format):
             sizes = f"1x{sizes}"
         width, height = map(str, item.image.placement.original)
         metadata = {"architecture": str(self.arch), "width": width, "height": height, "format_version": "1.0.1"}
+        if item.image.clip:
+            metadata["frame_count"] = str(item.image.clip[1])
         return [save({f"latents_{sizes}_{dtype}": item.latents.contiguous()}, metadata)]
+
+
+@dataclass
+class MusubiVideos(Musubi):
+    """Clips of videos, for a data set with `video_directory`."""
+
+    sampling: Sampling = field(default_factory=lambda: Sampling((1,)))
+
+    frame_rates: ClassVar[dict[str, float]] = {"wan": 16, "hunyuan_video": 24, "hunyuan_video_1_5": 24}
+    """Frames per second to which musubi-tuner converts videos with `source_fps`."""
+    suffixes: ClassVar[frozenset[str]] = frozenset(
+        {".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.arch not in self.frame_rates:
+            raise ValueError(f"--frames: {self.arch} has no videos; expected one of {', '.join(self.frame_rates)}")
+        if not self.upscale:
+            raise ValueError("--no-upscale: musubi-tuner always enlarges small videos; remove the option")
+
+    @property
+    def set_name(self) -> str:
+        return f"{super().set_name}-videos"
+
+    def read_size(self, path: Path) -> Size:
+        return read_size(path)
+
+    def is_stored(self, out: Path, image: ImageFile) -> bool:
+        """Return False: only `parts` knows the clips of a video, because it counts the frames."""
+        return False
+
+    def name(self, image: ImageFile) -> Path:
+        return image.relative.with_suffix("")
+
+    def parts(self, image: ImageFile, out: Path) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
+        """Yield the clips that are not stored yet, with their pixels [F, H, W, 3] in 8 bits.
+
+        Raises:
+            ValueError: the video is too short for every clip.
+        """
+        rate = self.frame_rates[str(self.arch)]
+        with opened(image.path) as container:
+            count = sum(1 for _ in read_frames(container, self.sampling, rate))
+        parts = {clip: replace(image, clip=clip) for clip in self.sampling.clips(count)}
+        if not parts:
+            raise ValueError(f"the video has {count} frames, too few for clips of {min(self.sampling.frames)}")
+        missing = [clip for clip, part in parts.items() if not super(MusubiVideos, self).is_stored(out, part)]
+        with opened(image.path) as container:
+            frames = read_frames(container, self.sampling, rate)
+            for clip, pixels in read_clips(frames, missing, lambda frame: self.fit(frame, image.placement)):
+                yield parts[clip], pixels
+
+    def files(self, images: list[ImageFile]) -> list[Path]:
+        (image,) = images
+        (start, count), (width, height) = image.clip or (0, 0), image.placement.bucket
+        size = f"{width:04d}x{height:04d}"
+        name = f"{image.relative.stem}_{start:05d}-{count:03d}_{size}_{self.architecture.ending}.safetensors"
+        return [image.relative.with_name(name)]

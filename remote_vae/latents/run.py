@@ -15,14 +15,15 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.ExifTags import Base
+from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from remote_vae import tensors
 from remote_vae.client import ConnectionBroken, NoResponse, Paused, RemoteVAEError
@@ -52,7 +53,7 @@ class Group:
     """Images whose latents are written together."""
 
     images: list[ImageFile]
-    results: list[Encoded | None] = field(default_factory=list)
+    results: list[list[Encoded]] = field(default_factory=list)
 
 
 class Run:
@@ -90,6 +91,7 @@ class Run:
         self.already_stored = 0
         """Images whose latents were stored before."""
         self.endpoint_errors = 0
+        self.lock = Lock()
 
     def encode(self, console: Console) -> None:
         """Encode the images.
@@ -183,7 +185,7 @@ class Run:
         """
         file = self.out / STATE_FOLDER / f"{self.format.set_name}.json"
         settings = {"format": type(self.format).__name__, "seed": self.seed, **asdict(self.format)}
-        settings["resolution"] = list(self.format.resolution)  # as JSON has it
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         del settings["arch"]  # it is in the file's name
         if self.format.mixes_resolutions:
             del settings["resolution"]
@@ -231,10 +233,7 @@ class Run:
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO would block
                 raise ValueError("it is not a file, but a FIFO, a socket or a device")
-            with Image.open(path) as image:
-                is_rotated = self.format.applies_exif and image.getexif().get(Base.Orientation, 1) >= 5
-                size = image.size[::-1] if is_rotated else image.size
-            return ImageFile(path, Path(name), self.format.place(size))
+            return ImageFile(path, Path(name), self.format.place(self.format.read_size(path)))
         except Exception as error:  # Pillow raises a dozen types for damaged files
             reason = error
             if isinstance(error, UnidentifiedImageError) and (plugin := PLUGINS.get(path.suffix.lower())):
@@ -245,11 +244,11 @@ class Run:
     def _encode(self, workers: ThreadPoolExecutor, groups: Iterator[Group]) -> Iterator[None]:
         """Keep all workers busy and few images in memory. Yield when an image or a window is done."""
         jobs = _jobs(groups)
-        running: dict[Future[Encoded | None], Group] = {}
+        running: dict[Future[list[Encoded]], Group] = {}
         while True:
             for group, image in islice(jobs, 2 * self.workers - len(running)):
                 if image:
-                    running[workers.submit(self._encode_image, image)] = group
+                    running[workers.submit(self._encode_file, image)] = group
             yield
             if not running:
                 return
@@ -260,18 +259,41 @@ class Run:
                 if len(group.results) == len(group.images):
                     self._write(group)
 
-    def _encode_image(self, image: ImageFile) -> Encoded | None:
-        """Encode an image. Return None, and list the image as failed, if that is impossible."""
+    def _encode_file(self, image: ImageFile) -> list[Encoded]:
+        """Encode an image. Return nothing, and list it as failed, if that is impossible.
+
+        The clips of a video are written at once, and nothing is returned.
+        """
+        encoded: list[Encoded] = []
+        part = None
         try:
-            with Image.open(image.path) as opened:
-                upright = ImageOps.exif_transpose(opened) if self.format.applies_exif else opened
-                pixels = [np.array(each) for each in self.format.pixels(upright, image.placement)]
-            batch = torch.from_numpy(np.stack(pixels) if len(pixels) > 1 else pixels[0][None])
-            caption = self.format.caption(image)
-        except Exception as error:
+            for part, pixels in self.format.parts(image, self.out):
+                encoded.append(Encoded(part, *self._encode_pixels(part, pixels), self.format.caption(image)))
+                if part.clip:
+                    self._write_files(encoded)
+                    encoded.clear()
+        except RemoteVAEError as error:
+            self._check_endpoint(error)
             self.failures.add(str(image.relative), error)
-            return None
-        if self.is_video:  # an image is a video of one frame
+            return []
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            self.failures.add(str(image.relative), error)
+            return []
+        with self.lock:
+            if part is None:
+                self.already_stored += 1
+            elif part.clip:
+                self.encoded += 1
+        return encoded
+
+    def _encode_pixels(self, part: ImageFile, pixels: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return the latents of an image or a clip, and with `flip` those of its mirror image."""
+        batch = torch.from_numpy(pixels)
+        if part.clip:
+            batch = batch.movedim(-1, 0).unsqueeze(0).contiguous()
+        elif self.is_video:  # an image is a video of one frame
             batch = batch.movedim(-1, 1).unsqueeze(2).contiguous()
         parameters: dict[str, Any] = {
             "sample_mode": self.format.sample_mode,
@@ -279,18 +301,13 @@ class Run:
             "latents_layout": self.format.architecture.layout,
         }
         if self.format.sample_mode == "sample":
-            name = image.relative.as_posix().encode(errors="surrogateescape")
-            parameters["seed"] = self.seed ^ zlib.crc32(name)
-        try:
-            latents = tensors.encode(self.client, batch, **parameters)
-        except RemoteVAEError as error:
-            self._check_endpoint(error)
-            self.failures.add(str(image.relative), error)
-            return None
+            name = f"{part.relative.as_posix()} {part.clip}" if part.clip else part.relative.as_posix()
+            parameters["seed"] = self.seed ^ zlib.crc32(name.encode(errors="surrogateescape"))
+        latents = tensors.encode(self.client, batch, **parameters)
         self.endpoint_errors = 0
         if latents.ndim == 5 and not self.format.architecture.has_frames:
             latents = latents.squeeze(2)
-        return Encoded(image, latents[0], latents[1] if self.format.flip else None, caption)
+        return latents[0], latents[1] if self.format.flip else None
 
     def _check_endpoint(self, error: RemoteVAEError) -> None:
         """Raise the error unless it may concern one image alone."""
@@ -302,23 +319,27 @@ class Run:
             raise error
 
     def _write(self, group: Group) -> None:
-        """Write the files of a group, in its order. A result is None if its image failed."""
-        encoded = [result for result in group.results if result]
+        """Write the files of a group, in its order. The results lack images that failed."""
+        encoded = [each for result in group.results for each in result]
         if not encoded:
             return
         order = {image.relative: index for index, image in enumerate(group.images)}
         encoded.sort(key=lambda each: order[each.image.relative])
         try:
-            paths = [self.out / file for file in self.format.files(group.images)]
-            for path, data in zip(paths, self.format.contents(encoded, paths), strict=True):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write(path, data)
-            self.encoded += len(encoded)
+            self._write_files(encoded)
+            with self.lock:
+                self.encoded += len(encoded)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             for each in encoded:
                 self.failures.add(str(each.image.relative), error)
+
+    def _write_files(self, encoded: list[Encoded]) -> None:
+        paths = [self.out / file for file in self.format.files([each.image for each in encoded])]
+        for path, data in zip(paths, self.format.contents(encoded, paths), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, data)
 
 
 def _jobs(groups: Iterator[Group]) -> Iterator[tuple[Group, ImageFile | None]]:

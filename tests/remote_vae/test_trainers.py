@@ -21,7 +21,10 @@ from remote_vae import Client
 from remote_vae.latents.buckets import Placement
 from remote_vae.latents.format import Encoded, Format, ImageFile, crop_ltrb
 from remote_vae.latents.formats import FORMATS
+from remote_vae.latents.musubi import Musubi, MusubiVideos
 from remote_vae.latents.run import Run
+from remote_vae.latents.videos import Sampling
+from tests.remote_vae.test_videos import save_video
 
 TRAINERS: dict[str, Any] = json.loads(Path(__file__).with_name("trainers.json").read_text())
 
@@ -95,6 +98,28 @@ def test_contents(trainer: str, tmp_path: Path) -> None:
             with safe_open(path, "pt") as file:
                 assert {key: list(file.get_tensor(key).shape) for key in file.keys()} == shapes  # noqa: SIM118
                 assert file.metadata() == metadata
+
+
+def test_clips_of_videos(tmp_path: Path) -> None:
+    """Compare the names of all clips of videos."""
+    for arch, count, options, names in TRAINERS["clips"]["musubi-tuner"]:
+        video = tmp_path / f"{count}" / "a b.c.mp4"
+        if not video.exists():
+            save_video(video, count)
+        frames, *others = options
+        sampling = Sampling(tuple(frames), *others)
+        format = MusubiVideos(Musubi.architectures[arch].vae, (96, 64), arch=arch, sampling=sampling)
+        image = ImageFile(video, Path(video.name), format.place(format.read_size(video)))
+        if not names:
+            with pytest.raises(ValueError, match="too few for clips"):
+                list(format.parts(image, tmp_path))
+            continue
+        ours: list[str] = []
+        for part, pixels in format.parts(image, tmp_path):
+            assert part.clip
+            assert pixels.shape == (part.clip[1], 64, 80, 3)
+            ours += [file.name for file in format.files([part])]
+        assert sorted(ours) == names, (arch, count, options)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS["trainers"])

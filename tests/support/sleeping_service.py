@@ -77,8 +77,13 @@ class Handler(BaseHTTPRequestHandler):
             self._send(status, json.dumps({"error": message}).encode())
             return
         time.sleep(service.seconds)
-        batch, height, width, _ = map(int, parse_qs(urlsplit(self.path).query)["shape"])
-        shape = [batch, 4, height // 8, width // 8]
+        sizes = [int(size) for size in parse_qs(urlsplit(self.path).query)["shape"]]
+        if len(sizes) == 5:
+            batch, _, frames, height, width = sizes
+            shape = [batch, 16, (frames + 3) // 4, height // 8, width // 8]
+        else:
+            batch, height, width, _ = sizes
+            shape = [batch, 4, height // 8, width // 8]
         with service.lock:
             service.served += 1
         self._send(200, bytes(4 * math.prod(shape)), shape=json.dumps(shape), dtype="float32")

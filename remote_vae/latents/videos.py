@@ -1,0 +1,138 @@
+"""Frames of videos: which clips of a video musubi-tuner trains on, and how it reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+FRAME_FACTOR = 4
+"""Frames per latent frame, after the first, of every VAE for which musubi-tuner caches videos."""
+
+Clip = tuple[int, int]
+"""First frame and number of frames."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Clips of a video, as the options of musubi-tuner's dataset config choose them.
+
+    Raises:
+        ValueError: an option has a value that musubi-tuner does not take.
+    """
+
+    frames: tuple[int, ...]
+    """`target_frames`: lengths of clips. Each is rounded down to 1, 5, 9, ..."""
+    extraction: str = "head"
+    """`frame_extraction`."""
+    stride: int = 1
+    """`frame_stride` of "slide"."""
+    samples: int = 1
+    """`frame_sample` of "uniform"."""
+    max_frames: int = 129
+    """`max_frames` of "full"."""
+    source_fps: float | None = None
+    """Frames per second of all videos. None: use every frame, without a conversion to the model's rate."""
+
+    def __post_init__(self) -> None:
+        kinds = ("head", "chunk", "slide", "uniform", "full")
+        if self.extraction not in kinds:
+            raise ValueError(f"--frame-extraction {self.extraction}: expected one of {', '.join(kinds)}")
+        if self.extraction != "full" and not self.frames:
+            raise ValueError("--frames is missing: expected lengths of clips, such as 1,25,45")
+        if min(*self.frames, self.stride, self.samples, self.max_frames, self.source_fps or 1, 1) <= 0:
+            raise ValueError("the options of frames must be above 0")
+        object.__setattr__(self, "frames", tuple(sorted({_rounded(frames) for frames in self.frames})))
+
+    @property
+    def end(self) -> int | None:
+        """Frame at which reading may stop."""
+        return max(self.frames) if self._kind == "head" else None
+
+    @property
+    def _kind(self) -> str:
+        return "head" if self.extraction == "uniform" and self.samples == 1 else self.extraction
+
+    def clips(self, count: int) -> list[Clip]:
+        """Return the clips of a video of so many frames."""
+        if self._kind == "full":
+            frames = _rounded(min(count, self.max_frames))
+            return [(0, frames)] if frames > 0 else []
+        clips: list[Clip] = []
+        for frames in self.frames:
+            last = count - frames
+            starts: Iterable[int] = {
+                "head": [0],
+                "chunk": range(0, last + 1, frames),
+                "slide": range(0, last + 1, self.stride),
+                "uniform": map(int, np.linspace(0, max(last, 0), self.samples, dtype=int)),
+            }[self._kind]
+            clips += [(start, frames) for start in starts if last >= 0]
+        return list(dict.fromkeys(clips))
+
+
+def _rounded(frames: int) -> int:
+    return (frames - 1) // FRAME_FACTOR * FRAME_FACTOR + 1
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a video with PyAV.
+
+    Raises:
+        ValueError: it has no video.
+    """
+    import av
+
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("the file has no video")
+        yield container
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Return width and height of the first frame."""
+    with opened(path) as container:
+        frame = next(container.decode(video=0), None)
+        if frame is None:
+            raise ValueError("the video has no frame")
+        return frame.width, frame.height
+
+
+def read_frames(container: Any, sampling: Sampling, target_fps: float) -> Iterator[Any]:
+    """Yield the frames that musubi-tuner keeps. It drops frames to reach the model's frame rate."""
+    delta = target_fps / sampling.source_fps if sampling.source_fps else 1.0
+    position, previous = 0.0, -1
+    for frame in container.decode(video=0):
+        index = int(position)
+        position += delta
+        if index == previous:
+            continue
+        previous = index
+        if sampling.end is not None and index >= sampling.end:
+            return
+        yield frame
+
+
+def read_clips(
+    frames: Iterator[Any], clips: list[Clip], fit: Callable[[Image.Image], Image.Image]
+) -> Iterator[tuple[Clip, np.ndarray[Any, Any]]]:
+    """Yield each clip with its pixels [F, H, W, 3] in 8 bits. Hold only the frames of clips that are not complete."""
+    waiting = sorted(clips, key=lambda clip: (sum(clip), clip))
+    held: dict[int, np.ndarray[Any, Any]] = {}
+    for index, frame in enumerate(frames):
+        if not waiting:
+            return
+        first = min(start for start, _ in waiting)
+        for old in [each for each in held if each < first]:
+            del held[old]
+        if index >= first:
+            held[index] = np.array(fit(frame.to_image()))
+        while waiting and sum(waiting[0]) == index + 1:
+            start, count = clip = waiting.pop(0)
+            yield clip, np.stack([held[each] for each in range(start, start + count)])
