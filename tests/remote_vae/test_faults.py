@@ -216,3 +216,25 @@ def test_requests_wait_for_a_restarting_server(service: Service) -> None:
 def test_another_service(service: Service) -> None:
     with pytest.raises(RemoteVAEError, match=r"404 .*this is no service of this project"):
         RemoteVAE(service.url)
+
+
+def test_several_endpoints(faulty: FaultyProxy, service: Service) -> None:
+    """Encode and decode while one of two endpoints starts, is paused, breaks off, and works again."""
+    vae = RemoteVAE([faulty.url, f"{service.url}/sd-v1"], "", retry_timeout=20)
+    local, latents = service.model("sd-v1"), torch.randn(2, 4, 8, 8)
+    expected = local.decode(latents).sample
+    for starts_until, response, drops in ((1e9, None, 0), (0, (400, "Bad Request: Invalid state"), 0), (0, None, 9)):
+        faulty.starts_until, faulty.response, faulty.drops = starts_until, response, drops
+        for endpoint in vae.remote.client.endpoints:
+            endpoint.paused_until = 0
+        assert torch.equal(vae.decode(latents).sample, expected)
+    assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 8, 8)
+    (faulty.starts_until, faulty.response, faulty.drops), served = (0, None, 0), len(faulty.seen)
+    for endpoint in vae.remote.client.endpoints:
+        endpoint.paused_until = endpoint.seconds = 0
+    threads = [threading.Thread(target=vae.decode, args=(latents,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(faulty.seen) > served

@@ -1,0 +1,73 @@
+"""Tests of docs/training.md: its table of models, its commands, and the options that its config lines name."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from remote_vae.cli import app
+from remote_vae.latents.formats import FORMATS
+from scripts.local_server import ROOT
+from tests.remote_vae.test_videos import save_video
+from tests.support import forked
+from tests.support.sleeping_service import sleeping_service
+
+PAGE = (ROOT / "docs" / "training.md").read_text()
+COMMANDS = [line[2:] for line in PAGE.splitlines() if line.startswith("$ remote-vae latents")]
+
+
+def test_the_table_has_every_model_of_every_trainer() -> None:
+    rows = [line.strip("| ").split("|") for line in PAGE.splitlines() if line.startswith("| ")]
+    (head, *body) = [[cell.strip() for cell in row] for row in rows]
+    for column, name in enumerate(head[1:], start=1):
+        listed = {
+            (arch, row[0].strip("`")) for row in body for arch in re.findall(r"`(\S+?)`", (row + [""] * 4)[column])
+        }
+        rows_of_code = FORMATS[name.strip("`")].architectures.items()
+        assert listed == {(arch, architecture.vae) for arch, architecture in rows_of_code}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each command of the page, with services that sleep as its endpoints."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for index in range(9):
+        Image.new("RGB", (64, 64)).save(f"images/{index}.png")
+    save_video(Path("videos/a.mp4"), 30)
+    arguments = shlex.split(command)[1:]
+    arch = arguments[arguments.index("--arch") + 1] if "--arch" in arguments else "sdxl"
+    format = FORMATS[arguments[arguments.index("--format") + 1]]
+    config = {"model": format.architectures[arch].vae if format.architectures else "sdxl"}
+    if "--frames" in arguments:
+        config["kind"] = "video"
+    if "--resolution" in arguments:
+        arguments[arguments.index("--resolution") + 1] = "64"
+    with sleeping_service(**config) as one, sleeping_service(**config) as two, sleeping_service(**config) as three:
+        urls = {"URL": one.url, "URL_2": two.url, "URL_3": three.url}
+        app([urls.get(argument, argument) for argument in arguments], standalone_mode=False)
+    out = Path(arguments[arguments.index("--out") + 1])
+    assert [*out.rglob("*.npz"), *out.rglob("*.safetensors"), *out.rglob("*.tar")]
+
+
+def test_the_example_of_slurm_names_a_shard() -> None:
+    (line,) = re.findall(r"--array=(\S+) --wrap '(.+)'", PAGE)
+    assert line[0] == "1-8"
+    assert line[1].endswith("--shard $SLURM_ARRAY_TASK_ID/8")
+
+
+def test_the_script_of_a_job_runs(tmp_path: Path) -> None:
+    """Run encode.py with the arguments that the page gives it."""
+    (script,) = re.findall(r"```python\n(# encode.py.*?)```", PAGE, re.DOTALL)
+    (job,) = re.findall(r"hf jobs uv run .*?\n  done", PAGE, re.DOTALL)
+    _, _, arguments = job.removesuffix("done").replace("\\\n", " ").partition("encode.py ")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    with sleeping_service() as service:
+        places = {"URL": service.url, "/images": str(tmp_path), "/latents": str(tmp_path / "out"), "$i/8": "1/1"}
+        status, _, errors = forked.run("-c", script, *(places.get(each, each) for each in shlex.split(arguments)))
+    assert status == 0, errors
+    assert (tmp_path / "out" / "shard-000000.tar").is_file()
