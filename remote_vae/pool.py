@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 
 from tenacity import Retrying
 
-from remote_vae.client import Client, ConnectionBroken, NoResponse, NotReady, Paused, RemoteVAEError, Response
+from remote_vae.client import (
+    Client,
+    ConnectionBroken,
+    ConnectionRefused,
+    NoResponse,
+    NotReady,
+    Paused,
+    RemoteVAEError,
+    Response,
+)
 
 T = TypeVar("T")
 
@@ -142,7 +151,7 @@ class ClientPool:
             else:
                 self._put_back(endpoint, now)
                 return result
-        raise next((error for error in errors if isinstance(error, NotReady)), errors[-1])
+        raise min(errors, key=_hopelessness)
 
     def _take(self, tried: list[Endpoint], now: float) -> Endpoint | None:
         """Return the least busy endpoint that may be tried, with one more request in flight; None if there is none."""
@@ -174,6 +183,8 @@ class ClientPool:
         Raises:
             RemoteVAEError: it serves another model, or has other settings.
         """
+        if endpoint.is_checked:
+            return
         with self._config_lock:
             if endpoint.is_checked:
                 return
@@ -186,6 +197,11 @@ class ClientPool:
                     "endpoints of one model with the same settings"
                 )
             self._config, endpoint.is_checked = first, True
+
+
+def _hopelessness(error: RemoteVAEError) -> tuple[bool, bool]:
+    """Order errors: first one that may pass, then a refused connection, then those that nobody waits for."""
+    return not isinstance(error, NotReady), isinstance(error, ConnectionRefused)
 
 
 AnyClient = Client | ClientPool

@@ -18,12 +18,15 @@ class Failures:
         self.path = path
         self.count = 0
         self._file: BinaryIO | None = None
+        self._is_closed = False
         self._lock = Lock()
 
     def add(self, name: str, error: Exception) -> None:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         line = os.fsencode(name.translate({ord("\n"): r"\n", ord("\t"): r"\t"})) + b"\t"
         with self._lock:
+            if self._is_closed:  # the run has ended before this file
+                return
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("wb", buffering=0)
@@ -33,8 +36,8 @@ class Failures:
     def close(self) -> None:
         """Close the list. Remove that of an earlier run if nothing failed in this one."""
         with self._lock:
+            self._is_closed = True
             if self._file:
                 self._file.close()
-                self._file = None
-            elif not self.count:
+            else:
                 self.path.unlink(missing_ok=True)

@@ -246,11 +246,12 @@ class Run:
         jobs = _jobs(groups)
         running: dict[Future[list[Encoded]], Group] = {}
         while True:
-            for group, image in islice(jobs, 2 * self.workers - len(running)):
+            following = list(islice(jobs, 2 * self.workers - len(running)))
+            for group, image in following:
                 if image:
                     running[workers.submit(self._encode_file, image)] = group
             yield
-            if not running:
+            if not running and not following:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:

@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from remote_vae import RemoteVAEError
+from remote_vae import client as client_module
 from remote_vae.cli import _read_shard
 from remote_vae.client import Paused
 from remote_vae.latents import run as run_module
@@ -178,6 +179,31 @@ def test_requests_at_a_time_are_spread() -> None:
             thread.join()
         assert sum(service.served for service in services) == 9
         assert min(service.served for service in services) >= 2
+
+
+def test_an_endpoint_that_is_gone_does_not_end_the_wait_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "REFUSED_TIMEOUT", 0)
+    with sleeping_service() as gone, sleeping_service() as starting:
+        pool = ClientPool([gone.url, starting.url], token="", retry_timeout=20, report=lambda line: None)
+        gone.shutdown()
+        gone.server_close()
+        pool.config()
+        starting.error = (503, "the replica starts")
+        threading.Timer(0.3, setattr, (starting, "error", None)).start()
+        arguments = {"params": {"shape": [1, 64, 64, 3]}, "content": bytes(64 * 64 * 3)}
+        assert pool.request("POST", "/encode", **arguments).status == 200
+
+
+def test_many_windows_of_stored_files_come_before_the_missing_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "WINDOW", 1)
+    save_images(tmp_path / "images", [f"{index:03}.png" for index in range(40)])
+    with sleeping_service() as service:
+        encode(tmp_path / "images", tmp_path / "out", [service.url])
+        (tmp_path / "out" / "039_0064x0064_sdxl.npz").unlink()
+        run = encode(tmp_path / "images", tmp_path / "out", [service.url])
+    assert (run.encoded, run.already_stored) == (1, 39)
 
 
 def test_all_endpoints_refuse_connections() -> None:
