@@ -167,10 +167,19 @@ def encode(
 
 
 def _read_shard(text: str) -> tuple[int, int]:
+    """Return the number of a shard, from 1, and the number of shards."""
     number, slash, shards = text.partition("/")
     if not (slash and number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
         raise ValueError(f"--shard {text}: expected I/N, with I from 1 to N, such as 3/8")
     return int(number), int(shards)
+
+
+def _read_frames(text: str) -> tuple[int, ...]:
+    """Return the lengths of clips."""
+    lengths = text.split(",")
+    if not all(length.strip().isdecimal() for length in lengths):
+        raise ValueError(f"--frames {text}: expected lengths of clips, such as 1,25,45")
+    return tuple(map(int, lengths))
 
 
 @app.command()
@@ -225,9 +234,11 @@ def latents(
     if frames or frame_extraction == "full":
         if format != "musubi":
             raise ValueError(f"--frames: --format {format} has no videos; expected --format musubi")
-        counts = tuple(int(count) for count in (frames or "1").split(",") if count.isdecimal())
-        sampling = Sampling(counts, frame_extraction, frame_stride, frame_sample, max_frames, source_fps)
+        lengths = _read_frames(frames or "1")
+        sampling = Sampling(lengths, frame_extraction, frame_stride, frame_sample, max_frames, source_fps)
         cache: Format = MusubiVideos(*options, sampling=sampling)
+    elif (frame_extraction, frame_stride, frame_sample, max_frames, source_fps) != ("head", 1, 1, 129, None):
+        raise ValueError("options of frames without --frames: add lengths of clips, such as --frames 1,25,45")
     else:
         cache = FORMATS[format](*options)
     run = Run(client, config, folder, out, cache, seed, workers, _read_shard(shard))

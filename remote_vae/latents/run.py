@@ -41,7 +41,7 @@ MEDIA = {".avif", ".heic", ".heif", ".jxl", ".svg", ".avi", ".mkv", ".mov", ".mp
 IMAGE_ERRORS = (400, 413, 422)
 """Statuses that concern one image."""
 MAX_ENDPOINT_ERRORS = 10
-"""Images that fail one after the other because of the endpoint, such as with status 500, until the run ends."""
+"""Images that fail one after the other, such as with status 500, until a gray image shows if the endpoint works."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """Errors with which no file can be written. They end the run."""
 WINDOW = 1000
@@ -314,10 +314,16 @@ class Run:
         """Raise the error unless it may concern one image alone."""
         if error.status in IMAGE_ERRORS and not isinstance(error, Paused):
             return
-        self.endpoint_errors += 1
-        may_concern_one = error.status in (500, 504) or isinstance(error, ConnectionBroken | NoResponse)
-        if not may_concern_one or self.endpoint_errors >= MAX_ENDPOINT_ERRORS:
+        if error.status not in (500, 504) and not isinstance(error, ConnectionBroken | NoResponse):
             raise error
+        self.endpoint_errors += 1
+        if self.endpoint_errors >= MAX_ENDPOINT_ERRORS:
+            gray = torch.full((1, 256, 256, 3), 128, dtype=torch.uint8)
+            try:
+                tensors.encode(self.client, gray.movedim(-1, 1).unsqueeze(2).contiguous() if self.is_video else gray)
+            except RemoteVAEError:
+                raise error from None
+            self.endpoint_errors = 0
 
     def _write(self, group: Group) -> None:
         """Write the files of a group, in its order. The results lack images that failed."""

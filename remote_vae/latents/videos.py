@@ -43,8 +43,6 @@ class Sampling:
         kinds = ("head", "chunk", "slide", "uniform", "full")
         if self.extraction not in kinds:
             raise ValueError(f"--frame-extraction {self.extraction}: expected one of {', '.join(kinds)}")
-        if self.extraction != "full" and not self.frames:
-            raise ValueError("--frames is missing: expected lengths of clips, such as 1,25,45")
         if min(*self.frames, self.stride, self.samples, self.max_frames, self.source_fps or 1, 1) <= 0:
             raise ValueError("the options of frames must be above 0")
         object.__setattr__(self, "frames", tuple(sorted({_rounded(frames) for frames in self.frames})))

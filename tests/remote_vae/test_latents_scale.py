@@ -105,10 +105,12 @@ def test_bad_files_and_names_do_not_stop_a_run(tmp_path: Path, monkeypatch: pyte
         assert {line.split("\t")[0] for line in listed} == bad
         run = encode(folder, out, [service.url])
         assert (run.encoded, run.already_stored, run.failures.count) == (0, 102, 7)
-        service.refuses = b"\x00"
-        (folder / "good 001.png").rename(folder / "later.png")
-        save_images(folder, [f"more {index:02}.png" for index in range(30)])
-        with pytest.raises(RemoteVAEError, match="500"):
+        service.refuses = b"\x09"
+        save_images(folder, [f"refused in a row {index:02}.png" for index in range(30)], color=9)
+        run = encode(folder, out, [service.url])
+        assert (run.encoded, run.already_stored, run.failures.count) == (2, 102, 35)  # the two with color 7 work now
+        service.error = (500, "out of order")
+        with pytest.raises(RemoteVAEError, match="out of order"):
             encode(folder, out, [service.url])
     assert stored(out) >= {f"good {index:03}" for index in range(100)}
 

@@ -131,7 +131,8 @@ def test_clips_equal_local_encoding(service: Service, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--frames", "0"), "the options of frames must be above 0"),
-        (("--frames", "a"), "--frames is missing: expected lengths of clips"),
+        (("--frames", "9,a"), "--frames 9,a: expected lengths of clips"),
+        (("--source-fps", "30"), "options of frames without --frames"),
         (("--frames", "9", "--frame-extraction", "tail"), "tail: expected one of head, chunk, slide, uniform, full"),
         (("--frames", "9", "--no-upscale"), "musubi-tuner always enlarges small videos"),
         (("--frames", "9", "--format", "webdataset"), "--format webdataset has no videos"),
