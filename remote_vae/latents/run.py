@@ -9,13 +9,15 @@ import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,8 @@ MAX_ENDPOINT_ERRORS = 10
 """Images that fail one after the other, such as with status 500, until a gray image shows if the endpoint works."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """Errors with which no file can be written. They end the run."""
+SHOW_INTERVAL = 0.1
+"""Seconds between two updates of the progress bar."""
 WINDOW = 1000
 """Files whose sizes are read ahead, to encode images of one size together. It bounds the memory of a run."""
 
@@ -121,10 +125,12 @@ class Run:
             task = progress.add_task("", total=len(files), speed="")
             try:
                 self.format.prepare(self.out, self.name)
-                for _ in self._encode(workers, self._groups(reader, files)):
-                    speed = progress.tasks[0].speed
-                    done = min(self.encoded + self.already_stored + self.failures.count, len(files))
-                    progress.update(task, completed=done, speed=f"{speed:.1f} images/s" if speed else "")
+                shown = 0.0
+                for is_last in self._encode(workers, self._groups(reader, files)):
+                    if is_last or monotonic() - shown > SHOW_INTERVAL:
+                        shown, speed = monotonic(), progress.tasks[0].speed
+                        done = min(self.encoded + self.already_stored + self.failures.count, len(files))
+                        progress.update(task, completed=done, speed=f"{speed:.1f} images/s" if speed else "")
             finally:
                 for pool in (workers, reader):
                     pool.shutdown(wait=False, cancel_futures=True)  # images in flight are not waited for
@@ -241,24 +247,27 @@ class Run:
             self.failures.add(name, reason)
             return None
 
-    def _encode(self, workers: ThreadPoolExecutor, groups: Iterator[Group]) -> Iterator[None]:
-        """Keep all workers busy and few images in memory. Yield when an image or a window is done."""
+    def _encode(self, workers: ThreadPoolExecutor, groups: Iterator[Group]) -> Iterator[bool]:
+        """Keep all workers busy and few images in memory. Yield when an image or a window is done: True at the end."""
         jobs = _jobs(groups)
         running: dict[Future[list[Encoded]], Group] = {}
+        done: SimpleQueue[Future[list[Encoded]]] = SimpleQueue()
         while True:
             following = list(islice(jobs, 2 * self.workers - len(running)))
             for group, image in following:
                 if image:
-                    running[workers.submit(self._encode_file, image)] = group
-            yield
-            if not running and not following:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+                    future = workers.submit(self._encode_file, image)
+                    running[future] = group
+                    future.add_done_callback(done.put)
+            yield not (running or following)
+            if running:
+                future = done.get()
                 group = running.pop(future)
                 group.results.append(future.result())
                 if len(group.results) == len(group.images):
                     self._write(group)
+            elif not following:
+                return
 
     def _encode_file(self, image: ImageFile) -> list[Encoded]:
         """Encode an image. Return nothing, and list it as failed, if that is impossible.

