@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.peak import allocated_peak, peak_bytes
+from benchmarks.memory import latent_frames
 from handlers import MODELS
 from handlers.serving.settings import Settings
 from handlers.serving.vae.autoencoder import has_frames
@@ -58,7 +59,7 @@ def inputs(key: str, task: str, size: Size) -> Tensor:
     model = MODELS[key]
     factor = model.vae_scale_factor
     if task == "decode":
-        time = () if frames is None else ((frames - 1) // model.frame_factor + 1,)
+        time = () if frames is None else (latent_frames(model, frames),)
         return torch.randn(1, model.latent_channels, *time, height // factor, width // factor, generator=generator)
     time = () if frames is None else (frames,)
     return torch.rand(1, 3, *time, height, width, generator=generator) * 2 - 1

@@ -8,6 +8,7 @@ neither memory nor weights nor a GPU.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -65,6 +66,8 @@ def estimated(declared: type[Model], case: Case) -> int:
 def offered(declared: type[Model], task: Task, batch: int = 1) -> list[Mode]:
     """Return the modes for a batch, without the fast pass, which takes less memory than diffusers' own."""
     whole = batch == 1 or declared.runs_batches
+    if declared.always_tiles:
+        return [Mode.TILED]
     has = {
         Mode.FULL: whole,
         Mode.REDUCED: whole and is_known(_model(declared.vae_class, _layers(declared), torch.float32)),
@@ -81,8 +84,8 @@ def tile_side(declared: type[Model]) -> int:
 
 def _estimate(declared: type[Model], case: Case) -> Estimate:
     model = _model(declared.vae_class, _layers(declared), case.dtype)
-    factor = declared.frame_factor
-    layout = Layout(declared.kind, declared.latent_channels, declared.vae_scale_factor, (1, 1 + factor, 1 + 2 * factor))
+    counts = tuple(map(declared.decoded_frames, range(1, (declared.clip or 2) + 2)))
+    layout = Layout(declared.kind, declared.latent_channels, declared.vae_scale_factor, counts, clip=declared.clip)
     shape = _latents_shape(declared, case) if case.task == "decode" else _pixels_shape(declared, case)
     return MemoryUse(declared, is_known(model), _tile_pixels(model)).estimate(
         case.task, layout, shape, case.dtype.itemsize
@@ -90,9 +93,14 @@ def _estimate(declared: type[Model], case: Case) -> Estimate:
 
 
 def _latents_shape(declared: type[Model], case: Case) -> tuple[int, ...]:
-    time = ((case.frames - 1) // declared.frame_factor + 1,) if declared.kind == "video" else ()
+    time = (latent_frames(declared, case.frames),) if declared.kind == "video" else ()
     side = declared.vae_scale_factor
     return case.batch, declared.latent_channels, *time, case.height // side, case.width // side
+
+
+def latent_frames(declared: type[Model], frames: int) -> int:
+    """Return the fewest latent frames that are decoded to at least `frames` frames."""
+    return next(count for count in itertools.count(1) if declared.decoded_frames(count) >= frames)
 
 
 def _pixels_shape(declared: type[Model], case: Case) -> tuple[int, ...]:
@@ -187,15 +195,24 @@ def table(keys: list[str]) -> Iterator[str]:
         declared = MODELS[key]
         same = seen.setdefault((declared.vae_class, _layers(declared)), key)
         for task in ("decode", "encode") if same == key else ():
-            for frames in (1, 2 * declared.frame_factor + 1, 33) if declared.kind == "video" else (1,):
+            for frames in frame_counts(declared):
                 yield _row(key, task, frames)
+
+
+def frame_counts(declared: type[Model]) -> tuple[int, ...]:
+    """Return the numbers of frames in the table: the fewest, a few, and about 33."""
+    if declared.kind == "image":
+        return (1,)
+    least = declared.least_latent_frames
+    few = least + 2 if declared.clip is None else 2 + declared.clip
+    return declared.decoded_frames(least if declared.clip is None else few), declared.decoded_frames(few), 33
 
 
 def _row(key: str, task: Task, frames: int) -> str:
     declared = MODELS[key]
     modes = offered(declared, task)
     side = -(-tile_side(declared) * 5 // 4 // 32) * 32 if Mode.TILED in modes else 0
-    frames = (frames - 1) // declared.frame_factor * declared.frame_factor + 1
+    frames = declared.decoded_frames(latent_frames(declared, frames + 1) - 1)
     cells, ratios = [], []
     for mode, dtype, height, width in (
         (Mode.FULL, torch.float32, 512, 768),

@@ -40,7 +40,9 @@ def check(url: str, key: str, task: str) -> str:
     model = MODELS[key]
     side, factor = SIDE // model.vae_scale_factor, model.frame_factor
     latent_frames = 1 + -(-4 // factor) + model.padding_frames  # whose grid has 8 and 9 frames
-    frames, time_axis = (1 + (latent_frames - 1) * factor, True) if model.kind == "video" else (1, False)
+    if model.clip:
+        latent_frames = model.clip + 2
+    frames, time_axis = (model.decoded_frames(latent_frames), True) if model.kind == "video" else (1, False)
     pixels = [1, 3, *([frames] if time_axis else []), SIDE, SIDE]
     latents = [1, model.latent_channels, *([latent_frames] if time_axis else []), side, side]
     sent, expected = (pixels, latents) if task == "encode" else (latents, pixels)

@@ -9,12 +9,15 @@ from handlers.cogview4 import CogView4
 from handlers.easyanimate import EasyAnimate
 from handlers.flux import Flux
 from handlers.flux2 import Flux2
+from handlers.flux2_small import Flux2Small
 from handlers.glm_image import GlmImage
 from handlers.hunyuan_image import HunyuanImage
 from handlers.hunyuan_video import HunyuanVideo
 from handlers.hunyuan_video_1_5 import HunyuanVideo15
 from handlers.ltx_2 import Ltx2
+from handlers.ltx_2_3 import Ltx23
 from handlers.ltx_video import LtxVideo
+from handlers.minimax_h3 import MiniMaxH3
 from handlers.mochi import Mochi
 from handlers.model import did_you_mean, split_keys
 from handlers.playground_v2_5 import PlaygroundV25
@@ -41,6 +44,7 @@ MODELS: dict[str, type[EndpointHandler]] = {
     "sd3": StableDiffusion3,
     "flux": Flux,
     "flux2": Flux2,
+    "flux2-small": Flux2Small,
     "qwen-image": QwenImage,
     "hunyuan-image": HunyuanImage,
     "sana": Sana,
@@ -53,8 +57,10 @@ MODELS: dict[str, type[EndpointHandler]] = {
     "hunyuan-video-1.5": HunyuanVideo15,
     "ltx-video": LtxVideo,
     "ltx-2": Ltx2,
+    "ltx-2.3": Ltx23,
     "cogvideox": CogVideoX,
     "mochi": Mochi,
+    "minimax-h3": MiniMaxH3,
     "svd": StableVideoDiffusion,
     "easyanimate": EasyAnimate,
     "taesd": Taesd,

@@ -86,7 +86,8 @@ class Model:
     vae_class: ClassVar[str]
     """Class in diffusers, or "module:Class" in another module that can be imported."""
     diffusers: ClassVar[str] = "0.36"
-    """First version of diffusers with the class. requirements.txt has the version of an endpoint."""
+    """First version of diffusers with the class and the entries of its config. With an older one, loading ends with an
+    error. requirements.txt has the version of an endpoint."""
     dtype: ClassVar[str]
     """Dtype of the weights on a GPU. On a CPU every model runs in float32."""
     published_config: ClassVar[dict[str, Any]] = {}
@@ -101,7 +102,16 @@ class Model:
     vae_scale_factor: ClassVar[int] = 8
     """Pixels per latent in height and width."""
     frame_factor: ClassVar[int] = 1
-    """Frames of a video per latent frame, except for the first one, which is one frame."""
+    """Frames of a video per latent frame, except for the first one (of each clip), which is one frame."""
+    clip: ClassVar[int | None] = None
+    """Latent frames of a clip, for a VAE that takes a video clip by clip; None for one clip of any length.
+
+    Its encoder gives 1 latent frame, or 2 and any number of whole clips.
+    """
+    least_latent_frames: ClassVar[int] = 1
+    """Fewest latent frames of a video that diffusers decodes."""
+    pixel_statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]] | None] = None
+    """Mean and deviation of each channel that normalize the VAE's pixels, from [0, 1]; None for pixels in [-1, 1]."""
     pipeline_layout: ClassVar[LatentsLayout | None] = None
     """Layout from the model's pipelines with `output_type="latent"`; None for the VAE's own."""
     latents_layouts: ClassVar[tuple[LatentsLayout, ...]] = ()
@@ -125,6 +135,8 @@ class Model:
     """True if diffusers can run a batch of more than one."""
     tiles: ClassVar[tuple[Task, ...]] = ("decode", "encode")
     """Tasks that diffusers can run in tiles."""
+    always_tiles: ClassVar[bool] = False
+    """True if tiles are the pipelines' own pass. Without them, such a VAE gives other values."""
     peak: ClassVar[dict[Task, Peak]] = {"decode": Peak(770, reduced=0.71), "encode": Peak(645, reduced=0.66)}
     """Memory by task, which decides the mode of a pass. The default is that of Stable Diffusion and Flux."""
 
@@ -143,3 +155,13 @@ class Model:
     """Size of the checkpoint's safetensors in MB, for a plan without a network; None if unknown."""
     shared_by: ClassVar[str] = ""
     """Other models with this VAE, for users who search for theirs."""
+
+    @classmethod
+    def decoded_frames(cls, latent_frames: int) -> int:
+        """Return the frames that pipelines count for so many latent frames."""
+        clips, rest = divmod(latent_frames, cls.clip) if cls.clip else (0, latent_frames)
+        return clips * cls._clip_frames(cls.clip or 1) + (cls._clip_frames(rest) if rest else 0)
+
+    @classmethod
+    def _clip_frames(cls, latent_frames: int) -> int:
+        return (latent_frames - 1) * cls.frame_factor + 1

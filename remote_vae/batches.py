@@ -17,7 +17,16 @@ def batch_limit(config: dict[str, Any], batch: Tensor, pixels: int) -> int:
 def decoded_frames(config: dict[str, Any], latent_frames: int) -> int:
     """Return the frames of the video that so many latent frames are decoded to, from `frame_counts` of `/config`."""
     counts = config["pixels"]["frame_counts"]
-    return counts[(latent_frames - 1) % 2] + (latent_frames - 1) // 2 * (counts[2] - counts[0])
+    periods, position = divmod(latent_frames - 1, len(counts) - 1)
+    return counts[position] + periods * (counts[-1] - counts[0])
+
+
+def encoded_frames(config: dict[str, Any], frames: int) -> int:
+    """Return the most latent frames that the VAE encodes of at most so many frames; at least 1."""
+    count = following = 1
+    while decoded_frames(config, following) <= frames:
+        count, following = following, following + (config["latents"]["clip"] if following > 1 else 1)
+    return count
 
 
 def fits_latents(config: dict[str, Any], frames: int, height: int, width: int) -> bool:
@@ -25,4 +34,4 @@ def fits_latents(config: dict[str, Any], frames: int, height: int, width: int) -
     side = config["latents"]["vae_scale_factor"]
     if height % side or width % side:
         return False
-    return config["kind"] == "image" or any(decoded_frames(config, n + 1) == frames for n in range(frames))
+    return config["kind"] == "image" or decoded_frames(config, encoded_frames(config, frames)) == frames

@@ -35,7 +35,7 @@ def is_size(value: Any) -> bool:
 
 
 def is_ascending(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(is_size, value)) and value == sorted(value)
+    return isinstance(value, list) and 3 <= len(value) <= 32 and all(map(is_size, value)) and value == sorted(value)
 
 
 TEXT = Kind("a string", lambda value: isinstance(value, str))
@@ -43,7 +43,24 @@ LIST = Kind("a list", lambda value: isinstance(value, list))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 SIZE = Kind(f"a whole number from 1 to {MAX_SIZE}", is_size)
 LIMIT = Kind("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
-COUNTS = Kind(f"three ascending whole numbers from 1 to {MAX_SIZE}", is_ascending)
+COUNTS = Kind(f"3 to 32 ascending whole numbers from 1 to {MAX_SIZE}", is_ascending)
+
+
+def is_statistics(value: Any) -> bool:
+    """Return whether a value is null, or a mean and a deviation of each channel."""
+    if value is None:
+        return True
+    rows = list(value) if isinstance(value, list) else []
+    return len(rows) == 2 and all(
+        isinstance(row, list) and 3 <= len(row) <= 4 and all(map(is_finite, row)) for row in rows
+    )
+
+
+def is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+STATISTICS = Kind("null, or two lists of numbers", is_statistics)
 
 ENTRIES: dict[str, Any] = {
     "version": TEXT,
@@ -62,8 +79,9 @@ ENTRIES: dict[str, Any] = {
         "layout": one_of("BCHW", "BCFHW"),
         "pipeline_layout": TEXT,
         "vae_scale_factor": SIZE,
+        "clip": SIZE,
     },
-    "pixels": {"layout": one_of("BCHW", "BCFHW"), "frame_counts": COUNTS},
+    "pixels": {"layout": one_of("BCHW", "BCFHW"), "frame_counts": COUNTS, "statistics": STATISTICS},
     "limits": {"max_batch": LIMIT, "max_pixels": LIMIT, "max_body_mb": LIMIT},
 }
 """Entries that this package reads."""

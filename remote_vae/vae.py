@@ -84,7 +84,7 @@ class RemotePasses:
         self.vae.save_config(save_directory)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Encode pixels in [-1, 1], in the shapes that the local class takes, to the distribution of their latents.
+        """Encode pixels, in the shapes and the range that the local class takes, to the distribution of their latents.
 
         Sizes and frame counts that do not fit the VAE are encoded by diffusers' own pass (`exact`), so the latents are
         those of the local class.
@@ -94,7 +94,7 @@ class RemotePasses:
         """
         arguments = self._arguments("encode", args, kwargs)
         pixels: Tensor = arguments["x"]
-        latents = self._encode(pixels).to(pixels.device, pixels.dtype)
+        latents = self._encode(self._to_service(pixels)).to(pixels.device, pixels.dtype)
         if pixels.ndim == 4:
             latents = latents.squeeze(2) if self.is_video else latents
             if memory_format(pixels):  # convolutions keep it
@@ -134,6 +134,19 @@ class RemotePasses:
             self._warn_about_size(pixels)
         return torch.cat(latents)
 
+    def _to_service(self, pixels: Tensor) -> Tensor:
+        """Convert the local class's pixels to the service's, which are in [-1, 1]. Most classes have the same."""
+        if not (statistics := self.config["pixels"]["statistics"]):
+            return pixels
+        mean, std = _expand(statistics, pixels)
+        return (pixels * std + mean) * 2 - 1
+
+    def _from_service(self, pixels: Tensor) -> Tensor:
+        if not (statistics := self.config["pixels"]["statistics"]):
+            return pixels
+        mean, std = _expand(statistics, pixels)
+        return (pixels / 2 + 0.5 - mean) / std
+
     def _warn_about_size(self, pixels: Tensor) -> None:
         """Tell the user once that pixels are left out or added. The local class does so silently."""
         if self.has_warned:
@@ -150,7 +163,7 @@ class RemotePasses:
         )
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """Decode raw latents, in the shapes that the local class takes, to pixels about in [-1, 1]."""
+        """Decode raw latents, in the shapes that the local class takes, to pixels in its range, about [-1, 1]."""
         arguments = self._arguments("decode", args, kwargs)
         latents: Tensor = arguments["z"] if "z" in arguments else arguments["x"]
         parameters = {"latents_layout": self.config["latents"]["layout"], "memory_format": memory_format(latents)}
@@ -163,7 +176,7 @@ class RemotePasses:
         else:
             sample = self._decode(latents, parameters)
             sample = sample.unsqueeze(2) if sample.ndim < latents.ndim else sample
-        output = DecoderOutput(sample=sample)
+        output = DecoderOutput(sample=self._from_service(sample))
         return output if arguments.get("return_dict", True) else output.to_tuple()
 
     def _decode(self, latents: Tensor, parameters: dict[str, Any]) -> Tensor:
@@ -271,6 +284,12 @@ def empty_vae(config: dict[str, Any]) -> Any:
     except Exception as error:  # a constructor may raise anything for a wrong config
         raise RemoteVAEError(f"the endpoint's `vae_config` is not one of {name}: {error}") from None
     return vae.eval()
+
+
+def _expand(statistics: list[list[float]], pixels: Tensor) -> list[Tensor]:
+    """Return mean and deviation with the dimensions of pixels [B, C, (F,) H, W]."""
+    ones = (1,) * (pixels.ndim - 2)
+    return [torch.tensor(values).to(pixels).view(1, -1, *ones) for values in statistics]
 
 
 def _replace(vae: nn.Module, path: str, value: Tensor) -> None:

@@ -106,7 +106,9 @@ def license_link(model: str) -> str:
 def latents(model: type[Model]) -> str:
     """Return the shape of a batch of latents."""
     factor, frames = model.frame_factor, ""
-    if model.kind == "video":
+    if model.clip:
+        frames = f"{model.clip}*(F-5)/{model.decoded_frames(model.clip)}+2, "
+    elif model.kind == "video":
         frames = f"(F-1)/{factor}+1, " if factor > 1 else "F, "
     scale = model.vae_scale_factor
     return f"[B, {declared(model, 'latent_channels')}, {frames}H/{scale}, W/{scale}]"

@@ -82,7 +82,7 @@ def literal(value: Any) -> str:
 def latents_shape(model: type[Model]) -> list[int]:
     """Return the shape of latents as the model's pipelines give them, for one image or a few frames."""
     side, channels, patch = SIZE // model.vae_scale_factor, model.latent_channels, model.patch
-    frames = [LATENT_FRAMES] if model.kind == "video" else []
+    frames = [latent_frames(model)] if model.kind == "video" else []
     if model.pipeline_layout == "packed":
         return [1, sum(frames or [1]) * (side // patch) ** 2, channels * patch**2]
     if model.pipeline_layout == "BFCHW":
@@ -90,11 +90,16 @@ def latents_shape(model: type[Model]) -> list[int]:
     return [1, channels, *frames, side, side]
 
 
+def latent_frames(model: type[Model]) -> int:
+    """Return the latent frames of the video that the code decodes: a few, or a clip and its overlap."""
+    return LATENT_FRAMES if model.clip is None else model.clip + 2
+
+
 def sent_parameters(model: type[Model]) -> dict[str, Any]:
     """Return the parameters that a client sends with the pipeline's latents."""
     sent: dict[str, Any] = {"height": SIZE, "width": SIZE} if model.pipeline_layout == "packed" else {}
     if sent and model.kind == "video":
-        sent["num_frames"] = (LATENT_FRAMES - 1) * model.frame_factor + 1
+        sent["num_frames"] = model.decoded_frames(latent_frames(model))
     if gives_raw_latents(model):
         return sent | {"do_scaling": False}
     return sent | (scaling_factors(model) or {"do_scaling": True})

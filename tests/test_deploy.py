@@ -432,4 +432,4 @@ def test_a_class_too_new_for_an_endpoint_is_refused(deploy: Runner, tmp_path: Pa
     )
     assert served.returncode == 1
     last = served.stderr.splitlines()[-1]
-    assert re.fullmatch(r"error: diffusers \S+ has no AutoencoderOfTomorrow; install 9.1 or later", last)
+    assert re.match(r"error: sdxl needs diffusers 9\.1 or later, and this is \S+; `pip install", last)

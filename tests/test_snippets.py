@@ -55,7 +55,7 @@ def test_the_printed_code_raises_the_error_of_the_service(service: Service, monk
 
 def expected_frames(model: type) -> int:
     """Return the number of frames that the printed code decodes."""
-    return (snippets.LATENT_FRAMES - 1) * model.frame_factor + 1
+    return model.decoded_frames(snippets.latent_frames(model))
 
 
 def frames_in(video: Path) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from remote_vae import Client, tensors
-from remote_vae.batches import batch_limit, decoded_frames
+from remote_vae.batches import batch_limit, decoded_frames, encoded_frames
 
 NORMALIZED = ("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video")
 
@@ -83,8 +83,7 @@ class Latents:
         """Return the latent frames of so many frames. Frames that do not fill a latent frame are left out."""
         if not self.is_video:
             return frames
-        count = 1 + (frames - 1) // self.frame_factor
-        return count if self.decoded_frames(count) <= frames else count - 1  # CogVideoX's second one takes 7, not 4
+        return encoded_frames(self.config, frames)
 
     def decoded_frames(self, latent_frames: int) -> int:
         """Return the frames of so many latent frames."""
@@ -117,7 +116,8 @@ class Latents:
         frames = 1
         if self.is_video:
             frames = self.decoded_frames(batch.shape[2])
-            parameters["num_frames"] = 1 + (batch.shape[2] - 1) * self.frame_factor  # so that no frame is padding
+            if self.config["latents"]["clip"] == 1:
+                parameters["num_frames"] = 1 + (batch.shape[2] - 1) * self.frame_factor  # so that no frame is padding
         limit = batch_limit(self.config, batch, frames * self.factor**2 * math.prod(batch.shape[-2:]))
         pixels = torch.cat([tensors.decode(client, piece, **parameters) for piece in batch.split(limit)])
         if self.frames_in_batch:

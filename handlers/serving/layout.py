@@ -20,13 +20,16 @@ class Layout:
     latent_channels: int
     vae_scale_factor: int
     """Pixels per latent in height and width."""
-    frame_counts: tuple[int, int, int] = (1, 1, 1)
-    """Frames decoded from 1, 2 and 3 latent frames. Two more latent frames always add the same number of frames. Most
-    VAEs decode n latent frames to (n - 1) * factor + 1 frames; CogVideoX to n * factor for an even n."""
+    frame_counts: tuple[int, ...] = (1, 1, 1)
+    """Frames decoded from 1, 2, ... and `period` + 1 latent frames. `period` more latent frames always add the same
+    number of frames. Most VAEs decode n latent frames to (n - 1) * factor + 1 frames; CogVideoX to n * factor for an
+    even n; MiniMax-H3 clips of 5 to 17."""
     vae_ndim: int = 4
     """Dimensions of the VAE's input; 5 for a VAE with frames."""
     variational: bool = True
     """True if the encoder gives a distribution, which has moments and samples."""
+    clip: int | None = None
+    """Latent frames of a clip (see `Model.clip`)."""
 
     @property
     def ndim(self) -> int:
@@ -45,21 +48,25 @@ class Layout:
 
     def decoded_frames(self, latent_frames: int) -> int:
         """Return the number of frames decoded from latent frames."""
-        odd, even, next_odd = self.frame_counts
-        return (odd if latent_frames % 2 else even) + (latent_frames - 1) // 2 * (next_odd - odd)
+        periods, position = divmod(latent_frames - 1, len(self.frame_counts) - 1)
+        return self.frame_counts[position] + periods * (self.frame_counts[-1] - self.frame_counts[0])
 
     def latent_frames(self, frames: int) -> int:
-        """Return the most latent frames whose decoded frames are at most `frames`; at least 1."""
+        """Return the most latent frames that the encoder makes of at most `frames` frames; at least 1."""
         count = 1
-        while self.kind == "video" and self.decoded_frames(count + 1) <= frames:
-            count += 1
+        while self.kind == "video" and self.decoded_frames(self._next_count(count)) <= frames:
+            count = self._next_count(count)
         return count
+
+    def _next_count(self, latent_frames: int) -> int:
+        """Return the next larger number of latent frames that the encoder gives."""
+        return latent_frames + (self.clip if self.clip and latent_frames > 1 else 1)
 
     def fitting_frames(self, frames: int) -> tuple[int, int]:
         """Return the nearest lower and upper number of frames that the VAE encodes without dropping one."""
         latent_frames = self.latent_frames(frames)
         below = self.decoded_frames(latent_frames)
-        return below, below if below == frames else self.decoded_frames(latent_frames + 1)
+        return below, below if below == frames else self.decoded_frames(self._next_count(latent_frames))
 
     def frames(self, task: Task, shape: Sequence[int]) -> int:
         """Return the decoded frames of one item, from the shape of a task's inputs."""

@@ -39,8 +39,8 @@ CONFIG: dict[str, Any] = {
     "device": "cpu",
     "kind": "image",
     "sample_modes": ["argmax", "sample", "moments"],
-    "latents": {"channels": 4, "layout": "BCHW", "pipeline_layout": "BCHW", "vae_scale_factor": 8},
-    "pixels": {"layout": "BCHW", "frame_counts": [1, 1, 1]},
+    "latents": {"channels": 4, "layout": "BCHW", "pipeline_layout": "BCHW", "vae_scale_factor": 8, "clip": 1},
+    "pixels": {"layout": "BCHW", "frame_counts": [1, 1, 1], "statistics": None},
     "limits": {"max_batch": 64, "max_pixels": 128_000_000, "max_body_mb": 512},
 }
 PAGE = b"<!doctype html><title>Sign in</title><form>\x1b]0;owned\x07</form>"
@@ -121,7 +121,8 @@ CONFIGS: dict[str, Response] = {
     "a factor of 0": config(latents={**CONFIG["latents"], "vae_scale_factor": 0}),
     "limits of no number": config(limits={**CONFIG["limits"], "max_batch": None}),
     "another dtype": config(dtype="load"),
-    "frames that run backwards": config(kind="video", pixels={"layout": "BCFHW", "frame_counts": [9, 5, 1]}),
+    "frames that run backwards": config(pixels={**CONFIG["pixels"], "frame_counts": [9, 5, 1]}),
+    "statistics of text": config(pixels={**CONFIG["pixels"], "statistics": [["a"] * 3, ["b"] * 3]}),
     "a million layers": config(vae_config={**KL, "layers_per_block": 1_000_000}),
     "a block of no class": config(vae_config={**KL, "down_block_types": ["os.system"] * 4}),
     "buffers that are not even": config(vae_class="AutoencoderKLFlux2", buffers={"bn.running_mean": [[1], [2, 3]]}),

@@ -26,6 +26,9 @@ for checkpoint in json.loads(sys.argv[1]):
 """
 NOWHERE = "0" * 40
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+PARTS = {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "part-1.safetensors"}
+PART_FILES = {"part-1.safetensors": b"0", "part-2.safetensors": b"1"}
 
 
 @pytest.fixture
@@ -35,6 +38,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
             ("lab/vae", {CONFIG: b"{}", WEIGHTS: b"0"}),
             ("lab/gated", {CONFIG: b"{}", WEIGHTS: b"0"}),
             ("lab/half", {f"vae/{CONFIG}": b"{}"}),
+            ("lab/parts", {CONFIG: b"{}", INDEX: json.dumps({"weight_map": PARTS}).encode(), **PART_FILES}),
         ):
             hub.repos[name] = Repo(gated=name == "lab/gated")
             hub.repos[name].commit(files)
@@ -62,6 +66,7 @@ def test_missing_and_gated_checkpoints_have_an_error(hub: Hub, tmp_path: Path) -
         hub.url,
         tmp_path / "cache",
         ("lab/vae", None, None),
+        ("lab/parts", None, None),
         ("lab/gated", None, None),
         ("lab/none", "vae", None),
         ("lab/half", None, None),
@@ -69,6 +74,7 @@ def test_missing_and_gated_checkpoints_have_an_error(hub: Hub, tmp_path: Path) -
         ("lab/vae", None, NOWHERE),
     ) == [
         f"{CONFIG} {WEIGHTS}",
+        f"{CONFIG} {INDEX} part-1.safetensors part-2.safetensors",
         f"lab/gated is gated: accept its conditions on {page}/gated, then set HF_TOKEN to a token of that account",
         f"lab/none is not on the Hub, or the token in HF_TOKEN may not see it: {page}/none",
         f"lab/half has no {CONFIG}: {page}/half",

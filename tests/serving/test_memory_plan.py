@@ -31,6 +31,11 @@ def cases(declared: type[Model], task: Task) -> Iterator[Case]:
 
     The first model of an architecture has all of them. The others differ in the channels of their latents.
     """
+    if declared.always_tiles:
+        for frames in (22, 39):
+            yield Case(task, Mode.TILED, 256, 256, frames)
+            yield Case(task, Mode.TILED, 320, 256, frames, batch=2)
+        return
     yield Case(task, Mode.FULL, 128, 128)
     if declared is not next(model for model in MODELS.values() if architecture(model) == architecture(declared)):
         return

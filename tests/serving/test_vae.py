@@ -56,6 +56,15 @@ def test_the_checkpoint_is_requested_from_the_hub(monkeypatch: pytest.MonkeyPatc
         VAE.load(MODELS["sdxl"], str(tmp_path), Settings(), "cpu")
 
 
+def test_an_older_diffusers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers 0.37 would read the config of FLUX.2's small decoder, and ignore the entry that it does not know."""
+    monkeypatch.setattr("diffusers.__version__", "0.37.1")
+    with pytest.raises(
+        ValueError, match=r"flux2-small needs diffusers 0\.38 or later, and this is 0\.37\.1; `pip install"
+    ):
+        VAE.load(MODELS["flux2-small"], "", Settings(model="flux2-small", weights="random"), "cpu")
+
+
 def test_a_folder_without_a_vae_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"VAE_WEIGHTS=.* has no AutoencoderKL"):
         VAE.load(MODELS["sd-v1"], "", Settings(weights=str(tmp_path)), "cpu")

@@ -87,6 +87,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "taesd3": ("AutoencoderTiny", {**TINY, "latent_channels": 16}),
     "taef1": ("AutoencoderTiny", {**TINY, "latent_channels": 16}),
     "flux2": ("AutoencoderKLFlux2", KL),
+    "flux2-small": ("AutoencoderKLFlux2", {**KL, "decoder_block_out_channels": [4, 8, 12, 12]}),
     "qwen-image": ("AutoencoderKLQwenImage", WAN),
     "hunyuan-image": (
         "AutoencoderKLHunyuanImage",
@@ -170,6 +171,37 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
             "decoder_causal": False,
         },
     ),
+    "ltx-2.3": (
+        "AutoencoderKLLTX2Video",
+        {
+            **DOWN_095,
+            "block_out_channels": [8, 16, 16, 16],
+            "down_block_types": ["LTX2VideoDownBlock3D"] * 4,
+            "decoder_block_out_channels": [8, 16, 16, 32],
+            "decoder_layers_per_block": [1] * 5,
+            "decoder_spatio_temporal_scaling": [True] * 4,
+            "decoder_inject_noise": [False] * 5,
+            "upsample_type": ["spatiotemporal", "spatiotemporal", "temporal", "spatial"],
+            "upsample_residual": [False] * 4,
+            "upsample_factor": [2, 2, 1, 2],
+            "decoder_causal": False,
+            "decoder_spatial_padding_mode": "zeros",
+        },
+    ),
+    "minimax-h3": (
+        "AutoencoderKLMiniMaxH3",
+        {
+            "block_out_channels": [4, 8, 8, 8, 8, 8],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "decoder_num_layers": 2,
+            "decoder_num_attention_heads": 2,
+            "decoder_attention_head_dim": 16,
+            "decoder_ffn_mult": 2,
+            "latents_mean": _means(24),
+            "latents_std": _deviations(24),
+        },
+    ),
     "cogvideox": ("AutoencoderKLCogVideoX", {**VIDEO, "scaling_factor": 1.15258426}),
     "cogvideox-1.5": ("AutoencoderKLCogVideoX", {**VIDEO, "scaling_factor": 0.7, "invert_scale_latents": True}),
     "mochi": (
@@ -209,6 +241,8 @@ IMAGE_CLASSES = {
     "AutoencoderKLTemporalDecoder",
 }
 """Classes that encode [B, 3, H, W]. The others encode [B, 3, F, H, W]."""
+ZEROS = ("scale1", "scale2", "register_tokens")
+"""Parameters that are zero before a training, so that MiniMax-H3's blocks would do nothing."""
 LAST_LAYERS = ("time_conv_out", "conv_out", "proj_out", "proj")
 
 
@@ -222,7 +256,11 @@ def build(key: str) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(sum(key.encode()))
         vae = getattr(diffusers, vae_class).from_config(config).eval()
-        pixels = torch.rand(1, 3, *(() if vae_class in IMAGE_CLASSES else (9,)), 64, 64) * 2 - 1
+        for name, parameter in vae.named_parameters():
+            if name.rpartition(".")[2] in ZEROS:
+                parameter.normal_()
+        frames = () if vae_class in IMAGE_CLASSES else (22 if vae_class == "AutoencoderKLMiniMaxH3" else 9,)
+        pixels = torch.rand(1, 3, *frames, 64, 64) * 2 - 1
         for _ in range(3):  # a skip connection around the last layer is not rescaled, so one round is not enough
             latents = _latents(vae.encode(pixels))
             _rescale(vae.encoder, latents, 1.0)
@@ -282,6 +320,7 @@ def small_tiles(vae: Any, scale: int) -> None:
             f"sample_min_{side}": latents * scale,
             f"sample_stride_{side}": 3 * scale,
             f"latent_min_{side}": latents,
+            f"sample_min_overlap_{side}": scale,
         }
         for name, value in sizes.items():
             if hasattr(vae, f"tile_{name}"):

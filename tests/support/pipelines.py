@@ -7,6 +7,7 @@ statements after the denoising loop. Its encoding is the method that img2img or 
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 
@@ -46,9 +48,11 @@ class PipelineResult:
 def decode(pipeline: str, vae: Any, latents: Tensor, **arguments: Any) -> PipelineResult:
     """Run the end of the pipeline's `__call__` on plain latents, [B, C, h, w] or [B, C, F, h, w].
 
-    The latents are packed as in the pipeline. `arguments` are further arguments or local variables of `__call__`:
+    A name that ends with "Step" is a block of a modular pipeline. The latents are packed as in the pipeline. `arguments` are further arguments or local variables of `__call__`:
     `generator`, `decode_timestep`, `decode_noise_scale`, `decode_chunk_size`, `additional_frames`...
     """
+    if pipeline.endswith("Step"):
+        return _decode_in_a_step(pipeline, vae, latents)
     pipe = make(pipeline, vae)
     names = {**_defaults(pipe), **_locals(pipe, latents), **arguments, "self": pipe, "latents": pack(pipe, latents)}
     latent = _finish(pipe, {**names, "output_type": "latent"})
@@ -75,11 +79,40 @@ def encode(pipeline: str, vae: Any, pixels: Tensor, generator: torch.Generator |
         raise Unavailable(f"{pipeline} has no entry among the encoders")
     if pipeline in FIRST_FRAME and pixels.shape[2] != 1:
         raise ValueError(f"{pipeline} encodes one frame, not {pixels.shape[2]}")
-    pipe = make(pipeline, vae)
+    pipe = SimpleNamespace(vae=vae) if pipeline == "MiniMaxH3" else make(pipeline, vae)
     if generator is not None:
         return ENCODERS[pipeline](pipe, pixels, generator)
     with patch.object(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()):
         return ENCODERS[pipeline](pipe, pixels, None)
+
+
+def _decode_in_a_step(name: str, vae: Any, latents: Tensor) -> PipelineResult:
+    """Run MiniMax-H3's block that decodes. Its `vae.decode` gives pixels normalized as for ImageNet."""
+    try:
+        module = importlib.import_module("diffusers.modular_pipelines.minimax_h3.decoders")
+    except ImportError as error:
+        raise Unavailable(name) from error
+    step, decoded = getattr(module, name)(), []
+    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in IMAGENET)
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        decoded.append(vae.decode(*args, **kwargs)[0] * deviation + mean)
+        return vae.decode(*args, **kwargs)
+
+    components = SimpleNamespace(
+        vae=SimpleNamespace(decode=recorded, config=vae.config),
+        pixel_mean=IMAGENET[0],
+        pixel_std=IMAGENET[1],
+        video_processor=VideoProcessor(vae_scale_factor=16, do_normalize=False),
+        _execution_device=latents.device,
+    )
+    state = SimpleNamespace(latents=latents, output_type="np")
+    with (
+        patch.object(type(step), "get_block_state", lambda self, state: state),
+        patch.object(type(step), "set_block_state", lambda *_: None),
+    ):
+        step(components, state)
+    return PipelineResult(latents, decoded[0] * 2 - 1, (state.videos * 255).round().astype(np.uint8))
 
 
 def make(pipeline: str, vae: Any) -> Any:
@@ -243,6 +276,9 @@ PACKERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 """Latent layouts of pipelines. The last four have no method for it: their noise has that shape."""
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of MiniMax-H3's pixels, as its modular pipeline has them."""
+
 CLEAN = SimpleNamespace(add_noise=lambda latents, noise, timestep: latents, init_noise_sigma=1.0)
 """Scheduler that adds no noise to encoded latents."""
 EDM = {"scheduler": diffusers.EDMEulerScheduler(), "safety_checker": None}
@@ -285,6 +321,9 @@ ENCODERS: dict[str, Callable[[Any, Tensor, torch.Generator | None], Tensor]] = {
     "CosmosVideoToWorldPipeline": lambda pipe, x, g: _prepare(pipe, x, g)[1],
     "LTXConditionPipeline": lambda pipe, x, g: _prepare(pipe, x, g, [x], [1.0], [0])[0],
     "LTX2ConditionPipeline": _inline("prepare_latents", "condition_tensor"),
+    "MiniMaxH3": lambda pipe, x, g: importlib.import_module(
+        "diffusers.modular_pipelines.minimax_h3.encoders"
+    ).encode_vae_condition(pipe.vae, _unit(x) * 255, *IMAGENET),
     "EasyAnimateControlPipeline": lambda pipe, x, g: pipe.prepare_control_latents(
         x, None, len(x), *x.shape[-2:], x.dtype, x.device, g, False
     )[0],
@@ -318,6 +357,7 @@ PIPELINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cogview4": (("CogView4Pipeline",), ("CogView4ControlPipeline",)),
     "glm-image": (("GlmImagePipeline",), ("GlmImagePipeline",)),
     "flux2": (("Flux2Pipeline", "Flux2KleinPipeline", "ErnieImagePipeline"), ("Flux2Pipeline", "Flux2KleinPipeline")),
+    "flux2-small": (("Flux2Pipeline", "Flux2KleinPipeline"), ("Flux2Pipeline", "Flux2KleinPipeline")),
     "qwen-image": (("QwenImagePipeline",), ("QwenImageEditPipeline", "QwenImageImg2ImgPipeline")),
     "hunyuan-image": (("HunyuanImagePipeline",), ()),
     "sana": (("SanaPipeline",), ("SanaControlNetPipeline",)),
@@ -332,6 +372,8 @@ PIPELINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ltx-video-0.9.1": LTX,
     "ltx-video-0.9.5": LTX,
     "ltx-2": (("LTX2Pipeline", "SanaVideoPipeline"), ("LTX2ConditionPipeline", "SanaImageToVideoPipeline")),
+    "ltx-2.3": (("LTX2Pipeline", "SanaVideoPipeline"), ("LTX2ConditionPipeline", "SanaImageToVideoPipeline")),
+    "minimax-h3": (("MiniMaxH3VideoDecodeStep",), ("MiniMaxH3",)),
     "cogvideox": COGVIDEOX,
     "cogvideox-1.5": COGVIDEOX,
     "mochi": (("MochiPipeline",), ()),

@@ -12,13 +12,17 @@ from typing import Any
 import diffusers
 import requests
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from handlers.serving.media.output import describe, tensor_bytes
 from scripts.local_server import ROOT, serve
-from tests.support.checkpoints import SMALL, model_for, save
+from tests.support.checkpoints import SMALL, model_for, save, small_tiles
 
-SERVED = [key for key in SMALL if model_for(key)]
+SERVED = [
+    key for key in SMALL if (model := model_for(key)) and Version(diffusers.__version__) >= Version(model.diffusers)
+]
+"""Checkpoints that this version of diffusers can load."""
 
 
 class Service:
@@ -29,7 +33,10 @@ class Service:
 
     def _load(self, key: str) -> Any:
         cls = getattr(diffusers, json.loads((self.folder / key / "config.json").read_text())["_class_name"])
-        return cls.from_pretrained(self.folder / key).eval().requires_grad_(False)
+        model = cls.from_pretrained(self.folder / key).eval().requires_grad_(False)
+        if (declared := model_for(key)) and declared.always_tiles:  # as in `models_server`
+            small_tiles(model, declared.vae_scale_factor)
+        return model
 
     def post(self, key: str, tensor: Tensor, task: str, **parameters: Any) -> requests.Response:
         shape, dtype = describe(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -35,6 +36,7 @@ class LatentsLayouts:
         self.layout = layout
         self.patch = declared.patch
         self.padding_frames = declared.padding_frames
+        self.least_latent_frames = declared.least_latent_frames
         self.own: LatentsLayout = "BCFHW" if layout.ndim == 5 else "BCHW"
         names = [self.own, "packed", declared.pipeline_layout, *declared.latents_layouts]
         if layout.kind == "image":
@@ -139,6 +141,8 @@ class LatentsLayouts:
 
     def _latent_frames(self, num_frames: int) -> int:
         """Return the latent frames of a video, counted like diffusers' pipelines do."""
+        if self.layout.clip:
+            return next(count for count in itertools.count(1) if self.layout.decoded_frames(count) >= num_frames)
         return (num_frames - 1) // self.layout.frame_factor + 1
 
     def _without_padding(self, latents: Tensor, parameters: Parameters) -> Tensor:
@@ -150,6 +154,8 @@ class LatentsLayouts:
         if self.layout.kind == "image":
             return latents
         count, padding, num_frames = latents.shape[2], self.padding_frames, parameters.num_frames
+        if count < self.least_latent_frames:
+            raise RequestError(f"{count} latent frames: this VAE decodes {self.least_latent_frames} or more", 422)
         if num_frames is None:
             if padding and count % (padding + 1) == 0:
                 raise RequestError(

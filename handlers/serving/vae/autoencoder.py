@@ -45,6 +45,32 @@ class EncodeOptions:
                 return posterior.parameters
 
 
+class PixelRange:
+    """Conversion between pixels in [-1, 1] and those of a VAE with a mean and a deviation for each channel."""
+
+    def __init__(self, statistics: tuple[tuple[float, ...], tuple[float, ...]] | None) -> None:
+        self.statistics = statistics
+
+    def to_own(self, pixels: Tensor) -> Tensor:
+        """Convert pixels [B, C, (F,) H, W] in [-1, 1] to the VAE's."""
+        if self.statistics is None:
+            return pixels
+        mean, std = self._expanded(pixels)
+        return (pixels / 2 + 0.5 - mean) / std
+
+    def from_own(self, pixels: Tensor) -> Tensor:
+        """Convert the VAE's pixels to [-1, 1], in float32, as its pipeline does."""
+        if self.statistics is None:
+            return pixels
+        mean, std = self._expanded(pixels)
+        return (pixels.float() * std + mean) * 2 - 1
+
+    def _expanded(self, pixels: Tensor) -> list[Tensor]:
+        assert self.statistics is not None
+        ones = (1,) * (pixels.ndim - 2)
+        return [torch.tensor(values, device=pixels.device).view(1, -1, *ones) for values in self.statistics]
+
+
 def has_frames(model: Any) -> bool:
     """Return whether the model's tensors have a dimension for frames, even for images. The first convolution tells."""
     return isinstance(next(m for m in model.encoder.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), nn.Conv3d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # p
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """Files of a VAE, as diffusers names them."""
+INDEX = f"{FILES[1]}.index.json"
+"""File with the names of several files of weights, instead of one."""
 REACH_SECONDS = 3
 """Seconds in which the Hub must respond. huggingface_hub would try for half a minute."""
 
@@ -29,14 +32,30 @@ def fetch(checkpoint: str, subfolder: str | None, revision: str | None) -> Path:
         OSError: the Hub refuses them, or cannot be reached and they are not in the cache.
     """
     at = f" at revision {revision}" if revision else ""
-    files = ["/".join(filter(None, (subfolder, name))) for name in FILES]
     unreachable = _find_obstacle()
-    for file in files:
+
+    def download(name: str) -> Path:
+        file = "/".join(filter(None, (subfolder, name)))
+        return Path(hf_hub_download(checkpoint, file, revision=revision, local_files_only=unreachable is not None))
+
+    name = FILES[0]
+    try:
+        folder = download(name).parent
         try:
-            path = hf_hub_download(checkpoint, file, revision=revision, local_files_only=unreachable is not None)
-        except Exception as error:  # the HTTP library depends on the version of huggingface_hub
-            raise OSError(_explain(error, unreachable, checkpoint, file, at)) from error
-    return Path(path).parent
+            download(name := FILES[1])
+        except EntryNotFoundError:  # also without a network, if the cache does not have the file
+            try:
+                index = download(INDEX)
+            except EntryNotFoundError:
+                index = None
+            if index is None:
+                raise
+            for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                download(name)
+    except Exception as error:  # the HTTP library depends on the version of huggingface_hub
+        file = "/".join(filter(None, (subfolder, name)))
+        raise OSError(_explain(error, unreachable, checkpoint, file, at)) from error
+    return folder
 
 
 def _find_obstacle() -> str | None:

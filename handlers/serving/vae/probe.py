@@ -36,9 +36,22 @@ class Probe:
         latents = encoded.mode() if variational else encoded
         channels, frames = latents.shape[1], (1, 2, 3) if declared.kind == "video" else (1, 1, 1)
         if declared.kind == "video" and has_frames(self.copy):
-            frames = tuple(self._run(decode_at_once, (1, channels, count, 2, 2)).shape[2] for count in (1, 2, 3))
+            frames = self._frame_counts(declared, channels)
         ndim = 5 if has_frames(self.copy) else 4
-        return Layout(declared.kind, channels, SIDE // latents.shape[-1], frames, ndim, variational)
+        scale = SIDE // latents.shape[-1]
+        return Layout(declared.kind, channels, scale, frames, ndim, variational, declared.clip)
+
+    def _frame_counts(self, declared: type[Model], channels: int) -> tuple[int, ...]:
+        """Return the frames decoded from 1, 2, ... latent frames, for one period.
+
+        A model that does not decode so few is probed with a period more.
+        """
+        period = declared.clip or 2
+        skipped = period if declared.least_latent_frames > 1 else 0
+        counts = [
+            self._run(decode_at_once, (1, channels, skipped + count, 2, 2)).shape[2] for count in range(1, period + 2)
+        ]
+        return tuple(count - skipped // period * (counts[-1] - counts[0]) for count in counts)
 
     def refuses(self, task: Task, shape: Sequence[int], tiled: bool) -> bool:
         """Return whether the model fails for every input of this shape, on any device."""

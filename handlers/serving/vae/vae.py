@@ -15,7 +15,7 @@ from handlers.model import Model, Task
 from handlers.serving import metrics
 from handlers.serving.errors import RequestError
 from handlers.serving.settings import Settings
-from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, encode_at_once, forget
+from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, PixelRange, encode_at_once, forget
 from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.fast.check import FastPasses
@@ -66,6 +66,7 @@ class VAE:
         self.declared = declared
         self.probe = Probe(model)
         self.layout = self.probe.layout(declared)
+        self.pixel_range = PixelRange(declared.pixel_statistics)
         self.memory = MemoryUse(declared, is_known(model), _tile_pixels(model))
         make_stoppable(self.model)
         self.fast = FastPasses(self.model, declared, fast, bfloat16, name, self._make_room)
@@ -123,6 +124,7 @@ class VAE:
                 yield torch.cat([join(chunks(model, item, False)) for item in z.split(1)])
                 return
             for pixels in decode_chunks(model, z, options):
+                pixels = self.pixel_range.from_own(pixels)
                 yield self._check_finite(pixels.squeeze(2) if pixels.ndim > self.layout.pixels_ndim else pixels)
 
         return self._run("decode", latents, lambda *inputs: gather(chunks(*inputs)), options.exact)
@@ -131,7 +133,7 @@ class VAE:
         """Encode pixels in [-1, 1], [B, 3, H, W] or [B, 3, F, H, W], to raw latents (see `Layout`)."""
 
         def forward(model: Any, x: Tensor, one_by_one: bool) -> Tensor:
-            return self._check_finite(encode_at_once(model, x, options, one_by_one))
+            return self._check_finite(encode_at_once(model, self.pixel_range.to_own(x), options, one_by_one))
 
         return self._run("encode", pixels, forward, options.exact)
 
@@ -295,9 +297,11 @@ class VAE:
         """
         batch = shape[0]
         whole = batch == 1 or self.declared.runs_batches
+        if exact and not whole:
+            raise RequestError("`exact`: diffusers runs no batch through this model; send one at a time", 422)
+        if self.declared.always_tiles:
+            return [Mode.TILED]
         if exact:
-            if not whole:
-                raise RequestError("`exact`: diffusers runs no batch through this model; send one at a time", 422)
             return [Mode.FULL]
         fast = whole and self.fast.used(task, self.layout.frame_pixels(task, shape)) is not None
         has = {

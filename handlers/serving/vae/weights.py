@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+from packaging.version import Version
 
 from handlers.model import Model
 from handlers.serving.settings import Settings
@@ -24,8 +25,13 @@ def load_model(declared: type[Model], path: str, settings: Settings, dtype: torc
     Raises:
         OSError: the folder `settings.weights` has no VAE of the model's class, or the Hub does not provide the
             checkpoint.
-        ValueError: diffusers does not have the class of the model.
+        ValueError: the installed diffusers is older than the model, or does not have its class.
     """
+    if Version(diffusers.__version__) < Version(declared.diffusers):
+        raise ValueError(
+            f"{settings.model or declared.__name__} needs diffusers {declared.diffusers} or later, and this is "
+            f"{diffusers.__version__}; `pip install --upgrade diffusers` on a machine of your own"
+        )
     vae_class = _diffusers_class(declared)
     if settings.weights == "random":
         logger.warning("the weights are RANDOM: good for speed and memory, not for images")
@@ -43,9 +49,7 @@ def _diffusers_class(declared: type[Model]) -> Any:
     try:
         return getattr(importlib.import_module(module or "diffusers"), name)
     except AttributeError:
-        version = f"diffusers {diffusers.__version__}"
-        missing = f"{version} has no {name}; install {declared.diffusers} or later"
-        raise ValueError(f"{module} has no {name}" if module else missing) from None
+        raise ValueError(f"{module or f'diffusers {diffusers.__version__}'} has no {name}") from None
 
 
 def _find_weights(declared: type[Model], path: str, settings: Settings) -> Path:
