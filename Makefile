@@ -56,7 +56,7 @@ demo: install  ## send a photograph through the tiny VAE over HTTP, into out/dem
 	exec $(BIN)/python -m scripts.demo
 
 # Some shells set HOST to the name of the machine.
-serve: install  ## serve MODEL [PORT=8000] [HOST=127.0.0.1] [WEIGHTS=folder|random] [DEVICE=cpu|cuda|mps] [DTYPE=...]
+serve: install  ## serve MODEL [PORT=8000] [HOST=127.0.0.1] [WEIGHTS=folder|file|org/repo|random] [DEVICE=cpu|cuda|mps] [DTYPE=...]
 	exec env -u HOST $(BIN)/python -m scripts.serve $(options)
 
 models: install  ## list the models

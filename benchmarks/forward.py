@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
-import diffusers
 import psutil
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from benchmarks.peak import allocated_peak, peak_bytes
 from benchmarks.memory import latent_frames
+from benchmarks.peak import allocated_peak, peak_bytes
 from handlers import MODELS
 from handlers.serving.settings import Settings
 from handlers.serving.vae.autoencoder import has_frames
@@ -25,6 +24,7 @@ from handlers.serving.vae.fast.check import fast_pass
 from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.low_memory import reduce_peak, reduced_peak
 from handlers.serving.vae.vae import VAE
+from handlers.serving.vae.weights import find_class
 
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Operator that torch does not count by itself."""
@@ -40,7 +40,7 @@ def load(key: str, device: str) -> tuple[Any, VAE]:
     handler = MODELS[key]
     vae = VAE.load(handler, "", Settings(weights=None if key == "tiny" else "random", fast=True), device)
     check(vae)
-    plain = getattr(diffusers, handler.vae_class).from_config(vae.config)
+    plain = find_class(handler.vae_class).from_config(vae.config)
     plain.load_state_dict(vae.model.state_dict())
     return plain.to(vae.device, vae.dtype).eval().requires_grad_(False), vae
 
@@ -119,7 +119,7 @@ def tiled(key: str, vae: VAE, task: str, size: Size, repeats: int) -> dict[str, 
 def fake_peaks(key: str, task: str, size: Size) -> dict[str, Any]:
     """Compute the peaks of live tensors in float32 without running the model, for sizes that take too long here."""
     with FakeTensorMode(), torch.inference_mode():
-        model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
+        model = find_class(MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
         data = inputs(key, task, size)
         call = plain_call(model, task, data)
         plain = peak_bytes(call)
@@ -216,7 +216,7 @@ def peak_signal_noise_ratio(result: Tensor, exact: Tensor) -> float | None:
 def flops(key: str, task: str, size: Size) -> int:
     """Count the multiplications and additions of plain diffusers' convolutions and matrix products."""
     with FakeTensorMode(), torch.no_grad():  # in inference mode torch 2.5 counts nothing
-        model = getattr(diffusers, MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
+        model = find_class(MODELS[key].vae_class).from_config(MODELS[key].published_config).eval()
         with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops}) as counter:
             getattr(model, task)(with_frames(model, inputs(key, task, size)))
     return counter.get_total_flops()

@@ -16,7 +16,6 @@ from functools import cache
 from typing import Annotated, Any, NamedTuple
 from unittest.mock import patch
 
-import diffusers
 import torch
 import torch.nn.functional as F
 import typer
@@ -33,6 +32,7 @@ from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.low_memory import reduced_peak
 from handlers.serving.vae.memory import Estimate, MemoryUse, Mode
 from handlers.serving.vae.vae import _tile_pixels
+from handlers.serving.vae.weights import find_class
 
 META = torch.device("meta")
 """A device where a pass in reduced memory splits its convolutions as on a GPU."""
@@ -55,7 +55,8 @@ def measured(declared: type[Model], case: Case) -> int:
 
     Attention counts as one kernel without scores, as on a GPU. Memory inside operators does not count.
     """
-    return _measured(declared.vae_class, _layers(declared), _latents_shape(declared, case), case)
+    pixels = _pixels_shape(declared, case)
+    return _measured(declared.vae_class, _layers(declared), _latents_shape(declared, case), pixels, case)
 
 
 def estimated(declared: type[Model], case: Case) -> int:
@@ -104,7 +105,13 @@ def latent_frames(declared: type[Model], frames: int) -> int:
 
 
 def _pixels_shape(declared: type[Model], case: Case) -> tuple[int, ...]:
-    return case.batch, 3, *((case.frames,) if declared.kind == "video" else ()), case.height, case.width
+    return (
+        case.batch,
+        declared.pixel_channels,
+        *((case.frames,) if declared.kind == "video" else ()),
+        case.height,
+        case.width,
+    )
 
 
 NO_LAYERS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
@@ -119,7 +126,7 @@ def _layers(declared: type[Model]) -> str:
 @cache
 def _model(vae_class: str, layers: str, dtype: torch.dtype) -> Any:
     with META:
-        model = getattr(diffusers, vae_class).from_config(json.loads(layers)).eval().requires_grad_(False)
+        model = find_class(vae_class).from_config(json.loads(layers)).eval().requires_grad_(False)
     torch.nn.Module.to(model, META, dtype)  # some parameters ignore the default device
     for blend in ("blend_v", "blend_h"):  # blending row by row takes much time and no memory
         if hasattr(model, blend):
@@ -128,12 +135,14 @@ def _model(vae_class: str, layers: str, dtype: torch.dtype) -> Any:
 
 
 @cache
-def _measured(vae_class: str, layers: str, latents_shape: tuple[int, ...], case: Case) -> int:
+def _measured(
+    vae_class: str, layers: str, latents_shape: tuple[int, ...], pixels_shape: tuple[int, ...], case: Case
+) -> int:
     model = _model(vae_class, layers, case.dtype)
     one_by_one = case.mode in (Mode.SLICED, Mode.TILED) and case.batch > 1
 
     def encode() -> Tensor:
-        pixels = torch.empty(_case_pixels(latents_shape, case), dtype=case.dtype)
+        pixels = torch.empty(pixels_shape, dtype=case.dtype)
         return _finite(encode_at_once(model, pixels, one_by_one=one_by_one))
 
     def decode() -> Tensor:
@@ -150,10 +159,6 @@ def _measured(vae_class: str, layers: str, latents_shape: tuple[int, ...], case:
             return peak_bytes(decode if case.task == "decode" else encode)
     finally:
         model.use_tiling = False
-
-
-def _case_pixels(latents_shape: tuple[int, ...], case: Case) -> tuple[int, ...]:
-    return case.batch, 3, *((case.frames,) if len(latents_shape) == 5 else ()), case.height, case.width
 
 
 def _finite(result: Tensor) -> Tensor:
@@ -195,7 +200,7 @@ def table(keys: list[str]) -> Iterator[str]:
         declared = MODELS[key]
         same = seen.setdefault((declared.vae_class, _layers(declared)), key)
         for task in ("decode", "encode") if same == key else ():
-            for frames in frame_counts(declared):
+            for frames in dict.fromkeys(frame_counts(declared)):
                 yield _row(key, task, frames)
 
 

@@ -14,23 +14,35 @@ from handlers.glm_image import GlmImage
 from handlers.hunyuan_image import HunyuanImage
 from handlers.hunyuan_video import HunyuanVideo
 from handlers.hunyuan_video_1_5 import HunyuanVideo15
+from handlers.lighttaew2_1 import LightTaew21
+from handlers.lighttaew2_2 import LightTaew22
 from handlers.ltx_2 import Ltx2
 from handlers.ltx_2_3 import Ltx23
 from handlers.ltx_video import LtxVideo
 from handlers.minimax_h3 import MiniMaxH3
 from handlers.mochi import Mochi
-from handlers.model import did_you_mean, split_keys
+from handlers.model import WrongWeights, did_you_mean, split_keys
 from handlers.playground_v2_5 import PlaygroundV25
 from handlers.qwen_image import QwenImage
+from handlers.qwen_image_2_1 import QwenImage21
+from handlers.qwen_image_layered import QwenImageLayered
 from handlers.sana import Sana
 from handlers.sd3 import StableDiffusion3
 from handlers.sd_v1 import StableDiffusionV1
 from handlers.sdxl import StableDiffusionXL
 from handlers.svd import StableVideoDiffusion
+from handlers.taecvx import Taecvx
 from handlers.taef1 import Taef1
+from handlers.taeh3 import Taeh3
+from handlers.taehv import Taehv
+from handlers.taehv1_5 import Taehv15
+from handlers.taeltx2 import Taeltx2
+from handlers.taeltx2_3 import Taeltx23
 from handlers.taesd import Taesd
 from handlers.taesd3 import Taesd3
 from handlers.taesdxl import TaesdXL
+from handlers.taew2_1 import Taew21
+from handlers.taew2_2 import Taew22
 from handlers.tiny import Tiny
 from handlers.version import VERSION
 from handlers.wan_2_1 import Wan21
@@ -46,6 +58,8 @@ MODELS: dict[str, type[EndpointHandler]] = {
     "flux2": Flux2,
     "flux2-small": Flux2Small,
     "qwen-image": QwenImage,
+    "qwen-image-2.1": QwenImage21,
+    "qwen-image-layered": QwenImageLayered,
     "hunyuan-image": HunyuanImage,
     "sana": Sana,
     "glm-image": GlmImage,
@@ -67,6 +81,16 @@ MODELS: dict[str, type[EndpointHandler]] = {
     "taesdxl": TaesdXL,
     "taesd3": Taesd3,
     "taef1": Taef1,
+    "taew2.1": Taew21,
+    "taew2.2": Taew22,
+    "taehv": Taehv,
+    "taehv1.5": Taehv15,
+    "taecvx": Taecvx,
+    "taeltx2": Taeltx2,
+    "taeltx2.3": Taeltx23,
+    "taeh3": Taeh3,
+    "lighttaew2.1": LightTaew21,
+    "lighttaew2.2": LightTaew22,
     "tiny": Tiny,
 }
 
@@ -99,3 +123,12 @@ def get_model(key: str | None) -> type[EndpointHandler]:
     if missing := [name for name in ("checkpoint", "vae_class", "dtype") if not hasattr(MODELS[key], name)]:
         raise ValueError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")
     return MODELS[key]
+
+
+def fitting_models(error: Exception) -> str:
+    """Return the models that weights of another network fit, for an error text; "" for another error."""
+    if not isinstance(error, WrongWeights):
+        return ""
+    wanted = error.vae_class, error.latent_channels
+    fitting = [key for key, model in MODELS.items() if (model.vae_class, model.latent_channels) == wanted]
+    return f"; they fit MODEL={' or '.join(fitting)}" if fitting else ""

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 from handlers.base import EndpointHandler
 
 
@@ -5,7 +7,7 @@ class Flux2(EndpointHandler):
     """FLUX.2. A BatchNorm in the VAE normalizes latents in patches of 2x2."""
 
     checkpoint = "black-forest-labs/FLUX.2-klein-4B"
-    subfolder = "vae"
+    subfolder: ClassVar[str | None] = "vae"
     vae_class = "AutoencoderKLFlux2"
     dtype = "bfloat16"
     latent_channels = 32

@@ -36,6 +36,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+class WrongWeights(ValueError):
+    """Weights of another network than the model's. `handlers.fitting_models` names the models that they fit."""
+
+    def __init__(self, problem: str, vae_class: str, latent_channels: int | None) -> None:
+        super().__init__(problem)
+        self.vae_class = vae_class
+        self.latent_channels = latent_channels
+
+
 class Peak(NamedTuple):
     """Values in memory at the peak of diffusers' own pass, per pixel of an image or frame.
 
@@ -83,6 +92,10 @@ class Model:
     """Repository on the Hub, or local folder, with the weights."""
     subfolder: ClassVar[str | None] = None
     """Folder of the VAE inside the checkpoint; None for the root."""
+    file: ClassVar[str | None] = None
+    """Name of one file with the weights, in a checkpoint without a config.json; `published_config` describes them."""
+    download: ClassVar[str | None] = None
+    """URL of `file`, for weights that are not on the Hub. A user names the file in `VAE_WEIGHTS`."""
     vae_class: ClassVar[str]
     """Class in diffusers, or "module:Class" in another module that can be imported."""
     diffusers: ClassVar[str] = "0.36"
@@ -98,6 +111,10 @@ class Model:
 
     kind: ClassVar[Kind] = "image"
     """Kind of an item: an image or a video. Latents of an image may have a dimension for one frame."""
+    pixel_channels: ClassVar[Literal[3, 4]] = 3
+    """Channels of pixels: 3 for RGB, 4 for RGBA."""
+    has_layers: ClassVar[bool] = False
+    """True if the frames of latents are the layers of one image, each decoded alone."""
     latent_channels: ClassVar[int]
     vae_scale_factor: ClassVar[int] = 8
     """Pixels per latent in height and width."""
@@ -124,6 +141,8 @@ class Model:
     """True if pipelines apply the config's `scaling_factor` in addition to a mean and a deviation."""
     takes_reciprocal: ClassVar[bool] = False
     """True if pipelines multiply by the reciprocal of the factor, which rounds differently from a division."""
+    takes_scaled: ClassVar[bool] = False
+    """True if the VAE itself takes the latents of the diffusion model, so that it has no raw ones."""
     raw_layouts: ClassVar[tuple[LatentsLayout, ...]] = ()
     """Layouts in which `output_type="latent"` of a pipeline gives raw latents, so `do_scaling` is ambiguous."""
     padding_frames: ClassVar[int] = 0

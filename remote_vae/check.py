@@ -59,16 +59,31 @@ def check(url: str, token: str | None = None, report: Callable[[str], None] = lo
     body = io.BytesIO()
     image.save(body, "PNG")
     headers = {"X-Scale-Up-Timeout": str(START_TIMEOUT)}  # the platform holds the request while a replica starts
-    encoded = client.request("POST", "/encode", content=body.getvalue(), headers=headers)
+    scaling: dict[str, str] = {}
+    try:
+        encoded = client.request("POST", "/encode", content=body.getvalue(), headers=headers)
+    except RemoteVAEError:
+        if not _declared(client, "takes_scaled", False):
+            raise
+        scaling = {"do_scaling": "true", "normalized": "true"}
+        encoded = client.request("POST", "/encode", content=body.getvalue(), params=scaling, headers=headers)
     try:
         shape = read_shape(encoded.headers.get("shape", ""))
     except ValueError as error:
         message = f"{url}/encode: the response is no latents ({error}); is this an endpoint of this project?"
         raise RemoteVAEError(message) from None
     # a video model responds with an MP4
-    parameters = {"shape": shape, "dtype": encoded.headers.get("dtype", ""), "image_format": "png"}
+    parameters = {"shape": shape, "dtype": encoded.headers.get("dtype", ""), "image_format": "png", **scaling}
     headers["Content-Type"] = "tensor/binary"
-    decoded = client.request("POST", "/decode", content=encoded.content, params=parameters, headers=headers)
+    try:
+        decoded = client.request("POST", "/decode", content=encoded.content, params=parameters, headers=headers)
+    except RemoteVAEError:
+        least = _declared(client, "least_frames", 1)
+        if len(shape) != VIDEO_NDIM or least == 1:
+            raise
+        shape[2] = least  # a model that decodes no single frame
+        latents = _repeat(encoded.content, shape[0] * shape[1], least)
+        decoded = client.request("POST", "/decode", content=latents, params=parameters, headers=headers)
     psnr = None if len(shape) == VIDEO_NDIM and _is_mp4(decoded.content) else _psnr(image, decoded.content)
     if psnr is not None and psnr < MIN_PSNR:
         message = f"the decoded image differs from the original: {psnr:.1f} dB, expected {MIN_PSNR:.0f} dB or more"
@@ -81,6 +96,20 @@ def _smooth_image() -> Image.Image:
     gradient = Image.linear_gradient("L").resize((SIZE, SIZE))
     radial = Image.radial_gradient("L").resize((SIZE, SIZE))
     return Image.merge("RGB", (gradient, gradient.rotate(90), radial))
+
+
+def _declared(client: Client, entry: str, default: int) -> int:
+    """Return an entry of the latents in `/config`. Without a config, the first error says more."""
+    try:
+        return int(client.config()["latents"][entry])
+    except RemoteVAEError:
+        return default
+
+
+def _repeat(latents: bytes, channels: int, frames: int) -> bytes:
+    """Return latents of one frame as a video of so many equal frames."""
+    size = len(latents) // channels
+    return b"".join(latents[start : start + size] * frames for start in range(0, len(latents), size))
 
 
 def _is_mp4(content: bytes) -> bool:

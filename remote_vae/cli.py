@@ -118,7 +118,7 @@ def check(url: Url, token: Token = None) -> None:
 @app.command()
 def decode(
     url: Url,
-    file: Annotated[Path, typer.Argument(help="File of latents: .safetensors, .npy, or .pt (weights only).")],
+    file: Annotated[Path, typer.Argument(help="File of latents: .safetensors, .npy, .pt (weights only), or .latent.")],
     out: Annotated[
         Path, typer.Argument(help="Image (.png, .jpg, .webp) or .mp4. A batch becomes files with -0, -1, ...")
     ],
@@ -128,6 +128,10 @@ def decode(
     width: Annotated[int | None, typer.Option(help="Width in pixels, for packed latents.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames, for packed latents of a video.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of an MP4.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of an image, for a model of layers.")] = None,
+    background: Annotated[
+        str | None, typer.Option(help="Color under a transparent image: white, black or #rrggbb. JPEG needs it.")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Write an MP4 while it is decoded; with - as the file, to a player.")
     ] = False,
@@ -135,7 +139,8 @@ def decode(
     """Decode the latents in a file to images or a video."""
     from remote_vae import files
 
-    parameters = {"do_scaling": not raw, "height": height, "width": width, "num_frames": num_frames, "fps": fps}
+    sizes = {"height": height, "width": width, "num_frames": num_frames, "fps": fps, "layers": layers}
+    parameters = {"do_scaling": not raw, "background": background, **sizes}
     client = Client(url, token)
     with console.status(f"decoding {file}"):
         written = files.decode(client, file, out, parameters, stream)

@@ -33,6 +33,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     ".pt": lambda file: torch.load(file, map_location="cpu", weights_only=True),
     ".pth": lambda file: torch.load(file, map_location="cpu", weights_only=True),
     ".safetensors": safetensors.torch.load_file,
+    ".latent": lambda file: _comfyui_tensor(safetensors.torch.load_file(file)),
 }
 
 
@@ -42,10 +43,13 @@ def decode(client: AnyClient, file: Path, out: Path, parameters: dict[str, Any],
     With `stream`, the MP4 is written while it is decoded, to standard output if `out` is "-".
 
     Raises:
-        ValueError: a file has another type than these, or `file` does not hold one tensor.
+        ValueError: a file has another type than these, or `file` does not hold one tensor, or holds raw latents of
+            ComfyUI although `do_scaling` is on.
         RemoteVAEError: the endpoint refused the latents, or its response is invalid.
     """
     suffix = out.suffix.lower()
+    if file.suffix.lower() == ".latent" and parameters.get("do_scaling"):
+        raise ValueError(f"{file} holds latents of ComfyUI, which are raw for most models: add --raw")
     if stream:
         if suffix != ".mp4" and out != STDOUT:
             raise ValueError(f"{out} cannot be streamed: expected a name with .mp4, or - for standard output")
@@ -89,6 +93,8 @@ def _decode_images(client: AnyClient, latents: Tensor, suffix: str, parameters: 
     parameters = {**parameters, "output_type": "pil", "image_format": image_format}
     response = tensors.post_tensor(client, "/decode", latents, parameters, "application/zip")
     counts = {len(latents)} if latents.ndim > 3 else {1, len(latents)}  # three dimensions: unbatched, or packed
+    if layers := parameters.get("layers"):
+        counts = {layers, layers * len(latents)}
     try:
         with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
             entries = archive.infolist()
@@ -113,7 +119,7 @@ def read_tensor(file: Path) -> Tensor:
     """
     read = READERS.get(file.suffix.lower())
     if not read:
-        raise ValueError(f"{file} is no file of latents: expected a name with .safetensors, .npy or .pt")
+        raise ValueError(f"{file} is no file of latents: expected a name with .safetensors, .npy, .pt or .latent")
     try:
         content = read(file)
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError, TypeError, ValueError) as error:
@@ -123,6 +129,13 @@ def read_tensor(file: Path) -> Tensor:
         case [Tensor() as tensor]:
             return tensor
     raise ValueError(f"{file} holds {', '.join(map(str, values)) or 'nothing'}: expected one tensor")
+
+
+def _comfyui_tensor(tensors: dict[str, Tensor]) -> Tensor:
+    """Return the tensor of a .latent file of ComfyUI. Raise `ValueError` for an old one, whose latents are scaled."""
+    if "latent_format_version_0" not in tensors:
+        raise ValueError("it is of an old ComfyUI, which scaled latents by 0.18215; load and save it in a new one")
+    return tensors["latent_tensor"]
 
 
 def npy_bytes(tensor: Tensor) -> bytes:

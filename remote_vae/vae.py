@@ -188,7 +188,7 @@ class RemotePasses:
         if self.uint8:
             parameters = {**parameters, "partial_postprocess": True}
             layout, limit = ("FHWC", 1) if self.is_video else ("BHWC", limit)
-        sizes = {"C": 3, "F": frames, "H": height, "W": width}
+        sizes = {"C": self.config["pixels"]["channels"], "F": frames, "H": height, "W": width}
         pixels = [
             self._checked(tensors.decode(self.client, piece, **parameters), layout, B=len(piece), **sizes)
             for piece in latents.split(limit)

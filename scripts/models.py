@@ -17,7 +17,7 @@ from scripts.console import note
 from scripts.instances import dollars, table_price
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
-WIDE = 226
+WIDE = 236
 """Columns of the table. A narrower terminal gets a few lines for each model."""
 
 
@@ -57,6 +57,8 @@ def declared(model: type[Model], name: str) -> str:
 
 def instance(key: str) -> str:
     """Return the instance of the model's endpoint and its price by the list of `instances.AS_OF`."""
+    if MODELS[key].download:
+        return "none: its weights are not on the Hub"
     needs_image = " with IMAGE" if why_not_deployable(key) else ""
     return f"{MODELS[key].instance}, {dollars(table_price('aws', MODELS[key].instance, 'x1'))}/h{needs_image}"
 
@@ -69,11 +71,19 @@ def checkpoint(model: type[Model]) -> str:
     return "/".join(filter(None, (str(folder), model.subfolder)))
 
 
-def why_not_deployable(model: str) -> str | None:
-    """Return why the stock Inference Toolkit cannot run the model, or None. requirements.txt bounds its diffusers."""
+def why_not_deployable(model: str, image: str | None = None) -> str | None:
+    """Return why an endpoint cannot run the model, or None.
+
+    requirements.txt bounds the diffusers of the stock Inference Toolkit. A container image has the newest one.
+    """
     handler, bound = MODELS[model], re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
+    if handler.download:
+        return (
+            f"{model} cannot be deployed: its weights are not on the Hub, only at {handler.download}; "
+            f"`make serve MODEL={model} WEIGHTS=FILE` runs it on a machine of your own"
+        )
     needed, below = ([int(number) for number in version.split(".")] for version in (handler.diffusers, bound[1]))
-    if needed < below:
+    if needed < below or image:
         return None
     vae_class = declared(handler, "vae_class")
     return (
@@ -89,11 +99,8 @@ def is_shipped(model: str) -> bool:
 
 
 def published_models(image: str | None) -> list[str]:
-    """Return the models with weights on the Hub that an endpoint can run, and note why it cannot run the others.
-
-    A container image of this project runs all of them.
-    """
-    reasons = {key: None if image else why_not_deployable(key) for key in MODELS if not is_shipped(key)}
+    """Return the models with weights on the Hub that an endpoint can run, and note why it cannot run the others."""
+    reasons = {key: why_not_deployable(key, image) for key in MODELS if not is_shipped(key)}
     for reason in filter(None, reasons.values()):
         note(reason)
     return [key for key, reason in reasons.items() if not reason]
@@ -122,8 +129,11 @@ def scaling(model: type[Model]) -> str:
 
 
 def gives_raw_latents(model: type[Model]) -> bool:
-    """Return whether the latents of the model's own pipeline are not scaled."""
-    return (model.pipeline_layout or ("BCFHW" if model.kind == "video" else "BCHW")) in model.raw_layouts
+    """Return whether the latents of the model's own pipeline are not scaled, and the VAE takes them so."""
+    return (
+        not model.takes_scaled
+        and (model.pipeline_layout or ("BCFHW" if model.kind == "video" else "BCHW")) in model.raw_layouts
+    )
 
 
 def scaling_factors(model: type[Model]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from safetensors import SafetensorError
 
+from handlers import fitting_models
 from scripts.connections import run_server
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,9 @@ def main(
     port: Annotated[int, typer.Option(envvar="PORT", help="Port to listen on.")] = 8000,
     weights: Annotated[
         str | None,
-        typer.Option(envvar="WEIGHTS", help='Folder with the weights, or "random"; default: the checkpoint.'),
+        typer.Option(
+            envvar="WEIGHTS", help='Folder, .safetensors file, org/repo[:subfolder][@revision], or "random".'
+        ),
     ] = None,
     device: Annotated[
         str | None,
@@ -45,7 +48,7 @@ def main(
 
         EndpointHandler(str(REPOSITORY))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {error}{fitting_models(error)}") from None
     if is_loopback(host):
         app.state.loopback_host = host
     elif not settings.api_token:

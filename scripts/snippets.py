@@ -28,13 +28,15 @@ def calling_code(addresses: Mapping[str, str]) -> str:
 def diffusers_snippet(model: type[Model], url: str) -> str:
     """Return code with diffusers' client. A parameter without an argument goes into the URL."""
     sent, save = sent_parameters(model), 'decoded.save("decoded.jpg")'
-    if "num_frames" in sent:
-        url += f"?num_frames={sent.pop('num_frames')}"
+    in_url = [f"{name}={sent.pop(name)}" for name in ("num_frames", "normalized") if name in sent]
+    url += f"?{'&'.join(in_url)}" if in_url else ""
     if sent.get("do_scaling"):  # the default of remote_decode
         del sent["do_scaling"]
     if model.kind == "video":
         sent |= {"output_type": "mp4", "return_type": "mp4"}
         save = 'with open("decoded.mp4", "wb") as file:\n    file.write(decoded)'
+    elif model.pixel_channels == 4:  # JPEG has no transparency
+        sent["image_format"], save = "png", 'decoded.save("decoded.png")'
     arguments = "".join(f", {name}={literal(value)}" for name, value in sent.items())
     return f"""\
 import torch
@@ -102,4 +104,6 @@ def sent_parameters(model: type[Model]) -> dict[str, Any]:
         sent["num_frames"] = model.decoded_frames(latent_frames(model))
     if gives_raw_latents(model):
         return sent | {"do_scaling": False}
+    if model.takes_scaled and model.raw_layouts:  # the pipeline's own are raw
+        sent["normalized"] = "true"
     return sent | (scaling_factors(model) or {"do_scaling": True})

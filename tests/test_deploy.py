@@ -15,7 +15,7 @@ from PIL import Image
 from rich.filesize import decimal
 
 from handlers import MODELS
-from scripts.deployment.plan import default_name
+from scripts.deployment.plan import default_name, weight_files
 from scripts.local_server import ROOT
 from scripts.models import license_link
 from tests.support.deploy_runner import (
@@ -66,7 +66,7 @@ def printed_code(result: Result) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", result.out, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["tiny", *PUBLISHED])
 def test_dry_run_prints_the_plan_with_no_torch_no_token_and_no_network(
     deploy: Runner, hub: Hub, bare: dict[str, str], model: str
 ) -> None:
@@ -85,7 +85,7 @@ def test_dry_run_prints_the_plan_with_no_torch_no_token_and_no_network(
         assert text in result.out
     files = listed_files(result.out)
     assert {"handler.py", "handlers/", "requirements.txt", "endpoint.json", "README.md"} < files.keys()
-    assert {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} < files.keys()
+    assert {f"vae/{name}" for name in weight_files(model)} < files.keys()
 
 
 def test_dry_run_shows_the_options(deploy: Runner) -> None:
@@ -281,7 +281,7 @@ def test_only_the_vae_of_a_checkpoint_is_uploaded(hub: Hub, deploy: Runner, mode
     assert listing(uploaded).keys() == listed_files(plan.out).keys()
     checkpoint = hub.repos[MODELS[model].checkpoint]
     folder = f"{MODELS[model].subfolder}/" if MODELS[model].subfolder else ""
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+    for name in weight_files(model):
         assert uploaded[f"vae/{name}"] == checkpoint.files[folder + name]
     record = json.loads(uploaded["endpoint.json"])
     assert record["revision"] == checkpoint.commits[-1][0]
@@ -417,7 +417,8 @@ def test_a_class_too_new_for_an_endpoint_is_refused(deploy: Runner, tmp_path: Pa
         refused = deploy("deploy", "--model", "sdxl", *dry_run)
         assert (refused.status, refused.out, refused.lines) == (1, "", [f"error: {message}"])
     others = deploy("deploy", "--all", "--dry-run")
-    assert (others.status, others.lines) == (0, [message])
+    assert others.status == 0
+    assert message in others.lines
     assert "MODEL=sdxl;" not in others.out
     in_image = deploy("deploy", "--all", "--dry-run", "--image", "ghcr.io/ana/remote-vae:0.1.0-cuda")
     assert (in_image.status, in_image.lines) == (0, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import requests
 import torch
 from diffusers.utils.remote_utils import remote_decode
 from diffusers.video_processor import VideoProcessor
+from PIL import Image
 from torch import Tensor
 
 from handlers.model import Model
@@ -21,6 +23,7 @@ from handlers.serving.media.output import write_mp4
 from handlers.serving.vae.autoencoder import DecodeOptions, PixelRange, decode_at_once, encode_at_once, has_frames
 from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.vae import VAE
+from remote_vae import RemoteVAE
 from tests.support import pipelines
 from tests.support.checkpoints import SMALL, build, model_for, small_tiles
 from tests.support.pipelines import FIRST_FRAME, PIPELINES, Unavailable
@@ -81,7 +84,7 @@ def some_latents(
 def some_pixels(model: type[Model], frames: int, batch: int = 1, rows: int = 4, columns: int = 6) -> Tensor:
     time = (frames,) if model.kind == "video" else ()
     sides = rows * model.vae_scale_factor, columns * model.vae_scale_factor
-    return torch.rand((batch, 3, *time, *sides), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return torch.rand((batch, model.pixel_channels, *time, *sides), generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def available(pipeline: str, call: Callable[..., Any], *args: Any, **parameters: Any) -> Any:
@@ -210,6 +213,8 @@ def test_every_mode_equals_diffusers(service: Service, mode: Callable[[str], Non
         sent = {"output_type": "pt", "latents_layout": model.pipeline_layout and "BCFHW"} if task == "decode" else {}
         if model.kind == "image":
             sent.pop("latents_layout", None)
+        if model.takes_scaled:
+            sent["do_scaling"] = True
         response = service.post(key, inputs, task, **sent)
         if not offered or (name == "tiled" and task not in model.tiles):
             assert response.status_code == 422, response.text
@@ -217,7 +222,8 @@ def test_every_mode_equals_diffusers(service: Service, mode: Callable[[str], Non
         assert as_tensor(response).isfinite().all()
         assert response.headers["X-VAE-Mode"] == name
         expected = [compute_expected(vae, model, task, item, tiled=name == "tiled") for item in inputs.split(1)]
-        assert_close(as_tensor(response), torch.cat(expected), 1e-4 if name == "reduced" else 3e-5)
+        # few channels of an image's layers make rounding larger
+        assert_close(as_tensor(response), torch.cat(expected), 1e-4 if name == "reduced" or model.has_layers else 3e-5)
 
 
 def compute_expected(vae: Any, model: type[Model], task: str, item: Tensor, tiled: bool) -> Tensor:
@@ -232,6 +238,105 @@ def compute_expected(vae: Any, model: type[Model], task: str, item: Tensor, tile
     small_tiles(copy.eval(), model.vae_scale_factor)
     copy.enable_tiling()
     return by_itself(copy, item) if task == "decode" else encode_at_once(copy, item)
+
+
+TRANSPARENT = [key for key in ("qwen-image-2.1", "qwen-image-layered") if key in SERVED]
+
+
+class TestTransparency:
+    """Tests of images with transparency, and of layers."""
+
+    @pytest.mark.parametrize("has_first", [True, False])
+    @pytest.mark.parametrize("layout", ["packed", "BCFHW"])
+    def test_layers_equal_the_pipeline(self, service: Service, layout: str, has_first: bool) -> None:
+        """Test latents with the original image before the layers, as the pipeline has them, and of layers alone."""
+        key, layers = "qwen-image-layered", 3
+        latents = torch.randn(1, 16, layers + 1, 6, 4, generator=torch.Generator().manual_seed(0))
+        result = pipelines.decode("QwenImageLayeredPipeline", service.model(key), latents, layers=layers)
+        sent = {"height": 48, "width": 32, "do_scaling": True, "layers": layers}
+        tensor = latents if layout == "BCFHW" else result.latent.unflatten(1, (layers + 1, -1))
+        if not has_first:
+            tensor = tensor[:, :, 1:] if layout == "BCFHW" else tensor[:, 1:]
+        tensor = tensor.contiguous() if layout == "BCFHW" else tensor.flatten(1, 2).contiguous()
+        decoded = service.tensor(key, tensor, "decode", output_type="pt", **sent)
+        assert decoded.shape == (layers, 4, 48, 32)
+        assert_close(decoded, result.decoded[:, :, 0], 1e-4)  # a batch rounds differently
+        archive = service.post(key, tensor, "decode", headers={"Accept": "application/zip"}, image_format="png", **sent)
+        with zipfile.ZipFile(io.BytesIO(archive.content)) as files:
+            images = [np.asarray(Image.open(files.open(name))) for name in files.namelist()]
+        assert_same_pixels(np.stack(images), result.pixels[0], decoded)
+
+    def test_layers_are_named(self, service: Service) -> None:
+        latents = torch.zeros(1, 16, 4, 6, 4)
+        error = service.refusal("qwen-image-layered", latents, "decode", output_type="pt")
+        assert "latents of several layers need `layers`, the number of layers" in error
+        for layers in (2, 5):
+            service.refusal("qwen-image-layered", latents, "decode", output_type="pt", layers=layers)
+        error = service.refusal("qwen-image", torch.zeros(1, 16, 1, 6, 4), "decode", output_type="pt", layers=1)
+        assert error == "`layers`: this model's images have no layers; leave it out"
+        one = service.tensor("qwen-image-layered", latents[:, :, :1].contiguous(), "decode", output_type="pt")
+        assert one.shape == (1, 4, 48, 32)
+
+    @pytest.mark.parametrize("key", TRANSPARENT)
+    def test_files_keep_it(self, service: Service, key: str) -> None:
+        latents = some_latents(key)
+        sent = {"output_type": "pt", "partial_postprocess": True}
+        expected = service.tensor(key, latents, "decode", **sent).numpy()[0]
+        assert expected.shape[-1] == 4
+
+        def image(**parameters: Any) -> Image.Image:
+            return Image.open(io.BytesIO(service.post(key, latents, "decode", **parameters).content))
+
+        for default in ({}, {"image_format": "png"}):
+            assert image(**default).mode == "RGBA"
+            assert np.array_equal(np.asarray(image(**default)), expected)
+        assert image(image_format="webp").mode == "RGBA"
+        for jpeg in ({"image_format": "jpg"}, {"image_format": "jpeg", "quality": 50}):
+            error = service.refusal(key, latents, "decode", **jpeg)
+            assert error.startswith("this model's images have transparency, and JPEG has none: send background=white")
+        assert service.post(key, latents, "decode", headers={"Accept": "image/jpeg"}).status_code == 422
+        laid = Image.new("RGBA", image().size, "#102030")
+        laid.alpha_composite(Image.fromarray(expected))
+        png = image(image_format="png", background="#102030")
+        assert png.mode == "RGB"
+        assert np.array_equal(np.asarray(png), np.asarray(laid.convert("RGB")))
+        laid_jpeg = image(image_format="jpg", background="white")
+        assert (laid_jpeg.format, laid_jpeg.mode) == ("JPEG", "RGB")
+        assert "background" in service.refusal(key, latents, "decode", image_format="jpg", background="#10203")
+
+    @pytest.mark.parametrize("key", TRANSPARENT)
+    def test_files_and_tensors_are_encoded_with_it(self, service: Service, key: str) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (48, 32, 4), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        opaque = np.dstack([pixels[..., :3], np.full((48, 32), 255, np.uint8)])
+
+        def encoded(image: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+            return service.tensor(key, tensor.contiguous(), "encode")
+
+        response = requests.post(f"{service.url}/{key}/encode", data=file.getvalue(), timeout=60)
+        assert_close(as_tensor(response), encoded(pixels))
+        for task in ("encode", ""):
+            assert_close(service.tensor(key, torch.from_numpy(pixels), task), encoded(pixels))
+        assert_close(encoded(pixels[..., :3]), encoded(opaque))
+        assert_close(service.tensor(key, torch.from_numpy(pixels[..., :3].copy()), "encode"), encoded(opaque))
+        assert not torch.allclose(encoded(pixels), encoded(opaque))
+        error = service.refusal("qwen-image", torch.from_numpy(pixels), "encode")
+        assert "is no shape of pixels" in error
+        channels = torch.zeros(model_for(key).latent_channels, 32, 4, dtype=torch.uint8)  # rows, or channels of latents
+        assert "POST pixels to /encode and latents to /decode" in service.refusal(key, channels, "")
+
+    @pytest.mark.parametrize("key", TRANSPARENT)
+    @torch.no_grad()
+    def test_the_remote_vae_has_it(self, service: Service, key: str) -> None:
+        local, remote = service.model(key), RemoteVAE(f"{service.url}/{key}")
+        pixels = some_pixels(model_for(key), 1).unsqueeze(2)
+        latents = local.encode(pixels).latent_dist.mode()
+        assert_close(remote.encode(pixels).latent_dist.mode(), latents)
+        assert_close(remote.decode(latents).sample, local.decode(latents).sample)
+        (image,) = remote.remote.decode_async(latents, do_scaling=False).result()
+        assert image.mode == "RGBA"
 
 
 class TestAmbiguousInput:

@@ -22,8 +22,8 @@ from handlers.serving import metrics
 from handlers.serving.limits import Limits
 from scripts import models
 from scripts.local_server import ROOT
-from tests.support.small_pipelines import CASES, make
-from tests.support.small_service import Service
+from tests.support.small_pipelines import CASES, STEPS, make, run
+from tests.support.small_service import SERVED, Service
 
 README = (ROOT / "README.md").read_text()
 DIFFUSERS = (ROOT / "docs" / "diffusers.md").read_text()
@@ -147,8 +147,25 @@ def test_curl_pipes_a_stream_to_a_player(service: Service, tmp_path: Path) -> No
 def test_snippets_of_the_models_run_unchanged(
     key: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if key not in (*SERVED, "tiny"):
+        pytest.skip(f"{key} needs diffusers {MODELS[key].diffusers}")
     monkeypatch.chdir(tmp_path)
     assert run_snippets(MODELS_PAGE, key, f"{service.url}/{key}")
+
+
+@pytest.mark.filterwarnings(DEPRECATED)
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+def test_the_documented_callback_shows_each_step(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run a pipeline of Wan with the callback of the guide, which decodes with the tiny VAE."""
+    monkeypatch.chdir(tmp_path)
+    preview = run_snippets(MODELS_PAGE, "taew2.1", f"{service.url}/taew2.1")["preview"]
+    case = next(case for case in CASES if case.pipeline == "WanPipeline")
+    run(make(case, service.model("wan-2.1")), case, callback_on_step_end=preview)
+    for step in range(STEPS):
+        with av.open(f"step-{step}.mp4") as video:
+            assert sum(1 for _ in video.decode(video=0)) == case.arguments["num_frames"]
 
 
 @pytest.mark.parametrize("key", dict.fromkeys(key for key, _ in snippets(REMOTE_VAE)))

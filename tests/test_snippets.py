@@ -11,10 +11,10 @@ from PIL import Image
 from handlers import MODELS
 from remote_vae import check
 from scripts import snippets
-from tests.support.checkpoints import SMALL
+from tests.support import small_service
 from tests.support.small_service import Service
 
-SERVED = [key for key in MODELS if key in SMALL or key == "tiny"]
+SERVED = [key for key in MODELS if key in small_service.SERVED or key == "tiny"]
 """Models with a small checkpoint."""
 
 
@@ -36,7 +36,8 @@ def test_the_printed_code_runs(service: Service, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HF_TOKEN", "hf_ofTheTests")
     monkeypatch.setattr(snippets, "SIZE", 96)
     url, kind = f"{service.url}/{model}", MODELS[model].kind
-    for snippet, name in ((snippets.diffusers_snippet, "decoded.jpg"), (snippets.token_snippet, "decoded.png")):
+    image = "decoded.jpg" if MODELS[model].pixel_channels == 3 else "decoded.png"
+    for snippet, name in ((snippets.diffusers_snippet, image), (snippets.token_snippet, "decoded.png")):
         exec(snippet(MODELS[model], url), {})
         if kind == "video":
             name = "decoded.mp4"

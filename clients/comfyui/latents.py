@@ -67,6 +67,8 @@ class Latents:
         if config["vae_class"] == "AutoencoderKLFlux2":
             self.channels, self.factor = 4 * self.channels, 2 * self.factor
             self.parameters = {"latents_layout": "patchified", "do_scaling": True}
+        elif config["vae_class"] == "AutoencoderKLMiniMaxH3":
+            self.parameters["do_scaling"] = True
         elif config["vae_class"] in NORMALIZED:
             self.parameters |= {"do_scaling": True, "normalized": True}
             self.statistics = Statistics(config["normalization"])

@@ -37,6 +37,7 @@ class RemoteVAE(comfy.sd.VAE):
         run_remotely(self.first_stage_model, client, latents)
         self.latent_channels = latents.channels
         self.latent_dim = latents.dimensions
+        self.output_channels = config["pixels"]["channels"]
         self.not_video = not latents.is_video  # then images are a batch, not the frames of a video
         self.upscale_ratio = self.downscale_ratio = latents.factor
         self.upscale_index_formula = self.downscale_index_formula = None

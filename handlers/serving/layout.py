@@ -12,6 +12,8 @@ from handlers.model import Kind, Task
 class Layout:
     """Shapes of a VAE: images [B, 3, H, W] or videos [B, 3, F, H, W], and latents with C channels and smaller sizes.
 
+    Transparent images have 4 channels.
+
     Some VAEs take images as videos of one frame; their latents are [B, C, 1, H, W]. Others take videos as batches of
     images, which does not matter here.
     """
@@ -30,6 +32,8 @@ class Layout:
     """True if the encoder gives a distribution, which has moments and samples."""
     clip: int | None = None
     """Latent frames of a clip (see `Model.clip`)."""
+    pixel_channels: int = 3
+    """Channels of pixels: 3 for RGB, 4 for RGBA."""
 
     @property
     def ndim(self) -> int:
@@ -91,6 +95,8 @@ class Layout:
 
     def describe_pixels(self) -> str:
         """Return the shape of a batch of pixels in words, for error texts."""
+        channels = "3" if self.pixel_channels == 3 else "3 or 4"
         if self.kind == "video":
-            return "[B, 3, F, height, width]"
-        return "[B, 3, height, width]" + (" or [B, 3, 1, height, width]" if self.ndim == 5 else "")
+            return f"[B, {channels}, F, height, width]"
+        frame = f" or [B, {channels}, 1, height, width]" if self.ndim == 5 else ""
+        return f"[B, {channels}, height, width]{frame}"

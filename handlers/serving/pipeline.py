@@ -197,7 +197,7 @@ class Pipeline:
             self._check_moments(parameters)
         if parameters.stream and (output_kind is not OutputKind.MP4 or accept.json):
             raise RequestError("`stream`: only the MP4 file of a decoded video is streamed, and not inside JSON", 422)
-        image_format = choose_image_format(parameters, accept, output_kind)
+        image_format = choose_image_format(parameters, accept, output_kind, self.layout.pixel_channels == 4)
         body = files[0] if len(files) == 1 else files
         return Request(task, body, body_kind, parameters, output_kind, accept, image_format)
 
@@ -225,7 +225,7 @@ class Pipeline:
         matches = layouts.matches(shape, parameters)
         if "packed" in matches or (matches and (parameters.latents_layout or parameters.output_type)):
             return False  # pixels have neither parameter
-        if matches and pixels.is_encodable(shape, self.layout):
+        if matches and pixels.is_encodable(shape, self.layout, parameters.dtype):
             raise RequestError(
                 f"`shape` {list(shape)} may be pixels, or latents ({' or '.join(matches)}); POST pixels to /encode and "
                 "latents to /decode"
@@ -462,7 +462,10 @@ class Pipeline:
 
     def render(self, request: Request, value: Tensor | output.Mp4Writer) -> output.Content:
         """Encode the body of the response."""
-        return output.render(value, request.output_kind, request.image_format, request.parameters.quality)
+        parameters = request.parameters
+        return output.render(
+            value, request.output_kind, request.image_format, parameters.quality, parameters.background
+        )
 
     def measure(self) -> None:
         """Set the gauges of `/metrics`."""

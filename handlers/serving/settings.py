@@ -36,7 +36,7 @@ class Settings(Limits):
     model: str | None = None
     """Key of the model in `handlers.MODELS`; several keys are separated by commas."""
     weights: str | None = None
-    """Folder with the weights, or "random" for the published architecture with seeded random values.
+    """Folder, .safetensors file or `org/repo[:subfolder][@revision]`, or "random" for seeded random values.
 
     For several models, the folder has a subfolder for each, named by its key.
     """

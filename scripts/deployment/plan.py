@@ -80,8 +80,8 @@ class Plan:
     def create(cls, model: str | None, name: str | None = None, instance: str | None = None, **options: Any) -> Plan:
         """Check the options and fill in the defaults. `DeployError` names the Makefile's variable that is wrong."""
         models = find_models(model)
-        if not options.get("image"):
-            for reason in filter(None, map(why_not_deployable, models)):
+        for key in models:
+            if reason := why_not_deployable(key, options.get("image")):
                 raise DeployError(reason)
         dearest = max((MODELS[key] for key in models), key=instance_price)
         plan = cls(models, name or default_name(*models), instance or dearest.instance, **options)
@@ -137,14 +137,21 @@ def find_models(model: str | None) -> tuple[str, ...]:
     return tuple(models)
 
 
+def weight_files(model: str) -> tuple[str, ...]:
+    """Return the names of a model's files: `WEIGHT_FILES`, or one file without a config."""
+    return (file,) if (file := MODELS[model].file) else WEIGHT_FILES
+
+
 def find_weights(model: str, weights: str | None) -> Path | None:
     """Return the folder whose weights are uploaded, after a check of its files; None for weights on the Hub."""
     handler = MODELS[model]
     if weights is None and not is_shipped(model):
         return None
     folder = Path(weights or handler.checkpoint).expanduser()
-    if missing := [name for name in WEIGHT_FILES if not (folder / name).is_file()]:
+    if missing := [name for name in weight_files(model) if not (folder / name).is_file()]:
         raise DeployError(f"WEIGHTS={folder} has no {' and no '.join(missing)}")
+    if handler.file:  # a file without a config
+        return folder
     vae_class = "unknown class"
     with suppress(ValueError, AttributeError):  # config.json is not a JSON object
         vae_class = json.loads((folder / "config.json").read_text()).get("_class_name", vae_class)

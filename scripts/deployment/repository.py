@@ -20,7 +20,7 @@ from handlers import MODELS, __version__
 from scripts.console import DeployError, if_stopped, note, say
 from scripts.deployment.account import Account
 from scripts.deployment.calls import HubError, call, is_transient
-from scripts.deployment.plan import WEIGHT_FILES, Plan
+from scripts.deployment.plan import Plan, weight_files
 from scripts.deployment.texts import describe_origin, model_card
 
 PROJECT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ STORAGE_TIMEOUT = 20
 """Seconds in which the storage must respond. An upload to a silent storage would say nothing for minutes."""
 
 Checkpoints = dict[str, ModelInfo]
-"""The checkpoint on the Hub of each model, with `WEIGHT_FILES` alone as its `siblings`."""
+"""The checkpoint on the Hub of each model, with its `weight_files` alone as its `siblings`."""
 
 
 def small_files(plan: Plan, revisions: dict[str, str]) -> dict[str, bytes]:
@@ -50,9 +50,9 @@ def small_files(plan: Plan, revisions: dict[str, str]) -> dict[str, bytes]:
 
 
 def weight_paths(plan: Plan, model: str) -> list[str]:
-    """Return the paths of the model's `WEIGHT_FILES` in the repository."""
+    """Return the paths of the model's `weight_files` in the repository."""
     folder = "vae" if len(plan.models) == 1 else f"vae/{model}"
-    return [f"{folder}/{name}" for name in WEIGHT_FILES]
+    return [f"{folder}/{name}" for name in weight_files(model)]
 
 
 def describe_files(plan: Plan) -> dict[str, int | None]:
@@ -63,9 +63,10 @@ def describe_files(plan: Plan) -> dict[str, int | None]:
         name = "handlers/" if path.startswith("handlers/") else path
         sizes[name] = (sizes.get(name) or 0) + len(data)
     for key in plan.models:
-        weights = [1_000, MODELS[key].weights_mb and MODELS[key].weights_mb * 1_000_000]
+        names, published = weight_files(key), MODELS[key].weights_mb
+        weights = [1_000, published and published * 1_000_000][-len(names) :]
         if folder := plan.weight_folders.get(key):
-            weights = [(folder / name).stat().st_size for name in WEIGHT_FILES]
+            weights = [(folder / name).stat().st_size for name in names]
         sizes |= zip(weight_paths(plan, key), weights, strict=True)
     return sizes
 
@@ -148,7 +149,7 @@ class Repository:
         name = MODELS[model].checkpoint
         info = self._look_up_checkpoint(name, revision)
         files = {file.rfilename: file for file in info.siblings}
-        paths = ["/".join(filter(None, (MODELS[model].subfolder, file))) for file in WEIGHT_FILES]
+        paths = ["/".join(filter(None, (MODELS[model].subfolder, file))) for file in weight_files(model)]
         if missing := [path for path in paths if path not in files]:
             raise DeployError(f"{name} has no {' and no '.join(missing)} at commit {info.sha[:8]}")
         info.siblings = [files[path] for path in paths]
@@ -195,12 +196,12 @@ class Repository:
         changes = Changes(dict(small_files(plan, {model: info.sha for model, info in checkpoints.items()})))
         changes.deleted = self.files.keys() - changes.added.keys()
         for key in plan.models:
-            for index, path in enumerate(weight_paths(plan, key)):
+            for index, (path, name) in enumerate(zip(weight_paths(plan, key), weight_files(key), strict=True)):
                 changes.deleted.discard(path)
                 deployed = self.files.get(path)
                 if folder := plan.weight_folders.get(key):
-                    if not is_same(folder / WEIGHT_FILES[index], deployed):
-                        changes.added[path] = folder / WEIGHT_FILES[index]
+                    if not is_same(folder / name, deployed):
+                        changes.added[path] = folder / name
                 elif not deployed or deployed.blob_id != checkpoints[key].siblings[index].blob_id:
                     changes.copied[path] = checkpoints[key], checkpoints[key].siblings[index]
         return changes

@@ -25,16 +25,20 @@ import torch
 from torch import Tensor
 
 from handlers import MODELS
+from handlers.serving.vae.autoencoder import PixelRange
 from handlers.version import VERSION
 from remote_vae import RemoteVAEError
 from scripts.local_server import ROOT
 from tests.support.faulty_proxy import faulty_proxy
-from tests.support.small_service import Service
+from tests.support.small_service import SERVED, Service
 
 STAND_IN = Path(__file__).parent / "comfyui_stand_in"
 TOKEN = "hf_theTokenThatNobodyMaySee"
 TAESD = {"taesd": (0.18215, 0), "taesdxl": (0.13025, 0), "taesd3": (1.5305, 0.0609), "taef1": (0.3611, 0.1159)}
-VIDEOS = [key for key, model in MODELS.items() if model.kind == "video" and key != "svd"]
+SMALL = [key for key in MODELS if key in (*SERVED, "tiny")]
+VIDEOS = [key for key in SMALL if MODELS[key].kind == "video" and key not in ("svd", "taew2.1", "minimax-h3")]
+"""Models of videos. ComfyUI takes SVD's as a batch of images, has TAEHV's itself, and MiniMax-H3 has a test."""
+IMAGES = [key for key in SMALL if MODELS[key].kind == "image" or key == "svd"]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def noise(*shape: int) -> Tensor:
 
 def to_raw(key: str, model: Any, latents: Tensor) -> Tensor:
     """Convert ComfyUI's latents to the input of diffusers' class."""
-    if key == "flux2":  # [B, 32 * 4, h/2, w/2], normalized by the BatchNorm
+    if key.startswith("flux2"):  # [B, 32 * 4, h/2, w/2], normalized by the BatchNorm
         mean, variance = (value.view(1, -1, 1, 1) for value in (model.bn.running_mean, model.bn.running_var))
         latents = latents * (variance + model.config.batch_norm_eps).sqrt() + mean
         return torch.nn.functional.pixel_shuffle(latents, 2)
@@ -94,7 +98,7 @@ def to_raw(key: str, model: Any, latents: Tensor) -> Tensor:
 
 def with_frames(key: str, tensor: Tensor) -> Tensor:
     """Add the dimension of frames if diffusers' class has it and ComfyUI's batch does not."""
-    return tensor.unsqueeze(2) if key == "qwen-image" and tensor.ndim == 4 else tensor
+    return tensor.unsqueeze(2) if key.startswith("qwen-image") and tensor.ndim == 4 else tensor
 
 
 @torch.no_grad()
@@ -110,17 +114,22 @@ def encoded(model: Any, pixels: Tensor) -> Tensor:
     return output.latent_dist.mode() if "latent_dist" in output else output[0]
 
 
-@pytest.mark.parametrize("key", [key for key, model in MODELS.items() if key not in VIDEOS])
+@pytest.mark.parametrize("key", IMAGES)
 def test_images(key: str, service: Service, load: Callable[[str], Any]) -> None:
     """Test VAE Decode and VAE Encode. ComfyUI crops the middle of an image whose size the VAE cannot take."""
     model, vae = service.model(key), load(f"{service.url}/{key}")
-    channels = {"flux2": 128}.get(key, MODELS[key].latent_channels)
-    side = {"flux2": 16}.get(key, MODELS[key].vae_scale_factor)
+    is_flux2, has_frames = key.startswith("flux2"), key.startswith("qwen-image")
+    channels = 128 if is_flux2 else MODELS[key].latent_channels
+    side = 16 if is_flux2 else MODELS[key].vae_scale_factor
     assert (vae.latent_channels, vae.spacial_compression_encode()) == (channels, side)
-    latents = with_frames(key, noise(1 if key == "qwen-image" else 2, channels, 2, 3))
-    assert torch.allclose(vae.decode(latents), decoded(key, model, latents), atol=1e-5)
+    latents = with_frames(key, noise(1 if has_frames else 2, channels, 2, 3))
+    pixels = vae.decode(latents)
+    assert pixels.shape[-1] == vae.output_channels == MODELS[key].pixel_channels
+    assert torch.allclose(pixels, decoded(key, model, latents), atol=1e-5)
     pixels = random_image(2, 2 * side + 3, 3 * side)
     cropped = with_frames(key, pixels[:, 1:-2].movedim(-1, 1))
+    if MODELS[key].pixel_channels == 4:  # LoadImage gives no alpha
+        cropped = torch.cat([cropped, torch.ones_like(cropped[:, :1])], 1)
     latents = vae.encode(pixels)
     assert latents.shape[:2] == (2, channels)
     assert latents.shape[-2:] == (2, 3)
@@ -143,6 +152,21 @@ def test_videos(key: str, service: Service, load: Callable[[str], Any]) -> None:
     assert latents.shape[2] == vae.downscale_ratio[0](len(frames)) == 3
     expected = encoded(model, frames[:count].movedim(-1, 0).unsqueeze(0))
     assert torch.allclose(to_raw(key, model, latents), expected, atol=1e-4)
+
+
+@pytest.mark.skipif("minimax-h3" not in SERVED, reason="the installed diffusers has no MiniMax-H3")
+def test_minimax_h3(service: Service, load: Callable[[str], Any]) -> None:
+    """Test clips, and latents that are normalized in ComfyUI."""
+    model, vae = service.model("minimax-h3"), load(f"{service.url}/minimax-h3")
+    latents = noise(1, 24, 7, 4, 4)
+    mean, std = (torch.tensor(model.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    pixel_range = PixelRange(MODELS["minimax-h3"].pixel_statistics)
+    with torch.no_grad():
+        expected = pixel_range.from_own(model.decode(latents * std + mean).sample)
+    decoded = ((expected + 1) / 2).clamp(0, 1).movedim(1, -1)
+    assert torch.allclose(vae.decode(latents), decoded, atol=1e-5)
+    frames = random_image(26, 64, 64)
+    assert vae.encode(frames).shape == (1, 24, vae.downscale_ratio[0](26), 4, 4) == (1, 24, 7, 4, 4)
 
 
 @pytest.mark.parametrize("key", ["flux", "flux2", "qwen-image", "wan-2.1"])
@@ -182,7 +206,7 @@ def test_another_device_is_selected(key: str, service: Service, load: Callable[[
     assert torch.equal(selected.decode(latents), vae.decode(latents))
 
 
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", SMALL)
 def test_ltx_statistics(key: str, service: Service, load: Callable[[str], Any]) -> None:
     """Convert normalized latents to raw latents and back, as LTXVLatentUpsampler does."""
     remote = load(f"{service.url}/{key}").first_stage_model

@@ -26,9 +26,9 @@ from scripts.local_server import ROOT, serve
 from tests.conftest import Endpoint, faulty_endpoint, same_video
 from tests.page.conftest import Visit, visit
 from tests.remote_vae.test_proxy import proxy
-from tests.support.checkpoints import SMALL, model_for
+from tests.support.checkpoints import model_for
 from tests.support.faulty_server import THIRD_CHUNK_SLOW
-from tests.support.small_service import Service
+from tests.support.small_service import SERVED, Service
 
 TOKEN = "a-token-of-this-test"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -266,7 +266,7 @@ class TestSavedLatents:
             assert download(opened, "#save-decoded")[1] == direct
 
     @pytest.mark.parametrize("save", ["#save-npy", "#save-safetensors"])
-    @pytest.mark.parametrize("key", [key for key in SMALL if model_for(key)])
+    @pytest.mark.parametrize("key", SERVED)
     def test_saved_latents_of_every_model(
         self, browser: Browser, service: Service, image: Path, tmp_path: Path, key: str, save: str
     ) -> None:
@@ -308,6 +308,24 @@ class TestSavedLatents:
         expected = torch.frombuffer(bytearray(encoded.content), dtype=torch.float32)
         assert torch.equal(latents.flatten(), expected)
         assert about["normalized"] == str(not raw).lower()
+
+
+def test_a_transparent_image(browser: Browser, service: Service, tmp_path: Path) -> None:
+    """Test that transparency is encoded, decoded and shown on a checkerboard, and that other models get white."""
+    pixels = np.full((64, 64, 4), 200, np.uint8)
+    pixels[:, 32:, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "clear.png")
+    for key in ("qwen-image-layered", "qwen-image"):
+        with visit(browser, f"{service.url}/{key}/") as opened:
+            opened.choose(tmp_path / "clear.png")
+            expect(opened.page.locator("#facts")).to_contain_text("memory mode")
+            expect(opened.page.locator("#psnr")).to_contain_text("dB")
+            _, content = download(opened, "#save-decoded")
+            alpha = "document.querySelector('#original').getContext('2d').getImageData(48, 32, 1, 1).data[3]"
+            checkered = opened.page.locator("#stage.checkered").count()
+            mode = Image.open(io.BytesIO(content)).mode
+            expected = ("RGBA", 0, 1) if key == "qwen-image-layered" else ("RGB", 255, 0)
+            assert (mode, opened.page.evaluate(alpha), checkered) == expected
 
 
 def test_another_origin_may_not_call(browser: Browser, tiny: str) -> None:

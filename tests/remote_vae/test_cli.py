@@ -157,6 +157,28 @@ def test_an_invalid_token_is_not_printed(token: str) -> None:
     assert "secr" not in errors
 
 
+def test_layers_with_transparency(service: Service, tmp_path: Path) -> None:
+    """Test latents of ComfyUI, of an image and its two layers."""
+    url, file = f"{service.url}/qwen-image-layered", tmp_path / "z.latent"
+    latents = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    save_file({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])}, file)
+    _, error = remote_vae("decode", url, file, tmp_path / "o.png", "--layers", 2, status=1)
+    assert "holds latents of ComfyUI, which are raw for most models: add --raw" in error
+    out, _ = remote_vae("decode", url, file, tmp_path / "o.png", "--layers", 2, "--raw")
+    assert out.split() == [str(tmp_path / f"o-{index}.png") for index in range(2)]
+    with Image.open(tmp_path / "o-1.png") as image, torch.no_grad():
+        pixels = service.model("qwen-image-layered").decode(latents[:, :, 2:]).sample[0, :, 0]
+        expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+        assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
+    _, error = remote_vae("decode", url, file, tmp_path / "o.jpg", "--layers", 2, "--raw", status=1)
+    assert "JPEG has none: send background=white" in error
+    options = ("--layers", 2, "--raw", "--background", "white")
+    assert len(remote_vae("decode", url, file, tmp_path / "o.jpg", *options)[0].split()) == 2
+    save_file({"latent_tensor": latents}, file)
+    _, error = remote_vae("decode", url, file, tmp_path / "o.png", "--raw", status=1)
+    assert "it is of an old ComfyUI, which scaled latents by 0.18215" in error
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])
 def test_decoding_a_batch(service: Service, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"latents{suffix}"

@@ -39,8 +39,16 @@ CONFIG: dict[str, Any] = {
     "device": "cpu",
     "kind": "image",
     "sample_modes": ["argmax", "sample", "moments"],
-    "latents": {"channels": 4, "layout": "BCHW", "pipeline_layout": "BCHW", "vae_scale_factor": 8, "clip": 1},
-    "pixels": {"layout": "BCHW", "frame_counts": [1, 1, 1], "statistics": None},
+    "latents": {
+        "channels": 4,
+        "layout": "BCHW",
+        "pipeline_layout": "BCHW",
+        "vae_scale_factor": 8,
+        "clip": 1,
+        "least_frames": 1,
+        "takes_scaled": False,
+    },
+    "pixels": {"layout": "BCHW", "channels": 3, "frame_counts": [1, 1, 1], "statistics": None},
     "limits": {"max_batch": 64, "max_pixels": 128_000_000, "max_body_mb": 512},
 }
 PAGE = b"<!doctype html><title>Sign in</title><form>\x1b]0;owned\x07</form>"

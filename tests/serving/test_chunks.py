@@ -15,6 +15,7 @@ from benchmarks.peak import peak_bytes
 from handlers import MODELS
 from handlers.serving.vae.chunks import decode_chunks
 from handlers.serving.vae.low_memory import reduced_peak
+from handlers.serving.vae.weights import find_class
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_a_failure_midway_restores_the_model(model: Any, monkeypatch: pytest.Mon
 @torch.inference_mode()
 def test_an_image_is_one_chunk(key: str) -> None:
     handler = MODELS[key]
-    model = getattr(diffusers, handler.vae_class).from_config(handler.published_config).eval()
+    model = find_class(handler.vae_class).from_config(handler.published_config).eval()
     z = torch.zeros(1, handler.published_config["latent_channels"], 4, 4)
     (pixels,) = decode_chunks(model, z)
     assert torch.equal(pixels, model.decode(z).sample)

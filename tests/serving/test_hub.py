@@ -6,7 +6,7 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,16 +45,18 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-def fetch(url: str, cache: Path, *checkpoints: Sequence[str | None], **environment: str) -> list[str]:
+def fetch(
+    url: str, cache: Path, *checkpoints: Sequence[str | None], code: str = FETCH, **environment: str
+) -> list[str]:
     """Return the files of each checkpoint, or the error."""
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FETCH, json.dumps(checkpoints)],
+        [sys.executable, "-W", "error", "-c", code, json.dumps(checkpoints)],
         cwd=ROOT,
         env={**clean_environment(), "HF_HOME": str(cache), "HF_ENDPOINT": url, **environment},
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=120,
     )
     return result.stdout.splitlines()
 
@@ -98,3 +100,32 @@ def test_an_unreachable_hub(hub: Hub, tmp_path: Path, reason: str) -> None:
     assert files == f"{CONFIG} {WEIGHTS}"
     assert error.startswith("the Hub cannot be reached (")
     assert f"), and vae/{CONFIG} of lab/none is not in the cache; fix the network" in error
+
+
+WEIGHTS_OF_A_USER = """
+import json, sys
+from handlers import MODELS
+from handlers.serving.settings import Settings
+from handlers.serving.vae.weights import load_model
+import torch
+
+for name in json.loads(sys.argv[1]):
+    try:
+        print(type(load_model(MODELS["sd-v1"], "", Settings(weights=name), torch.float32)).__name__)
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_weights_of_a_user(hub: Hub, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Test names of repositories, with a subfolder and a commit."""
+    files = {name: (checkpoint("sd-v1") / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    hub.repos["lab/own"] = Repo()
+    first = hub.repos["lab/own"].commit({f"deep/{name}": data for name, data in files.items()})
+    hub.repos["lab/own"].commit({"README.md": b"moved"})
+    names = (f"lab/own:deep@{first}", "lab/own:deep")
+    assert fetch(hub.url, tmp_path / "cache", *names, code=WEIGHTS_OF_A_USER) == [
+        "AutoencoderKL",
+        f"lab/own has no deep/{CONFIG}: https://huggingface.co/lab/own",
+    ]

@@ -1,6 +1,7 @@
 """Tests of the sources of weights, and of the published architectures."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,17 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from prometheus_client import REGISTRY
+from safetensors.torch import load_file, save_file
 
-from handlers import MODELS
+from handlers import MODELS, fitting_models
 from handlers.base import EndpointHandler
+from handlers.model import WrongWeights
 from handlers.serving.errors import RequestError
 from handlers.serving.settings import Settings
+from handlers.serving.vae.hub import Repository
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
+from tests.conftest import SMALL
 
 
 def read_bias(vae: VAE) -> torch.Tensor:
@@ -54,6 +59,100 @@ def test_the_checkpoint_is_requested_from_the_hub(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises((OSError, LocalEntryNotFoundError), match="madebyollin/sdxl-vae-fp16-fix"):
         VAE.load(MODELS["sdxl"], str(tmp_path), Settings(), "cpu")
+
+
+class Small(MODELS["sd-v1"]):
+    """A model whose published network is that of the small checkpoints."""
+
+    published_config = {**MODELS["sd-v1"].published_config, **SMALL}
+
+
+ORIGINAL = (
+    (r"\.(down|up)_blocks\.(\d)\.resnets\.(\d)\.", r".\1.\2.block.\3."),
+    (r"\.down_blocks\.(\d)\.downsamplers\.0\.", r".down.\1.downsample."),
+    (r"\.up_blocks\.(\d)\.upsamplers\.0\.", r".up.\1.upsample."),
+    (r"\.up\.(\d)\.", lambda match: f".up.{3 - int(match[1])}."),
+    (r"\.mid_block\.resnets\.(\d)\.", lambda match: f".mid.block_{int(match[1]) + 1}."),
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+    (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
+    (r"\.attn_1\.to_([qkv])\.", r".attn_1.\1."),
+    (r"\.attn_1\.to_out\.0\.", ".attn_1.proj_out."),
+    ("conv_shortcut", "nin_shortcut"),
+    ("conv_norm_out", "norm_out"),
+)
+"""Names in the files of Stable Diffusion's authors, and of Civitai, for diffusers' own."""
+
+
+def to_original(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    original = {}
+    for name, tensor in weights.items():
+        for pattern, replacement in ORIGINAL:
+            name = re.sub(pattern, replacement, name)
+        is_attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
+        original[name] = tensor[..., None, None] if is_attention else tensor
+    return original
+
+
+class TestOwnWeights:
+    """Tests of the files and folders that a user names, and of the errors of wrong ones."""
+
+    @pytest.mark.parametrize("layout", ["diffusers", "original"])
+    def test_a_single_file(self, checkpoint: Callable[[str], Path], tmp_path: Path, layout: str) -> None:
+        folder, file = checkpoint("sd-v1"), tmp_path / "anime.safetensors"
+        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+        save_file(weights if layout == "diffusers" else to_original(weights), file)
+        vae = VAE.load(Small, "", Settings(weights=str(file)), "cpu")
+        expected = VAE.load(MODELS["sd-v1"], "", Settings(weights=str(folder)), "cpu")
+        state = expected.model.state_dict()
+        assert vae.model.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in vae.model.state_dict().items())
+        assert vae.config.scaling_factor == 0.18215
+
+    def test_a_folder_of_another_model_names_those_that_it_fits(self, checkpoint: Callable[[str], Path]) -> None:
+        for key, fitting in (
+            ("flux", "they fit MODEL=sd3 or flux or "),
+            ("hunyuan-video", "they fit MODEL=hunyuan-video"),
+        ):
+            with pytest.raises(WrongWeights) as caught:
+                VAE.load(MODELS["sdxl"], "", Settings(weights=str(checkpoint(key))), "cpu")
+            assert fitting in f"{caught.value}{fitting_models(caught.value)}"
+
+    @pytest.mark.parametrize("layout", ["diffusers", "original"])
+    def test_a_file_of_another_network(self, checkpoint: Callable[[str], Path], tmp_path: Path, layout: str) -> None:
+        weights, file = (
+            load_file(checkpoint("flux") / "diffusion_pytorch_model.safetensors"),
+            tmp_path / "x.safetensors",
+        )
+        save_file(weights if layout == "diffusers" else to_original(weights), file)
+        with pytest.raises(
+            WrongWeights, match=r"x\.safetensors has the weights of another network than Small"
+        ) as caught:
+            VAE.load(Small, "", Settings(weights=str(file)), "cpu")
+        assert "they fit MODEL=sd3 or flux or " in fitting_models(caught.value)
+
+    def test_files_that_are_no_weights(self, tmp_path: Path) -> None:
+        broken = tmp_path / "broken.safetensors"
+        broken.write_bytes(b"no weights at all")
+        with pytest.raises(OSError, match=r"broken\.safetensors is no \.safetensors file"):
+            VAE.load(Small, "", Settings(weights=str(broken)), "cpu")
+        for name in (tmp_path / "missing.safetensors", "not/a/name"):
+            with pytest.raises(FileNotFoundError, match=r"name a folder that has, a \.safetensors file, or org/repo"):
+                VAE.load(Small, "", Settings(weights=str(name)), "cpu")
+
+    @pytest.mark.parametrize(
+        ("text", "parts"),
+        [
+            ("org/repo", ("org/repo", None, None)),
+            ("org/my.repo:vae/deep@main", ("org/my.repo", "vae/deep", "main")),
+            ("org/repo@0123abc", ("org/repo", None, "0123abc")),
+            ("org/repo:anime.safetensors", ("org/repo", "anime.safetensors", None)),
+            ("folder", None),
+            ("./org/repo", None),
+            ("/org/repo", None),
+        ],
+    )
+    def test_names_on_the_hub(self, text: str, parts: tuple[str | None, ...] | None) -> None:
+        assert Repository.parse(text) == (Repository(*parts) if parts else None)
 
 
 def test_an_older_diffusers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

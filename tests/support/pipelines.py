@@ -48,14 +48,16 @@ class PipelineResult:
 def decode(pipeline: str, vae: Any, latents: Tensor, **arguments: Any) -> PipelineResult:
     """Run the end of the pipeline's `__call__` on plain latents, [B, C, h, w] or [B, C, F, h, w].
 
-    A name that ends with "Step" is a block of a modular pipeline. The latents are packed as in the pipeline. `arguments` are further arguments or local variables of `__call__`:
+    A name that ends with "Step" is a block of a modular pipeline.
+
+    The latents are packed as in the pipeline. `arguments` are further arguments or local variables of `__call__`:
     `generator`, `decode_timestep`, `decode_noise_scale`, `decode_chunk_size`, `additional_frames`...
     """
     if pipeline.endswith("Step"):
         return _decode_in_a_step(pipeline, vae, latents)
     pipe = make(pipeline, vae)
     names = {**_defaults(pipe), **_locals(pipe, latents), **arguments, "self": pipe, "latents": pack(pipe, latents)}
-    latent = _finish(pipe, {**names, "output_type": "latent"})
+    latent = names["latents"] if pipeline in RETURNS_NO_LATENTS else _finish(pipe, {**names, "output_type": "latent"})
     decoded: list[Tensor] = []
 
     def recorded(*args: Any, decode: Callable[..., Any] = vae.decode, **kwargs: Any) -> Any:
@@ -258,10 +260,14 @@ def _prepare(pipe: Any, pixels: Tensor, generator: torch.Generator | None, *cond
 
 PACKERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     **dict.fromkeys(
-        ("FluxPipeline", "QwenImagePipeline", "QwenImageEditPipeline"), lambda pipe, z: pipe._pack_latents(z, *z.shape)
+        ("FluxPipeline", "QwenImagePipeline", "QwenImageEditPipeline", "QwenImage21Pipeline"),
+        lambda pipe, z: pipe._pack_latents(z, *z.shape),
     ),
     **dict.fromkeys(
         ("Flux2Pipeline", "Flux2KleinPipeline"), lambda pipe, z: pipe._pack_latents(pipe._patchify_latents(z))
+    ),
+    "QwenImageLayeredPipeline": lambda pipe, z: pipe._pack_latents(
+        z.movedim(2, 1).contiguous(), len(z), z.shape[1], *z.shape[-2:], z.shape[2]
     ),
     "ErnieImagePipeline": lambda pipe, z: pipe._patchify_latents(z),
     **dict.fromkeys(
@@ -275,6 +281,9 @@ PACKERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "Kandinsky5T2IPipeline": lambda pipe, z: z.unsqueeze(2).permute(0, 2, 3, 4, 1),
 }
 """Latent layouts of pipelines. The last four have no method for it: their noise has that shape."""
+
+RETURNS_NO_LATENTS = {"QwenImageLayeredPipeline"}
+"""Pipelines that fail with `output_type="latent"`, in diffusers up to 0.42. Their callbacks have the latents."""
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of MiniMax-H3's pixels, as its modular pipeline has them."""
@@ -295,6 +304,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "CosmosTextToWorldPipeline": {"safety_checker": torch.nn.Module()},
     "CosmosVideoToWorldPipeline": {"safety_checker": torch.nn.Module()},
+    "QwenImage21Pipeline": {"processor": MagicMock()},
     "StableDiffusionPipeline": {"requires_safety_checker": False},
     "StableDiffusionInpaintPipeline": {"requires_safety_checker": False},
 }
@@ -309,6 +319,8 @@ ENCODERS: dict[str, Callable[[Any, Tensor, torch.Generator | None], Tensor]] = {
     "FluxImg2ImgPipeline": lambda pipe, x, g: pipe._encode_vae_image(x, g),
     "Flux2Pipeline": lambda pipe, x, g: pipe._encode_vae_image(x, g),
     "Flux2KleinPipeline": lambda pipe, x, g: pipe._encode_vae_image(x, g),
+    "QwenImage21Pipeline": lambda pipe, x, g: pipe._encode_vae_image(x.unsqueeze(2), g),
+    "QwenImageLayeredPipeline": lambda pipe, x, g: pipe._encode_vae_image(x.unsqueeze(2), g),
     "QwenImageEditPipeline": lambda pipe, x, g: pipe._encode_vae_image(x.unsqueeze(2), g),
     "QwenImageImg2ImgPipeline": lambda pipe, x, g: pipe._encode_vae_image(x.unsqueeze(2), g),
     "CogView4ControlPipeline": _inline("__call__", "control_image", "vae_shift_factor"),
@@ -357,10 +369,13 @@ PIPELINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cogview4": (("CogView4Pipeline",), ("CogView4ControlPipeline",)),
     "glm-image": (("GlmImagePipeline",), ("GlmImagePipeline",)),
     "flux2": (("Flux2Pipeline", "Flux2KleinPipeline", "ErnieImagePipeline"), ("Flux2Pipeline", "Flux2KleinPipeline")),
+    "qwen-image-2.1": (("QwenImage21Pipeline",), ("QwenImage21Pipeline",)),
+    "qwen-image-layered": ((), ("QwenImageLayeredPipeline",)),
     "flux2-small": (("Flux2Pipeline", "Flux2KleinPipeline"), ("Flux2Pipeline", "Flux2KleinPipeline")),
     "qwen-image": (("QwenImagePipeline",), ("QwenImageEditPipeline", "QwenImageImg2ImgPipeline")),
     "hunyuan-image": (("HunyuanImagePipeline",), ()),
     "sana": (("SanaPipeline",), ("SanaControlNetPipeline",)),
+    "taew2.1": ((), ()),
     "wan-2.1": (("WanPipeline",), ("WanVideoToVideoPipeline",)),
     "wan-2.2": (("WanPipeline",), ("WanVideoToVideoPipeline",)),
     "hunyuan-video": (
@@ -381,5 +396,7 @@ PIPELINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "easyanimate": (("EasyAnimatePipeline",), ("EasyAnimateControlPipeline",)),
     "cosmos-1.0": (("CosmosTextToWorldPipeline",), ("CosmosVideoToWorldPipeline",)),
 }
-"""Pipelines that decode with a model's VAE, and pipelines that encode. diffusers has none for HunyuanImage and Mochi.
+"""Pipelines that decode with a model's VAE, and pipelines that encode.
+
+None encodes for HunyuanImage and Mochi, and none has a VAE of the TAEHV family.
 """

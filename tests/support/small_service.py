@@ -16,6 +16,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from handlers.serving.media.output import describe, tensor_bytes
+from handlers.serving.vae.weights import find_class
 from scripts.local_server import ROOT, serve
 from tests.support.checkpoints import SMALL, model_for, save, small_tiles
 
@@ -32,19 +33,25 @@ class Service:
         self.model = cache(self._load)
 
     def _load(self, key: str) -> Any:
-        cls = getattr(diffusers, json.loads((self.folder / key / "config.json").read_text())["_class_name"])
-        model = cls.from_pretrained(self.folder / key).eval().requires_grad_(False)
+        model = (
+            find_class(SMALL[key][0] if key in SMALL else "AutoencoderKL")
+            .from_pretrained(self.folder / key)
+            .eval()
+            .requires_grad_(False)
+        )
         if (declared := model_for(key)) and declared.always_tiles:  # as in `models_server`
             small_tiles(model, declared.vae_scale_factor)
         return model
 
-    def post(self, key: str, tensor: Tensor, task: str, **parameters: Any) -> requests.Response:
+    def post(
+        self, key: str, tensor: Tensor, task: str, headers: dict[str, str] | None = None, **parameters: Any
+    ) -> requests.Response:
         shape, dtype = describe(tensor)
         return requests.post(
             f"{self.url}/{key}/{task}",
             data=tensor_bytes(tensor),
             params={"shape": shape, "dtype": dtype, **parameters},
-            headers={"Content-Type": "tensor/binary"},
+            headers={"Content-Type": "tensor/binary", **(headers or {})},
             timeout=60,
         )
 

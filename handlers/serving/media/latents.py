@@ -37,6 +37,7 @@ class LatentsLayouts:
         self.patch = declared.patch
         self.padding_frames = declared.padding_frames
         self.least_latent_frames = declared.least_latent_frames
+        self.has_layers = declared.has_layers
         self.own: LatentsLayout = "BCFHW" if layout.ndim == 5 else "BCHW"
         names = [self.own, "packed", declared.pipeline_layout, *declared.latents_layouts]
         if layout.kind == "image":
@@ -72,12 +73,14 @@ class LatentsLayouts:
         if not names:
             raise RequestError(self._refusal(shape, parameters), 422)
         name, axes = names[0], self._patch_axes(names[0])
-        source, target = self._patterns(name)
+        source, target = self._patterns(name, parameters.layers)
         if name == "packed":
             _, axes["h"], axes["w"] = self._packed_grid(parameters)
         elif len(shape) < len(PATTERNS[name].split()):
             source, target = source.removeprefix("b "), f"1 {target.removeprefix('b ')}"
         latents = rearrange(latents, f"{source} -> {target}", **axes).contiguous()
+        if parameters.layers:  # a first frame that is no layer is left out
+            return rearrange(latents[:, :, -parameters.layers :], "b c f h w -> (b f) c 1 h w").contiguous(), name
         return self._without_padding(latents, parameters), name
 
     def check_layout(self, name: LatentsLayout | None, shape: Sequence[int]) -> None:
@@ -101,13 +104,13 @@ class LatentsLayouts:
         target, source = self._patterns(name)
         return rearrange(latents, f"{source} -> {target}", **self._patch_axes(name))
 
-    def _patterns(self, name: LatentsLayout) -> tuple[str, str]:
+    def _patterns(self, name: LatentsLayout, layers: int | None = None) -> tuple[str, str]:
         """Return einops' pattern of a layout, and of the VAE's own with the same axes."""
         pattern, own = PATTERNS[name], PATTERNS[self.own]
         if self._patch_axes(name):
             own = own.replace("h", "(h p)").replace("w", "(w q)")
         pattern = " ".join(GROUPS.get(dimension, dimension) for dimension in pattern.split())
-        if self.layout.kind == "image":  # its one frame
+        if self.layout.kind == "image" and not layers:  # its one frame
             pattern, own = pattern.replace("f", "1"), own.replace("f", "1")
         return pattern, own
 
@@ -119,13 +122,20 @@ class LatentsLayouts:
         channels, dimensions = self.layout.latent_channels, PATTERNS[name].split()
         if len(shape) == len(dimensions) - 1 and name != "packed":
             dimensions = dimensions[1:]
-        sizes = {"c": channels, "features": channels * self.patch**2}
+        sizes: dict[str, tuple[int, ...]] = {"c": (channels,), "features": (channels * self.patch**2,)}
+        layers = parameters.layers
+        frames: tuple[int, ...] = (1,)
+        if layers:
+            if not self.has_layers or name not in ("packed", "BCFHW"):
+                return False
+            frames = (layers, layers + 1)
         if self.layout.kind == "image":
-            sizes["f"] = 1
+            sizes["f"] = frames
         if name == "packed":
-            sizes["tokens"] = math.prod(self._packed_grid(parameters))
+            grid = math.prod(self._packed_grid(parameters))
+            sizes["tokens"] = tuple(count * grid for count in frames)
         return len(shape) == len(dimensions) and all(
-            size == sizes.get(dimension, size) for dimension, size in zip(dimensions, shape, strict=True)
+            size in sizes.get(dimension, (size,)) for dimension, size in zip(dimensions, shape, strict=True)
         )
 
     def _packed_grid(self, parameters: Parameters) -> tuple[int, int, int]:
@@ -176,6 +186,13 @@ class LatentsLayouts:
         """Describe the shapes that the model takes, for an error text."""
         if parameters.latents_layout and parameters.latents_layout not in self.names:
             return self._unknown(parameters.latents_layout)
+        if parameters.layers and not self.has_layers:
+            return "`layers`: this model's images have no layers; leave it out"
+        if self.has_layers and not parameters.layers:
+            return (
+                f"`shape` {shape}: latents of several layers need `layers`, the number of layers, and packed ones "
+                "`height` and `width`"
+            )
         plain = " or ".join(self._describe(name) for name in self.names if name != "packed")
         sizes = f"height={str(parameters.height)[:20]}, width={str(parameters.width)[:20]}"
         if self.layout.kind == "video":

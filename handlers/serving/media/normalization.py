@@ -105,6 +105,8 @@ class Normalization:
         Raises:
             RequestError: a parameter does not apply to this model, or the parameters are ambiguous; status 422.
         """
+        if self.declared.takes_scaled:
+            self._check_takes_scaled(parameters)
         if not self._is_scaled(parameters, task, layout):
             return Scaling()
         uses_config = parameters.do_scaling and parameters.scaling_factor is None
@@ -131,6 +133,16 @@ class Normalization:
                 422,
             )
         return parameters.normalized
+
+    def _check_takes_scaled(self, parameters: Parameters) -> None:
+        """Refuse raw latents of the large VAE, and its factor, for a VAE that has neither."""
+        has_factor = parameters.scaling_factor not in (None, 1.0) or parameters.shift_factor
+        if has_factor or not parameters.do_scaling or parameters.normalized is False:
+            raise RequestError(
+                "this VAE takes and gives latents in the range of the diffusion model alone, not raw ones: send "
+                "do_scaling=true without a factor",
+                422,
+            )
 
     def _check_not_inverted(self) -> None:
         if self.inverts and self.factor:

@@ -198,14 +198,31 @@ def read_image(body: Body, limits: Limits, batch: int = 1) -> Image.Image:
     return decode_image(inspect_image(body, limits, batch))
 
 
+def to_rgba(image: Image.Image) -> Image.Image:
+    """Convert an image to RGBA, with 16 bits per channel rounded to 8. Without transparency it is opaque."""
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    return image if image.mode == "RGBA" else image.convert("RGBA")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB, with transparency flattened on white and 16 bits per channel rounded to 8."""
-    if image.mode.startswith("I"):  # Pillow would clip it to 8 bits
-        gray = np.asarray(image, np.int64)
-        levels = ((gray + 128) // 257).clip(0, 255).astype(np.uint8)
-        levels[gray == image.info.get("transparency", -1)] = 255
-        return Image.fromarray(levels).convert("RGB")
+    if image.mode.startswith("I"):
+        image = _from_16_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return lay_on(image, "white")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def lay_on(image: Image.Image, color: str) -> Image.Image:
+    """Lay an image with transparency on a color, and return RGB."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Convert 16 gray bits to RGBA. Pillow would clip them to 8 bits."""
+    gray = np.asarray(image, np.int64)
+    levels = Image.fromarray(((gray + 128) // 257).clip(0, 255).astype(np.uint8))
+    alpha = np.where(gray == image.info.get("transparency", -1), 0, 255).astype(np.uint8)
+    return Image.merge("RGBA", (levels, levels, levels, Image.fromarray(alpha)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from handlers.serving.errors import RequestError
 from handlers.serving.layout import Layout
-from handlers.serving.media.payload import to_rgb
+from handlers.serving.media.payload import to_rgb, to_rgba
 from handlers.serving.media.request import OutputKind
 
 STRIP = 2**18
@@ -20,7 +20,7 @@ STRIP = 2**18
 
 
 def shape_of_images(sizes: Sequence[tuple[int, int]], layout: Layout) -> tuple[int, ...]:
-    """Return the shape of the VAE's input: [N, 3, H, W] for images, or [1, 3, F, H, W] for the frames of a video.
+    """Return the shape of the VAE's input: [N, 3 or 4, H, W] for images, or [1, 3, F, H, W] for the frames of a video.
 
     Sizes are rounded down to multiples of `vae_scale_factor`, like in diffusers' pipelines. A video is cut to the most
     frames that the VAE encodes without dropping one.
@@ -41,8 +41,8 @@ def shape_of_images(sizes: Sequence[tuple[int, int]], layout: Layout) -> tuple[i
     height, width = height - height % scale, width - width % scale
     if layout.kind == "video":
         fitting, _ = layout.fitting_frames(len(sizes))
-        return 1, 3, fitting, height, width
-    return len(sizes), 3, height, width
+        return 1, layout.pixel_channels, fitting, height, width
+    return len(sizes), layout.pixel_channels, height, width
 
 
 def from_images(images: Iterable[Image.Image], shape: tuple[int, ...]) -> Tensor:
@@ -53,7 +53,7 @@ def from_images(images: Iterable[Image.Image], shape: tuple[int, ...]) -> Tensor
     """
     height, width = shape[-2:]
     count = shape[2] if len(shape) == 5 else shape[0]
-    floats = np.empty((count, height, width, 3), np.float32)
+    floats = np.empty((count, height, width, shape[1]), np.float32)
     for target, image in zip(floats, images, strict=False):  # a video may have more frames than the shape
         _convert(image, target)
         del image
@@ -66,60 +66,71 @@ def from_images(images: Iterable[Image.Image], shape: tuple[int, ...]) -> Tensor
 
 
 def _convert(image: Image.Image, target: np.ndarray) -> None:
-    """Resize an image of any mode and write its floats in [-1, 1] to `target` [H, W, 3]."""
-    height, width, _ = target.shape
+    """Resize an image of any mode and write its floats in [-1, 1] to `target` [H, W, 3 or 4]."""
+    height, width, channels = target.shape
+    convert = to_rgb if channels == 3 else to_rgba
     if image.size != (width, height):
-        image = VaeImageProcessor().resize(_rgb(image), height, width)
-    for top, strip in _rgb_strips(image):
+        image = VaeImageProcessor().resize(_converted(image, convert), height, width)
+    for top, strip in _strips(image, convert):
         rows = target[top : top + strip.height]
         np.divide(np.asarray(strip), 255, out=rows, dtype=np.float32)
         rows *= 2
         rows -= 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert a whole image to RGB on white, in strips, because converting it at once takes more copies."""
-    if image.mode == "RGB" and not image.has_transparency_data:
+Converter = Callable[[Image.Image], Image.Image]
+
+
+def _converted(image: Image.Image, convert: Converter) -> Image.Image:
+    """Convert a whole image to RGB on white, or RGBA, in strips, because converting it at once takes more copies."""
+    if convert is to_rgb and image.mode == "RGB" and not image.has_transparency_data:
         return image
-    rgb = Image.new("RGB", image.size)
-    for top, strip in _rgb_strips(image):
-        rgb.paste(strip, (0, top))
-    return rgb
+    whole = Image.new("RGB" if convert is to_rgb else "RGBA", image.size)
+    for top, strip in _strips(image, convert):
+        whole.paste(strip, (0, top))
+    return whole
 
 
-def _rgb_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yield strips of an image in RGB on white, from the top, each with its first row."""
+def _strips(image: Image.Image, convert: Converter) -> Iterator[tuple[int, Image.Image]]:
+    """Yield converted strips of an image from the top, each with its first row."""
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
-        yield top, to_rgb(image.crop((0, top, image.width, min(top + rows, image.height))))
+        yield top, convert(image.crop((0, top, image.width, min(top + rows, image.height))))
 
 
 def is_pixels(shape: tuple[int, ...], dtype: str | None, layout: Layout) -> bool:
-    """Return whether a tensor of this shape holds pixels: 3 channels first, or last in uint8 (like `to_output`)."""
-    batched = len(shape) == layout.pixels_ndim and shape[1] == 3
-    unbatched = len(shape) == layout.pixels_ndim - 1 and shape[0] == 3
-    return batched or unbatched or _is_channels_last(shape, dtype) or _is_one_frame(shape, layout)
+    """Return whether a tensor of this shape holds pixels: channels first, or last in uint8 (like `to_output`).
+
+    There are 3 channels, or 4 for a VAE of transparent images.
+    """
+    channels = (3, layout.pixel_channels)
+    batched = len(shape) == layout.pixels_ndim and shape[1] in channels
+    unbatched = len(shape) == layout.pixels_ndim - 1 and shape[0] in channels
+    return batched or unbatched or _is_channels_last(shape, dtype, layout) or _is_one_frame(shape, layout)
 
 
-def is_encodable(shape: Sequence[int], layout: Layout) -> bool:
-    """Return whether pixels of this shape, channels first, can be encoded."""
+def is_encodable(shape: Sequence[int], layout: Layout, dtype: str | None = None) -> bool:
+    """Return whether pixels of this shape can be encoded. With a dtype, uint8 may have its channels last."""
+    if _is_channels_last(tuple(shape), dtype, layout):
+        shape = shape[:-1]
     return not (shape[-1] % layout.vae_scale_factor or shape[-2] % layout.vae_scale_factor)
 
 
-def _is_channels_last(shape: tuple[int, ...], dtype: str | None) -> bool:
-    return dtype == "uint8" and len(shape) in (3, 4) and shape[-1] == 3
+def _is_channels_last(shape: tuple[int, ...], dtype: str | None, layout: Layout) -> bool:
+    return dtype == "uint8" and len(shape) in (3, 4) and shape[-1] in (3, layout.pixel_channels)
 
 
 def _is_one_frame(shape: tuple[int, ...], layout: Layout) -> bool:
     """Return whether the shape is [B, 3, 1, H, W], the input of an image VAE with frames."""
-    return layout.kind == "image" and layout.ndim == 5 == len(shape) and shape[1:3] == (3, 1)
+    channels = (3, layout.pixel_channels)
+    return layout.kind == "image" and layout.ndim == 5 == len(shape) and shape[1] in channels and shape[2] == 1
 
 
 def to_batch(pixels: Tensor, layout: Layout, exact: bool = False) -> Tensor:
     """Convert pixels to [B, 3, H, W] (image) or [B, 3, F, H, W] (video), in their own dtype.
 
     uint8 pixels may also be [H, W, 3], [B, H, W, 3] or, for a video, [F, H, W, 3]. Images for a VAE with frames may be
-    [B, 3, 1, H, W].
+    [B, 3, 1, H, W]. A VAE of transparent images gets 4 channels; 3 are opaque.
 
     Args:
         exact: accept any size that diffusers' own pass takes, which may crop or pad.
@@ -132,7 +143,7 @@ def to_batch(pixels: Tensor, layout: Layout, exact: bool = False) -> Tensor:
     dtype = str(pixels.dtype).removeprefix("torch.")
     if not is_pixels(tuple(shape), dtype, layout):
         raise RequestError(f"`shape` {shape} is no shape of pixels: expected {layout.describe_pixels()}", 422)
-    if _is_channels_last(tuple(shape), dtype):
+    if _is_channels_last(tuple(shape), dtype, layout):
         pixels = pixels.movedim(-1, -3)
         if layout.kind == "video":  # several frames, or one
             pixels = (pixels if pixels.ndim == 4 else pixels.unsqueeze(0)).movedim(1, 0)
@@ -140,6 +151,9 @@ def to_batch(pixels: Tensor, layout: Layout, exact: bool = False) -> Tensor:
         pixels = pixels.squeeze(2)
     if pixels.ndim < layout.pixels_ndim:
         pixels = pixels.unsqueeze(0)
+    if pixels.shape[1] < layout.pixel_channels:  # opaque
+        alpha = torch.full_like(pixels[:, :1], 255 if pixels.dtype == torch.uint8 else 1)
+        pixels = torch.cat([pixels, alpha], 1)
     if exact:
         if min(pixels.shape[-2:]) < scale:
             raise RequestError(f"`shape` {shape}: height and width must be at least {scale}", 422)

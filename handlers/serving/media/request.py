@@ -80,6 +80,10 @@ class Parameters(BaseModel):
     """Format of an image file. Absent: `Accept` decides, then JPEG."""
     stream: bool = False
     """True if an MP4 is sent while it is decoded."""
+    background: Annotated[str, Field(pattern="^(white|black|#[0-9a-fA-F]{6})$")] | None = None
+    """Color that an image file with transparency is laid on: white, black or #rrggbb. Required for JPEG."""
+    layers: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Layers of an image, for a model of layers. Its latents may have one more at the start, which is left out."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Quality of a JPEG or WebP file."""
     fps: Annotated[float, Field(ge=1, le=240)] | None = None
@@ -241,19 +245,29 @@ def decode_output_kind(kind: Kind, parameters: Parameters, accept: Accept) -> Ou
     return OutputKind.PIXELS
 
 
-def choose_image_format(parameters: Parameters, accept: Accept, output_kind: OutputKind) -> ImageFormat:
+def choose_image_format(
+    parameters: Parameters, accept: Accept, output_kind: OutputKind, is_transparent: bool = False
+) -> ImageFormat:
     """Return the format of an image response: the parameter, the `Accept` header's, or the default.
 
-    The default is JPEG, and PNG inside JSON, like in the Inference Toolkit.
+    The default is JPEG, and PNG inside JSON, like in the Inference Toolkit, and for images with transparency.
 
     Raises:
-        RequestError: the header refuses every format; status 406.
+        RequestError: the header refuses every format; status 406. JPEG has no transparency, and no background is named;
+            status 422.
     """
-    if parameters.image_format:
-        return cast(ImageFormat, parameters.image_format)
-    if output_kind in (OutputKind.IMAGE, OutputKind.IMAGES):
-        return accept.image_format("png" if accept.json else "jpg")
-    return "jpg"
+    if output_kind not in (OutputKind.IMAGE, OutputKind.IMAGES):
+        return cast(ImageFormat, parameters.image_format or "jpg")
+    keeps_transparency = is_transparent and not parameters.background
+    default: ImageFormat = "png" if accept.json or keeps_transparency else "jpg"
+    image_format = cast(ImageFormat, parameters.image_format or accept.image_format(default))
+    if image_format == "jpg" and keeps_transparency:
+        raise RequestError(
+            "this model's images have transparency, and JPEG has none: send background=white (or black, or #rrggbb), "
+            "or image_format=png or webp",
+            422,
+        )
+    return image_format
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from handlers.model import SampleMode
+from handlers.serving.vae.taehv import TinyVideoAutoencoder
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,15 @@ class PixelRange:
 
 def has_frames(model: Any) -> bool:
     """Return whether the model's tensors have a dimension for frames, even for images. The first convolution tells."""
-    return isinstance(next(m for m in model.encoder.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), nn.Conv3d)
+    if isinstance(model, TinyVideoAutoencoder):
+        return True
+    for module in model.encoder.modules():
+        # the convolutions of Qwen-Image 2.1 are of images, and its tensors have frames nevertheless
+        if isinstance(module, nn.Conv3d) or type(module).__name__.endswith("CausalConv3d"):
+            return True
+        if isinstance(module, nn.Conv2d):
+            return False
+    return False
 
 
 def decode_at_once(model: Any, latents: Tensor, options: DecodeOptions = DecodeOptions()) -> Tensor:

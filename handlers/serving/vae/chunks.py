@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
 from handlers.serving.vae.autoencoder import DecodeOptions, decode_at_once
+from handlers.serving.vae.taehv import TinyVideoAutoencoder
 
 
 def decode_chunks(
@@ -95,5 +96,6 @@ CHUNKED_DECODERS: dict[type[Any], Callable[[Any, Tensor], Iterator[Tensor]]] = {
     AutoencoderKLWan: _frame_by_frame,
     AutoencoderKLCogVideoX: _in_small_batches,
     AutoencoderKLHunyuanVideo: _blended_chunks,
+    TinyVideoAutoencoder: TinyVideoAutoencoder.decode_frames,
 }
 """Functions for the classes that do not need all latents for the first frame. All others decode at once."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
@@ -25,37 +28,78 @@ REACH_SECONDS = 3
 """Seconds in which the Hub must respond. huggingface_hub would try for half a minute."""
 
 
+class Repository(NamedTuple):
+    """A checkpoint on the Hub, as a user names it: `org/repo[:subfolder][@revision]`."""
+
+    name: str
+    subfolder: str | None
+    revision: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Repository | None:
+        """Return the parts of a name; None for text that is none."""
+        match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@([\w./-]+))?", text)
+        return cls(*match.groups()) if match and not text.startswith(".") else None
+
+
 def fetch(checkpoint: str, subfolder: str | None, revision: str | None) -> Path:
     """Download `FILES` of a checkpoint, or find them in the cache, and return their folder.
 
     Raises:
         OSError: the Hub refuses them, or cannot be reached and they are not in the cache.
     """
-    at = f" at revision {revision}" if revision else ""
-    unreachable = _find_obstacle()
-
-    def download(name: str) -> Path:
-        file = "/".join(filter(None, (subfolder, name)))
-        return Path(hf_hub_download(checkpoint, file, revision=revision, local_files_only=unreachable is not None))
-
-    name = FILES[0]
-    try:
-        folder = download(name).parent
-        try:
-            download(name := FILES[1])
-        except EntryNotFoundError:  # also without a network, if the cache does not have the file
-            try:
-                index = download(INDEX)
-            except EntryNotFoundError:
-                index = None
-            if index is None:
-                raise
-            for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-                download(name)
-    except Exception as error:  # the HTTP library depends on the version of huggingface_hub
-        file = "/".join(filter(None, (subfolder, name)))
-        raise OSError(_explain(error, unreachable, checkpoint, file, at)) from error
+    download = _Download(checkpoint, subfolder, revision)
+    folder = download.file(FILES[0]).parent
+    if index := download.file_if_present(FILES[1], INDEX):
+        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            download.file(name)
     return folder
+
+
+def fetch_file(checkpoint: str, subfolder: str | None, name: str, revision: str | None) -> Path:
+    """Download one file of a checkpoint, or find it in the cache. `fetch` lists the errors."""
+    return _Download(checkpoint, subfolder, revision).file(name)
+
+
+class _Download:
+    """Download of files of one folder of a checkpoint."""
+
+    def __init__(self, checkpoint: str, subfolder: str | None, revision: str | None) -> None:
+        self.checkpoint, self.subfolder, self.revision = checkpoint, subfolder, revision
+        self.unreachable = _find_obstacle()
+
+    def file(self, name: str) -> Path:
+        try:
+            return self._path(name)
+        except Exception as error:  # the HTTP library depends on the version of huggingface_hub
+            raise self._explain(error, name) from error
+
+    def file_if_present(self, name: str, instead: str) -> Path | None:
+        """Download a file, or the one that a checkpoint has instead of it. Return the latter; None for the former."""
+        try:
+            self._path(name)
+            return None
+        except EntryNotFoundError as error:  # also for a file that is not in the cache, without a network
+            with suppress(EntryNotFoundError):
+                return self._path(instead)
+            raise self._explain(error, name) from error
+        except Exception as error:  # as above
+            raise self._explain(error, name) from error
+
+    def _path(self, name: str) -> Path:
+        offline = self.unreachable is not None
+        return Path(
+            hf_hub_download(
+                self.checkpoint, self._in_checkpoint(name), revision=self.revision, local_files_only=offline
+            )
+        )
+
+    def _in_checkpoint(self, name: str) -> str:
+        return "/".join(filter(None, (self.subfolder, name)))
+
+    def _explain(self, error: Exception, name: str) -> OSError:
+        at = f" at revision {self.revision}" if self.revision else ""
+        return OSError(_explain(error, self.unreachable, self.checkpoint, self._in_checkpoint(name), at))
 
 
 def _find_obstacle() -> str | None:

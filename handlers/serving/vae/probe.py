@@ -26,20 +26,23 @@ class Probe:
         """Find the shapes, in about 0.1 s for an image model and 0.4 s for a video model.
 
         Raises:
-            ValueError: the model takes no RGB images.
+            ValueError: the model takes no images of so many channels.
         """
         try:
-            encoded = self._run(posterior_of, (1, 3, SIDE, SIDE))
+            encoded = self._run(posterior_of, (1, declared.pixel_channels, SIDE, SIDE))
         except RuntimeError as error:
-            raise ValueError(f"the {declared.vae_class} of {declared.__name__} takes no RGB images: {error}") from None
+            colors = "RGB" if declared.pixel_channels == 3 else "RGBA"
+            problem = f"the {declared.vae_class} of {declared.__name__} takes no {colors} images: {error}"
+            raise ValueError(problem) from None
         variational = not isinstance(encoded, torch.Tensor)
         latents = encoded.mode() if variational else encoded
-        channels, frames = latents.shape[1], (1, 2, 3) if declared.kind == "video" else (1, 1, 1)
+        channels = latents.shape[1]
+        frames: tuple[int, ...] = (1, 2, 3) if declared.kind == "video" else (1, 1, 1)
         if declared.kind == "video" and has_frames(self.copy):
             frames = self._frame_counts(declared, channels)
         ndim = 5 if has_frames(self.copy) else 4
         scale = SIDE // latents.shape[-1]
-        return Layout(declared.kind, channels, scale, frames, ndim, variational, declared.clip)
+        return Layout(declared.kind, channels, scale, frames, ndim, variational, declared.clip, declared.pixel_channels)
 
     def _frame_counts(self, declared: type[Model], channels: int) -> tuple[int, ...]:
         """Return the frames decoded from 1, 2, ... latent frames, for one period.

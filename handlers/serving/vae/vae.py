@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from handlers.model import Model, Task
+from handlers.model import Model, Task, WrongWeights
 from handlers.serving import metrics
 from handlers.serving.errors import RequestError
 from handlers.serving.settings import Settings
@@ -86,12 +86,14 @@ class VAE:
         HEAP.configure(keep_pages=is_cpu)
         dtype = getattr(torch, settings.dtype or ("float32" if is_cpu else declared.dtype))
         model = load_model(declared, path, settings, dtype)
-        fast = settings.allows_fast(torch.device(device).type)
+        fast = settings.allows_fast(torch.device(device).type) and not declared.always_tiles
         bfloat16 = fast and is_cpu and settings.dtype is None and has_instructions(torch.bfloat16)
         vae = cls(model.to(device), declared, fast, bfloat16, settings.model or "")
         if difference := find_difference(vae.layout, declared):
             if settings.weights in (None, "random"):
                 raise ValueError(difference)
+            if vae.layout.latent_channels != declared.latent_channels:
+                raise WrongWeights(difference, declared.vae_class, vae.layout.latent_channels)
             logger.warning("%s; these weights are used nevertheless", difference)
         logger.info("running on %s in %s", device, dtype)
         if is_cpu and dtype == torch.float16 and not has_instructions(dtype):

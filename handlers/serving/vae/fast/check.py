@@ -246,7 +246,8 @@ def _inputs(model: Any, declared: type[Model], task: Task, height: int, width: i
         latents = torch.randn(1, declared.latent_channels, *frames, height // side, width // side, generator=generator)
         return latents.to(device, model.dtype)
     frames = ((latent_frames - 1) * declared.frame_factor + 1,) if has_frames(model) else ()
-    pixels = torch.rand(1, 3, *frames, height // side * side, width // side * side, generator=generator)
+    sides = height // side * side, width // side * side
+    pixels = torch.rand(1, declared.pixel_channels, *frames, *sides, generator=generator)
     return (pixels * 2 - 1).to(device, model.dtype)
 
 
