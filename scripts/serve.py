@@ -26,9 +26,7 @@ def main(
     port: Annotated[int, typer.Option(envvar="PORT", help="Port to listen on.")] = 8000,
     weights: Annotated[
         str | None,
-        typer.Option(
-            envvar="WEIGHTS", help='Folder, .safetensors file, org/repo[:subfolder][@revision], or "random".'
-        ),
+        typer.Option(envvar="WEIGHTS", help='Folder, .safetensors file, org/repo[:subfolder][@revision], or "random".'),
     ] = None,
     device: Annotated[
         str | None,
