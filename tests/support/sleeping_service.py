@@ -24,8 +24,17 @@ CONFIG: dict[str, Any] = {
     "device": "none",
     "kind": "image",
     "sample_modes": ["argmax", "sample", "moments"],
-    "latents": {"channels": 4, "layout": "BCHW", "pipeline_layout": "BCHW", "layouts": ["BCHW"], "vae_scale_factor": 8},
-    "pixels": {"layout": "BCHW", "frame_counts": [1, 1, 1], "fps": 24},
+    "latents": {
+        "channels": 4,
+        "layout": "BCHW",
+        "pipeline_layout": "BCHW",
+        "layouts": ["BCHW"],
+        "vae_scale_factor": 8,
+        "clip": 1,
+        "least_frames": 1,
+        "takes_scaled": False,
+    },
+    "pixels": {"layout": "BCHW", "channels": 3, "frame_counts": [1, 1, 1], "statistics": None, "fps": 24},
     "limits": {"max_body_mb": 512, "max_pixels": 1 << 27, "max_frames": 1, "max_batch": 64},
 }
 

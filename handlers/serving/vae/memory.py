@@ -56,7 +56,7 @@ class Estimate:
 
     def least(self, modes: Sequence[Mode], batch: int) -> Mode:
         """Return the mode that needs the fewest bytes for a batch."""
-        return min(modes, key=lambda mode: self.needed(mode, batch))
+        return min(reversed(modes), key=lambda mode: self.needed(mode, batch))
 
 
 @dataclass(frozen=True)

@@ -272,12 +272,12 @@ class VAE:
     def _describe_need(self, task: Task, shape: Sequence[int], exact: bool) -> tuple[str, str]:
         """Return the memory of the mode that needs least, and a hint how to need less, for error texts."""
         estimate = self._estimate(task, shape)
-        least = estimate.least(self._offered(task, shape, exact), shape[0])
-        gigabytes = estimate.needed(least, shape[0]) / 1e9
+        offered = self._offered(task, shape, exact)
+        gigabytes = estimate.needed(estimate.least(offered, shape[0]), shape[0]) / 1e9
         need = f"`shape` {list(shape)} takes about {gigabytes:.1f} GB of memory"
         if exact:
             return f"{need} in diffusers' own pass", "; without `exact` (or VAE_EXACT) it may take less"
-        return need + (" even in tiles" if least is Mode.TILED else ", and this model has no tiles for it"), ""
+        return need + (" even in tiles" if Mode.TILED in offered else ", and this model has no tiles for it"), ""
 
     @contextmanager
     def _pass(self, task: Task, mode: Mode) -> Iterator[tuple[Any, torch.dtype]]:
