@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 
 # Set before the import of Triton and torch: kernels run on a CPU, and the small passes of the tests and their servers
-# run on one thread each, because there are as many busy processes as cores.
+# run on one thread each, because there are as many busy processes as cores. Models run diffusers' own pass, whose
+# values most tests compare; tests/serving/test_fast.py has the tests of the default.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["VAE_FAST"] = "0"
 
 import io
 import signal

@@ -57,7 +57,8 @@ def called(tmp_path: Path) -> list[str]:
     venv.mkdir(parents=True)
     (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -c "{PYTHON}" "$@"\n')
     (venv / "python").chmod(0o755)
-    (venv / ".installed").touch()
+    for stamp in (".installed", ".bench"):
+        (venv / stamp).touch()
     folders = (f"{name}={venv.parent}" for name in ("VENV", "ENDPOINT_VENV", "DEPLOY_VENV"))
     return ["make", "--no-print-directory", "--silent", *folders]
 

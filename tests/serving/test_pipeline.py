@@ -1,7 +1,7 @@
 """Tests of the handler with JSON messages, batches, and a device with little memory."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,14 +21,6 @@ from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
 from tests.conftest import uint8_pixels
 from tests.support.messages import make_message, send
-
-
-@pytest.fixture(scope="module", autouse=True)
-def diffusers_own_pass() -> Iterator[None]:
-    """Let the models run diffusers' own pass, whose values the tests compare."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("VAE_FAST", "0")
-        yield
 
 
 @pytest.fixture(scope="module")

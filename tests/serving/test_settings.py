@@ -6,6 +6,12 @@ import pytest
 from handlers.serving.settings import Settings
 
 
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove what conftest.py sets for all tests."""
+    monkeypatch.delenv("VAE_FAST")
+
+
 def test_the_environment_overrides_endpoint_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "endpoint.json").write_text(json.dumps({"model": "flux", "revision": "abc", "version": "1"}))
     monkeypatch.setenv("VAE_DEVICE", "cpu")

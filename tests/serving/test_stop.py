@@ -60,7 +60,7 @@ def inputs(vae: VAE, task: str, batch: int) -> Tensor:
         frames = (3,) if video else (1,) if has_frames(vae.model) and vae.layout.ndim == 5 else ()
         return torch.randn(batch, vae.layout.latent_channels, *frames, 5, 5, generator=generator)
     frames, side = (9,) if video else (), vae.layout.vae_scale_factor * 5
-    return torch.rand(batch, 3, *frames, side, side, generator=generator) * 2 - 1
+    return torch.rand(batch, vae.layout.pixel_channels, *frames, side, side, generator=generator) * 2 - 1
 
 
 def run(vae: VAE, task: str, tensor: Tensor, watch: Convolutions) -> tuple[Tensor, Mode]:
@@ -100,10 +100,9 @@ def test_a_pass_stops_within_an_operation_and_the_next_succeeds(
 
 def modes(vae: VAE, task: str, monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
     """Return all modes of the model, and the fast pass without its check."""
-    offered = {mode for batch in (1, 2) for mode in vae._offered(task, batch, False)}
+    offered = {mode for batch in (1, 2) for mode in vae._offered(task, inputs(vae, task, batch).shape, False)}
     if fast := vae.memory.reduces:
-        monkeypatch.setattr(vae.fast, "fast", FastPass(vae.model))
-        monkeypatch.setattr(vae.fast, "_on", {task})
+        monkeypatch.setattr(vae.fast, "_used", {task: FastPass(vae.model)})
     return [mode for mode in Mode if mode in offered or (mode is Mode.FAST and fast)]
 
 

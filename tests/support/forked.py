@@ -63,8 +63,7 @@ class Process(context.Process):
 def start(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> Process | subprocess.Popen:
     """Start a process in the way of `local_server.start_process`.
 
-    A server runs diffusers' own pass unless `environment` says otherwise, because most tests compare values bit for
-    bit. The tests of the default are in tests/serving/test_fast.py. CUDA does not run in a forked process.
+    A server runs diffusers' own pass unless `environment` says otherwise. CUDA does not run in a forked process.
     """
     environment = {"VAE_FAST": "0", **environment}
     if from_the_start(environment) != INHERITED or environment.get("VAE_DEVICE", "").startswith("cuda"):

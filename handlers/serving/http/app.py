@@ -74,6 +74,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     )
     app.router.redirect_slashes = False
     app.state.handler = None
+    app.state.is_draining = False
     app.state.loopback_host = None  # set by the standalone server, if it listens on a loopback address
     return app
 
@@ -101,8 +102,7 @@ class CloseConnections:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def closing_send(message: Message) -> None:
-            handler = scope["app"].state.handler
-            if message["type"] == "http.response.start" and handler and handler.pipeline.device_queue.is_draining:
+            if message["type"] == "http.response.start" and scope["app"].state.is_draining:
                 MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
@@ -159,6 +159,7 @@ def drain_on_sigterm(app: Starlette) -> None:
     def drain(*arguments: Any) -> None:
         if app.state.handler is None:
             return stop(*arguments)
+        app.state.is_draining = True
         pipeline = app.state.handler.pipeline
         queue, settings = pipeline.device_queue, pipeline.settings
         loop = asyncio.get_running_loop()  # this signal has interrupted it
