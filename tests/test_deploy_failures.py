@@ -400,7 +400,7 @@ def test_ctrl_c_while_waiting(hub: Hub, deploy: Runner) -> None:
     """Press Ctrl-C as a user does in a terminal."""
     hub.script = ["pending"]
     check(
-        deploy.interrupt(*FLUX, when="POST /v2/endpoint"),
+        deploy.interrupt(*FLUX),
         f"stopped: {PAUSED[2:]}; run the same command again to continue",
         status=130,
     )

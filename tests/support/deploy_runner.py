@@ -134,8 +134,8 @@ class Runner:
         self.outputs += done.stdout + done.stderr
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def interrupt(self, *arguments: str, when: str) -> Result:
-        """Press Ctrl-C when the Hub has a request that matches `when`."""
+    def interrupt(self, *arguments: str) -> Result:
+        """Press Ctrl-C when the endpoint exists."""
         command = [sys.executable, "-m", "scripts.deploy", *arguments]
         process = subprocess.Popen(
             command,
@@ -147,7 +147,7 @@ class Runner:
         )
         deadline = time.monotonic() + 60
         with killed_at_the_end(process):
-            while not self.hub.sent(when) and time.monotonic() < deadline and process.poll() is None:
+            while not self.hub.endpoints and time.monotonic() < deadline and process.poll() is None:
                 time.sleep(0.02)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
