@@ -123,7 +123,7 @@ def test_a_stop_is_not_a_failure_of_the_mode(monkeypatch: pytest.MonkeyPatch) ->
     vae = VAE(build("sd-v1").bfloat16(), MODELS["sd-v1"])
     passes: list[Mode] = []
     begin = vae._pass
-    monkeypatch.setattr(vae, "_pass", lambda mode: passes.append(mode) or begin(mode))
+    monkeypatch.setattr(vae, "_pass", lambda task, mode: passes.append(mode) or begin(task, mode))
     with pytest.raises(PassStopped):
         run(vae, "decode", inputs(vae, "decode", 1), Convolutions(3))
     assert passes == [Mode.FULL]
