@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.table import Table
 
 from remote_vae.client import Client, RemoteVAEError
 from remote_vae.text import visible
+
+if TYPE_CHECKING:  # torch is imported by the commands that need it
+    from remote_vae.latents.videos import Sampling
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
@@ -187,6 +190,24 @@ def _read_frames(text: str) -> tuple[int, ...]:
     return tuple(map(int, lengths))
 
 
+def _read_resolution(text: str) -> tuple[int, int]:
+    sides = [int(side) for side in text.split("x") if side.isdecimal()]
+    if len(sides) not in (1, 2) or min(sides) < 64:
+        raise ValueError(f"--resolution {text}: expected 1024, or 1280x720, with sides of 64 or more")
+    return sides[0], sides[-1]
+
+
+def _read_sampling(frames: str | None, extraction: str, *options: int | float | None) -> Sampling | None:
+    """Return the way to take clips from videos; None for images."""
+    from remote_vae.latents.videos import Sampling
+
+    if frames or extraction == "full":
+        return Sampling(_read_frames(frames or "1"), extraction, *options)  # type: ignore[arg-type]
+    if (extraction, *options) != ("head", 1, 1, 129, None):
+        raise ValueError("options of frames without --frames: add lengths of clips, such as --frames 1,25,45")
+    return None
+
+
 @app.command()
 def latents(
     url: Url,
@@ -225,27 +246,18 @@ def latents(
     from remote_vae.latents.formats import FORMATS
     from remote_vae.latents.musubi import MusubiVideos
     from remote_vae.latents.run import Run
-    from remote_vae.latents.videos import Sampling
     from remote_vae.pool import connect
 
-    sides = [int(side) for side in resolution.split("x") if side.isdecimal()]
-    if len(sides) not in (1, 2) or min(sides) < 64:
-        raise ValueError(f"--resolution {resolution}: expected 1024, or 1280x720, with sides of 64 or more")
+    size = _read_resolution(resolution)
+    sampling = _read_sampling(frames, frame_extraction, frame_stride, frame_sample, max_frames, source_fps)
     if format not in FORMATS:
         raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
+    if sampling and format != "musubi":
+        raise ValueError(f"--frames: --format {format} has no videos; expected --format musubi")
     client = connect([url, *more_urls], token)
     config = client.config()
-    options = (config["model"], (sides[0], sides[-1]), upscale, flip, sample_mode, arch)
-    if frames or frame_extraction == "full":
-        if format != "musubi":
-            raise ValueError(f"--frames: --format {format} has no videos; expected --format musubi")
-        lengths = _read_frames(frames or "1")
-        sampling = Sampling(lengths, frame_extraction, frame_stride, frame_sample, max_frames, source_fps)
-        cache: Format = MusubiVideos(*options, sampling=sampling)
-    elif (frame_extraction, frame_stride, frame_sample, max_frames, source_fps) != ("head", 1, 1, 129, None):
-        raise ValueError("options of frames without --frames: add lengths of clips, such as --frames 1,25,45")
-    else:
-        cache = FORMATS[format](*options)
+    options = (config["model"], size, upscale, flip, sample_mode, arch)
+    cache: Format = MusubiVideos(*options, sampling=sampling) if sampling else FORMATS[format](*options)
     run = Run(client, config, folder, out, cache, seed, workers, _read_shard(shard))
     run.encode(console)
     print_line(f"{run.encoded} encoded, {run.already_stored} already stored, {run.failures.count} failed")
