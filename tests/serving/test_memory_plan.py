@@ -19,6 +19,8 @@ from scripts.instances import HOURLY
 
 pytestmark = pytest.mark.slow
 
+HERE = [key for key in MODELS if Version(diffusers.__version__) >= Version(MODELS[key].diffusers)]
+"""Models that the installed diffusers has."""
 AT_MOST = 2.5
 """Largest ratio of estimate and memory.
 
@@ -73,9 +75,7 @@ def takes_less(declared: type[Model], case: Case) -> bool:
 
 
 @pytest.mark.parametrize("task", ["decode", "encode"])
-@pytest.mark.parametrize(
-    "key", [key for key in MODELS if Version(diffusers.__version__) >= Version(MODELS[key].diffusers)]
-)
+@pytest.mark.parametrize("key", HERE)
 def test_estimates_are_close_to_the_memory_and_not_below(key: str, task: Task) -> None:
     declared = MODELS[key]
     ratios = {case: estimated(declared, case) / measured(declared, case) for case in cases(declared, task)}
@@ -99,7 +99,7 @@ def fits(declared: type[Model], instance: str, modes: set[Mode]) -> bool:
     )
 
 
-@pytest.mark.parametrize("key", [key for key in MODELS if key != "tiny"])  # the plan needs no GPU
+@pytest.mark.parametrize("key", [key for key in HERE if key != "tiny"])  # the plan needs no GPU
 def test_the_instance_is_the_cheapest_that_decodes_the_usual_size(key: str) -> None:
     declared = MODELS[key]
     whole = [instance for instance in BY_PRICE if fits(declared, instance, {Mode.FULL, Mode.REDUCED})]
