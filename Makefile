@@ -26,11 +26,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve models deploy deploy-all endpoints smoke pause pause-all resume undeploy canary \
-	test test-quick test-endpoint chromium test-page haproxy test-haproxy image test-image lock screenshots bench fuzz soak \
-	lint format train-tiny
+	test test-quick test-endpoint chromium test-page debian-packages test-self-hosting image test-image lock screenshots \
+	bench fuzz soak lint format train-tiny
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/.installed: requirements/dev.txt requirements/serve.txt requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -102,7 +102,7 @@ test-page: export PYTEST_ADDOPTS := $(value PYTEST_ADDOPTS) $(value PAGE_ARGS)
 test: install  ## run the tests with the newest releases
 	$(BIN)/python -m pytest
 
-test-quick: install  ## run the tests that start no server, in under a minute
+test-quick: install  ## run the tests that start no server, in under two minutes
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## run the tests with the packages of the Inference Toolkit's image
@@ -124,12 +124,13 @@ chromium:
 test-page: install $(PAGE_PACKAGES)/.installed chromium  ## test the web demo in Chromium [TOOLKIT=checkout]
 	$(with_page) -m pytest tests/page
 
-haproxy:
-	@command -v haproxy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends haproxy; } || \
-		{ echo "error: deploy/haproxy.cfg is tested with haproxy 2.6 or later; as root: apt-get install haproxy" >&2; exit 1; }
+debian-packages:
+	@{ command -v haproxy && command -v systemd-analyze; } >/dev/null || \
+		{ apt-get update && apt-get install -y --no-install-recommends haproxy systemd; } || \
+		{ echo "error: deploy/ is tested with haproxy 2.6 or later and systemd-analyze; as root: apt-get install haproxy systemd" >&2; exit 1; }
 
-test-haproxy: install haproxy  ## test two servers behind HAProxy
-	$(BIN)/python -m pytest tests/haproxy
+test-self-hosting: install debian-packages  ## test two servers behind HAProxy, and the unit of systemd
+	$(BIN)/python -m pytest tests/self_hosting
 
 # docker or buildah get their own options as BUILD_ARGS, split into words like a shell does without quotes.
 image:  ## build the container image with docker or buildah [TARGET=cpu|cuda] [TAG=remote-vae] [BUILD_ARGS=...]

@@ -102,7 +102,7 @@ class Model:
     """First version of diffusers with the class and the entries of its config. With an older one, loading ends with an
     error. requirements.txt has the version of an endpoint."""
     dtype: ClassVar[str]
-    """Dtype of the weights on a GPU. On a CPU every model runs in float32."""
+    """Dtype of the weights on a GPU. On a CPU they are in float32."""
     published_config: ClassVar[dict[str, Any]] = {}
     """The checkpoint's `config.json` without the defaults of `vae_class`: `read_config(key)`.
 

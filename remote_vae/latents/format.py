@@ -96,7 +96,7 @@ class Format(ABC):
 
     def __post_init__(self) -> None:
         self.architecture = self.find_architecture()
-        """What the trainer stores."""
+        """Latents that the trainer stores for the model."""
         if self.architectures and self.sample_mode not in (None, self.architecture.sample_mode):
             raise ValueError(
                 f"--sample-mode {self.sample_mode}: {self.trainer} stores {self.architecture.sample_mode}; "

@@ -22,35 +22,12 @@ from PIL import Image
 
 from remote_vae import Client, RemoteVAE, RemoteVAEError, files, tensors
 from scripts.local_server import ROOT
-from tests.support import forked
+from tests.support import forked, sleeping_service
 from tests.support.checkpoints import KL
 
 LATENTS = torch.zeros(1, 4, 8, 8)
 PIXELS = torch.zeros(1, 3, 64, 64)
-CONFIG: dict[str, Any] = {
-    "version": "0.1.0",
-    "model": "sd-v1",
-    "checkpoint": "sd-v1",
-    "vae_class": "AutoencoderKL",
-    "diffusers": "0.36.0",
-    "vae_config": KL,
-    "buffers": {},
-    "dtype": "float32",
-    "device": "cpu",
-    "kind": "image",
-    "sample_modes": ["argmax", "sample", "moments"],
-    "latents": {
-        "channels": 4,
-        "layout": "BCHW",
-        "pipeline_layout": "BCHW",
-        "vae_scale_factor": 8,
-        "clip": 1,
-        "least_frames": 1,
-        "takes_scaled": False,
-    },
-    "pixels": {"layout": "BCHW", "channels": 3, "frame_counts": [1, 1, 1], "statistics": None},
-    "limits": {"max_batch": 64, "max_pixels": 128_000_000, "max_body_mb": 512},
-}
+CONFIG: dict[str, Any] = {**sleeping_service.CONFIG, "vae_config": KL}
 PAGE = b"<!doctype html><title>Sign in</title><form>\x1b]0;owned\x07</form>"
 GZIPPED = gzip.compress(bytes(20_000_000), 1)
 
