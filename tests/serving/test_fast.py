@@ -296,6 +296,13 @@ def test_a_large_mean_takes_no_digits() -> None:
     torch.testing.assert_close(result.double(), deepcopy(norm).double()(x.double()), atol=2e-4, rtol=0)
 
 
+def test_a_variance_that_overflows_is_not_finite() -> None:
+    """Test that the service refuses such a request, as with diffusers' own pass, and sends no gray image."""
+    x = torch.tensor([1e30, -1e30]).repeat(16 * 32).view(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    result = CpuPass(small("sd-v1"))._normalize(torch.nn.GroupNorm(4, 16), torch.nn.Identity(), x)
+    assert not result.isfinite().any()
+
+
 @pytest.fixture
 def half() -> VAE:
     """Return a VAE that decodes in bfloat16, as on a processor that has instructions for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -54,6 +55,8 @@ def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     )
     mean = means.mean(1, keepdim=True)
     variance = (variances + (means - mean).square()).mean(1, keepdim=True)
+    # Normalized by an infinite variance, values would be zeros, and the image a wrong one that is finite.
+    variance = variance.masked_fill(variance.isinf(), math.nan)
     return F.batch_norm(
         x, mean.expand_as(means).flatten(), variance.expand_as(means).flatten(), norm.weight, norm.bias, eps=norm.eps
     )
