@@ -42,11 +42,13 @@ class Estimate:
     tiled: int
     result: int
     """Result, and the tiles that it is joined from."""
+    workspace: int = 0
+    """Bytes of the fast pass that do not depend on the size of the input or the batch."""
 
     def needed(self, mode: Mode, batch: int) -> int:
         """Return the bytes of a batch in this mode."""
         activations = {
-            Mode.FAST: self.fast * batch,
+            Mode.FAST: self.fast * batch + self.workspace,
             Mode.FULL: self.full * batch,
             Mode.REDUCED: self.reduced * batch,
             Mode.SLICED: self.reduced,
@@ -70,11 +72,17 @@ class MemoryUse:
     """Pixels of one frame in one tile."""
 
     def estimate(
-        self, task: Task, layout: Layout, shape: Sequence[int], itemsize: int, fast_itemsize: int | None = None
+        self,
+        task: Task,
+        layout: Layout,
+        shape: Sequence[int],
+        itemsize: int,
+        fast_itemsize: int | None = None,
+        workspace: int = 0,
     ) -> Estimate:
         """Estimate a pass over inputs of this shape, in a dtype of `itemsize` bytes.
 
-        The fast pass may have another dtype, of `fast_itemsize` bytes.
+        The fast pass may have another dtype, of `fast_itemsize` bytes, and takes `workspace` bytes for any shape.
 
         The factor 1.25 covers the workspaces of convolutions, which the measurements do not include.
         """
@@ -89,6 +97,7 @@ class MemoryUse:
             int(frame * reduced),
             int(min(frame, self.tile_pixels * peak.tile) * reduced),
             result,
+            workspace,
         )
 
 

@@ -253,9 +253,8 @@ class VAE:
 
     def _estimate(self, task: Task, shape: Sequence[int]) -> Estimate:
         fast = self.fast.used(task)
-        return self.memory.estimate(
-            task, self.layout, shape, self.current_dtype.itemsize, fast.dtype.itemsize if fast else None
-        )
+        of_fast = (fast.dtype.itemsize, fast.workspace) if fast else ()
+        return self.memory.estimate(task, self.layout, shape, self.current_dtype.itemsize, *of_fast)
 
     def _capacity(self) -> int:
         """Return the most bytes that a pass can ever get."""

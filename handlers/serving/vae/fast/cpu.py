@@ -1,4 +1,4 @@
-"""Fast pass on a CPU, whose convolutions prefer tensors that are channels-last in memory."""
+"""Fast pass on a CPU: tensors are channels-last in memory, and many 3x3 convolutions in float32 are Winograd's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,17 @@ from torch import Tensor, nn
 
 from handlers.serving.vae import blocks
 from handlers.serving.vae.blocks import Module
+from handlers.serving.vae.fast import winograd
 from handlers.serving.vae.fast.forward import FastPass, convolve_frame
 
 
 class CpuPass(FastPass):
     """Fast pass on a CPU. HunyuanVideo, whose convolutions pad by repetition, runs as in `FastPass`."""
+
+    @cached_property
+    def workspace(self) -> int:
+        weights = [weight for weight in self.model.parameters() if weight.ndim > 3 and winograd.is_faster(weight)]
+        return max(map(winograd.workspace, weights), default=0)
 
     def _run(self, coder: Module, sample: Tensor, latent_embeds: None = None) -> Tensor:
         if sample.ndim == 5:
@@ -38,10 +44,32 @@ class CpuPass(FastPass):
         for module, forward in super()._causal(coder):
             yield module, partial(_run_channels_last, forward) if module is coder.conv_in else forward
 
+    def _convolve(self, conv: Module, x: Tensor) -> Tensor:
+        if (
+            isinstance(conv, nn.Conv2d)
+            and conv.stride == (1, 1)
+            and winograd.is_faster(conv.weight, x.shape[-2:].numel())
+        ):
+            return _winograd(x.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias).squeeze(2)
+        return conv(x)
+
     def _convolve_in_time(self, conv: Module, x: Tensor, missing: int) -> Tensor:
         """Convolve frames as in `FastPass`. One frame takes a convolution of an image."""
-        is_alone = x.shape[2] == 1 and missing == conv.weight.shape[2] - 1
+        weight = conv.weight
+        if is_alone := x.shape[2] == 1 and missing == weight.shape[2] - 1:
+            weight, missing = weight[:, :, -1:], 0  # the kernel's other frames see only zeros
+        if tuple(conv.stride) == (1, 1, 1) and winograd.is_faster(weight, x.shape[-2:].numel()):
+            return _winograd(F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x, weight, conv.bias)
         return convolve_frame(conv, x) if is_alone else super()._convolve_in_time(conv, x, missing)
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve frames [B, C, F, H, W] with a kernel [K, C, T, 3, 3] to [B, K, F - T + 1, H, W], channels-last."""
+    frames = x.movedim(1, -1)
+    out = x.new_empty(len(x), x.shape[2] - weight.shape[2] + 1, *x.shape[3:], len(weight))
+    for item, result in zip(frames, out, strict=True):
+        winograd.convolve(item, weight, bias, result)
+    return out.movedim(-1, 1)
 
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
