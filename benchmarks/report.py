@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 
+from scripts.instances import AS_OF, HOURLY
+
 PASSES = {
     "plain": ("plain diffusers", "--s"),
     "project": ("this project", "-o"),
@@ -70,7 +72,7 @@ pass at the rate above. The last column is the share of the fast pass's time tha
 
 ![Peak memory of a decode](memory.png)
 
-## The service
+{cost_section(about, results["forward"])}## The service
 
 The clients run on the same machine and take some of it: "clients' CPU" is their share of all cores. The bare loop
 decodes in the benchmark's own process, in turns with the service.
@@ -187,6 +189,36 @@ def device_table(rows: Rows) -> str:
             for row in rows
         ],
     )
+
+
+def cost_section(about: Results, rows: Rows) -> str:
+    """Return the cost of images on CPU instances; "" for a GPU, whose price depends on the instance that it is in."""
+    if about["kind"] != "cpu":
+        return ""
+    cores, sizes = about["threads"], {int(size[1:]): price for size, price in HOURLY["intel-spr"].items()}
+    others = [count for count in sizes if count > cores]
+    head = ("model", "task", "pixels", "images an hour, measured", "USD for 1,000 images")
+    cells = [
+        (
+            row["model"],
+            row["task"],
+            pixels(row["size"]),
+            f"{3600 / row['seconds']['project']:,.0f}",
+            f"{1000 * row['seconds']['project'] / 3600 * sizes[1] * cores:.3f}",
+            *(f"{3600 / row['seconds']['project'] * count / cores:,.0f}" for count in others),
+        )
+        for row in rows
+        if row["size"][2] is None
+    ]
+    return f"""## Cost on a CPU
+
+Images an hour of this processor's {cores} cores, from the times above. Prices are those of `intel-spr` on {AS_OF}:
+${sizes[1]:.3f} an hour for a core. Its processor is another one than this, and faster where it has instructions for
+bfloat16. The last columns are scaled by the number of cores, not measured.
+
+{table((*head, *(f"x{count}, scaled" for count in others)), cells)}
+
+"""
 
 
 def throughput_table(rows: Rows) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench, forward, report
+from benchmarks import accuracy, bench, forward, report
 from benchmarks.peak import allocated_peak, peak_bytes
 from benchmarks.service import Client, Load, percentiles
 from handlers import MODELS
@@ -189,3 +189,17 @@ def test_every_model_has_inputs() -> None:
         side = model.vae_scale_factor
         assert forward.inputs(key, "decode", size).shape[-2:] == (64 // side, 96 // side)
         assert forward.inputs(key, "encode", size).shape[-2:] == (64, 96)
+
+
+def test_images_of_a_cpu_have_a_price(results: dict[str, Any]) -> None:
+    """An image takes 2.02 s on two cores, which cost $0.033 an hour each."""
+    section = report.cost_section(results["about"], results["forward"])
+    assert "| sd-v1 | decode | 256x256 | 1,782 | 0.037 | 3,564 | 7,129 | 14,257 |" in section
+    assert report.cost_section({**results["about"], "kind": "cuda"}, results["forward"]) == ""
+
+
+@pytest.mark.slow
+def test_bfloat16_is_less_accurate_than_float32() -> None:
+    float32, bfloat16, *diffusers = map(float, accuracy.decibels("tiny", 32))
+    assert float32 > 60 > bfloat16 > 45
+    assert all(value > 45 for value in diffusers)

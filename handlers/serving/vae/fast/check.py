@@ -153,7 +153,7 @@ class FastPasses:
     ) -> Steps[tuple[bool, str]]:
         """Return whether the fast pass is accurate, and a phrase about it. The module's docstring has the rules."""
         if fast.model is not self.model:
-            psnr = _psnr(result, own)
+            psnr = image_psnr(result, own)
             return psnr >= INVISIBLE, f"in {str(fast.dtype)[6:]}, {psnr:.0f} dB PSNR from float32"
         accuracy = _signal_to_noise(result, own)
         if accuracy >= ACCURATE:
@@ -263,7 +263,7 @@ def _signal_to_noise(result: Tensor, exact: Tensor) -> float:
     return 10 * math.log10(variance / error) if variance else math.nan
 
 
-def _psnr(result: Tensor, exact: Tensor) -> float:
+def image_psnr(result: Tensor, exact: Tensor) -> float:
     """Return the peak signal-to-noise ratio of images of 8 bits, in dB; infinite without a difference."""
     images = [((values.float().clamp(-1, 1) + 1) * 127.5).round() for values in (result, exact)]
     error = (images[0] - images[1]).square().mean().item()
