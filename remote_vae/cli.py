@@ -211,10 +211,13 @@ def _read_sampling(frames: str | None, extraction: str, *options: int | float | 
 @app.command()
 def latents(
     url: Url,
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of images, with its subfolders.", exists=True, file_okay=False)
+    images: Annotated[
+        str,
+        typer.Argument(help="Folder of images with its subfolders, its URL, or shards ('shards/*.tar')."),
     ],
-    out: Annotated[Path, typer.Option(help="Output folder. Kohya and ai-toolkit look in the images' own folder.")],
+    out: Annotated[
+        str, typer.Option(help="Output folder, or its URL. Kohya and ai-toolkit look in the images' own folder.")
+    ],
     format: Annotated[str, typer.Option(help="kohya, musubi, ai-toolkit or webdataset.")],
     token: Token = None,
     arch: Annotated[
@@ -258,13 +261,13 @@ def latents(
     config = client.config()
     options = (config["model"], size, upscale, flip, sample_mode, arch)
     cache: Format = MusubiVideos(*options, sampling=sampling) if sampling else FORMATS[format](*options)
-    run = Run(client, config, folder, out, cache, seed, workers, _read_shard(shard))
+    run = Run(client, config, images, out, cache, seed, workers, _read_shard(shard))
     run.encode(console)
     print_line(f"{run.encoded} encoded, {run.already_stored} already stored, {run.failures.count} failed")
     if skipped := run.skipped_summary():
         print_line(skipped)
     if run.failures.count:
-        raise ValueError(f"{run.failures.count} images could not be encoded; {run.failures.path} has the reasons")
+        raise ValueError(f"{run.failures.count} images could not be encoded; {run.failures.location} has the reasons")
 
 
 @app.command()

@@ -66,6 +66,19 @@ def encode(client: AnyClient, pixels: Tensor, **parameters: Any) -> Tensor:
     return to_tensor(post_tensor(client, "/encode", pixels, parameters))
 
 
+def encode_jpeg(client: AnyClient, file: bytes, size: tuple[int, int], **parameters: Any) -> Tensor:
+    """Encode a JPEG file of this width and height to latents. The endpoint decodes it."""
+    response = client.request(
+        "POST",
+        "/encode",
+        max_bytes=size[0] * size[1] * 3 * ENCODED_BYTES + (1 << 20),
+        params=as_query(parameters),
+        content=file,
+        headers={"Content-Type": "image/jpeg", "Accept": "tensor/binary"},
+    )
+    return to_tensor(response)
+
+
 def post_tensor(
     client: AnyClient, path: str, tensor: Tensor, parameters: Mapping[str, Any], accept: str = "tensor/binary"
 ) -> Response:

@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from remote_vae.latents.buckets import AIToolkitBuckets, Placement
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, cropped
+from remote_vae.latents.storage import Folder
 
 
 @dataclass
@@ -78,7 +79,7 @@ class AIToolkit(Format):
         """Return the values by which the trainer distinguishes its files, in its order."""
         placement = image.placement
         metadata = {
-            "filename": image.path.name,
+            "filename": image.relative.name,
             "scale_to_width": placement.resized[0],
             "scale_to_height": placement.resized[1],
             "crop_x": placement.corner[0],
@@ -90,7 +91,7 @@ class AIToolkit(Format):
         }
         return {**metadata, "flip_x": True} if flip else metadata
 
-    def contents(self, encoded: list[Encoded], paths: list[Path]) -> list[bytes]:
+    def contents(self, encoded: list[Encoded], out: Folder) -> list[bytes]:
         (item,) = encoded
         contents = []
         for flip, latents in enumerate((item.latents, item.flipped)):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import PurePath
 from threading import Lock
 from typing import BinaryIO
+
+from remote_vae.latents.storage import Folder
 
 
 class Failures:
     """A file with a line for each failed file: the bytes of its name, line breaks escaped, a tab, and the reason.
 
-    Threads may share it. It replaces the list of an earlier run.
+    Threads may share it. It replaces the list of an earlier run. A list at a URL is written when it is closed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Folder, name: PurePath) -> None:
+        self.folder, self.name = folder, name
+        self.location = f"{folder.location}/{name.as_posix()}"
         self.count = 0
         self._file: BinaryIO | None = None
         self._is_closed = False
@@ -28,8 +31,7 @@ class Failures:
             if self._is_closed:  # the run has ended before this file
                 return
             if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("wb", buffering=0)
+                self._file = self.folder.create(self.name)
             self.count += 1
             self._file.write(line + reason.encode(errors="backslashreplace") + b"\n")
 
@@ -40,4 +42,4 @@ class Failures:
             if self._file:
                 self._file.close()
             else:
-                self.path.unlink(missing_ok=True)
+                self.folder.delete(self.name)

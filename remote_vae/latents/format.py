@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import cv2
 import numpy as np
@@ -15,13 +16,18 @@ from PIL.ExifTags import Base
 from torch import Tensor
 
 from remote_vae.latents.buckets import AIToolkitBuckets, KohyaBuckets, MusubiBuckets, Placement, Size
+from remote_vae.latents.storage import Files, Folder
+
+METADATA = {"exif", "xmp"}
+"""Pillow's names of metadata that may turn an image."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
     """One image of the data set."""
 
-    path: Path
+    files: Files
+    """Folder or shard that it is in."""
     relative: Path
     """Path below the data set's folder."""
     placement: Placement
@@ -136,18 +142,33 @@ class Format(ABC):
     def place(self, size: Size) -> Placement:
         return self.buckets.place(size)
 
-    def read_size(self, path: Path) -> Size:
+    def read_size(self, file: BinaryIO) -> Size:
         """Return width and height of an image, upright if the trainer turns it."""
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             is_turned = self.applies_exif and image.getexif().get(Base.Orientation, 1) >= 5
             return image.size[::-1] if is_turned else image.size
 
-    def parts(self, image: ImageFile, out: Path) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
+    def jpeg(self, image: ImageFile) -> bytes | None:
+        """Return the file of an image whose pixels are encoded as they are; None if the image must be changed.
+
+        The endpoint reads the same pixels from a JPEG in RGB or gray. One with EXIF or XMP may be turned.
+        """
+        placement = image.placement
+        if self.flip or not placement.original == placement.resized == placement.bucket:
+            return None
+        if image.relative.suffix.lower() not in (".jpg", ".jpeg"):
+            return None
+        file = image.files.read(image.relative)
+        with Image.open(BytesIO(file)) as opened:
+            is_plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and not opened.info.keys() & METADATA
+            return file if is_plain and opened.size == placement.bucket else None
+
+    def parts(self, image: ImageFile, out: Folder) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
         """Yield what is encoded at a time with its pixels in 8 bits [B, H, W, 3]. An image is one part.
 
         B is 2 with `flip`: the image and its mirror image.
         """
-        with Image.open(image.path) as opened:
+        with Image.open(BytesIO(image.files.read(image.relative))) as opened:
             upright = ImageOps.exif_transpose(opened) if self.applies_exif else opened
             pixels = [np.array(each) for each in self.pixels(upright, image.placement)]
         yield image, np.stack(pixels) if len(pixels) > 1 else pixels[0][None]
@@ -175,16 +196,16 @@ class Format(ABC):
         """Return the caption if the format stores it beside the latents."""
         return None
 
-    def prepare(self, out: Path, run: str) -> None:  # noqa: B027
+    def prepare(self, out: Folder, run: str) -> None:  # noqa: B027
         """Read what the output folder has, before `is_stored`. `run` is a name that no other run at the time has."""
 
-    def is_stored(self, out: Path, image: ImageFile) -> bool:
+    def is_stored(self, out: Folder, image: ImageFile) -> bool:
         """Return True if the folder `out` has the latents of this image.
 
         Raises:
             ValueError: it has those of another image under the same name, or a damaged file.
         """
-        return all((out / file).exists() for file in self.files([image]))
+        return all(out.is_file(file) for file in self.files([image]))
 
     def name(self, image: ImageFile) -> Path:
         """Return the image's own name, which no other image's latents may have."""
@@ -195,8 +216,8 @@ class Format(ABC):
         """Return the files for images that are written together, relative to the output folder."""
 
     @abstractmethod
-    def contents(self, encoded: list[Encoded], paths: list[Path]) -> list[bytes]:
-        """Return the new contents of `paths`, which are the `files` in the output folder."""
+    def contents(self, encoded: list[Encoded], out: Folder) -> list[bytes]:
+        """Return the new contents of the `files` of these images in the output folder."""
 
 
 def cropped(image: Image.Image, placement: Placement) -> Image.Image:

@@ -13,6 +13,7 @@ import numpy as np
 
 from remote_vae.latents.buckets import KohyaBuckets
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, crop_ltrb
+from remote_vae.latents.storage import Folder
 
 
 @dataclass
@@ -42,23 +43,24 @@ class Kohya(Format):
     def files(self, images: list[ImageFile]) -> list[Path]:
         return [images[0].sized_name(f"{self.architecture.ending}.npz")]
 
-    def is_stored(self, out: Path, image: ImageFile) -> bool:
+    def is_stored(self, out: Folder, image: ImageFile) -> bool:
         exists = super().is_stored(out, image)
         if not exists or not self.mixes_resolutions:
             return exists
         width, height = (side // self.scale_factors.get(str(self.arch), 8) for side in image.placement.bucket)
         size = f"_{height}x{width}"
-        with _npz(out / self.name(image)) as file:
+        with _npz(out, self.name(image)) as file:
             return f"latents{size}" in file and (not self.flip or f"latents_flipped{size}" in file)
 
-    def contents(self, encoded: list[Encoded], paths: list[Path]) -> list[bytes]:
+    def contents(self, encoded: list[Encoded], out: Folder) -> list[bytes]:
         """Return the file. It keeps the arrays of other resolutions that it has already."""
-        (item,), (path,) = encoded, paths
+        (item,) = encoded
+        name = self.name(item.image)
         height, width = item.latents.shape[-2:]
         size = f"_{height}x{width}" if self.mixes_resolutions else ""
         arrays: dict[str, Any] = {}
-        if self.mixes_resolutions and path.exists():
-            with _npz(path) as file:
+        if self.mixes_resolutions and out.is_file(name):
+            with _npz(out, name) as file:
                 arrays.update(file)
         arrays |= {
             f"latents{size}": item.latents.float().numpy(),
@@ -73,9 +75,9 @@ class Kohya(Format):
 
 
 @contextmanager
-def _npz(path: Path) -> Iterator[Any]:
+def _npz(out: Folder, name: Path) -> Iterator[Any]:
     try:
-        with np.load(path) as file:
+        with np.load(io.BytesIO(out.read(name))) as file:
             yield file
     except Exception as error:  # numpy and zipfile raise half a dozen types for damaged files
-        raise ValueError(f"{path} cannot be read as a .npz file ({error}); delete or move it") from None
+        raise ValueError(f"{out.location}/{name} cannot be read as a .npz file ({error}); delete or move it") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -14,6 +14,7 @@ from safetensors.torch import save
 from remote_vae.latents.buckets import MusubiBuckets, Size
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile
 from remote_vae.latents.kohya import Kohya
+from remote_vae.latents.storage import Folder
 from remote_vae.latents.videos import Sampling, opened, read_clips, read_frames, read_size
 
 
@@ -48,7 +49,7 @@ class Musubi(Format):
     def files(self, images: list[ImageFile]) -> list[Path]:
         return [images[0].sized_name(f"{self.architecture.ending}.safetensors")]
 
-    def contents(self, encoded: list[Encoded], paths: list[Path]) -> list[bytes]:
+    def contents(self, encoded: list[Encoded], out: Folder) -> list[bytes]:
         (item,) = encoded
         dtype = str(item.latents.dtype).removeprefix("torch.")
         sizes = "x".join(map(str, item.latents.shape[1:]))
@@ -84,30 +85,33 @@ class MusubiVideos(Musubi):
     def set_name(self) -> str:
         return f"{super().set_name}-videos"
 
-    def read_size(self, path: Path) -> Size:
-        return read_size(path)
+    def read_size(self, file: BinaryIO) -> Size:
+        return read_size(file)
 
-    def is_stored(self, out: Path, image: ImageFile) -> bool:
+    def is_stored(self, out: Folder, image: ImageFile) -> bool:
         """Return False: only `parts` knows the clips of a video, because it counts the frames."""
         return False
 
     def name(self, image: ImageFile) -> Path:
         return image.relative.with_suffix("")
 
-    def parts(self, image: ImageFile, out: Path) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
+    def jpeg(self, image: ImageFile) -> bytes | None:
+        return None
+
+    def parts(self, image: ImageFile, out: Folder) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
         """Yield the clips that are not stored yet, with their pixels [F, H, W, 3] in 8 bits.
 
         Raises:
             ValueError: the video is too short for every clip.
         """
         rate = self.frame_rates[str(self.arch)]
-        with opened(image.path) as container:
+        with image.files.open(image.relative) as file, opened(file) as container:
             count = sum(1 for _ in read_frames(container, self.sampling, rate))
         parts = {clip: replace(image, clip=clip) for clip in self.sampling.clips(count)}
         if not parts:
             raise ValueError(f"the video has {count} frames, too few for clips of {min(self.sampling.frames)}")
         missing = [clip for clip, part in parts.items() if not super(MusubiVideos, self).is_stored(out, part)]
-        with opened(image.path) as container:
+        with image.files.open(image.relative) as file, opened(file) as container:
             frames = read_frames(container, self.sampling, rate)
             for clip, pixels in read_clips(frames, missing, lambda frame: self.fit(frame, image.placement)):
                 yield parts[clip], pixels

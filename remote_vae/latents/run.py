@@ -5,22 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
-import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
-from itertools import chain, islice
+from itertools import islice, repeat
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 from time import monotonic
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
@@ -29,9 +28,17 @@ from torch import Tensor
 
 from remote_vae import tensors
 from remote_vae.client import ConnectionBroken, NoResponse, Paused, RemoteVAEError
-from remote_vae.files import write
 from remote_vae.latents.failures import Failures
 from remote_vae.latents.format import Encoded, Format, ImageFile
+from remote_vae.latents.storage import (
+    HEADER_BYTES,
+    Files,
+    Folder,
+    RemoteFolder,
+    Shards,
+    open_data_set,
+    open_folder,
+)
 from remote_vae.pool import AnyClient
 
 STATE_FOLDER = ".remote-vae"
@@ -52,6 +59,13 @@ WINDOW = 1000
 """Files whose sizes are read ahead, to encode images of one size together. It bounds the memory of a run."""
 
 
+Window = tuple[Files, list[str]]
+"""Names of images, and the folder or shard that they are in."""
+
+ReadAll = Callable[[Iterable[Files], Iterable[str]], Iterable["ImageFile | None"]]
+"""`map` of `_read_header`, in one thread or in several."""
+
+
 @dataclass
 class Group:
     """Images whose latents are written together."""
@@ -61,36 +75,42 @@ class Group:
 
 
 class Run:
-    """One run over a folder of images, or over one shard of it. It encodes those whose latents are not stored yet.
+    """One run over a data set, or over one part of it. It encodes the images whose latents are not stored yet.
 
     Args:
         config: config of the endpoint.
+        data_set: folder, URL of a folder, or pattern of shards such as `shards/*.tar`.
+        out: folder, or URL of one.
         seed: seed of samples; each image's own seed also depends on its name.
         workers: images in flight at a time.
-        shard: number of this shard, from 1, and number of shards. A file's shard depends on its name alone.
+        shard: number of this part, from 1, and number of parts. The part of a file, or of a shard of the data set,
+            depends on its name alone.
     """
 
     def __init__(
         self,
         client: AnyClient,
         config: dict[str, Any],
-        folder: Path,
-        out: Path,
+        data_set: str | Path,
+        out: str | Path,
         format: Format,
         seed: int,
         workers: int,
         shard: tuple[int, int] = (1, 1),
     ) -> None:
-        self.client, self.folder, self.out, self.format = client, folder, out, format
+        self.client, self.format = client, format
+        self.data_set, self.out = open_data_set(data_set), open_folder(out)
         self.seed, self.workers, self.shard = seed, workers, shard
         self.is_video = config["kind"] == "video"
         self.name = format.set_name if shard[1] == 1 else f"{format.set_name}.{shard[0]}-of-{shard[1]}"
         """Name of the run's own files. Runs that write to one folder at a time have different names."""
-        self.failures = Failures(out / STATE_FOLDER / f"{self.name}.failed.txt")
+        self.failures = Failures(self.out, Path(STATE_FOLDER, f"{self.name}.failed.txt"))
         self.skipped: Counter[str] = Counter()
         """Files and folders that the trainer does not load, by type."""
         self.found = 0
-        """Images of all shards."""
+        """Images of all parts of the data set."""
+        self.total = 0
+        """Images of this part, as far as they are found."""
         self.encoded = 0
         self.already_stored = 0
         """Images whose latents were stored before."""
@@ -108,10 +128,12 @@ class Run:
             with suppress(ImportError):
                 import_module(module)
         files = self.find()
-        if not self.found and not self.failures.count:
-            suffixes = ", ".join(sorted(self.format.suffixes))
-            message = f"{self.folder} has no image that {self.format.trainer} loads: expected files with {suffixes}"
-            raise ValueError("; ".join(filter(None, [message, self.skipped_summary()])))
+        if isinstance(self.data_set, Shards):
+            windows = self._read_shards(self.data_set, files)
+        else:
+            self._check_found()
+            self.total = len(files)
+            windows = ((self.data_set, window) for window in _windows(files))
         self._check_settings()
         columns = (
             TextColumn("encoding"),
@@ -120,19 +142,22 @@ class Run:
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
         )
-        workers, reader = ThreadPoolExecutor(self.workers), ThreadPoolExecutor(1)
+        workers, reader, headers = (ThreadPoolExecutor(count) for count in (self.workers, 1, self.workers))
+        read = self._read_header
+        read_all = partial(headers.map, read) if isinstance(self.data_set, RemoteFolder) else partial(map, read)
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=len(files), speed="")
+            task = progress.add_task("", total=self.total, speed="")
             try:
                 self.format.prepare(self.out, self.name)
                 shown = 0.0
-                for is_last in self._encode(workers, self._groups(reader, files)):
+                for is_last in self._encode(workers, self._groups(reader, read_all, windows)):
                     if is_last or monotonic() - shown > SHOW_INTERVAL:
                         shown, speed = monotonic(), progress.tasks[0].speed
-                        done = min(self.encoded + self.already_stored + self.failures.count, len(files))
-                        progress.update(task, completed=done, speed=f"{speed:.1f} images/s" if speed else "")
+                        done = min(self.encoded + self.already_stored + self.failures.count, self.total)
+                        text = f"{speed:.1f} images/s" if speed else ""
+                        progress.update(task, completed=done, total=self.total, speed=text)
             finally:
-                for pool in (workers, reader):
+                for pool in (workers, reader, headers):
                     pool.shutdown(wait=False, cancel_futures=True)  # images in flight are not waited for
                 self.failures.close()
 
@@ -144,44 +169,36 @@ class Run:
     def find(self) -> list[str]:
         """Return this shard's images below the folder, relative to it. Files that differ in their suffix are neighbors.
 
-        The names of a million files take about 100 MB.
+        The names of a million files take about 100 MB. For a data set of shards, return the paths of those.
         """
-        images = []
-        media = MEDIA | Image.registered_extensions().keys()
+        if isinstance(self.data_set, Shards):
+            return list(filter(self._is_mine, self.data_set.paths))
+        skip_link = None if self.format.follows_links else lambda: self.skipped.update(["linked folder"])
+        return _sorted(filter(self._is_mine, self._images(self.data_set.walk(self.failures.add, skip_link))))
+
+    def _is_mine(self, name: str) -> bool:
         number, shards = self.shard
-        for path in self._walk(""):
-            relative = Path(path)
+        return zlib.crc32(os.fsencode(_stem(name))) % shards == number - 1
+
+    def _images(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield the names that the trainer loads. Count these, and the images that it does not load."""
+        Image.preinit()  # the usual types come first, and are tried first
+        media = MEDIA | Image.registered_extensions().keys()
+        for name in names:
+            relative = Path(name)
             is_hidden, suffix = relative.name.startswith("."), relative.suffix
             if not is_hidden and self.format.loads(relative):
                 self.found += 1
-                if zlib.crc32(os.fsencode(_stem(path))) % shards == number - 1:
-                    images.append(path)
+                yield name
             elif suffix.lower() in media:
                 self.skipped[f"hidden {suffix}" if is_hidden else suffix] += 1
-        images.sort()
-        images.sort(key=_stem)
-        return images
 
-    def _walk(self, folder: str, parents: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-        """Yield the files below a folder. A link to one of its parents is not followed."""
-        try:
-            status = os.stat(self.folder / folder)
-            with os.scandir(self.folder / folder) as entries:
-                names = [(entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries]
-        except OSError as error:
-            self.failures.add(folder or ".", error)
-            return
-        identity = (status.st_dev, status.st_ino)
-        if identity in parents:
-            return
-        for name, is_folder, is_link in names:
-            path = os.path.join(folder, name)
-            if not is_folder:
-                yield path
-            elif is_link and not self.format.follows_links:
-                self.skipped["linked folder"] += 1
-            elif not name.startswith("."):
-                yield from self._walk(path, parents | {identity})
+    def _check_found(self) -> None:
+        if not self.found and not self.failures.count:
+            suffixes = ", ".join(sorted(self.format.suffixes))
+            where = f"{self.data_set.location} has no image that {self.format.trainer} loads"
+            message = f"{where}: expected files with {suffixes}"
+            raise ValueError("; ".join(filter(None, [message, self.skipped_summary()])))
 
     def _check_settings(self) -> None:
         """Compare the settings with those of earlier runs into this folder, and save them.
@@ -189,34 +206,58 @@ class Run:
         Raises:
             ValueError: the settings differ, so the files could be mistaken for those of an earlier run.
         """
-        file = self.out / STATE_FOLDER / f"{self.format.set_name}.json"
+        file = Path(STATE_FOLDER, f"{self.format.set_name}.json")
         settings = {"format": type(self.format).__name__, "seed": self.seed, **asdict(self.format)}
         settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         del settings["arch"]  # it is in the file's name
         if self.format.mixes_resolutions:
             del settings["resolution"]
-        earlier = _read_settings(file) if file.exists() else settings
+        earlier = _read_settings(self.out, file) if self.out.is_file(file) else settings
         changed = [f"{name}={earlier.get(name)}" for name in settings if earlier.get(name) != settings[name]]
         if changed:
             options = ", ".join(changed)
-            raise ValueError(f"{self.out} has latents that were made with {options}; use the same, or another --out")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file.with_name(f".{self.name}.json"), json.dumps(settings).encode()).replace(file)
+            raise ValueError(
+                f"{self.out.location} has latents that were made with {options}; use the same, or another --out"
+            )
+        self.out.write(file, json.dumps(settings).encode(), writer=self.name)
 
-    def _groups(self, reader: ThreadPoolExecutor, files: list[str]) -> Iterator[Group]:
+    def _read_shards(self, shards: Shards, paths: list[str]) -> Iterator[Window]:
+        """Yield windows of the images in shards, one shard after the other. List a damaged shard as failed."""
+        for path in paths:
+            try:
+                shard = shards.open(path)
+            except Exception as error:  # each file system of fsspec has its own
+                self.failures.add(path, error)
+                continue
+            images = _sorted(self._images(shard.members))
+            self.total += len(images)
+            for window in _windows(images):
+                yield shard, window
+            for name in shard.unsafe:
+                self.failures.add(f"{path}/{name}", ValueError("its name leads out of the shard; rename it"))
+            if shard.error:
+                self.failures.add(path, shard.error)
+        if self.shard[1] == 1:  # one part of several may have no image
+            self._check_found()
+
+    def _groups(self, reader: ThreadPoolExecutor, read_all: ReadAll, windows: Iterator[Window]) -> Iterator[Group]:
         """Yield groups of images that are not stored yet. Read the sizes of one window of files ahead."""
-        ahead: Future[list[Group]] | None = None
-        for window in chain(_windows(files), [None]):
-            following = reader.submit(self._read_window, window) if window else None
-            if ahead:
-                yield from ahead.result()
-            ahead = following
 
-    def _read_window(self, files: list[str]) -> list[Group]:
+        def read_next() -> list[Group] | None:
+            window = next(windows, None)
+            return self._read_window(read_all, window) if window else None
+
+        ahead = reader.submit(read_next)
+        while (groups := ahead.result()) is not None:
+            ahead = reader.submit(read_next)
+            yield from groups
+
+    def _read_window(self, read_all: ReadAll, window: Window) -> list[Group]:
         """Return the images of a window that are not stored yet, in groups that are written together."""
         owners: dict[Path, Path] = {}
         images: list[ImageFile] = []
-        for image in filter(None, map(self._read_header, files)):
+        files, names = window
+        for image in filter(None, read_all(repeat(files), names)):
             try:
                 owner = owners.setdefault(self.format.name(image), image.relative)
                 if owner != image.relative:
@@ -233,13 +274,12 @@ class Run:
             return [Group([])]  # shows progress
         return sorted(groups, key=lambda group: group.images[0].placement.bucket)  # for batches of one size
 
-    def _read_header(self, name: str) -> ImageFile | None:
+    def _read_header(self, files: Files, name: str) -> ImageFile | None:
         """Read the size of an image. Return None, and list the image as failed, if it has none."""
-        path = self.folder / name
+        path = Path(name)
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO would block
-                raise ValueError("it is not a file, but a FIFO, a socket or a device")
-            return ImageFile(path, Path(name), self.format.place(self.format.read_size(path)))
+            with files.open(path, HEADER_BYTES) as file:
+                return ImageFile(files, path, self.format.place(self.format.read_size(file)))
         except Exception as error:  # Pillow raises a dozen types for damaged files
             reason = error
             if isinstance(error, UnidentifiedImageError) and (plugin := PLUGINS.get(path.suffix.lower())):
@@ -277,8 +317,9 @@ class Run:
         encoded: list[Encoded] = []
         part = None
         try:
-            for part, pixels in self.format.parts(image, self.out):
-                encoded.append(Encoded(part, *self._encode_pixels(part, pixels), self.format.caption(image)))
+            for part, latents in self._encode_parts(image):
+                flipped = latents[1] if self.format.flip else None
+                encoded.append(Encoded(part, latents[0], flipped, self.format.caption(image)))
                 if part.clip:
                     self._write_files(encoded)
                     encoded.clear()
@@ -298,13 +339,36 @@ class Run:
                 self.encoded += 1
         return encoded
 
-    def _encode_pixels(self, part: ImageFile, pixels: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]:
-        """Return the latents of an image or a clip, and with `flip` those of its mirror image."""
-        batch = torch.from_numpy(pixels)
-        if part.clip:
-            batch = batch.movedim(-1, 0).unsqueeze(0).contiguous()
-        elif self.is_video:  # an image is a video of one frame
-            batch = batch.movedim(-1, 1).unsqueeze(2).contiguous()
+    def _encode_parts(self, image: ImageFile) -> Iterator[tuple[ImageFile, Tensor]]:
+        """Yield an image, or the clips of a video, with the latents, and with `flip` those of the mirror image.
+
+        An image that needs no change is sent as its file: it has fewer bytes than its pixels, and is not decoded here.
+        """
+        if file := self.format.jpeg(image):
+            try:
+                latents = tensors.encode_jpeg(self.client, file, image.placement.bucket, **self._parameters(image))
+            except RemoteVAEError as error:
+                if error.status not in IMAGE_ERRORS or isinstance(error, Paused):
+                    raise
+            else:
+                yield image, self._without_frames(latents)
+                return
+        for part, pixels in self.format.parts(image, self.out):
+            batch = torch.from_numpy(pixels)
+            if part.clip:
+                batch = batch.movedim(-1, 0).unsqueeze(0).contiguous()
+            elif self.is_video:  # an image is a video of one frame
+                batch = batch.movedim(-1, 1).unsqueeze(2).contiguous()
+            yield part, self._without_frames(tensors.encode(self.client, batch, **self._parameters(part)))
+
+    def _without_frames(self, latents: Tensor) -> Tensor:
+        """Return latents without the dimension of frames if the trainer stores none."""
+        self.endpoint_errors = 0
+        has_frames = latents.ndim == 5 and not self.format.architecture.has_frames
+        return latents.squeeze(2) if has_frames else latents
+
+    def _parameters(self, part: ImageFile) -> dict[str, Any]:
+        """Return the parameters of the request that encodes an image or a clip."""
         parameters: dict[str, Any] = {
             "sample_mode": self.format.sample_mode,
             "do_scaling": self.format.normalized,
@@ -313,11 +377,7 @@ class Run:
         if self.format.sample_mode == "sample":
             name = f"{part.relative.as_posix()} {part.clip}" if part.clip else part.relative.as_posix()
             parameters["seed"] = self.seed ^ zlib.crc32(name.encode(errors="surrogateescape"))
-        latents = tensors.encode(self.client, batch, **parameters)
-        self.endpoint_errors = 0
-        if latents.ndim == 5 and not self.format.architecture.has_frames:
-            latents = latents.squeeze(2)
-        return latents[0], latents[1] if self.format.flip else None
+        return parameters
 
     def _check_endpoint(self, error: RemoteVAEError) -> None:
         """Raise the error unless it may concern one image alone."""
@@ -352,10 +412,9 @@ class Run:
                 self.failures.add(str(each.image.relative), error)
 
     def _write_files(self, encoded: list[Encoded]) -> None:
-        paths = [self.out / file for file in self.format.files([each.image for each in encoded])]
-        for path, data in zip(paths, self.format.contents(encoded, paths), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, data)
+        files = self.format.files([each.image for each in encoded])
+        for file, data in zip(files, self.format.contents(encoded, self.out), strict=True):
+            self.out.write(file, data)
 
 
 def _jobs(groups: Iterator[Group]) -> Iterator[tuple[Group, ImageFile | None]]:
@@ -383,20 +442,18 @@ def _stem(file: str) -> str:
     return os.path.splitext(file)[0].replace(".", "_")
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return True for a folder, and for a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
+def _sorted(images: Iterable[str]) -> list[str]:
+    """Return names in an order in which files that differ in their suffix are neighbors."""
+    return sorted(sorted(images), key=_stem)
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def _read_settings(out: Folder, file: Path) -> dict[str, Any]:
     """Return the settings of the run that wrote this file."""
     try:
-        settings = json.loads(file.read_bytes())
+        settings = json.loads(out.read(file))
     except ValueError:
         settings = None
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} is damaged; delete it if the latents beside it were made with the same options")
+        name = f"{out.location}/{file}"
+        raise ValueError(f"{name} is damaged; delete it if the latents beside it were made with the same options")
     return settings

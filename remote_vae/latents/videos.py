@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -79,7 +78,7 @@ def _rounded(frames: int) -> int:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(file: BinaryIO) -> Iterator[Any]:
     """Open a video with PyAV.
 
     Raises:
@@ -87,15 +86,15 @@ def opened(path: Path) -> Iterator[Any]:
     """
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(file) as container:
         if not container.streams.video:
             raise ValueError("the file has no video")
         yield container
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(file: BinaryIO) -> tuple[int, int]:
     """Return width and height of the first frame."""
-    with opened(path) as container:
+    with opened(file) as container:
         frame = next(container.decode(video=0), None)
         if frame is None:
             raise ValueError("the video has no frame")

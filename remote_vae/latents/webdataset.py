@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import json
 import tarfile
@@ -21,6 +22,7 @@ from remote_vae.files import npy_bytes
 from remote_vae.latents.buckets import KohyaBuckets
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, crop_ltrb
 from remote_vae.latents.kohya import Kohya
+from remote_vae.latents.storage import Folder
 
 
 @dataclass
@@ -64,22 +66,23 @@ class WebDataset(Format):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
-    def prepare(self, out: Path, run: str) -> None:
+    def prepare(self, out: Folder, run: str) -> None:
         """Read the keys of all shards in the folder."""
         self._stored = StoredKeys()
-        for shard in sorted(out.glob("shard-*.tar")):
+        for shard in sorted(fnmatch.filter(out.list(), "shard-*.tar")):
             try:
-                with tarfile.open(shard, "r:") as archive:
+                with out.open(Path(shard)) as stored, tarfile.open(fileobj=stored, mode="r:") as archive:
                     for member in archive:
                         if member.name.endswith(".json") and (file := archive.extractfile(member)):
                             with suppress(ValueError, KeyError, TypeError):  # the shard of another program
                                 self._stored.add(member.name.removesuffix(".json"), json.load(file)["file"])
             except tarfile.TarError as error:
-                raise ValueError(f"{shard} cannot be read as a shard ({error}); delete or move it") from None
+                message = f"{out.location}/{shard} cannot be read as a shard ({error}); delete or move it"
+                raise ValueError(message) from None
         prefix = "shard" + run.removeprefix(self.set_name).replace(".", "-")
-        self._free_names = (name for name in _shard_names(prefix) if not (out / name).exists())
+        self._free_names = (name for name in _shard_names(prefix) if not out.is_file(name))
 
-    def is_stored(self, out: Path, image: ImageFile) -> bool:
+    def is_stored(self, out: Folder, image: ImageFile) -> bool:
         return self._stored.has(self.name(image).as_posix(), image.relative.as_posix())
 
     def name(self, image: ImageFile) -> Path:
@@ -91,10 +94,10 @@ class WebDataset(Format):
         return [next(self._free_names)]
 
     def caption(self, image: ImageFile) -> bytes | None:
-        caption = image.path.with_suffix(".txt")
-        return caption.read_bytes() if caption.is_file() else None
+        caption = image.relative.with_suffix(".txt")
+        return image.files.read(caption) if image.files.is_file(caption) else None
 
-    def contents(self, encoded: list[Encoded], paths: list[Path]) -> list[bytes]:
+    def contents(self, encoded: list[Encoded], out: Folder) -> list[bytes]:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:  # takes names of any length
             for item in encoded:

@@ -101,7 +101,7 @@ def test_bad_files_and_names_do_not_stop_a_run(tmp_path: Path, monkeypatch: pyte
         service.refuses = b"\x07"
         run = encode(folder, out, [service.url])
         assert (run.encoded, run.already_stored, run.failures.count) == (102, 0, 7)
-        listed = run.failures.path.read_text().splitlines()
+        listed = Path(run.failures.location).read_text().splitlines()
         assert {line.split("\t")[0] for line in listed} == bad
         run = encode(folder, out, [service.url])
         assert (run.encoded, run.already_stored, run.failures.count) == (0, 102, 7)

@@ -23,6 +23,7 @@ from remote_vae.latents.format import Encoded, Format, ImageFile, crop_ltrb
 from remote_vae.latents.formats import FORMATS
 from remote_vae.latents.musubi import Musubi, MusubiVideos
 from remote_vae.latents.run import Run
+from remote_vae.latents.storage import LocalFolder
 from remote_vae.latents.videos import Sampling
 from tests.remote_vae.test_videos import save_video
 
@@ -70,7 +71,7 @@ def bucket_and_names(trainer: str, arch: str, resolution: list[int], upscale: bo
     else:
         more = {"sd-scripts": [[*crop_ltrb(placement)]], "ai-toolkit": [[*placement.corner]]}.get(trainer, [])
         sizes = [[*placement.resized], [*placement.bucket], *more]
-    image = ImageFile(Path("/d/a b.c.png"), Path("a b.c.png"), placement)
+    image = ImageFile(LocalFolder(Path("/d")), Path("a b.c.png"), placement)
     return [sizes, [file.as_posix() for file in format.files([image])]]
 
 
@@ -85,15 +86,16 @@ def test_contents(trainer: str, tmp_path: Path) -> None:
     """Compare keys, shapes and metadata of the file of an image of 256x192."""
     for arch, shapes, metadata in TRAINERS["contents"][trainer]:
         format = make_format(trainer, arch, [256, 256], flip=trainer == "sd-scripts")
-        image = ImageFile(Path("a.png"), Path("a.png"), Placement((256, 192), (256, 192), (256, 192)))
+        folder = LocalFolder(tmp_path)
+        image = ImageFile(folder, Path("a.png"), Placement((256, 192), (256, 192), (256, 192)))
         latents = torch.zeros(next(shape for key, shape in shapes.items() if key.startswith("latents")))
         path = tmp_path / format.files([image])[0]
-        (data,) = format.contents([Encoded(image, latents, latents if format.flip else None)], [path])
+        (data,) = format.contents([Encoded(image, latents, latents if format.flip else None)], folder)
         path.write_bytes(data)
         if trainer == "sd-scripts":
             with np.load(path) as file:
                 assert {key: list(file[key].shape) for key in sorted(file)} == shapes
-            assert format.is_stored(tmp_path, image)
+            assert format.is_stored(folder, image)
         else:
             with safe_open(path, "pt") as file:
                 assert {key: list(file.get_tensor(key).shape) for key in file.keys()} == shapes  # noqa: SIM118
@@ -109,13 +111,15 @@ def test_clips_of_videos(tmp_path: Path) -> None:
         frames, *others = options
         sampling = Sampling(tuple(frames), *others)
         format = MusubiVideos(Musubi.architectures[arch].vae, (96, 64), arch=arch, sampling=sampling)
-        image = ImageFile(video, Path(video.name), format.place(format.read_size(video)))
+        folder = LocalFolder(video.parent)
+        with video.open("rb") as file:
+            image = ImageFile(folder, Path(video.name), format.place(format.read_size(file)))
         if not names:
             with pytest.raises(ValueError, match="too few for clips"):
-                list(format.parts(image, tmp_path))
+                list(format.parts(image, folder))
             continue
         ours: list[str] = []
-        for part, pixels in format.parts(image, tmp_path):
+        for part, pixels in format.parts(image, folder):
             assert part.clip
             assert pixels.shape == (part.clip[1], 64, 80, 3)
             ours += [file.name for file in format.files([part])]

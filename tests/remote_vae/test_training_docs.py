@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -33,12 +35,21 @@ def test_the_table_has_every_model_of_every_trainer() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run each command of the page, with services that sleep as its endpoints."""
+    """Run each command of the page, with services that sleep as its endpoints, and with URLs in memory."""
     monkeypatch.chdir(tmp_path)
     Path("images").mkdir()
     for index in range(9):
         Image.new("RGB", (64, 64)).save(f"images/{index}.png")
     save_video(Path("videos/a.mp4"), 30)
+    Path("set").mkdir()
+    with tarfile.open("set/00042.tar", "w") as archive:
+        archive.add("images/0.png", "0.png")
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    for folder in ("datasets/<you>/images", "bucket/images"):
+        memory.put("images", f"/{folder}", recursive=True)
+        memory.put("set/00042.tar", f"/{folder}/00042.tar")
+    command = re.sub("hf://|s3://", "memory://", command)
     arguments = shlex.split(command)[1:]
     arch = arguments[arguments.index("--arch") + 1] if "--arch" in arguments else "sdxl"
     format = FORMATS[arguments[arguments.index("--format") + 1]]
@@ -50,8 +61,8 @@ def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     with sleeping_service(**config) as one, sleeping_service(**config) as two, sleeping_service(**config) as three:
         urls = {"URL": one.url, "URL_2": two.url, "URL_3": three.url}
         app([urls.get(argument, argument) for argument in arguments], standalone_mode=False)
-    out = Path(arguments[arguments.index("--out") + 1])
-    assert [*out.rglob("*.npz"), *out.rglob("*.safetensors"), *out.rglob("*.tar")]
+    fs, out = fsspec.core.url_to_fs(arguments[arguments.index("--out") + 1])
+    assert [name for name in fs.find(out) if name.endswith((".npz", ".safetensors", ".tar"))]
 
 
 def test_the_example_of_slurm_names_a_shard() -> None:

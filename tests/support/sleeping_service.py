@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import threading
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from PIL import Image
 
 CONFIG: dict[str, Any] = {
     "version": "0",
@@ -57,7 +60,10 @@ class SleepingService(ThreadingHTTPServer):
         self.breaks_after: int | None = None
         """Number of responses after which every connection breaks."""
         self.refuses: bytes | None = None
-        """Pixels that fail with status 500."""
+        """First byte of pixels, or of a file, that fail with the status `refusal`."""
+        self.refusal = 500
+        self.received: list[int] = []
+        """Bytes of each body."""
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -78,15 +84,20 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         service = self.server
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        service.received.append(len(body))
         if service.breaks_after is not None and service.served >= service.breaks_after:
             self.close_connection = True
             return
         if service.error or body[:1] == service.refuses:
-            status, message = service.error or (500, "no")
+            status, message = service.error or (service.refusal, "no")
             self._send(status, json.dumps({"error": message}).encode())
             return
         time.sleep(service.seconds)
-        sizes = [int(size) for size in parse_qs(urlsplit(self.path).query)["shape"]]
+        if self.headers["Content-Type"] == "image/jpeg":
+            width, height = Image.open(io.BytesIO(body)).size
+            sizes = [1, height, width, 3] if service.config["kind"] == "image" else [1, 3, 1, height, width]
+        else:
+            sizes = [int(size) for size in parse_qs(urlsplit(self.path).query)["shape"]]
         if len(sizes) == 5:
             batch, _, frames, height, width = sizes
             shape = [batch, 16, (frames + 3) // 4, height // 8, width // 8]

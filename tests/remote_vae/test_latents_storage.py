@@ -1,0 +1,192 @@
+"""Tests of data sets and latents at URLs and in shards: a file system of fsspec in memory, and a real HTTP server."""
+
+from __future__ import annotations
+
+import functools
+import io
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from remote_vae.latents import run as run_module
+from remote_vae.latents.storage import RemoteFolder, Shard, open_data_set, open_folder
+from tests.remote_vae.test_latents_scale import encode, save_images, stored
+from tests.support.sleeping_service import sleeping_service
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+def png(size: tuple[int, int] = (64, 64)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "png")
+    return file.getvalue()
+
+
+def save_shard(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def listed(data: bytes) -> list[str]:
+    return sorted(line.split("\t")[0] for line in data.decode().splitlines())
+
+
+def test_a_run_between_urls(memory: fsspec.AbstractFileSystem) -> None:
+    """Read from a URL and write to another. A second run encodes what is missing, and lists what is broken."""
+    for index in range(12):
+        memory.pipe_file(f"/data/sub {index % 2}/{index:02}.png", png())
+    memory.pipe_file("/data/.hidden/a.png", png())
+    memory.pipe_file("/data/cut.png", png()[:60])
+    with sleeping_service() as service:
+        run = encode("memory://data", "memory://out", [service.url])
+        assert (run.encoded, run.failures.count) == (12, 1)
+        assert listed(memory.cat_file("/out/.remote-vae/sd-scripts-sdxl.failed.txt")) == ["cut.png"]
+        with np.load(io.BytesIO(memory.cat_file("/out/sub 1/03_0064x0064_sdxl.npz"))) as file:
+            assert file["latents"].shape == (4, 8, 8)
+        memory.rm_file("/out/sub 1/03_0064x0064_sdxl.npz")
+        memory.rm_file("/data/cut.png")
+        run = encode("memory://data", "memory://out", [service.url])
+        assert (run.encoded, run.already_stored, run.failures.count, service.served) == (1, 11, 0, 13)
+    assert not memory.exists("/out/.remote-vae/sd-scripts-sdxl.failed.txt")
+
+
+def test_captions_and_shards_at_a_url(memory: fsspec.AbstractFileSystem) -> None:
+    memory.pipe_file("/data/a.png", png())
+    memory.pipe_file("/data/a.txt", b"a caption")
+    with sleeping_service() as service:
+        for _ in range(2):
+            run = encode("memory://data", "memory://out", [service.url], "webdataset")
+    assert (run.encoded, run.already_stored) == (0, 1)
+    with tarfile.open(fileobj=io.BytesIO(memory.cat_file("/out/shard-000000.tar"))) as archive:
+        assert archive.getnames() == ["a.moments.npy", "a.json", "a.txt"]
+
+
+def test_a_url_of_this_machine_is_a_folder(tmp_path: Path) -> None:
+    save_images(tmp_path / "images", ["a.png"])
+    with sleeping_service() as service:
+        encode((tmp_path / "images").as_uri(), (tmp_path / "out").as_uri(), [service.url])
+    assert stored(tmp_path / "out") == {"a"}
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_images_of_an_http_server(tmp_path: Path) -> None:
+    """Read the images and a shard from a real server over HTTP, which has no place for latents."""
+    save_images(tmp_path / "images", [f"{index}.png" for index in range(5)])
+    save_shard(tmp_path / "images" / "00.tar", {"a.png": png()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/images"
+    try:
+        with sleeping_service() as service:
+            assert encode(url, tmp_path / "out", [service.url]).encoded == 5
+            assert encode(f"{url}/00.tar", tmp_path / "out", [service.url]).encoded == 1
+            with pytest.raises(ValueError, match="may hold incomplete files after an interruption"):
+                encode(tmp_path / "images", url, [service.url])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("place", ["folder", "url"])
+def test_shards_as_input(tmp_path: Path, place: str, memory: fsspec.AbstractFileSystem) -> None:
+    """Encode shards with equal names in them, other files, and a shard that is cut off."""
+    names = [f"{index:04}" for index in range(6)]
+    files = {f"{name}.{type}": png() if type == "png" else name.encode() for name in names for type in ("png", "txt")}
+    for shard in ("00000", "00001"):
+        save_shard(tmp_path / "set" / f"{shard}.tar", files)
+    save_shard(tmp_path / "set" / "text.tar", {"a.txt": b"no image"})
+    whole = save_shard(tmp_path / "cut", files).read_bytes()
+    (tmp_path / "set" / "cut.tar").write_bytes(whole[: len(whole) // 3])
+    pattern = f"{tmp_path}/set/*.tar"
+    if place == "url":
+        memory.put(f"{tmp_path}/set/", "/set", recursive=True)
+        pattern = "memory://set/*.tar"
+    out = tmp_path / "out"
+    with sleeping_service() as service:
+        run = encode(pattern, out, [service.url])
+        assert run.total == run.encoded + run.failures.count - 1
+        in_part = {path.name[:4] for path in (out / "cut").iterdir()}
+        assert run.encoded == 12 + len(in_part)
+        assert 0 < len(in_part) < 6
+        assert {Path(name).name for name in listed(Path(run.failures.location).read_bytes())} == {"cut.tar"}
+        assert {path.name[:4] for path in (out / "00001").iterdir()} == {*names}
+        encode(pattern, tmp_path / "latents", [service.url], "webdataset")
+        parts = [encode(pattern, tmp_path / "parts", [service.url], shard=(number, 2)) for number in (1, 2)]
+    with tarfile.open(tmp_path / "latents" / "shard-000000.tar") as archive:
+        assert archive.getnames()[:3] == ["00000/0000.moments.npy", "00000/0000.json", "00000/0000.txt"]
+    assert sum(part.encoded for part in parts) == run.encoded
+    assert stored(tmp_path / "parts") == stored(out)
+
+
+def test_names_in_a_shard_stay_in_its_folder(tmp_path: Path) -> None:
+    save_shard(tmp_path / "a.tar", {"../up.png": png(), "/top.png": png(), "./in/b.png": png(), ".hidden.png": png()})
+    with sleeping_service() as service:
+        run = encode(f"{tmp_path}/a.tar", tmp_path / "out" / "here", [service.url])
+    assert (run.encoded, run.failures.count) == (1, 2)
+    assert [path.name for path in tmp_path.rglob("*.npz")] == ["b_0064x0064_sdxl.npz"]
+    assert (tmp_path / "out" / "here" / "a" / "in" / "b_0064x0064_sdxl.npz").is_file()
+
+
+def test_many_windows_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that shards are closed and their temporary files deleted when their images are encoded."""
+    monkeypatch.setattr(run_module, "WINDOW", 2)
+    for shard in range(5):
+        save_shard(tmp_path / "set" / f"{shard}.tar", {f"{index}.png": png() for index in range(5)})
+    closed = []
+    real = Shard.__init__
+
+    def count(self: Shard, name: str, file: io.BytesIO) -> None:
+        real(self, name, file)
+        closed.append(file)
+
+    monkeypatch.setattr(Shard, "__init__", count)
+    with sleeping_service() as service:
+        run = encode(f"{tmp_path}/set/*.tar", tmp_path / "out", [service.url])
+    assert (run.encoded, run.total, run.found) == (25, 25, 25)
+    assert [file.closed for file in closed[:4]] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("nowhere", "nowhere is no folder: expected a folder, a URL"),
+        ("nowhere/*.tar", "matches no file: expected shards"),
+        ("gopher://a", "gopher://a cannot be opened: Protocol not known"),
+        ("sftp://a", "cannot be opened: SFTPFileSystem requires"),
+    ],
+)
+def test_wrong_places(location: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "paramiko", None)
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        open_data_set(location)
+
+
+def test_the_hub_is_a_remote_folder() -> None:
+    folder = open_folder("hf://datasets/me/images/train")
+    assert isinstance(folder, RemoteFolder)
+    assert folder.fs.protocol == "hf"
+    assert folder.root == "datasets/me/images/train"
+    assert folder.location == "hf://datasets/me/images/train"
