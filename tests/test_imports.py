@@ -68,6 +68,15 @@ def test_http_imports_no_torch_and_only_http_imports_starlette(path: Path) -> No
         assert not libraries & {"starlette", "uvicorn", "httptools"}
 
 
+def test_only_latents_import_the_packages_of_their_extra() -> None:
+    """Test that `RemoteVAE` needs no OpenCV, PyAV or fsspec: `remote-vae[latents]` installs them."""
+    extra = {"av", "cv2", "fsspec"}
+    for path in (ROOT / "remote_vae").glob("*.py"):
+        assert not {name.split(".")[0] for name in imported(path)} & extra, path
+    used = {name.split(".")[0] for path in (ROOT / "remote_vae" / "latents").glob("*.py") for name in imported(path)}
+    assert used >= extra
+
+
 def test_imports_have_no_cycle() -> None:
     """Test also imports inside functions. No import may be only for types."""
     trees = {path: ast.parse(path.read_text()) for path in (ROOT / "handlers").rglob("*.py")}

@@ -251,7 +251,7 @@ class Shards:
     def __init__(self, pattern: str) -> None:
         self.location = pattern
         self.fs, path = _filesystem(pattern)
-        self.paths = sorted(map(str, self.fs.glob(path)))
+        self.paths = [path] if self.fs.isfile(path) else sorted(map(str, self.fs.glob(path)))
         if not self.paths:
             raise ValueError(f"{pattern} matches no file: expected shards, such as 'shards/*.tar'")
         fixed = path.partition("*")[0]
