@@ -208,6 +208,20 @@ def _read_sampling(frames: str | None, extraction: str, *options: int | float | 
     return None
 
 
+def _only_length(frames: str | None, sampling: Sampling) -> int:
+    """Return the one number of frames, which ai-toolkit spreads over a whole video.
+
+    Raises:
+        ValueError: the options are those of musubi-tuner.
+    """
+    from remote_vae.latents.videos import Sampling
+
+    lengths = _read_frames(frames or "")
+    if len(lengths) != 1 or sampling != Sampling(lengths):
+        raise ValueError("--format ai-toolkit takes one number of --frames, and no other option of frames")
+    return lengths[0]
+
+
 @app.command()
 def latents(
     url: Url,
@@ -233,7 +247,7 @@ def latents(
         list[str], typer.Option("--url", help="URL of one more endpoint of the model, to share the load. Repeatable.")
     ] = [],  # noqa: B006
     frames: Annotated[
-        str | None, typer.Option(help="Encode videos: lengths of clips, such as 1,25,45 (musubi's target_frames).")
+        str | None, typer.Option(help="Encode videos: lengths of clips, such as 1,25,45 (musubi), or one (ai-toolkit).")
     ] = None,
     frame_extraction: Annotated[str, typer.Option(help="head, chunk, slide, uniform or full, as in musubi.")] = "head",
     frame_stride: Annotated[int, typer.Option(help="With slide.")] = 1,
@@ -245,6 +259,7 @@ def latents(
     shard: Annotated[str, typer.Option(help="Part of the images for this machine, such as 1/8 to 8/8.")] = "1/1",
 ) -> None:
     """Write the latents of a data set as a trainer reads them. Run the command again to continue an interrupted run."""
+    from remote_vae.latents.ai_toolkit import AIToolkitVideos
     from remote_vae.latents.format import Format
     from remote_vae.latents.formats import FORMATS
     from remote_vae.latents.musubi import MusubiVideos
@@ -255,12 +270,18 @@ def latents(
     sampling = _read_sampling(frames, frame_extraction, frame_stride, frame_sample, max_frames, source_fps)
     if format not in FORMATS:
         raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
-    if sampling and format != "musubi":
-        raise ValueError(f"--frames: --format {format} has no videos; expected --format musubi")
+    if sampling and format not in ("musubi", "ai-toolkit"):
+        raise ValueError(f"--frames: --format {format} has no videos; expected --format musubi or ai-toolkit")
     client = connect([url, *more_urls], token)
     config = client.config()
     options = (config["model"], size, upscale, flip, sample_mode, arch)
-    cache: Format = MusubiVideos(*options, sampling=sampling) if sampling else FORMATS[format](*options)
+    cache: Format
+    if not sampling:
+        cache = FORMATS[format](*options)
+    elif format == "musubi":
+        cache = MusubiVideos(*options, sampling=sampling)
+    else:
+        cache = AIToolkitVideos(*options, frames=_only_length(frames, sampling))
     run = Run(client, config, images, out, cache, seed, workers, _read_shard(shard))
     run.encode(console)
     print_line(f"{run.encoded} encoded, {run.already_stored} already stored, {run.failures.count} failed")

@@ -5,16 +5,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
+import cv2
+import numpy as np
+import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save
 
-from remote_vae.latents.buckets import AIToolkitBuckets, Placement
+from remote_vae.latents.buckets import AIToolkitBuckets, Placement, Size
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, cropped
 from remote_vae.latents.storage import Folder
+from remote_vae.latents.videos import FRAME_FACTOR, captured, read_spread
 
 
 @dataclass
@@ -89,6 +94,8 @@ class AIToolkit(Format):
             "latent_space_version": self.architecture.ending,
             "latent_version": 1,
         }
+        if image.clip:
+            metadata["num_frames"] = image.clip[1]
         return {**metadata, "flip_x": True} if flip else metadata
 
     def contents(self, encoded: list[Encoded], out: Folder) -> list[bytes]:
@@ -99,5 +106,47 @@ class AIToolkit(Format):
                 values = self._metadata(item.image, bool(flip)).items()
                 metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values}
                 metadata["filename"] = metadata["filename"].encode(errors="backslashreplace").decode()  # not UTF-8
-                contents.append(save({"latent": latents.contiguous()}, {**metadata, "format": "pt"}))
+                arrays = {"latent": latents.contiguous()}
+                if item.image.clip:
+                    arrays["num_frames"] = torch.tensor(item.image.clip[1], dtype=torch.int32)
+                contents.append(save(arrays, {**metadata, "format": "pt"}))
         return contents
+
+
+@dataclass
+class AIToolkitVideos(AIToolkit):
+    """Videos of a data set with `num_frames` and `shrink_video_to_frames`, ai-toolkit's default."""
+
+    frames: int = 1
+
+    suffixes: ClassVar[frozenset[str]] = frozenset({".mp4", ".avi", ".mov", ".webm", ".mkv", ".wmv", ".m4v", ".flv"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.architecture.has_frames:
+            names = [name for name, row in self.architectures.items() if row.has_frames]
+            raise ValueError(f"--frames: {self.arch} has no videos; expected one of {', '.join(names)}")
+        if self.flip:
+            raise ValueError("--flip: mirrored videos are not supported; remove the option, and `flip_x` of ai-toolkit")
+        if self.frames < 2 or self.frames % FRAME_FACTOR != 1:
+            raise ValueError(f"--frames {self.frames}: expected 5, 9, 13, ..., a count that the VAE encodes whole")
+
+    @property
+    def set_name(self) -> str:
+        return f"{super().set_name}-{self.frames}-frames"  # the names of the files have it, too
+
+    def read_size(self, file: BinaryIO) -> Size:
+        with captured(file) as video:
+            return int(video.get(cv2.CAP_PROP_FRAME_WIDTH)), int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
+
+    def files(self, images: list[ImageFile]) -> list[Path]:
+        return super().files([replace(images[0], clip=(0, self.frames))])
+
+    def jpeg(self, image: ImageFile) -> bytes | None:
+        return None
+
+    def parts(self, image: ImageFile, out: Folder) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
+        """Yield the video with its frames [F, H, W, 3] in 8 bits."""
+        with image.files.open(image.relative) as file, captured(file) as video:
+            pixels = read_spread(video, self.frames, lambda frame: self.fit(frame, image.placement))
+        yield replace(image, clip=(0, self.frames)), pixels

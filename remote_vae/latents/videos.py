@@ -1,17 +1,21 @@
-"""Frames of videos: which clips of a video musubi-tuner trains on, and how it reads them."""
+"""Frames of videos: which ones musubi-tuner and ai-toolkit train on, and how they read them."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
+import cv2
 import numpy as np
 from PIL import Image
 
 FRAME_FACTOR = 4
-"""Frames per latent frame, after the first, of every VAE for which musubi-tuner caches videos."""
+"""Frames per latent frame, after the first, of every VAE for which these trainers cache videos."""
 
 Clip = tuple[int, int]
 """First frame and number of frames."""
@@ -133,3 +137,54 @@ def read_clips(
         while waiting and sum(waiting[0]) == index + 1:
             start, count = clip = waiting.pop(0)
             yield clip, np.stack([held[each] for each in range(start, start + count)])
+
+
+@contextmanager
+def captured(file: BinaryIO) -> Iterator[cv2.VideoCapture]:
+    """Open a video with OpenCV, as ai-toolkit does. OpenCV needs a path, so others than local files are copied.
+
+    Raises:
+        ValueError: OpenCV cannot read it.
+    """
+    with tempfile.NamedTemporaryFile() as copy:
+        path = getattr(file, "name", None)
+        if not isinstance(path, str) or not Path(path).is_file():
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            path = copy.name
+        video = cv2.VideoCapture(path)
+        try:
+            if not video.isOpened():
+                raise ValueError("OpenCV cannot open the video; save it with another codec, such as H.264")
+            yield video
+        finally:
+            video.release()
+
+
+def spread(count: int, frames: int) -> list[int]:
+    """Return the frames that ai-toolkit takes of a video of `count` frames: evenly, from the first to the last."""
+    interval = (count - 1) / (frames - 1) if frames > 1 else 0
+    return [min(round(index * interval), count - 1) for index in range(frames)]
+
+
+def read_spread(
+    video: cv2.VideoCapture, frames: int, fit: Callable[[Image.Image], Image.Image]
+) -> np.ndarray[Any, Any]:
+    """Return so many frames of a video [F, H, W, 3] in 8 bits, evenly from the first to the last.
+
+    Raises:
+        ValueError: a frame cannot be read. ai-toolkit itself would take a frame nearby.
+    """
+    count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    if count < 1:
+        raise ValueError("the video has no frame that OpenCV can count; save it again")
+    indices = spread(count, frames)
+    fitted: dict[int, np.ndarray[Any, Any]] = {}
+    for index in range(indices[-1] + 1):
+        is_read = video.grab()
+        if is_read and index in indices:
+            is_read, frame = video.retrieve()
+            fitted[index] = np.array(fit(Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))))
+        if not is_read:
+            raise ValueError(f"frame {index} of {indices[-1] + 1} cannot be read; save the video again")
+    return np.stack([fitted[index] for index in indices])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from remote_vae import Client
+from remote_vae.latents.ai_toolkit import AIToolkitVideos
 from remote_vae.latents.buckets import Placement
 from remote_vae.latents.format import Encoded, Format, ImageFile, crop_ltrb
 from remote_vae.latents.formats import FORMATS
 from remote_vae.latents.musubi import Musubi, MusubiVideos
 from remote_vae.latents.run import Run
 from remote_vae.latents.storage import LocalFolder
-from remote_vae.latents.videos import Sampling
+from remote_vae.latents.videos import Sampling, spread
 from tests.remote_vae.test_videos import save_video
 
 TRAINERS: dict[str, Any] = json.loads(Path(__file__).with_name("trainers.json").read_text())
@@ -124,6 +126,27 @@ def test_clips_of_videos(tmp_path: Path) -> None:
             assert pixels.shape == (part.clip[1], 64, 80, 3)
             ours += [file.name for file in format.files([part])]
         assert sorted(ours) == names, (arch, count, options)
+
+
+def test_videos_of_ai_toolkit(tmp_path: Path) -> None:
+    """Compare sizes, names, contents, and which frames of a video are taken."""
+    folder = LocalFolder(tmp_path)
+    for row in TRAINERS["videos"]["ai-toolkit"]:
+        arch, frames, resolution, name, count, size, *theirs, shapes, metadata, indices = row
+        vae = AIToolkitVideos.architectures[arch].vae
+        format = AIToolkitVideos(vae, (resolution, resolution), arch=arch, frames=frames)
+        placement = format.place(tuple(size))
+        image = ImageFile(folder, Path(name), placement)
+        (file,) = format.files([image])
+        assert [[[*placement.resized], [*placement.bucket], [*placement.corner]], file.as_posix()] == theirs
+        assert spread(count, frames) == indices
+        (data,) = format.contents([Encoded(replace(image, clip=(0, frames)), torch.zeros(shapes["latent"]))], folder)
+        path = tmp_path / "file"
+        path.write_bytes(data)
+        with safe_open(path, "pt") as stored:
+            assert {key: list(stored.get_tensor(key).shape) for key in stored.keys()} == shapes  # noqa: SIM118
+            assert stored.get_tensor("num_frames") == frames
+            assert stored.metadata()["num_frames"] == metadata
 
 
 @pytest.mark.parametrize("trainer", TRAINERS["trainers"])

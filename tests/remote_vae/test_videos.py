@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from safetensors import safe_open
 
 from remote_vae import Client
 from remote_vae.cli import app
+from remote_vae.latents.ai_toolkit import AIToolkitVideos
+from remote_vae.latents.format import ImageFile
 from remote_vae.latents.musubi import MusubiVideos
 from remote_vae.latents.run import Run
+from remote_vae.latents.storage import LocalFolder
 from remote_vae.latents.videos import Sampling, read_clips
 from tests.remote_vae.test_latents import failures, run
 from tests.support.sleeping_service import sleeping_service
@@ -74,6 +78,35 @@ def test_videos_are_continued(tmp_path: Path) -> None:
     run = encode(folder, out, sampling)
     assert (run.encoded, run.already_stored, run.failures.count, run.requests) == (1, 2, 2, 1)
     assert sorted(path.name for path in out.glob("a_*")) == files
+
+
+def test_videos_of_ai_toolkit_are_continued(tmp_path: Path) -> None:
+    """Encode videos in a folder and in a shard. Frames lie evenly from the first to the last."""
+    folder = tmp_path / "videos"
+    for name, count in {"a.mp4": 20, "b.mov": 3, "c.webm": 9}.items():
+        save_video(folder / name, count)
+    (folder / "cut.mp4").write_bytes((folder / "a.mp4").read_bytes()[:2000])
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(folder / "a.mp4", "a.mp4")
+    format = AIToolkitVideos("wan-2.1", (64, 64), arch="wan21", frames=5)
+    with sleeping_service(model="wan-2.1", kind="video") as service:
+        client = Client(service.url, token="")
+        for source, encoded, stored in ((folder, 3, 0), (folder, 0, 3), (tmp_path / "set.tar", 1, 0)):
+            run = Run(client, client.config(), source, tmp_path / "out", format, seed=0, workers=2)
+            run.encode(Console(file=io.StringIO()))
+            assert (run.encoded, run.already_stored) == (encoded, stored)
+            assert run.failures.count == (source == folder)
+    files = sorted(path.relative_to(tmp_path / "out").parent for path in (tmp_path / "out").rglob("*.safetensors"))
+    assert files == [Path("_latent_cache")] * 3 + [Path("set", "_latent_cache")]
+    local = LocalFolder(folder)
+    for name, indices in {"a.mp4": [0, 5, 10, 14, 19], "b.mov": [0, 0, 1, 2, 2]}.items():
+        image = ImageFile(local, Path(name), format.place((64, 48)))
+        ((part, pixels),) = format.parts(image, local)
+        assert part.clip == (0, 5)
+        assert pixels.shape == (5, 48, 64, 3)
+        with av.open(str(folder / name)) as container:
+            blue = [frame.to_ndarray(format="rgb24")[..., 2].mean() for frame in container.decode(video=0)]
+        np.testing.assert_allclose(pixels[..., 2].mean(axis=(1, 2)), [blue[index] for index in indices], atol=3)
 
 
 def test_frames_are_held_only_as_long_as_a_clip_needs_them() -> None:
@@ -136,6 +169,11 @@ def test_clips_equal_local_encoding(service: Service, tmp_path: Path) -> None:
         (("--frames", "9", "--frame-extraction", "tail"), "tail: expected one of head, chunk, slide, uniform, full"),
         (("--frames", "9", "--no-upscale"), "musubi-tuner always enlarges small videos"),
         (("--frames", "9", "--format", "webdataset"), "--format webdataset has no videos"),
+        (("--frames", "9", "--format", "ai-toolkit"), "add --arch: there are several models"),
+        (("--frames", "8", "--format", "ai-toolkit", "--arch", "wan21"), "--frames 8: expected 5, 9, 13, ..."),
+        (("--frames", "9,5", "--format", "ai-toolkit", "--arch", "wan21"), "takes one number of --frames"),
+        (("--frames", "9", "--format", "ai-toolkit", "--arch", "wan21", "--source-fps", "30"), "no other option of"),
+        (("--frames", "9", "--format", "ai-toolkit", "--arch", "wan21", "--flip"), "--flip: mirrored videos"),
     ],
 )
 def test_wrong_options(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
