@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import io
+import json
+import re
 import sys
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import numpy as np
@@ -17,7 +22,7 @@ import pytest
 from PIL import Image
 
 from remote_vae.latents import run as run_module
-from remote_vae.latents.storage import RemoteFolder, Shard, open_data_set, open_folder
+from remote_vae.latents.storage import Shard, open_data_set, open_folder
 from tests.remote_vae.test_latents_scale import encode, save_images, stored
 from tests.support.sleeping_service import sleeping_service
 
@@ -92,22 +97,23 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
 def test_images_of_an_http_server(tmp_path: Path) -> None:
     """Read the images and a shard from a real server over HTTP, which has no place for latents."""
     save_images(tmp_path / "images", [f"{index}.png" for index in range(5)])
     save_shard(tmp_path / "images" / "00.tar", {"a.png": png()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/images"
-    try:
-        with sleeping_service() as service:
-            assert encode(url, tmp_path / "out", [service.url]).encoded == 5
-            assert encode(f"{url}/00.tar", tmp_path / "out", [service.url]).encoded == 1
-            with pytest.raises(ValueError, match="may hold incomplete files after an interruption"):
-                encode(tmp_path / "images", url, [service.url])
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(functools.partial(Handler, directory=str(tmp_path))) as url, sleeping_service() as service:
+        assert encode(f"{url}/images", tmp_path / "out", [service.url]).encoded == 5
+        assert encode(f"{url}/images/00.tar", tmp_path / "out", [service.url]).encoded == 1
+        with pytest.raises(ValueError, match="may hold incomplete files after an interruption"):
+            encode(tmp_path / "images", f"{url}/out", [service.url])
 
 
 @pytest.mark.parametrize("place", ["folder", "url"])
@@ -184,9 +190,61 @@ def test_wrong_places(location: str, message: str, monkeypatch: pytest.MonkeyPat
         open_data_set(location)
 
 
-def test_the_hub_is_a_remote_folder() -> None:
-    folder = open_folder("hf://datasets/me/images/train")
-    assert isinstance(folder, RemoteFolder)
-    assert folder.fs.protocol == "hf"
-    assert folder.root == "datasets/me/images/train"
-    assert folder.location == "hf://datasets/me/images/train"
+class HubHandler(Handler):
+    """Routes of the Hub that list and read the data set `me/images`, whose files are in the server's folder."""
+
+    def do_GET(self) -> None:
+        path, query = urlsplit(self.path).path, urlsplit(self.path).query
+        tree, resolve = ("/api/datasets/me/images/tree/main", "/datasets/me/images/resolve/main/")
+        if path.startswith(tree):
+            entries = list(self.entries(path.removeprefix(tree).strip("/"), "recursive=true" in query.lower()))
+            self.reply(200 if entries else 404, json.dumps(entries).encode())
+        elif path.startswith("/api/datasets/me/images"):
+            self.reply(200, json.dumps({"id": "me/images", "sha": "a" * 40}).encode())
+        elif path.startswith(resolve):
+            self.reply_file((Path(self.directory) / path.removeprefix(resolve)).read_bytes())
+        else:
+            self.reply(404, b"{}")
+
+    def entries(self, folder: str, is_recursive: bool) -> Iterator[dict[str, Any]]:
+        for path in sorted((Path(self.directory) / folder).glob("**/*" if is_recursive else "*")):
+            kind = "file" if path.is_file() else "directory"
+            name = path.relative_to(self.directory).as_posix()
+            yield {"type": kind, "path": name, "size": path.stat().st_size, "oid": "a" * 40}
+
+    def reply_file(self, content: bytes) -> None:
+        if not (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            self.reply(200, content)
+            return
+        start, end = int(asked[1]), int(asked[2] or len(content) - 1)
+        self.reply(206, content[start : end + 1], f"bytes {start}-{end}/{len(content)}")
+
+    def reply(self, status: int, content: bytes, content_range: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def test_images_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read images and a shard of a data set from a stand-in of the Hub over HTTP, with huggingface_hub's own client."""
+    folder = tmp_path / "repository" / "train"
+    save_images(folder, ["a.png", "sub/b.png"])
+    save_shard(tmp_path / "repository" / "set" / "00.tar", {"c.png": png()})
+    with serving(functools.partial(HubHandler, directory=str(tmp_path / "repository"))) as url:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": url, "token": False})
+        with sleeping_service() as service:
+            run = encode("hf://datasets/me/images/train", tmp_path / "out", [service.url])
+            assert (run.encoded, run.failures.count) == (2, 0)
+            assert encode("hf://datasets/me/images/set/*.tar", tmp_path / "out", [service.url]).encoded == 1
+    assert stored(tmp_path / "out") == {"a", "b", "c"}
+
+
+def test_a_folder_at_a_url_knows_what_it_wrote(memory: fsspec.AbstractFileSystem) -> None:
+    folder = open_folder("memory://out")
+    assert not folder.is_file(Path("a/b.npz"))
+    folder.write(Path("a/b.npz"), b"latents")
+    assert folder.is_file(Path("a/b.npz"))
+    assert folder.read(Path("a/b.npz")) == b"latents"
