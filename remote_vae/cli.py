@@ -264,14 +264,15 @@ def latents(
     from remote_vae.latents.formats import FORMATS
     from remote_vae.latents.musubi import MusubiVideos
     from remote_vae.latents.run import Run
+    from remote_vae.latents.webdataset import WebDatasetVideos
     from remote_vae.pool import connect
 
     size = _read_resolution(resolution)
     sampling = _read_sampling(frames, frame_extraction, frame_stride, frame_sample, max_frames, source_fps)
     if format not in FORMATS:
         raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
-    if sampling and format not in ("musubi", "ai-toolkit"):
-        raise ValueError(f"--frames: --format {format} has no videos; expected --format musubi or ai-toolkit")
+    if sampling and format == "kohya":
+        raise ValueError("--frames: --format kohya has no videos; expected musubi, ai-toolkit or webdataset")
     client = connect([url, *more_urls], token)
     config = client.config()
     options = (config["model"], size, upscale, flip, sample_mode, arch)
@@ -280,6 +281,11 @@ def latents(
         cache = FORMATS[format](*options)
     elif format == "musubi":
         cache = MusubiVideos(*options, sampling=sampling)
+    elif format == "webdataset":
+        if config["kind"] != "video" or config["pixels"]["frame_counts"][:2] != [1, 5]:
+            message = f"--frames: {config['model']} does not encode 1, 5, 9, ... frames"
+            raise ValueError(f"{message}; expected a VAE of videos that does, such as wan-2.1")
+        cache = WebDatasetVideos(*options, sampling=sampling)
     else:
         cache = AIToolkitVideos(*options, frames=_only_length(frames, sampling))
     run = Run(client, config, images, out, cache, seed, workers, _read_shard(shard))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -15,7 +16,7 @@ from remote_vae.latents.buckets import MusubiBuckets, Size
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile
 from remote_vae.latents.kohya import Kohya
 from remote_vae.latents.storage import Folder
-from remote_vae.latents.videos import Sampling, opened, read_clips, read_frames, read_size
+from remote_vae.latents.videos import SUFFIXES, Sampling, missing_clips, read_size
 
 
 @dataclass
@@ -70,9 +71,7 @@ class MusubiVideos(Musubi):
 
     frame_rates: ClassVar[dict[str, float]] = {"wan": 16, "hunyuan_video": 24, "hunyuan_video_1_5": 24}
     """Frames per second to which musubi-tuner converts videos with `source_fps`."""
-    suffixes: ClassVar[frozenset[str]] = frozenset(
-        {".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"}
-    )
+    suffixes: ClassVar[frozenset[str]] = SUFFIXES
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,16 +104,7 @@ class MusubiVideos(Musubi):
             ValueError: the video is too short for every clip.
         """
         rate = self.frame_rates[str(self.arch)]
-        with image.files.open(image.relative) as file, opened(file) as container:
-            count = sum(1 for _ in read_frames(container, self.sampling, rate))
-        parts = {clip: replace(image, clip=clip) for clip in self.sampling.clips(count)}
-        if not parts:
-            raise ValueError(f"the video has {count} frames, too few for clips of {min(self.sampling.frames)}")
-        missing = [clip for clip, part in parts.items() if not super(MusubiVideos, self).is_stored(out, part)]
-        with image.files.open(image.relative) as file, opened(file) as container:
-            frames = read_frames(container, self.sampling, rate)
-            for clip, pixels in read_clips(frames, missing, lambda frame: self.fit(frame, image.placement)):
-                yield parts[clip], pixels
+        yield from missing_clips(image, self.sampling, rate, partial(super().is_stored, out), self.fit)
 
     def files(self, images: list[ImageFile]) -> list[Path]:
         (image,) = images

@@ -312,7 +312,7 @@ class Run:
     def _encode_file(self, image: ImageFile) -> list[Encoded]:
         """Encode an image. Return nothing, and list it as failed, if that is impossible.
 
-        The clips of a video are written at once, and nothing is returned.
+        Clips of a video that have files of their own are written at once, and nothing is returned.
         """
         encoded: list[Encoded] = []
         part = None
@@ -320,7 +320,7 @@ class Run:
             for part, latents in self._encode_parts(image):
                 flipped = latents[1] if self.format.flip else None
                 encoded.append(Encoded(part, latents[0], flipped, self.format.caption(image)))
-                if part.clip:
+                if part.clip and self.format.images_per_file == 1:
                     self._write_files(encoded)
                     encoded.clear()
         except RemoteVAEError as error:
@@ -335,7 +335,7 @@ class Run:
         with self.lock:
             if part is None:
                 self.already_stored += 1
-            elif part.clip:
+            elif not encoded:  # the clips are written
                 self.encoded += 1
         return encoded
 
@@ -404,7 +404,7 @@ class Run:
         try:
             self._write_files(encoded)
             with self.lock:
-                self.encoded += len(encoded)
+                self.encoded += len({each.image.relative for each in encoded})
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,8 +14,14 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from remote_vae.latents.buckets import Placement
+from remote_vae.latents.format import ImageFile
+
 FRAME_FACTOR = 4
 """Frames per latent frame, after the first, of every VAE for which these trainers cache videos."""
+
+SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})
+"""Suffixes of the videos that musubi-tuner loads, in lower case."""
 
 Clip = tuple[int, int]
 """First frame and number of frames."""
@@ -137,6 +143,30 @@ def read_clips(
         while waiting and sum(waiting[0]) == index + 1:
             start, count = clip = waiting.pop(0)
             yield clip, np.stack([held[each] for each in range(start, start + count)])
+
+
+def missing_clips(
+    image: ImageFile,
+    sampling: Sampling,
+    rate: float,
+    is_stored: Callable[[ImageFile], bool],
+    fit: Callable[[Image.Image, Placement], Image.Image],
+) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
+    """Yield the clips of a video that are not stored yet, with their pixels [F, H, W, 3] in 8 bits.
+
+    Raises:
+        ValueError: the video is too short for every clip.
+    """
+    with image.files.open(image.relative) as file, opened(file) as container:
+        count = sum(1 for _ in read_frames(container, sampling, rate))
+    parts = {clip: replace(image, clip=clip) for clip in sampling.clips(count)}
+    if not parts:
+        raise ValueError(f"the video has {count} frames, too few for clips of {min(sampling.frames)}")
+    missing = [clip for clip, part in parts.items() if not is_stored(part)]
+    with image.files.open(image.relative) as file, opened(file) as container:
+        frames = read_frames(container, sampling, rate)
+        for clip, pixels in read_clips(frames, missing, lambda frame: fit(frame, image.placement)):
+            yield parts[clip], pixels
 
 
 @contextmanager

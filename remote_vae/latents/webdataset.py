@@ -9,20 +9,22 @@ import tarfile
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from remote_vae.files import npy_bytes
-from remote_vae.latents.buckets import KohyaBuckets
+from remote_vae.latents.buckets import KohyaBuckets, Size
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, crop_ltrb
 from remote_vae.latents.kohya import Kohya
 from remote_vae.latents.storage import Folder
+from remote_vae.latents.videos import SUFFIXES, Sampling, missing_clips, read_size
 
 
 @dataclass
@@ -110,7 +112,7 @@ class WebDataset(Format):
     def _members(self, encoded: Encoded) -> dict[str, bytes]:
         image, kind = encoded.image, "moments" if self.sample_mode == "moments" else "latents"
         key = self.name(image).as_posix()
-        metadata = {
+        metadata: dict[str, Any] = {
             "file": image.relative.as_posix(),
             "model": self.model,
             "normalized": self.normalized,
@@ -119,6 +121,8 @@ class WebDataset(Format):
             "bucket": image.placement.bucket,
             "crop_ltrb": crop_ltrb(image.placement),
         }
+        if image.clip:
+            metadata["clip"] = image.clip
         members = {
             f"{key}.{kind}.npy": npy_bytes(encoded.latents.float()),
             f"{key}.json": json.dumps(metadata).encode(),
@@ -126,6 +130,45 @@ class WebDataset(Format):
         if encoded.flipped is not None:
             members[f"{key}.{kind}_flipped.npy"] = npy_bytes(encoded.flipped.float())
         return members if encoded.caption is None else {**members, f"{key}.txt": encoded.caption}
+
+
+@dataclass
+class WebDatasetVideos(WebDataset):
+    """Clips of videos: each is a sample, with its first frame and its number of frames as `clip` in the metadata."""
+
+    sampling: Sampling = field(default_factory=lambda: Sampling((1,)))
+
+    suffixes: ClassVar[frozenset[str]] = SUFFIXES
+    images_per_file: ClassVar[int] = 20
+    """Videos whose clips are in one shard."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.flip:
+            raise ValueError("--flip: mirrored videos are not supported; remove the option")
+        if self.sampling.source_fps:
+            raise ValueError("--source-fps: shards keep every frame of a video; remove the option")
+
+    @property
+    def set_name(self) -> str:
+        return f"{super().set_name}-videos"
+
+    def read_size(self, file: BinaryIO) -> Size:
+        return read_size(file)
+
+    def jpeg(self, image: ImageFile) -> bytes | None:
+        return None
+
+    def is_stored(self, out: Folder, image: ImageFile) -> bool:
+        """Return False for a video: only `parts` knows its clips, because it counts the frames."""
+        return bool(image.clip) and super().is_stored(out, image)
+
+    def name(self, image: ImageFile) -> Path:
+        name = super().name(image)
+        return name.with_name(f"{name.name}_{image.clip[0]:05d}-{image.clip[1]:03d}") if image.clip else name
+
+    def parts(self, image: ImageFile, out: Folder) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
+        yield from missing_clips(image, self.sampling, 0, partial(self.is_stored, out), self.fit)
 
 
 def _shard_names(prefix: str) -> Iterator[Path]:

@@ -6,6 +6,7 @@ import re
 import shlex
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -16,7 +17,7 @@ from remote_vae.latents.formats import FORMATS
 from scripts.local_server import ROOT
 from tests.remote_vae.test_videos import save_video
 from tests.support import forked
-from tests.support.sleeping_service import sleeping_service
+from tests.support.sleeping_service import CONFIG, sleeping_service
 
 PAGE = (ROOT / "docs" / "training.md").read_text()
 COMMANDS = [line[2:] for line in PAGE.splitlines() if line.startswith("$ remote-vae latents")]
@@ -53,9 +54,9 @@ def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     arguments = shlex.split(command)[1:]
     arch = arguments[arguments.index("--arch") + 1] if "--arch" in arguments else "sdxl"
     format = FORMATS[arguments[arguments.index("--format") + 1]]
-    config = {"model": format.architectures[arch].vae if format.architectures else "sdxl"}
+    config: dict[str, Any] = {"model": format.architectures[arch].vae if format.architectures else "sdxl"}
     if "--frames" in arguments:
-        config["kind"] = "video"
+        config |= {"kind": "video", "pixels": {**CONFIG["pixels"], "frame_counts": [1, 5, 9]}}
     if "--resolution" in arguments:
         arguments[arguments.index("--resolution") + 1] = "64"
     with sleeping_service(**config) as one, sleeping_service(**config) as two, sleeping_service(**config) as three:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from remote_vae.latents.run import Run
 from remote_vae.latents.storage import LocalFolder
 from remote_vae.latents.videos import Sampling, read_clips
 from tests.remote_vae.test_latents import failures, run
-from tests.support.sleeping_service import sleeping_service
+from tests.support.sleeping_service import CONFIG, sleeping_service
 from tests.support.small_service import Service
 
 
@@ -109,6 +110,36 @@ def test_videos_of_ai_toolkit_are_continued(tmp_path: Path) -> None:
         np.testing.assert_allclose(pixels[..., 2].mean(axis=(1, 2)), [blue[index] for index in indices], atol=3)
 
 
+def test_videos_in_shards_are_continued(tmp_path: Path) -> None:
+    """Encode clips of videos to shards. A second run encodes only clips that are not in them."""
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    for name, count in {"a.mp4": 12, "more/b.mov": 5}.items():
+        save_video(folder / name, count)
+    (folder / "a.txt").write_text("a caption")
+    (folder / "cut.mp4").write_bytes((folder / "a.mp4").read_bytes()[:300])
+    pixels = {**CONFIG["pixels"], "frame_counts": [1, 5, 9]}
+    with sleeping_service(model="wan-2.1", kind="video", pixels=pixels) as service:
+
+        def encode_clips() -> int:
+            before = service.served
+            options = ["--format", "webdataset", "--frames", "5", "--frame-extraction", "chunk", "--resolution", "64"]
+            with pytest.raises(ValueError, match="1 images could not be encoded"):
+                app(["latents", service.url, str(folder), "--out", str(out), *options], standalone_mode=False)
+            return service.served - before
+
+        assert [encode_clips(), encode_clips()] == [3, 0]
+        save_video(folder / "a.mp4", 17)
+        assert encode_clips() == 1
+    with tarfile.open(out / "shard-000000.tar") as archive:
+        names = [f"{key}.{end}" for key in ("a_00000-005", "a_00005-005") for end in ("moments.npy", "json", "txt")]
+        assert archive.getnames() == [*names, "more/b_00000-005.moments.npy", "more/b_00000-005.json"]
+        assert json.load(archive.extractfile("a_00005-005.json"))["clip"] == [5, 5]
+        moments = np.load(io.BytesIO(archive.extractfile("a_00005-005.moments.npy").read()))
+        assert moments.shape == (16, 2, 8, 8)
+    with tarfile.open(out / "shard-000001.tar") as archive:
+        assert archive.getnames() == ["a_00010-005.moments.npy", "a_00010-005.json", "a_00010-005.txt"]
+
+
 def test_frames_are_held_only_as_long_as_a_clip_needs_them() -> None:
     """Read two clips that overlap from an endless video."""
     alive: set[int] = set()
@@ -168,7 +199,8 @@ def test_clips_equal_local_encoding(service: Service, tmp_path: Path) -> None:
         (("--source-fps", "30"), "options of frames without --frames"),
         (("--frames", "9", "--frame-extraction", "tail"), "tail: expected one of head, chunk, slide, uniform, full"),
         (("--frames", "9", "--no-upscale"), "musubi-tuner always enlarges small videos"),
-        (("--frames", "9", "--format", "webdataset"), "--format webdataset has no videos"),
+        (("--frames", "9", "--format", "kohya"), "--format kohya has no videos"),
+        (("--frames", "9", "--format", "webdataset"), "wan-2.1 does not encode 1, 5, 9, ... frames"),
         (("--frames", "9", "--format", "ai-toolkit"), "add --arch: there are several models"),
         (("--frames", "8", "--format", "ai-toolkit", "--arch", "wan21"), "--frames 8: expected 5, 9, 13, ..."),
         (("--frames", "9,5", "--format", "ai-toolkit", "--arch", "wan21"), "takes one number of --frames"),
