@@ -34,7 +34,7 @@ Token = Annotated[
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Use the VAE's own latents, without the pipeline's normalization.")]
 
-PACKAGES = {"torch": "torch", "cv2": "opencv-python-headless", "av": "av"}
+PACKAGES = {"torch": "torch", "cv2": "opencv-python-headless", "av": "av", "fsspec": "fsspec"}
 """Modules that some commands need in addition, and their packages."""
 
 

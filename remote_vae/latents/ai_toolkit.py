@@ -142,9 +142,6 @@ class AIToolkitVideos(AIToolkit):
     def files(self, images: list[ImageFile]) -> list[Path]:
         return super().files([replace(images[0], clip=(0, self.frames))])
 
-    def jpeg(self, image: ImageFile) -> bytes | None:
-        return None
-
     def parts(self, image: ImageFile, out: Folder) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
         """Yield the video with its frames [F, H, W, 3] in 8 bits."""
         with image.files.open(image.relative) as file, captured(file) as video:

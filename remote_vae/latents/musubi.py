@@ -94,9 +94,6 @@ class MusubiVideos(Musubi):
     def name(self, image: ImageFile) -> Path:
         return image.relative.with_suffix("")
 
-    def jpeg(self, image: ImageFile) -> bytes | None:
-        return None
-
     def parts(self, image: ImageFile, out: Folder) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
         """Yield the clips that are not stored yet, with their pixels [F, H, W, 3] in 8 bits.
 

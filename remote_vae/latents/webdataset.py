@@ -156,9 +156,6 @@ class WebDatasetVideos(WebDataset):
     def read_size(self, file: BinaryIO) -> Size:
         return read_size(file)
 
-    def jpeg(self, image: ImageFile) -> bytes | None:
-        return None
-
     def is_stored(self, out: Folder, image: ImageFile) -> bool:
         """Return False for a video: only `parts` knows its clips, because it counts the frames."""
         return bool(image.clip) and super().is_stored(out, image)
