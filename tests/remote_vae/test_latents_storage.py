@@ -147,6 +147,17 @@ def test_shards_as_input(tmp_path: Path, place: str, memory: fsspec.AbstractFile
     assert stored(tmp_path / "parts") == stored(out)
 
 
+def test_a_part_without_images_is_no_error(tmp_path: Path) -> None:
+    """Test that a data set of shards without images is one."""
+    save_shard(tmp_path / "a.tar", {"a.png": png()})
+    save_shard(tmp_path / "text" / "a.tar", {"a.txt": b"no image"})
+    with sleeping_service() as service:
+        parts = [encode(f"{tmp_path}/*.tar", tmp_path / "out", [service.url], shard=(number, 2)) for number in (1, 2)]
+        assert sorted(part.encoded for part in parts) == [0, 1]
+        with pytest.raises(ValueError, match="has no image that sd-scripts loads"):
+            encode(f"{tmp_path}/text/*.tar", tmp_path / "out", [service.url])
+
+
 def test_names_in_a_shard_stay_in_its_folder(tmp_path: Path) -> None:
     save_shard(tmp_path / "a.tar", {"../up.png": png(), "/top.png": png(), "./in/b.png": png(), ".hidden.png": png()})
     with sleeping_service() as service:
