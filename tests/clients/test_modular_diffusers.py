@@ -15,6 +15,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffu
 from diffusers.modular_pipelines.wan.decoders import WanVaeDecoderStep
 from PIL import Image
 
+from remote_vae import RemoteVAE
 from scripts.local_server import ROOT
 from tests.support.small_service import Service
 
@@ -93,6 +94,16 @@ def test_encoded_images_are_those_of_the_local_vae(service: Service, key: str) -
     torch.testing.assert_close(sample, expected, atol=5e-4, rtol=1e-4)
     both = pipe(image=[image, image.rotate(90)], height=64, width=96, sample_mode="argmax", output="image_latents")
     assert (len(both), *both.shape[-2:]) == (2, 8, 12)
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+def test_a_remote_vae_is_a_component(service: Service, uint8: bool) -> None:
+    latents = torch.randn(LATENTS["sdxl"], generator=torch.Generator().manual_seed(0))
+    remote = RemoteVAE(f"{service.url}/sdxl", uint8=uint8)
+    ours, theirs = (
+        pipeline(LOCAL["sdxl"](), vae)(latents=latents, output="images")[0] for vae in (remote, service.model("sdxl"))
+    )
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 def test_blocks_replace_those_of_a_pipeline(service: Service) -> None:
