@@ -260,12 +260,12 @@ def test_a_run_continues_after_kill_9_at_any_moment(faulty: FaultyProxy, tmp_pat
             assert np.load(path)["latents"].shape[0] == 4
 
     for _ in range(20):
-        posts = sum(method == "POST" for method, _, _ in faulty.seen)
+        posts = sum(method == "POST" for method, _, _ in faulty.seen) + rng.randint(0, 6)
         _, *module = command(folder, out, faulty.url, "kohya", "--workers", "2")
         process = forked.Process(module, dict(os.environ), tmp_path / "output", tmp_path / "output")
-        while sum(method == "POST" for method, _, _ in faulty.seen) == posts and process.poll() is None:
+        while sum(method == "POST" for method, _, _ in faulty.seen) <= posts and process.poll() is None:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait(10)
         check()
