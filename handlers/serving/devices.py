@@ -73,6 +73,14 @@ class Job:
     future: JobFuture[Any] = field(default_factory=JobFuture)
 
 
+class IdleTask(NamedTuple):
+    """Work for the time without jobs."""
+
+    steps: Iterator[None]
+    end: Future[None]
+    """Future that is set when the steps are done, or the device is lost."""
+
+
 class DeviceQueue:
     """Queue of jobs, and a thread for each device that runs one batch at a time.
 
@@ -92,8 +100,8 @@ class DeviceQueue:
         self._arrival = threading.Condition()
         self._batches: dict[int, tuple[float, list[Job]]] = {}
         """Start and jobs of the running batch, by device."""
-        self._idle_tasks: list[deque[Iterator[None]]] = [deque() for _ in devices]
-        """Tasks for the time without jobs, in steps, by device."""
+        self._idle_tasks: list[deque[IdleTask]] = [deque() for _ in devices]
+        """Tasks by device."""
         self._alive = set(range(len(devices)))
         self._problem: str | None = None
         self.is_draining = False
@@ -148,14 +156,22 @@ class DeviceQueue:
             self._arrival.notify()
         return job.future
 
-    def when_idle(self, number: int, steps: Iterator[None]) -> None:
+    def when_idle(self, number: int, steps: Iterator[None]) -> Future[None]:
         """Run the steps of a task on the thread of a device while no job waits.
 
         A job that arrives stops the pass of a step (`PassStopped`), which the task catches.
+
+        Returns:
+            Future that is set at the end of the task, or when the device is lost.
         """
+        task = IdleTask(steps, Future())
         with self._arrival:
-            self._idle_tasks[number].append(steps)
-            self._arrival.notify_all()
+            if number in self._alive:
+                self._idle_tasks[number].append(task)
+                self._arrival.notify_all()
+            else:
+                task.end.set_result(None)
+        return task.end
 
     def close(self) -> None:
         """Take no more work, by `check_open`. Safe in a signal handler."""
@@ -191,24 +207,27 @@ class DeviceQueue:
         else:
             logger.info("device %d stopped a pass after %.1f s: nobody waits for it", number, seconds)
 
-    def _run_step(self, number: int, steps: Iterator[None]) -> None:
+    def _run_step(self, number: int, task: IdleTask) -> None:
         with stoppable(lambda: bool(self._waiting)):
-            for _ in steps:
+            for _ in task.steps:
                 return
         self._idle_tasks[number].popleft()
+        task.end.set_result(None)
 
     def _lose(self, number: int) -> None:
         """Fail the jobs of a lost device, and all waiting jobs if it was the last one. `/health` reports it."""
         self._problem = f"device {number} is lost"
-        self._alive.discard(number)
         _, jobs = self._batches.pop(number, (0, []))
-        if not self._alive:
-            with self._arrival:
+        with self._arrival:
+            self._alive.discard(number)
+            if not self._alive:
                 jobs, self._waiting = jobs + self._waiting, []
+        for task in self._idle_tasks[number]:
+            task.end.set_result(None)
         for job in jobs:
             _fail(job, RequestError(f"{self._problem}; try again soon", 503))
 
-    def _next(self, number: int, timeout: float | None) -> list[Job] | Iterator[None] | None:
+    def _next(self, number: int, timeout: float | None) -> list[Job] | IdleTask | None:
         """Take the job that is due first, with the jobs of its batch. If no job waits, return the next idle task.
 
         Return None if neither arrives within `timeout` seconds.

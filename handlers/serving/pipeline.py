@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +43,7 @@ from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions
 from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.memory import Mode, free_memory, is_out_of_memory, total_memory
 from handlers.serving.vae.vae import VAE
+from handlers.serving.vae.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Work(NamedTuple):
 
 
 def load_pipelines(models: Mapping[str, type[Model]], path: str) -> dict[str, Pipeline]:
-    """Load each model onto the devices of this machine, and return the pipelines by key.
+    """Load each model onto the devices of this machine, warm it up, and return the pipelines by key.
 
     Args:
         path: folder of the deployed repository, or "".
@@ -114,7 +115,11 @@ def load_pipelines(models: Mapping[str, type[Model]], path: str) -> dict[str, Pi
             own, folder = settings.for_model(key), str(Path(path, "vae", key)) if path else ""
         return Pipeline([VAE.load(declared, folder, own, name) for name in names], own, admission, devices)
 
-    return {key: load(key, declared) for key, declared in models.items()}
+    pipelines = {key: load(key, declared) for key, declared in models.items()}
+    wait([end for pipeline in pipelines.values() for end in pipeline.warm_up()])
+    for pipeline in pipelines.values():
+        pipeline.check_fast_passes()
+    return pipelines
 
 
 class Pipeline:
@@ -142,8 +147,19 @@ class Pipeline:
         self.admission = admission or Admission(settings, len(vaes))
         self.devices = devices or DevicePool([vae.device for vae in vaes], settings.timeout)
         self.device_queue = self.devices.queue
-        for number, vae in enumerate(vaes):
-            if any(vae.fast.candidates.values()):  # diffusers' own pass serves requests meanwhile
+
+    def warm_up(self) -> list[Future[None]]:
+        """Start the warm-up of each device, if there is one, and return the futures of its end."""
+        return [
+            self.device_queue.when_idle(number, warm_up(vae, seconds))
+            for number, vae in enumerate(self.vaes)
+            if (seconds := self.settings.warm_up_seconds(vae.device.type))
+        ]
+
+    def check_fast_passes(self) -> None:
+        """Start the check of the fast passes. diffusers' own pass serves requests meanwhile."""
+        for number, vae in enumerate(self.vaes):
+            if any(vae.fast.candidates.values()):
                 Thread(target=self._check_fast, args=(number, vae), name=f"fast-{number}", daemon=True).start()
 
     def _check_fast(self, number: int, vae: VAE) -> None:

@@ -8,12 +8,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from handlers.serving.limits import Limits
 
 REPOSITORY = Path(os.environ.get("VAE_REPOSITORY") or Path(__file__).parents[2])
 """Folder with `endpoint.json` and weights: that of `handler.py`, unless the environment names another."""
+
+WARM_UP = 5.0
+"""Most seconds of a pass of the warm-up on a GPU."""
 
 
 def _separated(value: Any) -> Any:
@@ -51,6 +54,10 @@ class Settings(Limits):
     None allows it on a CPU, unless `dtype` or `exact` is set."""
     exact: bool = False
     """True if every request runs diffusers' own pass, bit for bit, or is refused (`exact` of a request)."""
+    warm_up: Annotated[float | None, Field(ge=0)] = None
+    """Most seconds of a pass that runs before the first request, at the model's usual size; 0 for no pass.
+
+    None is `WARM_UP` on a GPU, and 0 on a CPU, whose first pass takes little longer than the next ones."""
     api_token: str | None = None
     """Bearer token that every POST must send. The variable is `API_TOKEN`."""
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_separated)] = ()
@@ -97,6 +104,12 @@ class Settings(Limits):
         if self.fast is None:
             return device_type == "cpu" and self.dtype is None and not self.exact
         return self.fast
+
+    def warm_up_seconds(self, device_type: str) -> float:
+        """Return the most seconds of a pass of the warm-up on a device; 0 for no warm-up."""
+        if self.warm_up is None:
+            return 0 if device_type == "cpu" else WARM_UP
+        return self.warm_up
 
     def for_model(self, key: str) -> Settings:
         """Return the settings of one of several models."""

@@ -362,3 +362,19 @@ def test_a_job_stops_the_pass_of_an_idle_task(device: Device) -> None:
     device.go.release(1)
     assert queue.submit(3, "a", 1).result(10) == 6
     wait_until(lambda: done == ["begun", "stopped", "again"])
+
+
+def test_an_idle_task_ends_with_its_device(device: Device) -> None:
+    queue = DeviceQueue([device], batch_limit=1, timeout=60)
+
+    def fail() -> Iterator[None]:
+        yield
+        raise SystemError("the driver is gone")
+
+    def wait() -> Iterator[None]:
+        yield
+
+    for end in [queue.when_idle(0, steps) for steps in (wait(), fail(), wait())]:
+        assert end.result(10) is None
+    wait_until(lambda: queue.problem == "device 0 is lost")
+    assert queue.when_idle(0, wait()).result(10) is None

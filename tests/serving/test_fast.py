@@ -277,6 +277,7 @@ def test_the_settings_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_requests_are_served_before_and_after_the_check(vae: VAE) -> None:
     pipeline = Pipeline([vae], Settings(fast=True))
+    pipeline.check_fast_passes()
     latents = inputs("sd-v1", None, torch.float32)["decode"]
     own = send(pipeline, latents, output_type="pt", exact=True)
     deadline = 10
