@@ -5,8 +5,9 @@
 #   benchmarks/gpu.sh first     the kernels, the passes of FLUX.2 and their profile, and the tests of every mode
 #   benchmarks/gpu.sh second    FLUX.2 and Stable Diffusion, Wan, and the service over HTTP
 #
-# The machine needs Python 3.12 (PYTHON=...) with torch, Triton, transformers, huggingface_hub, pytest and typer. It
-# needs no network if the folder `wheels` is there. Results go to the folder $OUT, each as soon as it is known.
+# The machine needs Python 3.12 (PYTHON=...) with these packages: torch, triton, transformers, huggingface-hub, accelerate,
+# einops, filelock, matplotlib, pillow, prometheus-client, psutil, pytest, pytest-timeout, requests, rich, typer, zipp.
+# It needs no network if the folder `wheels` is there. Results go to the folder $OUT, each as soon as it is known.
 # DEVICE=cpu runs the same at toy sizes.
 set -uo pipefail
 cd "$(dirname "$0")/.."

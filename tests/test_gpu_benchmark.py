@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+from collections.abc import Iterable
 from copy import deepcopy
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmarks import bench, forward, gpu
 from handlers import MODELS
 from handlers.serving.vae.fast import kernels
 from handlers.serving.vae.vae import VAE
 from scripts.local_server import ROOT
+from tests import test_gpu
 from tests.support import forked, reference_kernels
 from tests.support.checkpoints import build
 
@@ -83,12 +89,52 @@ def test_a_stage_that_fails_or_does_not_fit_is_a_result(results: Any, monkeypatc
 
 
 def test_the_stages_of_the_calls_exist() -> None:
-    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    calls = [line.split()[1:3] for line in script.splitlines() if line.lstrip().startswith("measure ")]
+    calls = [line.split()[1:3] for line in SCRIPT.splitlines() if line.lstrip().startswith("measure ")]
     assert {stage for _, stages in calls for stage in stages.split(",")} == set(gpu.STAGES)
     first, *second = [int(seconds) + 10 for seconds, _ in calls]
     assert first + 95 <= 290  # of 300 s, with the wheels' installation
     assert sum(second) <= 290
+
+
+SCRIPT = (ROOT / "benchmarks" / "gpu.sh").read_text()
+
+
+def dependencies(names: Iterable[str]) -> set[str]:
+    """Return packages and all packages that they need, by the versions that are installed here."""
+    found: set[str] = set()
+    waiting = [Requirement(name) for name in names]
+    while waiting:
+        package = waiting.pop()
+        for line in [] if str(package) in found else requires(package.name) or []:
+            needed = Requirement(line)
+            if any(not needed.marker or needed.marker.evaluate({"extra": extra}) for extra in ("", *package.extras)):
+                waiting.append(needed)
+        found |= {str(package), canonicalize_name(package.name)}
+    return {name for name in found if canonicalize_name(name) == name}
+
+
+def test_the_wheels_and_the_machine_have_every_package() -> None:
+    """Test it with the newest releases, of which the wheels are."""
+    wheels = {canonicalize_name(name) for name in re.findall(r"([\w-]+)==", SCRIPT)}
+    listed = re.search(r"these packages: (.*?)\.\n", SCRIPT, re.DOTALL)
+    assert listed
+    machine = dependencies(re.findall(r"[\w-]+", listed[1]))
+    service = re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    needed = dependencies({*service, "uvicorn", "httpx2", "matplotlib", "tenacity"} - {"peft"})  # diffusers needs no peft
+    assert needed <= wheels | machine
+
+
+def test_a_warning_of_an_unknown_version_fails_no_test() -> None:
+    (options,) = re.findall(r"-m pytest tests/test_gpu.py (.*)", SCRIPT)
+    assert " -W default " in options  # after pyproject.toml, which makes warnings errors
+
+
+def test_the_tests_of_a_gpu_take_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU takes minutes for the small models in half precision."""
+    monkeypatch.setattr(test_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(test_gpu, "check", lambda vae: None)
+    vae, model = test_gpu.loaded("sd-v1")
+    assert vae.dtype == model.dtype == torch.float32
 
 
 def test_the_script_explains_its_calls() -> None:
