@@ -122,11 +122,11 @@ class Stages:
         for channels, side in ((128, 1024), (256, 1024), (512, 512), (512, 128)):
             x, y = self.image(channels, side, side), self.image(channels, side, side)
             bias = torch.randn(channels, device=self.device, dtype=self.dtype)
-            phases = self.image(4 * channels, side // 2 + self.scale, side // 2 + self.scale)
+            subpixels = self.image(4 * channels, side // 2 + self.scale, side // 2 + self.scale)
             calls: dict[str, tuple[Call, int]] = {
                 "group_norm": (lambda x=x, bias=bias: kernels.group_norm(x, bias, bias, 32, 1e-6, bias), 3),
                 "add": (lambda x=x, y=y, bias=bias: kernels.add(x, bias, y), 3),
-                "interleave": (lambda phases=phases, bias=bias: kernels.interleave(phases, bias), 2),
+                "interleave": (lambda subpixels=subpixels, bias=bias: kernels.interleave(subpixels, bias), 2),
             }
             for name, (call, passes) in calls.items():
                 self.write_bandwidth(name, call, passes * x.nbytes, channels)

@@ -120,7 +120,9 @@ def test_the_wheels_and_the_machine_have_every_package() -> None:
     assert listed
     machine = dependencies(re.findall(r"[\w-]+", listed[1]))
     service = re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    needed = dependencies({*service, "uvicorn", "httpx2", "matplotlib", "tenacity"} - {"peft"})  # diffusers needs no peft
+    needed = dependencies(
+        {*service, "uvicorn", "httpx2", "matplotlib", "tenacity"} - {"peft"}
+    )  # diffusers needs no peft
     assert needed <= wheels | machine
 
 

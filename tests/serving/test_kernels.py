@@ -53,11 +53,11 @@ def test_the_kernels_of_images_copy_another_layout() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (17, 32)])
-def test_interleaved_phases_have_all_pixels(height: int, width: int) -> None:
-    phases, bias = normal(2, 4 * 32, height + 1, width + 1), normal(32)
-    result = kernels.interleave(kernels.channels_last(phases), bias)
+def test_interleaved_subpixels_have_all_pixels(height: int, width: int) -> None:
+    subpixels, bias = normal(2, 4 * 32, height + 1, width + 1), normal(32)
+    result = kernels.interleave(kernels.channels_last(subpixels), bias)
     assert result.shape == (2, 32, 2 * height, 2 * width)
-    assert_equal(result, reference_kernels.interleave(phases.double(), bias))
+    assert_equal(result, reference_kernels.interleave(subpixels.double(), bias))
 
 
 @pytest.mark.parametrize("width", [5, 8])  # one value at a time, and eight
@@ -67,7 +67,9 @@ def test_rms_norm_of_any_frames(width: int, is_slice: bool) -> None:
     x = x[:, :, 1:3] if is_slice else x.transpose(-1, -2)
     result = kernels.rms_norm(x, weight, bias, 24**0.5)
     assert result.is_contiguous()
-    assert_equal(result, reference_kernels.rms_norm(x.double(), weight, bias, 24**0.5))
+    expected = reference_kernels.rms_norm(x.double(), weight, bias, 24**0.5)
+    assert_equal(result, expected)
+    assert_equal(kernels.rms_norm(x, weight, bias, 24**0.5, room=2)[:, :, 2:], expected)
 
 
 @pytest.fixture(scope="module")

@@ -27,18 +27,19 @@ def add(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return x.add_(residual).add_(bias.to(x.dtype)[:, None, None])
 
 
-def interleave(phases: Tensor, bias: Tensor) -> Tensor:
-    height, width = phases.shape[2] - 1, phases.shape[3] - 1
+def interleave(subpixels: Tensor, bias: Tensor) -> Tensor:
+    height, width = subpixels.shape[2] - 1, subpixels.shape[3] - 1
     pixels = torch.stack(
         [
-            phase[..., row : row + height, column : column + width]
-            for (row, column), phase in zip([(0, 0), (0, 1), (1, 0), (1, 1)], phases.chunk(4, dim=1), strict=True)
+            subpixel[..., row : row + height, column : column + width]
+            for (row, column), subpixel in zip([(0, 0), (0, 1), (1, 0), (1, 1)], subpixels.chunk(4, dim=1), strict=True)
         ],
         dim=2,
     )
-    return channels_last(F.pixel_shuffle(pixels.flatten(1, 2), 2) + bias.to(phases.dtype)[:, None, None])
+    return channels_last(F.pixel_shuffle(pixels.flatten(1, 2), 2) + bias.to(subpixels.dtype)[:, None, None])
 
 
-def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, room: int = 0) -> Tensor:
     result = F.normalize(x, dim=1) * scale * weight.view(-1, 1, 1, 1)
-    return F.silu(result if bias is None else result + bias.view(-1, 1, 1, 1))
+    result = F.silu(result if bias is None else result + bias.view(-1, 1, 1, 1))
+    return torch.cat([result.new_full((*x.shape[:2], room, *x.shape[3:]), torch.nan), result], dim=2)

@@ -189,17 +189,20 @@ class FastPass:
         """Compute a residual block of a video. Each convolution keeps its last two frames in `feat_cache`."""
 
         def convolve(norm: Module, conv: Module, frames: Tensor) -> Tensor:
-            frames = self._normalize(norm, block.nonlinearity, frames)
-            earlier = None
+            earlier = feat_cache[feat_idx[0]] if feat_cache is not None and feat_idx is not None else None
+            frames = self._normalize_after(earlier, norm, block.nonlinearity, frames)
             if feat_cache is not None and feat_idx is not None:
-                earlier = feat_cache[feat_idx[0]]
-                frames = frames if earlier is None else torch.cat([earlier, frames], dim=2)
                 feat_cache[feat_idx[0]] = frames[:, :, -2:].clone()
                 feat_idx[0] += 1
             return self._causal_convolve(conv, frames, earlier=0 if earlier is None else earlier.shape[2])
 
         hidden = convolve(block.norm1, block.conv1, x)
         return convolve(block.norm2, block.conv2, hidden).add_(block.conv_shortcut(x))
+
+    def _normalize_after(self, earlier: Tensor | None, norm: Module, activation: Module, x: Tensor) -> Tensor:
+        """Normalize and activate frames, and put earlier ones before them."""
+        x = self._normalize(norm, activation, x)
+        return x if earlier is None else torch.cat([earlier, x], dim=2)
 
     def _causal_convolve(self, conv: Module, x: Tensor, cache_x: Tensor | None = None, earlier: int = 0) -> Tensor:
         """Convolve x, which begins with `earlier` frames of the past. Cached frames are put before it."""

@@ -69,7 +69,7 @@ class ImagePass(FastPass):
                 convs = [module.conv2] if module.conv_shortcut is None else [module.conv2, module.conv_shortcut]
                 wide = torch.promote_types(self.dtype, torch.float32)
                 self._biases[module] = torch.stack([conv.bias for conv in convs]).sum(0, dtype=wide)
-        self._phases = {
+        self._subpixel_kernels = {
             conv: channels_last(torch.cat([kernel for _, kernel in self._folded.pop(conv)]))
             for conv in list(self._folded)
             if _is_power_of_two(conv.out_channels)
@@ -85,9 +85,9 @@ class ImagePass(FastPass):
                 self._group_norm(block.norm2, x)
                 self._group_norm(block.norm2, x, input_bias=block.conv1.bias)
                 kernels.add(x, self._biases[block], x)
-            for conv in {conv.out_channels: conv for conv in self._phases}.values():
-                phases = torch.zeros(1, 4 * conv.out_channels, 3, 3, device=self.device, dtype=self.dtype)
-                kernels.interleave(phases, conv.bias)
+            for conv in {conv.out_channels: conv for conv in self._subpixel_kernels}.values():
+                subpixels = torch.zeros(1, 4 * conv.out_channels, 3, 3, device=self.device, dtype=self.dtype)
+                kernels.interleave(subpixels, conv.bias)
 
     def _forwards(self, coder: Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
         yield from super()._forwards(coder)
@@ -124,11 +124,11 @@ class ImagePass(FastPass):
         return kernels.add(self._convolve(block.conv2, hidden, has_bias=False), self._biases[block], shortcut)
 
     def _upsample(self, layer: Module, x: Tensor) -> Tensor:
-        if layer.conv not in self._phases:
+        if layer.conv not in self._subpixel_kernels:
             return super()._upsample(layer, x)
-        phases = F.conv2d(x, self._phases[layer.conv], padding=1)
+        subpixels = F.conv2d(x, self._subpixel_kernels[layer.conv], padding=1)
         _free(x)
-        return kernels.interleave(phases, layer.conv.bias)
+        return kernels.interleave(subpixels, layer.conv.bias)
 
     def _convolve(self, conv: Module, x: Tensor, has_bias: bool = True) -> Tensor:
         weight, bias = self._parameters[conv]
@@ -152,9 +152,17 @@ class CausalPass(FastPass):
                     self._normalize(norm, nn.SiLU(), x)
 
     def _normalize(self, norm: Module, activation: Module, x: Tensor) -> Tensor:
-        if not (isinstance(activation, nn.SiLU) and _is_rms_norm(norm) and x.ndim == 5):
-            return super()._normalize(norm, activation, x)
-        return kernels.rms_norm(x, norm.gamma, norm.bias if isinstance(norm.bias, Tensor) else None, norm.scale)
+        has_kernel = isinstance(activation, nn.SiLU) and _is_rms_norm(norm) and x.ndim == 5
+        return _rms_norm(norm, x) if has_kernel else super()._normalize(norm, activation, x)
+
+    def _normalize_after(self, earlier: Tensor | None, norm: Module, activation: Module, x: Tensor) -> Tensor:
+        """Normalize and activate frames as in `FastPass`. The kernel writes them where they are needed."""
+        if earlier is None or not (isinstance(activation, nn.SiLU) and _is_rms_norm(norm)):
+            return super()._normalize_after(earlier, norm, activation, x)
+        room = earlier.shape[2]
+        frames = _rms_norm(norm, x, room)
+        frames[:, :, :room] = earlier
+        return frames
 
     def _convolve_in_time(self, conv: Module, x: Tensor, missing: int) -> Tensor:
         """Convolve frames as in `FastPass`. One frame takes a convolution of an image."""
@@ -216,6 +224,10 @@ def _fits(norm: nn.GroupNorm) -> bool:
 
 def _is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
+
+
+def _rms_norm(norm: Module, x: Tensor, room: int = 0) -> Tensor:
+    return kernels.rms_norm(x, norm.gamma, norm.bias if isinstance(norm.bias, Tensor) else None, norm.scale, room)
 
 
 def _is_rms_norm(module: Module) -> bool:

@@ -83,46 +83,52 @@ def add(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return x
 
 
-def interleave(phases: Tensor, bias: Tensor) -> Tensor:
+def interleave(subpixels: Tensor, bias: Tensor) -> Tensor:
     """Return an upsampled image [B, C, 2 * H, 2 * W].
 
     Args:
-        phases: [B, 4 * C, H + 1, W + 1], the results of the four 2x2 convolutions of an image that was padded by 1,
+        subpixels: [B, 4 * C, H + 1, W + 1], the results of the four 2x2 convolutions of an image that was padded by 1,
             for the upper left pixel of each square, the upper right, the lower left and the lower right one. C is a
             power of two.
         bias: [C], bias of the convolutions, which did not add it.
     """
-    phases = channels_last(phases)
-    batch, channels, height, width = phases.shape[0], phases.shape[1] // 4, phases.shape[2] - 1, phases.shape[3] - 1
+    subpixels = channels_last(subpixels)
+    batch, channels, height, width = (
+        subpixels.shape[0],
+        subpixels.shape[1] // 4,
+        subpixels.shape[2] - 1,
+        subpixels.shape[3] - 1,
+    )
     out = torch.empty(
         (batch, channels, 2 * height, 2 * width),
-        dtype=phases.dtype,
-        device=phases.device,
+        dtype=subpixels.dtype,
+        device=subpixels.device,
         memory_format=torch.channels_last,
     )
     rows = TILE // channels
     grid = triton.cdiv(4 * height * width, rows), batch
-    _interleave[grid](phases, bias, out, height, width, CHANNELS=channels, ROWS=rows, num_warps=8)
+    _interleave[grid](subpixels, bias, out, height, width, CHANNELS=channels, ROWS=rows, num_warps=8)
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, room: int = 0) -> Tensor:
     """Return ``silu(x / |x| * scale * weight + bias)``, contiguous. |x| is the norm of a pixel's channels.
 
     Args:
         x: [B, C, F, H, W]; each channel of a frame is contiguous, or x is copied.
         weight: C values, like the bias.
+        room: frames without values that the result begins with, for the caller to fill.
     """
     batch, channels, frames, height, width = x.shape
     if x.stride(-1) != 1 or x.stride(-2) != width:
         x = x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty((batch, channels, room + frames, height, width), dtype=x.dtype, device=x.device)
     size, pixels = triton.next_power_of_2(channels), height * width
     columns = max(2 * VECTOR, TILE // size)
     unit = 1 if any(step % VECTOR for step in (*x.stride()[:3], pixels)) else VECTOR
     pointer = weight if bias is None else bias
     _rms_norm[(triton.cdiv(pixels, columns), batch * frames)](
-        *(x, weight, pointer, out, pixels // unit, frames, *(step // unit for step in x.stride()[:3]), scale),
+        *(x, weight, pointer, out, pixels // unit, frames, room, *(step // unit for step in x.stride()[:3]), scale),
         **{"CHANNELS": channels, "SIZE": size, "COLUMNS": columns, "UNIT": unit, "BIAS": bias is not None},
         num_warps=8 if size * columns == TILE else 16,
     )
@@ -244,8 +250,8 @@ def _add(x, bias, residual, pixels, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["height", "width"])
-def _interleave(phases, bias, out, height, width, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """Copy some pixels of an image. Pixel (2 * y + r, 2 * x + s) is phase (r, s) at (y + r, x + s)."""
+def _interleave(subpixels, bias, out, height, width, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+    """Copy some pixels of an image. Pixel (2 * y + r, 2 * x + s) is subpixel (r, s) at (y + r, x + s)."""
     item = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
@@ -253,13 +259,13 @@ def _interleave(phases, bias, out, height, width, CHANNELS: tl.constexpr, ROWS: 
     y, x = row // (2 * width), row % (2 * width)
     source = (item * (height + 1) + (y + 1) // 2) * (width + 1) + (x + 1) // 2
     source = source * (4 * CHANNELS) + (y % 2 * 2 + x % 2) * CHANNELS
-    tile = tl.load(phases + source[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    tile = tl.load(subpixels + source[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     tile += tl.load(bias + channel).to(tl.float32)[None, :]
     target = (item * (4 * height * width) + row) * CHANNELS
     tl.store(out + target[:, None] + channel[None, :], tile.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["pixels", "frames", "x_item", "x_channel", "x_frame", "scale"])
+@triton.jit(do_not_specialize=["pixels", "frames", "room", "x_item", "x_channel", "x_frame", "scale"])
 def _rms_norm(
     x,
     weight,
@@ -267,6 +273,7 @@ def _rms_norm(
     out,
     pixels,
     frames,
+    room,
     x_item,
     x_channel,
     x_frame,
@@ -296,5 +303,5 @@ def _rms_norm(
     if BIAS:
         tile += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[:, None]
     tile = tile / (1.0 + tl.exp(-tile))
-    target = ((item * CHANNELS + wide) * frames + frame) * pixels
+    target = ((item * CHANNELS + wide) * (room + frames) + room + frame) * pixels
     tl.store(out + target[:, None] * UNIT + column[None, :], tile.to(out.dtype.element_ty), mask=inside)
