@@ -270,9 +270,9 @@ def passes(plan: Plan, key: str) -> Iterator[tuple[Task, Size]]:
 
 
 @contextmanager
-def server(key: str, device: str) -> Iterator[str]:
+def server(key: str, device: str, log: Path | None = None) -> Iterator[str]:
     """Serve the model, and yield its URL when the fast pass has been checked."""
-    log = Path(tempfile.mkdtemp()) / "server.log"
+    log = log or Path(tempfile.mkdtemp()) / "server.log"
     weights = () if key == "tiny" else ("--weights", "random")
     with serve("--model", key, "--device", device, *weights, log=log, VAE_FAST="1") as url:
         while "not checked yet" in httpx2.get(f"{url}/config").json()["fast"].values():

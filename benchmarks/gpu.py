@@ -185,6 +185,40 @@ class Stages:
                 "convolutions", partial(F.conv2d, x, weight, padding=1), flop, layout="first", **shape
             )
 
+    def videos(self) -> None:
+        """Convolutions of the frames of a video in both layouts, and the copy that puts them after earlier ones."""
+        for channels, divisor in ((96, 1), (192, 2), (384, 4)):
+            height, width = (max(2, size // divisor // self.scale) for size in (480, 832))
+            frames = torch.randn(1, channels, 6, height, width, device=self.device, dtype=self.dtype)
+            weight = torch.randn(channels, channels, 3, 3, 3, device=self.device, dtype=self.dtype) * 0.02
+            flop = 2 * weight.numel() * 4 * height * width
+            for layout, memory_format in (("first", torch.contiguous_format), ("last", torch.channels_last_3d)):
+                x, kernel = (tensor.contiguous(memory_format=memory_format) for tensor in (frames, weight))
+                call = partial(F.conv3d, x, kernel, padding=(0, 1, 1))
+                self.write_convolution("videos", call, flop, channels=channels, layout=layout)
+            copy = partial(torch.cat, frames.split([2, 4], dim=2), 2)
+            self.write("videos", channels=channels, layout="copy", ms=self.milliseconds(copy))
+
+    def transfers(self) -> None:
+        """Ways to bring an image and a video to the device, and 8-bit results back; the service's ways come first."""
+        for frames, height, width in ((1, 1024, 1024), (33, 480, 832)):
+            data = torch.rand(1, 3, frames, max(2, height // self.scale), max(2, width // self.scale))
+            result = data.to(self.device, torch.uint8)
+            calls: dict[str, Call] = {
+                "to: converted, then copied": partial(data.to, self.device, self.dtype),
+                "to: copied, then converted": lambda data=data: data.to(self.device).to(self.dtype),
+            }
+            if self.is_gpu:
+                pinned = data.pin_memory()
+                calls["to: from pinned memory, then converted"] = lambda pinned=pinned: pinned.to(self.device).to(
+                    self.dtype
+                )
+                calls["to: a copy in pinned memory"] = data.pin_memory
+                calls["back: through pinned memory"] = partial(to_pinned, result)
+            calls["back: without pinned memory"] = result.cpu
+            for name, call in calls.items():
+                self.write("transfers", way=name, mb=data.nbytes / 1e6, ms=self.milliseconds(call))
+
     def write_convolution(self, stage: str, call: Call, flop: float = 0, **row: Any) -> None:
         row["ms"] = self.milliseconds(call)
         if flop:
@@ -260,10 +294,10 @@ class Stages:
             self.write_profile("wan, fast", calls["fast"])
 
     def service(self) -> None:
-        """Latency and throughput over HTTP against a bare loop of the same VAE."""
+        """Latency and throughput over HTTP against a bare loop of the same VAE. The server's log has its warm-up."""
         key, side, count = ("sd-v1", 1024, 40) if self.is_gpu else ("tiny", 64, 2)
         vae = forward.load(key, str(self.device))[1]
-        with bench.server(key, str(self.device)) as url:
+        with bench.server(key, str(self.device), self.path.with_name("gpu-server.log")) as url:
             for image_format in ("uint8", "jpg"):
                 row = over_http.latency(url, key, vae, (side, side, None), image_format, count)
                 self.write(
@@ -283,6 +317,10 @@ class Stages:
 def repeat(call: Call, count: int) -> None:
     for _ in range(count):
         call()
+
+
+def to_pinned(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def attend_by(backend: SDPBackend, module: Any, x: Tensor) -> Tensor:
@@ -318,7 +356,10 @@ def upsamplings(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Call]:
     }
 
 
-STAGES = ("environment", "kernels", "passes", "attention", "upsampling", "convolutions", "wan", "service")
+STAGES = (
+    *("environment", "kernels", "passes", "attention", "upsampling", "convolutions"),
+    *("transfers", "wan", "videos", "service"),
+)
 
 
 def main(

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh wheels    fetch the wheels that the machine needs into the folder `wheels`, on one with a network
 #   benchmarks/gpu.sh first     the kernels, the passes of FLUX.2 and their profile, and the tests of every mode
-#   benchmarks/gpu.sh second    FLUX.2 and Stable Diffusion, Wan, and the service over HTTP
+#   benchmarks/gpu.sh second    FLUX.2 and Stable Diffusion, Wan, copies to the device, and the service over HTTP
 #
 # The machine needs Python 3.12 (PYTHON=...) with these packages: torch, triton, transformers, huggingface-hub, accelerate,
 # einops, filelock, matplotlib, pillow, prometheus-client, psutil, pytest, pytest-timeout, requests, rich, typer, zipp.
@@ -50,8 +50,8 @@ measure() {  # seconds, stages, options
         VAE_TEST_DEVICE=$device TRITON_INTERPRET=0 timeout 95 "$python" -m pytest tests/test_gpu.py -q -s -W default \
             -p no:cacheprovider -k "every_mode or out_of_memory"
     else
-        measure 115 environment,passes --models "${MODELS:-flux2,sd-v1}"
-        measure 75 wan
+        measure 115 environment,transfers,passes --models "${MODELS:-flux2,sd-v1}"
+        measure 75 wan,videos
         measure 65 service
     fi
 } 2>&1 | tee "$OUT/gpu-$call.log"

@@ -50,12 +50,14 @@ def load_small(key: str, device: str) -> tuple[Any, VAE]:
 
 
 def test_the_parts_of_a_pass(results: Any) -> None:
-    rows = results("environment", "kernels", "attention", "upsampling", "convolutions")
+    rows = results("environment", "kernels", "attention", "upsampling", "convolutions", "videos", "transfers")
     assert "failed" not in rows
     assert [row["name"] for row in rows["kernels"]] == ["group_norm", "add", "interleave"] * 4 + ["rms_norm"] * 3
     assert [row["way"] for row in rows["attention"]] == ["slices of queries", "torch's choice"]
     assert len(rows["upsampling"]) == 3 * 5
     assert len(rows["convolutions"]) == 10 * 2
+    assert [row["layout"] for row in rows["videos"]] == ["first", "last", "copy"] * 3
+    assert len(rows["transfers"]) == 2 * 3
     assert all(row["ms"] > 0 for stage in rows if stage != "environment" for row in rows[stage])
 
 

@@ -42,10 +42,10 @@ def warm_up(vae: VAE, seconds: float) -> Iterator[None]:
 
 def _warm_up(vae: VAE, task: Task, seconds: float) -> Iterator[None]:
     height, width = vae.declared.usual_size[:2]
-    for _ in range(2):  # the first one starts the libraries
-        yield
-        small = _seconds_of_a_pass(vae, task, SIDE, SIDE)
-    expected = small * height * width / SIDE**2
+    yield
+    first = _seconds_of_a_pass(vae, task, SIDE, SIDE)  # it starts the libraries
+    yield
+    expected = _seconds_of_a_pass(vae, task, SIDE, SIDE) * height * width / SIDE**2
     if expected > seconds:
         logger.warning(
             "no warm-up of %s at %dx%d on %s: it should take %.1f s, and VAE_WARM_UP is %g",
@@ -54,7 +54,10 @@ def _warm_up(vae: VAE, task: Task, seconds: float) -> Iterator[None]:
         return
     yield
     taken = _seconds_of_a_pass(vae, task, height, width)
-    logger.info("warm-up of %s at %dx%d on %s took %.1f s", task, width, height, vae.device, taken)
+    logger.info(
+        "warm-up of %s at %dx%d on %s took %.1f s, and %.1f s the first pass, at %dx%d",
+        *(task, width, height, vae.device, taken, first, SIDE, SIDE),
+    )
 
 
 def _seconds_of_a_pass(vae: VAE, task: Task, height: int, width: int) -> float:
