@@ -210,9 +210,7 @@ class Stages:
             }
             if self.is_gpu:
                 pinned = data.pin_memory()
-                calls["to: from pinned memory, then converted"] = lambda pinned=pinned: pinned.to(self.device).to(
-                    self.dtype
-                )
+                calls["to: pinned, then converted"] = lambda data=pinned: data.to(self.device).to(self.dtype)
                 calls["to: a copy in pinned memory"] = data.pin_memory
                 calls["back: through pinned memory"] = partial(to_pinned, result)
             calls["back: without pinned memory"] = result.cpu

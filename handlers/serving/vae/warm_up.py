@@ -1,7 +1,7 @@
 """Passes before the first request, which would wait for them otherwise.
 
-On a GPU the first pass starts libraries and loads kernels, and the first pass of each shape chooses algorithms. cuDNN
-keeps its choices for each thread, so these passes run on the device's own.
+On a GPU the first pass starts libraries and loads kernels, and the first pass of each shape chooses algorithms. torch
+keeps cuDNN's choices for each thread, so these passes run on the device's own.
 """
 
 from __future__ import annotations

@@ -93,12 +93,8 @@ def interleave(subpixels: Tensor, bias: Tensor) -> Tensor:
         bias: [C], bias of the convolutions, which did not add it.
     """
     subpixels = channels_last(subpixels)
-    batch, channels, height, width = (
-        subpixels.shape[0],
-        subpixels.shape[1] // 4,
-        subpixels.shape[2] - 1,
-        subpixels.shape[3] - 1,
-    )
+    batch, channels = len(subpixels), subpixels.shape[1] // 4
+    height, width = (size - 1 for size in subpixels.shape[2:])
     out = torch.empty(
         (batch, channels, 2 * height, 2 * width),
         dtype=subpixels.dtype,
