@@ -6,7 +6,8 @@
 #   benchmarks/gpu.sh second    FLUX.2 and Stable Diffusion, Wan, copies to the device, and the service over HTTP
 #
 # The machine needs Python 3.12 (PYTHON=...) with these packages: torch, triton, transformers, huggingface-hub, accelerate,
-# einops, filelock, matplotlib, pillow, prometheus-client, psutil, pytest, pytest-timeout, requests, rich, typer, zipp.
+# anyio, click, einops, filelock, h11, httpx, matplotlib, pillow, prometheus-client, psutil, pytest, pytest-timeout,
+# requests, rich, typer, zipp.
 # It needs no network if the folder `wheels` is there. Results go to the folder $OUT, each as soon as it is known.
 # DEVICE=cpu runs the same at toy sizes.
 set -uo pipefail

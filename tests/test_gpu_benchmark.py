@@ -7,8 +7,9 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from copy import deepcopy
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -103,28 +104,27 @@ SCRIPT = (ROOT / "benchmarks" / "gpu.sh").read_text()
 
 def dependencies(names: Iterable[str]) -> set[str]:
     """Return packages and all packages that they need, by the versions that are installed here."""
-    found: set[str] = set()
+    found: dict[str, Requirement] = {}
     waiting = [Requirement(name) for name in names]
     while waiting:
         package = waiting.pop()
-        for line in [] if str(package) in found else requires(package.name) or []:
-            needed = Requirement(line)
-            if any(not needed.marker or needed.marker.evaluate({"extra": extra}) for extra in ("", *package.extras)):
-                waiting.append(needed)
-        found |= {str(package), canonicalize_name(package.name)}
-    return {name for name in found if canonicalize_name(name) == name}
+        if str(package) not in found:
+            found[str(package)] = package
+            with suppress(PackageNotFoundError):  # for another version of a package that is installed
+                for needed in map(Requirement, requires(package.name) or []):
+                    if any(not needed.marker or needed.marker.evaluate({"extra": e}) for e in ("", *package.extras)):
+                        waiting.append(needed)
+    return {canonicalize_name(package.name) for package in found.values()}
 
 
 def test_the_wheels_and_the_machine_have_every_package() -> None:
-    """Test it with the newest releases, of which the wheels are."""
     wheels = {canonicalize_name(name) for name in re.findall(r"([\w-]+)==", SCRIPT)}
     listed = re.search(r"these packages: (.*?)\.\n", SCRIPT, re.DOTALL)
     assert listed
     machine = dependencies(re.findall(r"[\w-]+", listed[1]))
     service = re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    needed = dependencies(
-        {*service, "uvicorn", "httpx2", "matplotlib", "tenacity"} - {"peft"}
-    )  # diffusers needs no peft
+    tools = {"uvicorn", "httpx2", "matplotlib", "tenacity"}
+    needed = dependencies({*service, *tools} - {"peft"})  # diffusers runs without peft
     assert needed <= wheels | machine
 
 
