@@ -49,7 +49,7 @@ measure() {  # seconds, stages, options
     if [ "$call" = first ]; then
         measure 180 environment,kernels,passes,attention,upsampling,convolutions --models "${MODELS:-flux2}"
         VAE_TEST_DEVICE=$device TRITON_INTERPRET=0 timeout 95 "$python" -m pytest tests/test_gpu.py -q -s -W default \
-            -p no:cacheprovider -k "every_mode or out_of_memory"
+            -p no:cacheprovider -k "(every_mode and not over_http) or out_of_memory"
     else
         measure 115 environment,transfers,passes --models "${MODELS:-flux2,sd-v1}"
         measure 75 wan,videos
