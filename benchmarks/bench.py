@@ -275,7 +275,7 @@ def server(key: str, device: str, log: Path | None = None) -> Iterator[str]:
     log = log or Path(tempfile.mkdtemp()) / "server.log"
     weights = () if key == "tiny" else ("--weights", "random")
     with serve("--model", key, "--device", device, *weights, log=log, VAE_FAST="1") as url:
-        while "not checked yet" in httpx2.get(f"{url}/config").json()["fast"].values():
+        while "off: not checked yet" in httpx2.get(f"{url}/config").json()["fast"].values():
             sleep(1)
         yield url
 
