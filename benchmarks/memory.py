@@ -26,7 +26,7 @@ from benchmarks.peak import peak_bytes
 from handlers import MODELS, get_model
 from handlers.model import Model, Task
 from handlers.serving.layout import Layout
-from handlers.serving.vae.autoencoder import encode_at_once, has_frames
+from handlers.serving.vae.autoencoder import encode_at_once, has_frames, shuffle
 from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.low_memory import reduced_peak
@@ -53,10 +53,12 @@ class Case(NamedTuple):
 def measured(declared: type[Model], case: Case) -> int:
     """Return the bytes of all tensors at the peak, with the inputs and the result and without the weights.
 
+    A decode has `height` and `width` of decoded pixels.
     Attention counts as one kernel without scores, as on a GPU. Memory inside operators does not count.
     """
     pixels = _pixels_shape(declared, case)
-    return _measured(declared.vae_class, _layers(declared), _latents_shape(declared, case), pixels, case)
+    latents = _latents_shape(declared, case)
+    return _measured(declared.vae_class, _layers(declared), latents, pixels, declared.upscale, case)
 
 
 def estimated(declared: type[Model], case: Case) -> int:
@@ -78,15 +80,23 @@ def offered(declared: type[Model], task: Task, batch: int = 1) -> list[Mode]:
     return [mode for mode in Mode if has.get(mode)]
 
 
-def tile_side(declared: type[Model]) -> int:
+def tile_side(declared: type[Model], task: Task) -> int:
     """Return the side of a square with as many pixels as one tile of the model."""
-    return round(_tile_pixels(_model(declared.vae_class, _layers(declared), torch.float32)) ** 0.5)
+    side = round(_tile_pixels(_model(declared.vae_class, _layers(declared), torch.float32)) ** 0.5)
+    return side * declared.upscale if task == "decode" else side
 
 
 def _estimate(declared: type[Model], case: Case) -> Estimate:
     model = _model(declared.vae_class, _layers(declared), case.dtype)
     counts = tuple(map(declared.decoded_frames, range(1, (declared.clip or 2) + 2)))
-    layout = Layout(declared.kind, declared.latent_channels, declared.vae_scale_factor, counts, clip=declared.clip)
+    layout = Layout(
+        declared.kind,
+        declared.latent_channels,
+        declared.vae_scale_factor,
+        counts,
+        clip=declared.clip,
+        upscale=declared.upscale,
+    )
     shape = _latents_shape(declared, case) if case.task == "decode" else _pixels_shape(declared, case)
     return MemoryUse(declared, is_known(model), _tile_pixels(model)).estimate(
         case.task, layout, shape, case.dtype.itemsize
@@ -95,7 +105,7 @@ def _estimate(declared: type[Model], case: Case) -> Estimate:
 
 def _latents_shape(declared: type[Model], case: Case) -> tuple[int, ...]:
     time = (latent_frames(declared, case.frames),) if declared.kind == "video" else ()
-    side = declared.vae_scale_factor
+    side = declared.vae_scale_factor * declared.upscale
     return case.batch, declared.latent_channels, *time, case.height // side, case.width // side
 
 
@@ -136,7 +146,12 @@ def _model(vae_class: str, layers: str, dtype: torch.dtype) -> Any:
 
 @cache
 def _measured(
-    vae_class: str, layers: str, latents_shape: tuple[int, ...], pixels_shape: tuple[int, ...], case: Case
+    vae_class: str,
+    layers: str,
+    latents_shape: tuple[int, ...],
+    pixels_shape: tuple[int, ...],
+    upscale: int,
+    case: Case,
 ) -> int:
     model = _model(vae_class, layers, case.dtype)
     one_by_one = case.mode in (Mode.SLICED, Mode.TILED) and case.batch > 1
@@ -150,7 +165,7 @@ def _measured(
         if model.encoder and latents.ndim == 4 and has_frames(model):
             latents = latents.unsqueeze(2)
         items = latents.split(1) if one_by_one else [latents]
-        decoded = [join(_finite(chunk) for chunk in decode_chunks(model, item)) for item in items]
+        decoded = [join(_finite(shuffle(chunk, upscale)) for chunk in decode_chunks(model, item)) for item in items]
         return torch.cat(decoded) if len(decoded) > 1 else decoded[0]
 
     model.use_tiling = case.mode is Mode.TILED
@@ -216,7 +231,7 @@ def frame_counts(declared: type[Model]) -> tuple[int, ...]:
 def _row(key: str, task: Task, frames: int) -> str:
     declared = MODELS[key]
     modes = offered(declared, task)
-    side = -(-tile_side(declared) * 5 // 4 // 32) * 32 if Mode.TILED in modes else 0
+    side = -(-tile_side(declared, task) * 5 // 4 // 32) * 32 if Mode.TILED in modes else 0
     frames = declared.decoded_frames(latent_frames(declared, frames + 1) - 1)
     cells, ratios = [], []
     for mode, dtype, height, width in (

@@ -33,6 +33,7 @@ from handlers.sdxl import StableDiffusionXL
 from handlers.svd import StableVideoDiffusion
 from handlers.taecvx import Taecvx
 from handlers.taef1 import Taef1
+from handlers.taef2 import Taef2
 from handlers.taeh3 import Taeh3
 from handlers.taehv import Taehv
 from handlers.taehv1_5 import Taehv15
@@ -46,6 +47,7 @@ from handlers.taew2_2 import Taew22
 from handlers.tiny import Tiny
 from handlers.version import VERSION
 from handlers.wan_2_1 import Wan21
+from handlers.wan_2_1_2x import Wan21Twice
 from handlers.wan_2_2 import Wan22
 
 __version__ = VERSION
@@ -66,6 +68,7 @@ MODELS: dict[str, type[EndpointHandler]] = {
     "cogview4": CogView4,
     "playground-v2.5": PlaygroundV25,
     "wan-2.1": Wan21,
+    "wan-2.1-2x": Wan21Twice,
     "wan-2.2": Wan22,
     "hunyuan-video": HunyuanVideo,
     "hunyuan-video-1.5": HunyuanVideo15,
@@ -81,6 +84,7 @@ MODELS: dict[str, type[EndpointHandler]] = {
     "taesdxl": TaesdXL,
     "taesd3": Taesd3,
     "taef1": Taef1,
+    "taef2": Taef2,
     "taew2.1": Taew21,
     "taew2.2": Taew22,
     "taehv": Taehv,

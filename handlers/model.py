@@ -66,7 +66,8 @@ class Peak(NamedTuple):
     reduced_first: float = 0
     """Share for the first frame, if it differs from the share for later frames; else 0."""
     tile: int = 1
-    """Pixels of a tile relative to the config's: Wan 2.2 counts patches of 2x2 when it cuts pixels to encode."""
+    """Pixels of a tile relative to the config's: Wan 2.2 counts patches of 2x2 when it cuts pixels to encode, and the
+    config does not know `upscale`."""
 
     def values(self, frames: int) -> float:
         """Return the values per pixel of a frame, for a video of `frames` frames."""
@@ -85,7 +86,8 @@ ALL = 10_000
 class Model:
     """Declaration of a VAE. The defaults suit most models.
 
-    Loading the weights checks `latent_channels`, `vae_scale_factor` and `frame_factor`. A wrong one is an error.
+    Loading the weights checks `latent_channels`, `vae_scale_factor`, `upscale` and `frame_factor`. A wrong one is an
+    error.
     """
 
     checkpoint: ClassVar[str]
@@ -117,7 +119,7 @@ class Model:
     """True if the frames of latents are the layers of one image, each decoded alone."""
     latent_channels: ClassVar[int]
     vae_scale_factor: ClassVar[int] = 8
-    """Pixels per latent in height and width."""
+    """Encoded pixels per latent in height and width."""
     frame_factor: ClassVar[int] = 1
     """Frames of a video per latent frame, except for the first one (of each clip), which is one frame."""
     clip: ClassVar[int | None] = None
@@ -129,6 +131,11 @@ class Model:
     """Fewest latent frames of a video that diffusers decodes."""
     pixel_statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]] | None] = None
     """Mean and deviation of each channel that normalize the VAE's pixels, from [0, 1]; None for pixels in [-1, 1]."""
+    upscale: ClassVar[int] = 1
+    """Height and width of decoded pixels relative to those that are encoded.
+
+    The decoder gives upscale * upscale times the channels, which a pixel shuffle turns into height and width.
+    """
     pipeline_layout: ClassVar[LatentsLayout | None] = None
     """Layout from the model's pipelines with `output_type="latent"`; None for the VAE's own."""
     latents_layouts: ClassVar[tuple[LatentsLayout, ...]] = ()

@@ -83,7 +83,13 @@ ENTRIES: dict[str, Any] = {
         "least_frames": SIZE,
         "takes_scaled": Kind("true or false", lambda value: isinstance(value, bool)),
     },
-    "pixels": {"layout": one_of("BCHW", "BCFHW"), "channels": SIZE, "frame_counts": COUNTS, "statistics": STATISTICS},
+    "pixels": {
+        "layout": one_of("BCHW", "BCFHW"),
+        "channels": SIZE,
+        "upscale": SIZE,
+        "frame_counts": COUNTS,
+        "statistics": STATISTICS,
+    },
     "limits": {"max_batch": LIMIT, "max_pixels": LIMIT, "max_body_mb": LIMIT},
 }
 """Entries that this package reads."""

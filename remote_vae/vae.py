@@ -163,7 +163,10 @@ class RemotePasses:
         )
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """Decode raw latents, in the shapes that the local class takes, to pixels in its range, about [-1, 1]."""
+        """Decode raw latents, in the shapes that the local class takes, to pixels in its range, about [-1, 1].
+
+        A VAE that decodes to a multiple of the size returns 3 channels, after its pixel shuffle.
+        """
         arguments = self._arguments("decode", args, kwargs)
         latents: Tensor = arguments["z"] if "z" in arguments else arguments["x"]
         parameters = {"latents_layout": self.config["latents"]["layout"], "memory_format": memory_format(latents)}
@@ -182,7 +185,8 @@ class RemotePasses:
     def _decode(self, latents: Tensor, parameters: dict[str, Any]) -> Tensor:
         """Decode to [B, 3, H, W] or [B, 3, F, H, W] on the latents' device, in as many requests as are needed."""
         frames = decoded_frames(self.config, latents.shape[2]) if self.is_video else 1
-        height, width = (self.config["latents"]["vae_scale_factor"] * side for side in latents.shape[-2:])
+        factor = self.config["latents"]["vae_scale_factor"] * self.config["pixels"]["upscale"]
+        height, width = (factor * side for side in latents.shape[-2:])
         layout = self.config["pixels"]["layout"]
         limit = batch_limit(self.config, latents, frames * height * width)
         if self.uint8:

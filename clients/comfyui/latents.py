@@ -51,7 +51,8 @@ class Latents:
     """ComfyUI's latents of the model that `/config` describes.
 
     Attributes:
-        channels, factor: channels of the latents, and pixels of a side for each of their values.
+        channels, factor: channels of the latents, and encoded pixels of a side for each of their values.
+        decode_factor: decoded pixels of a side for each value.
         dimensions: 3 for the VAE of a video model, else 2.
         statistics: statistics of LTX's channels; None for models whose latents are raw in ComfyUI.
     """
@@ -72,6 +73,7 @@ class Latents:
         elif config["vae_class"] in NORMALIZED:
             self.parameters |= {"do_scaling": True, "normalized": True}
             self.statistics = Statistics(config["normalization"])
+        self.decode_factor = self.factor * config["pixels"]["upscale"]
         self.scale, self.shift = SCALING.get(config["model"], (1.0, 0.0))
         self.is_conditioned = bool(config["vae_config"].get("timestep_conditioning"))
 
@@ -120,7 +122,7 @@ class Latents:
             frames = self.decoded_frames(batch.shape[2])
             if self.config["latents"]["clip"] == 1:
                 parameters["num_frames"] = 1 + (batch.shape[2] - 1) * self.frame_factor  # so that no frame is padding
-        limit = batch_limit(self.config, batch, frames * self.factor**2 * math.prod(batch.shape[-2:]))
+        limit = batch_limit(self.config, batch, frames * self.decode_factor**2 * math.prod(batch.shape[-2:]))
         pixels = torch.cat([tensors.decode(client, piece, **parameters) for piece in batch.split(limit)])
         if self.frames_in_batch:
             return pixels[0].movedim(0, 1)

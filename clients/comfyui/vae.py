@@ -39,13 +39,14 @@ class RemoteVAE(comfy.sd.VAE):
         self.latent_dim = latents.dimensions
         self.output_channels = config["pixels"]["channels"]
         self.not_video = not latents.is_video  # then images are a batch, not the frames of a video
-        self.upscale_ratio = self.downscale_ratio = latents.factor
+        up, down = latents.decode_factor, latents.factor
+        self.upscale_ratio, self.downscale_ratio = up, down
         self.upscale_index_formula = self.downscale_index_formula = None
         if latents.dimensions == 3:
-            self.upscale_ratio = (latents.decoded_frames, latents.factor, latents.factor)
-            self.downscale_ratio = (latents.encoded_frames, latents.factor, latents.factor)
-            formula = (latents.frame_factor, latents.factor, latents.factor)
-            self.upscale_index_formula = self.downscale_index_formula = formula
+            self.upscale_ratio = (latents.decoded_frames, up, up)
+            self.downscale_ratio = (latents.encoded_frames, down, down)
+            self.upscale_index_formula = (latents.frame_factor, up, up)
+            self.downscale_index_formula = (latents.frame_factor, down, down)
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: 1  # bytes: ComfyUI unloads nothing
 
     def get_sd(self) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ class Layout:
     kind: Kind
     latent_channels: int
     vae_scale_factor: int
-    """Pixels per latent in height and width."""
+    """Encoded pixels per latent in height and width."""
     frame_counts: tuple[int, ...] = (1, 1, 1)
     """Frames decoded from 1, 2, ... and `period` + 1 latent frames. `period` more latent frames always add the same
     number of frames. Most VAEs decode n latent frames to (n - 1) * factor + 1 frames; CogVideoX to n * factor for an
@@ -34,6 +34,8 @@ class Layout:
     """Latent frames of a clip (see `Model.clip`)."""
     pixel_channels: int = 3
     """Channels of pixels: 3 for RGB, 4 for RGBA."""
+    upscale: int = 1
+    """Height and width of decoded pixels relative to those that are encoded."""
 
     @property
     def ndim(self) -> int:
@@ -44,6 +46,11 @@ class Layout:
     def pixels_ndim(self) -> int:
         """Dimensions of a batch of pixels."""
         return 5 if self.kind == "video" else 4
+
+    @property
+    def decode_factor(self) -> int:
+        """Decoded pixels per latent in height and width."""
+        return self.vae_scale_factor * self.upscale
 
     @property
     def frame_factor(self) -> int:
@@ -80,7 +87,7 @@ class Layout:
 
     def frame_pixels(self, task: Task, shape: Sequence[int]) -> int:
         """Return the pixels of one image or frame, from the shape of a task's inputs."""
-        side = self.vae_scale_factor if task == "decode" else 1
+        side = self.decode_factor if task == "decode" else 1
         return shape[-2] * side * shape[-1] * side
 
     def pixels(self, task: Task, shape: Sequence[int]) -> int:

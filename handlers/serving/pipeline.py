@@ -276,7 +276,7 @@ class Pipeline:
                 f"`shape`: a batch of {len(batch)} does not fit in {request.output_kind.value}; send one item at a "
                 "time (in a UI: a batch size of 1, and a larger batch count), or use output_type=pt" + use_zip
             )
-        width, height = (side * self.layout.vae_scale_factor for side in (batch.shape[-1], batch.shape[-2]))
+        width, height = (side * self.layout.decode_factor for side in (batch.shape[-1], batch.shape[-2]))
         output.check_size(request.output_kind, request.image_format, width, height)
         raw = self.normalization.scaling(parameters, "decode", layout).unscale(batch, self.vae.dtype)
         if self.vae.config.get("timestep_conditioning"):

@@ -56,8 +56,8 @@ def cases(declared: type[Model], task: Task) -> Iterator[Case]:
         yield Case(task, Mode.REDUCED, 256, 384, few, batch=2, dtype=half)
     yield Case(task, Mode.SLICED, 128, 192, fewer, batch=2)
     if Mode.TILED in alone:
-        unit = declared.vae_scale_factor
-        side = -(-tile_side(declared) * 9 // 8 // unit) * unit
+        unit = declared.vae_scale_factor * declared.upscale
+        side = -(-tile_side(declared, task) * 9 // 8 // unit) * unit
         yield Case(task, Mode.TILED, side, side, fewer, batch=2 if side <= 512 and few == 1 else 1, dtype=half)
 
 

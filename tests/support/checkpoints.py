@@ -87,6 +87,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "taesdxl": ("AutoencoderTiny", TINY),
     "taesd3": ("AutoencoderTiny", {**TINY, "latent_channels": 16}),
     "taef1": ("AutoencoderTiny", {**TINY, "latent_channels": 16}),
+    "taef2": ("handlers.serving.vae.taef2:TinyFlux2Autoencoder", {}),  # as small as it is published
     "flux2": ("AutoencoderKLFlux2", KL),
     "flux2-small": ("AutoencoderKLFlux2", {**KL, "decoder_block_out_channels": [4, 8, 12, 12]}),
     "qwen-image": ("AutoencoderKLQwenImage", WAN),
@@ -124,6 +125,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "wan-2.1": ("AutoencoderKLWan", WAN),
+    "wan-2.1-2x": ("AutoencoderKLWan", {**WAN, "out_channels": 12}),
     "taew2.1": ("handlers.serving.vae.taehv:TinyVideoAutoencoder", {}),  # as small as it is published
     "wan-2.2": (
         "AutoencoderKLWan",
@@ -242,6 +244,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
 IMAGE_CLASSES = {
     "AutoencoderKL",
     "AutoencoderTiny",
+    "handlers.serving.vae.taef2:TinyFlux2Autoencoder",
     "AutoencoderKLFlux2",
     "AutoencoderKLHunyuanImage",
     "AutoencoderDC",

@@ -375,8 +375,10 @@ PIPELINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "qwen-image": (("QwenImagePipeline",), ("QwenImageEditPipeline", "QwenImageImg2ImgPipeline")),
     "hunyuan-image": (("HunyuanImagePipeline",), ()),
     "sana": (("SanaPipeline",), ("SanaControlNetPipeline",)),
+    "taef2": ((), ()),
     "taew2.1": ((), ()),
     "wan-2.1": (("WanPipeline",), ("WanVideoToVideoPipeline",)),
+    "wan-2.1-2x": ((), ("WanVideoToVideoPipeline",)),
     "wan-2.2": (("WanPipeline",), ("WanVideoToVideoPipeline",)),
     "hunyuan-video": (
         ("HunyuanVideoPipeline", "Kandinsky5T2VPipeline"),
@@ -398,5 +400,6 @@ PIPELINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Pipelines that decode with a model's VAE, and pipelines that encode.
 
-None encodes for HunyuanImage and Mochi, and none has a VAE of the TAEHV family.
+None encodes for HunyuanImage and Mochi, none decodes to twice the size, and none has taef2 or a VAE of the TAEHV
+family.
 """

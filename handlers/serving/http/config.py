@@ -51,6 +51,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "pixels": {
             "layout": "BCFHW" if layout.kind == "video" else "BCHW",
             "channels": layout.pixel_channels,
+            "upscale": layout.upscale,
             "range": [-1, 1],
             "frame_counts": list(layout.frame_counts),
             "statistics": declared.pixel_statistics,

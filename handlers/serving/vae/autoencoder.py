@@ -72,6 +72,13 @@ class PixelRange:
         return [torch.tensor(values, device=pixels.device).view(1, -1, *ones) for values in self.statistics]
 
 
+def shuffle(pixels: Tensor, upscale: int) -> Tensor:
+    """Return decoded pixels [B, C * upscale * upscale, (F,) h, w] as [B, C, (F,) h * upscale, w * upscale]."""
+    if upscale == 1:
+        return pixels
+    return torch.pixel_shuffle(pixels.movedim(1, -3), upscale).movedim(-3, 1)
+
+
 def has_frames(model: Any) -> bool:
     """Return whether the model's tensors have a dimension for frames, even for images. The first convolution tells."""
     if isinstance(model, TinyVideoAutoencoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,23 +39,26 @@ class Probe:
         latents = encoded.mode() if variational else encoded
         channels = latents.shape[1]
         frames: tuple[int, ...] = (1, 2, 3) if declared.kind == "video" else (1, 1, 1)
+        upscale = 1
         if declared.kind == "video" and has_frames(self.copy):
-            frames = self._frame_counts(declared, channels)
+            frames, upscale = self._decoded(declared, channels)
         ndim = 5 if has_frames(self.copy) else 4
-        scale = SIDE // latents.shape[-1]
-        return Layout(declared.kind, channels, scale, frames, ndim, variational, declared.clip, declared.pixel_channels)
+        scale, colors = SIDE // latents.shape[-1], declared.pixel_channels
+        return Layout(declared.kind, channels, scale, frames, ndim, variational, declared.clip, colors, upscale)
 
-    def _frame_counts(self, declared: type[Model], channels: int) -> tuple[int, ...]:
-        """Return the frames decoded from 1, 2, ... latent frames, for one period.
+    def _decoded(self, declared: type[Model], channels: int) -> tuple[tuple[int, ...], int]:
+        """Return the frames decoded from 1, 2, ... latent frames, for one period, and `Layout.upscale`.
 
         A model that does not decode so few is probed with a period more.
         """
         period = declared.clip or 2
         skipped = period if declared.least_latent_frames > 1 else 0
-        counts = [
-            self._run(decode_at_once, (1, channels, skipped + count, 2, 2)).shape[2] for count in range(1, period + 2)
+        shapes = [
+            self._run(decode_at_once, (1, channels, skipped + count, 2, 2)).shape for count in range(1, period + 2)
         ]
-        return tuple(count - skipped // period * (counts[-1] - counts[0]) for count in counts)
+        counts = [shape[2] for shape in shapes]
+        frames = tuple(count - skipped // period * (counts[-1] - counts[0]) for count in counts)
+        return frames, math.isqrt(shapes[0][1] // declared.pixel_channels)
 
     def refuses(self, task: Task, shape: Sequence[int], tiled: bool) -> bool:
         """Return whether the model fails for every input of this shape, on any device."""
@@ -79,6 +83,7 @@ def find_difference(layout: Layout, declared: type[Model]) -> str | None:
     probed = {
         "latent_channels": layout.latent_channels,
         "vae_scale_factor": layout.vae_scale_factor,
+        "upscale": layout.upscale,
         "frame_factor": layout.frame_factor if layout.kind == "video" else 1,
     }
     wrong = {name: value for name, value in probed.items() if getattr(declared, name, None) != value}

@@ -15,7 +15,14 @@ from handlers.model import Model, Task, WrongWeights
 from handlers.serving import metrics
 from handlers.serving.errors import RequestError
 from handlers.serving.settings import Settings
-from handlers.serving.vae.autoencoder import DecodeOptions, EncodeOptions, PixelRange, encode_at_once, forget
+from handlers.serving.vae.autoencoder import (
+    DecodeOptions,
+    EncodeOptions,
+    PixelRange,
+    encode_at_once,
+    forget,
+    shuffle,
+)
 from handlers.serving.vae.blocks import is_known
 from handlers.serving.vae.chunks import decode_chunks, join
 from handlers.serving.vae.fast.check import FastPasses
@@ -92,7 +99,7 @@ class VAE:
         if difference := find_difference(vae.layout, declared):
             if settings.weights in (None, "random"):
                 raise ValueError(difference)
-            if vae.layout.latent_channels != declared.latent_channels:
+            if (vae.layout.latent_channels, vae.layout.upscale) != (declared.latent_channels, declared.upscale):
                 raise WrongWeights(difference, declared.vae_class, vae.layout.latent_channels)
             logger.warning("%s; these weights are used nevertheless", difference)
         logger.info("running on %s in %s", device, dtype)
@@ -114,7 +121,7 @@ class VAE:
         gather: Callable[[Iterator[Tensor]], T] = join,  # type: ignore[assignment]  # T is Tensor by default
         options: DecodeOptions = DecodeOptions(),  # noqa: B008
     ) -> tuple[T, Mode]:
-        """Decode raw latents [B, C, (F,) H, W] to pixels [B, 3, (F,) H, W], about in [-1, 1].
+        """Decode raw latents [B, C, (F,) h, w] to pixels [B, 3, (F,) H, W], about in [-1, 1].
 
         `gather` makes the result while the latents are decoded. It gets all images at once, or the next frames
         [B, 3, f, H, W] of videos as soon as they are finished. When a pass fails and another one runs, `gather` runs
@@ -126,7 +133,7 @@ class VAE:
                 yield torch.cat([join(chunks(model, item, False)) for item in z.split(1)])
                 return
             for pixels in decode_chunks(model, z, options):
-                pixels = self.pixel_range.from_own(pixels)
+                pixels = self.pixel_range.from_own(shuffle(pixels, self.layout.upscale))
                 yield self._check_finite(pixels.squeeze(2) if pixels.ndim > self.layout.pixels_ndim else pixels)
 
         return self._run("decode", latents, lambda *inputs: gather(chunks(*inputs)), options.exact)

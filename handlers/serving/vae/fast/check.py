@@ -242,6 +242,7 @@ def _inputs(model: Any, declared: type[Model], task: Task, height: int, width: i
     latent_frames = LATENT_FRAMES if declared.kind == "video" else 1
     side = declared.vae_scale_factor
     if task == "decode":
+        side *= declared.upscale
         frames = (latent_frames,) if has_frames(model) else ()
         latents = torch.randn(1, declared.latent_channels, *frames, height // side, width // side, generator=generator)
         return latents.to(device, model.dtype)
