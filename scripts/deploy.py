@@ -71,7 +71,10 @@ def deploy(
     min_replica: Annotated[int, typer.Option(help="Least replicas; 0 scales to zero.")] = Plan.min_replica,
     max_replica: Annotated[int, typer.Option(help="Most replicas.")] = Plan.max_replica,
     scale_to_zero: Annotated[int, typer.Option(help="Idle minutes before it scales to zero.")] = Plan.scale_to_zero,
-    weights: Annotated[str | None, typer.Option(help="Folder with weights to upload; default: the checkpoint.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Folder, .safetensors file or org/repo[:subfolder][@revision]; default: the checkpoint."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of the checkpoint; default: the deployed one.")] = None,
     image: Annotated[
         str | None, typer.Option(help="Container image of this project, with its tag; default: the stock toolkit.")

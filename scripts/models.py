@@ -71,16 +71,16 @@ def checkpoint(model: type[Model]) -> str:
     return "/".join(filter(None, (str(folder), model.subfolder)))
 
 
-def why_not_deployable(model: str, image: str | None = None) -> str | None:
+def why_not_deployable(model: str, image: str | None = None, weights: str | None = None) -> str | None:
     """Return why an endpoint cannot run the model, or None.
 
     requirements.txt bounds the diffusers of the stock Inference Toolkit. A container image has the newest one.
     """
     handler, bound = MODELS[model], re.search(r"^diffusers\b.*<([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
-    if handler.download:
+    if handler.download and not weights:
         return (
             f"{model} cannot be deployed: its weights are not on the Hub, only at {handler.download}; "
-            f"`make serve MODEL={model} WEIGHTS=FILE` runs it on a machine of your own"
+            f"download that file and name it in WEIGHTS"
         )
     needed, below = ([int(number) for number in version.split(".")] for version in (handler.diffusers, bound[1]))
     if needed < below or image:

@@ -15,7 +15,8 @@ from PIL import Image
 from rich.filesize import decimal
 
 from handlers import MODELS
-from scripts.deployment.plan import default_name, weight_files
+from scripts.deployment.plan import default_name
+from scripts.deployment.weights import file_names
 from scripts.local_server import ROOT
 from scripts.models import license_link
 from tests.support.deploy_runner import (
@@ -85,7 +86,7 @@ def test_dry_run_prints_the_plan_with_no_torch_no_token_and_no_network(
         assert text in result.out
     files = listed_files(result.out)
     assert {"handler.py", "handlers/", "requirements.txt", "endpoint.json", "README.md"} < files.keys()
-    assert {f"vae/{name}" for name in weight_files(model)} < files.keys()
+    assert {f"vae/{name}" for name in file_names(model)} < files.keys()
 
 
 def test_dry_run_shows_the_options(deploy: Runner) -> None:
@@ -281,7 +282,7 @@ def test_only_the_vae_of_a_checkpoint_is_uploaded(hub: Hub, deploy: Runner, mode
     assert listing(uploaded).keys() == listed_files(plan.out).keys()
     checkpoint = hub.repos[MODELS[model].checkpoint]
     folder = f"{MODELS[model].subfolder}/" if MODELS[model].subfolder else ""
-    for name in weight_files(model):
+    for name in file_names(model):
         assert uploaded[f"vae/{name}"] == checkpoint.files[folder + name]
     record = json.loads(uploaded["endpoint.json"])
     assert record["revision"] == checkpoint.commits[-1][0]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from handlers import MODELS, get_models
 from handlers.model import Model
+from handlers.serving.vae.hub import Repository
 from scripts.console import DeployError
+from scripts.deployment.weights import Files, find_weights
 from scripts.instances import HOURLY, check_memory, check_region, instance_price, table_memory, table_price
-from scripts.models import is_shipped, why_not_deployable
+from scripts.models import why_not_deployable
 
 CALLERS = {
     "authenticated": "anyone with a token of any Hugging Face account",
@@ -25,7 +24,6 @@ PENDING = 1.5
 """Pending requests per replica above which the platform starts one more replica."""
 TAG = "remote-vae"
 """The tag of every endpoint of this project. Each of its models has a tag too."""
-WEIGHT_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 IMAGE = re.compile(r"[a-z0-9][\w.-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)+(:\w[\w.-]*|@sha256:[0-9a-f]{64})", re.ASCII)
 """A container image in a registry, with its tag or its digest."""
@@ -73,23 +71,25 @@ class Plan:
     """Container image of this project; None for the stock Inference Toolkit."""
     price: float | None = None
     """USD an hour for one replica: from the table, until the platform is asked."""
-    weight_folders: dict[str, Path] = field(default_factory=dict)
-    """The folders of weights that are uploaded, by model. The other models have their weights on the Hub."""
+    sources: dict[str, Files | Repository] = field(default_factory=dict)
+    """The weights of each model: files that are uploaded, or a repository on the Hub."""
 
     @classmethod
     def create(cls, model: str | None, name: str | None = None, instance: str | None = None, **options: Any) -> Plan:
         """Check the options and fill in the defaults. `DeployError` names the Makefile's variable that is wrong."""
         models = find_models(model)
         for key in models:
-            if reason := why_not_deployable(key, options.get("image")):
+            if reason := why_not_deployable(key, options.get("image"), options.get("weights")):
                 raise DeployError(reason)
         dearest = max((MODELS[key] for key in models), key=instance_price)
         plan = cls(models, name or default_name(*models), instance or dearest.instance, **options)
         plan._check()
         scale_to_zero = None if plan.min_replica else plan.scale_to_zero
         price = table_price(plan.vendor, plan.instance, plan.size)
-        folders = {key: folder for key in models if (folder := find_weights(key, plan.weights))}
-        return replace(plan, scale_to_zero=scale_to_zero, price=price, weight_folders=folders)
+        sources = {key: find_weights(key, plan.weights) for key in models}
+        if plan.revision and any(isinstance(source, Repository) and source.revision for source in sources.values()):
+            raise DeployError("WEIGHTS and REVISION both name a revision: name one")
+        return replace(plan, scale_to_zero=scale_to_zero, price=price, sources=sources)
 
     def _check(self) -> None:
         """Raise `DeployError` for the first value that is not valid."""
@@ -107,7 +107,7 @@ class Plan:
         if not low and self.scale_to_zero < 1:
             raise DeployError("SCALE_TO_ZERO is in minutes, 1 or more; MIN_REPLICA=1 never scales to zero")
         if len(self.models) > 1 and self.weights is not None:
-            raise DeployError("WEIGHTS is a folder with the weights of one model: name one MODEL")
+            raise DeployError("WEIGHTS are the weights of one model: name one MODEL")
         if len(self.models) > 1 and self.revision not in (None, "main"):
             raise DeployError("REVISION is a commit of one checkpoint: name one MODEL")
         if self.size not in sizes:
@@ -119,6 +119,16 @@ class Plan:
     def model(self) -> str:
         """The value of MODEL."""
         return ",".join(self.models)
+
+    @property
+    def uploads(self) -> dict[str, Files]:
+        """The files of weights that are uploaded, by model."""
+        return {key: source for key, source in self.sources.items() if isinstance(source, dict)}
+
+    @property
+    def checkpoints(self) -> dict[str, Repository]:
+        """The repositories on the Hub that weights are copied from, by model."""
+        return {key: source for key, source in self.sources.items() if isinstance(source, Repository)}
 
     @property
     def tags(self) -> list[str]:
@@ -135,26 +145,3 @@ def find_models(model: str | None) -> tuple[str, ...]:
         if missing := [name for name in Model.__annotations__ if not hasattr(handler, name)]:
             raise DeployError(f"{key} does not declare {', '.join(missing)}; handlers/model.py says what that is")
     return tuple(models)
-
-
-def weight_files(model: str) -> tuple[str, ...]:
-    """Return the names of a model's files: `WEIGHT_FILES`, or one file without a config."""
-    return (file,) if (file := MODELS[model].file) else WEIGHT_FILES
-
-
-def find_weights(model: str, weights: str | None) -> Path | None:
-    """Return the folder whose weights are uploaded, after a check of its files; None for weights on the Hub."""
-    handler = MODELS[model]
-    if weights is None and not is_shipped(model):
-        return None
-    folder = Path(weights or handler.checkpoint).expanduser()
-    if missing := [name for name in weight_files(model) if not (folder / name).is_file()]:
-        raise DeployError(f"WEIGHTS={folder} has no {' and no '.join(missing)}")
-    if handler.file:  # a file without a config
-        return folder
-    vae_class = "unknown class"
-    with suppress(ValueError, AttributeError):  # config.json is not a JSON object
-        vae_class = json.loads((folder / "config.json").read_text()).get("_class_name", vae_class)
-    if vae_class != handler.vae_class.rpartition(":")[2]:
-        raise DeployError(f"WEIGHTS={folder} is an {vae_class}, and {model} needs an {handler.vae_class}")
-    return folder

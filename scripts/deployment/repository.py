@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +19,29 @@ from huggingface_hub.utils.sha import git_hash
 from rich.filesize import decimal
 
 from handlers import MODELS, __version__
+from handlers.serving.vae import hub
 from scripts.console import DeployError, if_stopped, note, say
 from scripts.deployment.account import Account
 from scripts.deployment.calls import HubError, call, is_transient
-from scripts.deployment.plan import Plan, weight_files
+from scripts.deployment.plan import Plan
 from scripts.deployment.texts import describe_origin, model_card
+from scripts.deployment.weights import check_config, file_names, one_file
 
 PROJECT = Path(__file__).parents[2]
 STORAGE_TIMEOUT = 20
 """Seconds in which the storage must respond. An upload to a silent storage would say nothing for minutes."""
 
-Checkpoints = dict[str, ModelInfo]
-"""The checkpoint on the Hub of each model, with its `weight_files` alone as its `siblings`."""
+SHARD = re.compile(r"diffusion_pytorch_model-\d+-of-\d+\.safetensors")
+"""Names of the files of a checkpoint in several files, beside `hub.INDEX`."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Files of a repository on the Hub at a commit, by their names in the endpoint's repository."""
+
+    id: str
+    sha: str
+    files: dict[str, RepoSibling]
 
 
 def small_files(plan: Plan, revisions: dict[str, str]) -> dict[str, bytes]:
@@ -49,25 +62,25 @@ def small_files(plan: Plan, revisions: dict[str, str]) -> dict[str, bytes]:
     }
 
 
-def weight_paths(plan: Plan, model: str) -> list[str]:
-    """Return the paths of the model's `weight_files` in the repository."""
-    folder = "vae" if len(plan.models) == 1 else f"vae/{model}"
-    return [f"{folder}/{name}" for name in weight_files(model)]
+def weight_path(plan: Plan, model: str, name: str) -> str:
+    """Return the path of a model's file of weights in the repository."""
+    return f"vae/{name}" if len(plan.models) == 1 else f"vae/{model}/{name}"
 
 
 def describe_files(plan: Plan) -> dict[str, int | None]:
     """Return the bytes of each file without a network. Weights on the Hub have their published size, rounded."""
-    commits = {key: "0" * 40 for key in plan.models if key not in plan.weight_folders}  # in place of the Hub's
+    commits = dict.fromkeys(plan.checkpoints, "0" * 40)  # in place of the Hub's
     sizes: dict[str, int | None] = {}
     for path, data in small_files(plan, commits).items():
         name = "handlers/" if path.startswith("handlers/") else path
         sizes[name] = (sizes.get(name) or 0) + len(data)
     for key in plan.models:
-        names, published = weight_files(key), MODELS[key].weights_mb
-        weights = [1_000, published and published * 1_000_000][-len(names) :]
-        if folder := plan.weight_folders.get(key):
-            weights = [(folder / name).stat().st_size for name in names]
-        sizes |= zip(weight_paths(plan, key), weights, strict=True)
+        published = None if plan.weights else MODELS[key].weights_mb
+        names = [one_file(key)] if hub.names_file(plan.sources[key]) else file_names(key)
+        weights = dict(zip(names, [1_000, published and published * 1_000_000][-len(names) :], strict=True))
+        if files := plan.uploads.get(key):
+            weights = {name: file.stat().st_size for name, file in files.items()}
+        sizes |= {weight_path(plan, key, name): size for name, size in weights.items()}
     return sizes
 
 
@@ -76,7 +89,7 @@ class Changes:
     """The changes of one commit, by path in the repository."""
 
     added: dict[str, bytes | Path]
-    copied: dict[str, tuple[ModelInfo, RepoSibling]] = field(default_factory=dict)
+    copied: dict[str, tuple[Checkpoint, RepoSibling]] = field(default_factory=dict)
     """Files of checkpoints, which are copied on the Hub."""
     deleted: set[str] = field(default_factory=set)
 
@@ -96,8 +109,8 @@ class Changes:
             *(CommitOperationAdd(path, content) for path, content in self.added.items()),
             *(CommitOperationDelete(path) for path in sorted(self.deleted)),
             *(
-                CommitOperationCopy(file.rfilename, path, info.sha, info.id, "model")
-                for path, (info, file) in self.copied.items()
+                CommitOperationCopy(file.rfilename, path, checkpoint.sha, checkpoint.id, "model")
+                for path, (checkpoint, file) in self.copied.items()
             ),
         ]
 
@@ -131,30 +144,40 @@ class Repository:
     def __str__(self) -> str:
         return f"the repository {self.id}"
 
-    def find_checkpoints(self, plan: Plan) -> Checkpoints:
+    def find_checkpoints(self, plan: Plan) -> dict[str, Checkpoint]:
         """Return the checkpoint of each model whose weights are on the Hub.
 
         The deployed commit is kept, so a change upstream causes no update, unless REVISION asks for another commit.
         """
         checkpoints = {}
-        for model in plan.models:
-            if model not in plan.weight_folders:
-                name, deployed = MODELS[model].checkpoint, self.records.get(model, {})
-                pinned = deployed.get("revision") if deployed.get("checkpoint") == name else None
-                checkpoints[model] = self._find_checkpoint(model, plan.revision or pinned)
+        for model, source in plan.checkpoints.items():
+            deployed = self.records.get(model, {})
+            pinned = deployed.get("revision") if deployed.get("checkpoint") == describe_origin(plan, model) else None
+            source = source._replace(revision=plan.revision or source.revision or pinned)
+            checkpoints[model] = self._find_checkpoint(model, source, is_own=plan.weights is not None)
         return checkpoints
 
-    def _find_checkpoint(self, model: str, revision: str | None) -> ModelInfo:
-        """Return the checkpoint at a commit, or at the newest one."""
-        name = MODELS[model].checkpoint
-        info = self._look_up_checkpoint(name, revision)
+    def _find_checkpoint(self, model: str, source: hub.Repository, is_own: bool) -> Checkpoint:
+        """Return the files of a checkpoint at a commit, or at the newest one. A user's own is checked."""
+        info = self._look_up_checkpoint(source.name, source.revision)
         files = {file.rfilename: file for file in info.siblings}
-        paths = ["/".join(filter(None, (MODELS[model].subfolder, file))) for file in weight_files(model)]
-        if missing := [path for path in paths if path not in files]:
-            raise DeployError(f"{name} has no {' and no '.join(missing)} at commit {info.sha[:8]}")
-        info.siblings = [files[path] for path in paths]
-        say(f"Weights of {model}: {name} at commit {info.sha[:8]}" + (", pinned" if revision else ""))
-        return info
+        if hub.names_file(source):
+            paths = {one_file(model): source.subfolder}
+        else:
+            folder = f"{source.subfolder}/" if source.subfolder else ""
+            names: Iterable[str] = file_names(model)
+            if f"{folder}{hub.INDEX}" in files and f"{folder}{hub.FILES[1]}" not in files:
+                shards = (path.removeprefix(folder) for path in files if path.startswith(folder))
+                names = (hub.FILES[0], hub.INDEX, *filter(SHARD.fullmatch, shards))
+            paths = {name: f"{folder}{name}" for name in names}
+        if missing := [path for path in paths.values() if path not in files]:
+            raise DeployError(f"{source.name} has no {' and no '.join(missing)} at commit {info.sha[:8]}")
+        if is_own and (config := paths.get(hub.FILES[0])):
+            download = self.api.hf_hub_download
+            file = call(f"download {config}", download, source.name, config, revision=info.sha)
+            check_config(model, Path(file), f"{source.name}/{config}")
+        say(f"Weights of {model}: {source.name} at commit {info.sha[:8]}" + (", pinned" if source.revision else ""))
+        return Checkpoint(info.id, info.sha, {name: files[path] for name, path in paths.items()})
 
     def _look_up_checkpoint(self, name: str, revision: str | None) -> ModelInfo:
         page, options = f"https://huggingface.co/{name}", {"revision": revision, "files_metadata": True}
@@ -171,7 +194,7 @@ class Repository:
             raise DeployError(f"{name}{at} is not on the Hub, or this token may not see it: {page}")
         return info
 
-    def upload(self, plan: Plan, checkpoints: Checkpoints) -> str:
+    def upload(self, plan: Plan, checkpoints: dict[str, Checkpoint]) -> str:
         """Make the repository hold exactly the plan's files, in one commit or none. Return the newest commit.
 
         A new repository is private. Weights on the Hub are copied there. Where that fails, they are downloaded and
@@ -191,19 +214,20 @@ class Repository:
         )
         return newest
 
-    def _compare(self, plan: Plan, checkpoints: Checkpoints) -> Changes:
+    def _compare(self, plan: Plan, checkpoints: dict[str, Checkpoint]) -> Changes:
         """Return the changes that make the repository hold the plan's files."""
         changes = Changes(dict(small_files(plan, {model: info.sha for model, info in checkpoints.items()})))
         changes.deleted = self.files.keys() - changes.added.keys()
         for key in plan.models:
-            for index, (path, name) in enumerate(zip(weight_paths(plan, key), weight_files(key), strict=True)):
+            for name, file in (plan.uploads.get(key) or checkpoints[key].files).items():
+                path = weight_path(plan, key, name)
                 changes.deleted.discard(path)
                 deployed = self.files.get(path)
-                if folder := plan.weight_folders.get(key):
-                    if not is_same(folder / name, deployed):
-                        changes.added[path] = folder / name
-                elif not deployed or deployed.blob_id != checkpoints[key].siblings[index].blob_id:
-                    changes.copied[path] = checkpoints[key], checkpoints[key].siblings[index]
+                if isinstance(file, Path):
+                    if not is_same(file, deployed):
+                        changes.added[path] = file
+                elif not deployed or deployed.blob_id != file.blob_id:
+                    changes.copied[path] = checkpoints[key], file
         return changes
 
     def _commit(self, changes: Changes, message: str) -> str:
@@ -222,9 +246,10 @@ class Repository:
             if not changes.copied or is_transient(error.status) or error.status == 401:
                 raise
             note(f"  {error}; downloading and uploading the weights instead")
-        for path, (info, file) in changes.copied.items():
+        for path, (checkpoint, file) in changes.copied.items():
             download, name = self.api.hf_hub_download, file.rfilename
-            changes.added[path] = Path(call(f"download {name}", download, info.id, name, revision=info.sha))
+            downloaded = call(f"download {name}", download, checkpoint.id, name, revision=checkpoint.sha)
+            changes.added[path] = Path(downloaded)
         changes.copied.clear()
         self._check_storage(changes.uploaded_weights)
         return call(f"upload to {self.id}", commit)

@@ -20,11 +20,12 @@ TEMPLATES = FileSystemLoader(Path(__file__).with_name("templates"))
 
 
 def describe_origin(plan: Plan, model: str) -> str:
-    """Return the origin of the model's weights: a repository on the Hub, or a folder."""
-    checkpoint, folder = MODELS[model].checkpoint, plan.weight_folders.get(model)
-    if folder is None:
-        return checkpoint
-    return f"models/{model}" if folder == Path(checkpoint) else "a local folder"
+    """Return the origin of the model's weights: a repository on the Hub, or files of this machine."""
+    if repository := plan.checkpoints.get(model):
+        return repository.name
+    if not plan.weights:
+        return f"models/{model}"
+    return "a local file" if len(plan.uploads[model]) == 1 else "a local folder"
 
 
 FUNCTIONS = (decimal, describe_origin, describe_price, describe_unlisted, dollars, is_cpu, license_link, make_variables)
@@ -49,7 +50,7 @@ def model_card(plan: Plan, revisions: dict[str, str]) -> str:
         license_name=None if is_known else "see-below" if others else first,
         license_link=None if others else license_link(plan.models[0]),
         library_name="diffusers",
-        base_model=[MODELS[key].checkpoint for key in revisions] or None,
+        base_model=[plan.checkpoints[key].name for key in revisions] or None,
         tags=[TAG, *plan.models],
     )
     code = calling_code(addresses(URL, plan.models))

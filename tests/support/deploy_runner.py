@@ -22,7 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from handlers import MODELS
-from scripts.deployment.plan import weight_files
+from scripts.deployment.weights import file_names
 from scripts.models import why_not_deployable
 from tests.support.forked import killed_at_the_end
 from tests.support.hub_server import Hub, Repo, identity, running_hub
@@ -173,7 +173,7 @@ def deploy(hub: Hub, tmp_path: Path) -> Runner:
     """Return a runner with a token that may write, and put the published checkpoints on the Hub."""
     for key in PUBLISHED:
         checkpoint, folder = MODELS[key].checkpoint, f"{MODELS[key].subfolder}/" if MODELS[key].subfolder else ""
-        names = [name for other in PUBLISHED if MODELS[other].checkpoint == checkpoint for name in weight_files(other)]
+        names = [name for other in PUBLISHED if MODELS[other].checkpoint == checkpoint for name in file_names(other)]
         publish(hub, checkpoint, folder, names)
     hub.tokens[TOKEN] = identity(NAMESPACE, orgs={"lab": "write", "museum": "read"})
     home = tmp_path / "home"

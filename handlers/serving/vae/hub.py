@@ -24,6 +24,8 @@ FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """Files of a VAE, as diffusers names them."""
 INDEX = f"{FILES[1]}.index.json"
 """File with the names of several files of weights, instead of one."""
+ONE_FILE = "vae.safetensors"
+"""Name of a user's file of weights, without a config, in the folder of a deployed model."""
 REACH_SECONDS = 3
 """Seconds in which the Hub must respond. huggingface_hub would try for half a minute."""
 
@@ -40,6 +42,11 @@ class Repository(NamedTuple):
         """Return the parts of a name; None for text that is none."""
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@([\w./-]+))?", text)
         return cls(*match.groups()) if match and not text.startswith(".") else None
+
+
+def names_file(source: object) -> bool:
+    """Return whether a user's name of weights is one file of a repository: `org/repo:anime.safetensors`."""
+    return isinstance(source, Repository) and (source.subfolder or "").endswith(".safetensors")
 
 
 def fetch(checkpoint: str, subfolder: str | None, revision: str | None) -> Path:

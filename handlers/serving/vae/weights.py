@@ -145,7 +145,7 @@ def _find_own_weights(declared: type[Model], weights: str) -> Path:
     if repository is None:
         if own := _in_folder(declared, source):
             return own
-    elif repository.subfolder and repository.subfolder.endswith(".safetensors"):
+    elif repository.subfolder and hub.names_file(repository):
         return hub.fetch_file(repository.name, None, repository.subfolder, repository.revision)
     elif folder := _vae_folder(hub.fetch(*repository), declared.vae_class):
         return folder
@@ -161,8 +161,8 @@ def _find_own_weights(declared: type[Model], weights: str) -> Path:
 
 def _in_folder(declared: type[Model], folder: Path) -> Path | None:
     """Return the weights in a folder of a user or in a deployed repository; None if it has none of this class."""
-    if declared.file:
-        for file in (folder / declared.file, folder / "vae" / declared.file):
+    for name in filter(None, (declared.file, hub.ONE_FILE)):
+        for file in (folder / name, folder / "vae" / name):
             if file.is_file():
                 return file
     return _vae_folder(folder, declared.vae_class)
