@@ -36,6 +36,15 @@ READERS: dict[str, Callable[[Path], Any]] = {
     ".latent": lambda file: _comfyui_tensor(safetensors.torch.load_file(file)),
 }
 
+COMFYUI_NORMALIZED = {
+    "AutoencoderKLFlux2",
+    "TinyFlux2Autoencoder",
+    "AutoencoderKLLTXVideo",
+    "AutoencoderKLLTX2Video",
+    "AutoencoderKLMiniMaxH3",
+}
+"""Classes of VAEs whose latents are normalized in ComfyUI. Those of all others are raw."""
+
 
 def decode(client: AnyClient, file: Path, out: Path, parameters: dict[str, Any], stream: bool = False) -> list[Path]:
     """Decode a file's latents to an image, to one image for each of a batch, or to an MP4. Return the new files.
@@ -43,13 +52,13 @@ def decode(client: AnyClient, file: Path, out: Path, parameters: dict[str, Any],
     With `stream`, the MP4 is written while it is decoded, to standard output if `out` is "-".
 
     Raises:
-        ValueError: a file has another type than these, or `file` does not hold one tensor, or holds raw latents of
-            ComfyUI although `do_scaling` is on.
+        ValueError: a file has another type than these, or `file` does not hold one tensor, or holds latents of ComfyUI
+            in another range than `do_scaling` says.
         RemoteVAEError: the endpoint refused the latents, or its response is invalid.
     """
     suffix = out.suffix.lower()
-    if file.suffix.lower() == ".latent" and parameters.get("do_scaling"):
-        raise ValueError(f"{file} holds latents of ComfyUI, which are raw for most models: add --raw")
+    if file.suffix.lower() == ".latent":
+        parameters = parameters | _comfyui_range(client, file, is_raw=not parameters.get("do_scaling"))
     if stream:
         if suffix != ".mp4" and out != STDOUT:
             raise ValueError(f"{out} cannot be streamed: expected a name with .mp4, or - for standard output")
@@ -129,6 +138,18 @@ def read_tensor(file: Path) -> Tensor:
         case [Tensor() as tensor]:
             return tensor
     raise ValueError(f"{file} holds {', '.join(map(str, values)) or 'nothing'}: expected one tensor")
+
+
+def _comfyui_range(client: AnyClient, file: Path, is_raw: bool) -> dict[str, Any]:
+    """Return the parameters for the range of a .latent file. Raise `ValueError` if the user names another one."""
+    config = client.config()
+    normalized = config["vae_class"] in COMFYUI_NORMALIZED
+    if not normalized and (config["latents"]["takes_scaled"] or config["vae_class"] == "AutoencoderTiny"):
+        raise ValueError(f"{file} holds latents of ComfyUI, which are those of the large VAE: decode it with that")
+    if normalized == is_raw:
+        mend = "normalized for this model: leave --raw out" if normalized else "raw: add --raw"
+        raise ValueError(f"{file} holds latents of ComfyUI, which are {mend}")
+    return {"normalized": True} if normalized else {}
 
 
 def _comfyui_tensor(tensors: dict[str, Tensor]) -> Tensor:

@@ -308,6 +308,8 @@ class TestTransparency:
         laid_jpeg = image(image_format="jpg", background="white")
         assert (laid_jpeg.format, laid_jpeg.mode) == ("JPEG", "RGB")
         assert "background" in service.refusal(key, latents, "decode", image_format="jpg", background="#10203")
+        error = service.refusal(key, latents, "decode", output_type="pt", background="white")
+        assert error.startswith("`background`: only a decoded image is laid on a color")
 
     @pytest.mark.parametrize("key", TRANSPARENT)
     def test_files_and_tensors_are_encoded_with_it(self, service: Service, key: str) -> None:

@@ -65,7 +65,7 @@ class Latents:
         self.is_video = config["kind"] == "video"
         self.frames_in_batch = config["vae_class"] == "AutoencoderKLTemporalDecoder"
         self.dimensions = 3 if config["latents"]["layout"] == "BCFHW" and not self.frames_in_batch else 2
-        if config["vae_class"] == "AutoencoderKLFlux2":
+        if config["vae_class"] in ("AutoencoderKLFlux2", "TinyFlux2Autoencoder"):
             self.channels, self.factor = 4 * self.channels, 2 * self.factor
             self.parameters = {"latents_layout": "patchified", "do_scaling": True}
         elif config["vae_class"] == "AutoencoderKLMiniMaxH3":

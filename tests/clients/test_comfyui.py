@@ -85,6 +85,8 @@ def noise(*shape: int) -> Tensor:
 
 def to_raw(key: str, model: Any, latents: Tensor) -> Tensor:
     """Convert ComfyUI's latents to the input of diffusers' class."""
+    if key == "taef2":
+        return torch.nn.functional.pixel_shuffle(latents, 2)
     if key.startswith("flux2"):  # [B, 32 * 4, h/2, w/2], normalized by the BatchNorm
         mean, variance = (value.view(1, -1, 1, 1) for value in (model.bn.running_mean, model.bn.running_var))
         latents = latents * (variance + model.config.batch_norm_eps).sqrt() + mean
@@ -104,13 +106,17 @@ def with_frames(key: str, tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def decoded(key: str, model: Any, latents: Tensor) -> Tensor:
     options = {"num_frames": len(latents)} if key == "svd" else {}
-    sample = model.decode(to_raw(key, model, latents), **options).sample
+    sample = model.decode(to_raw(key, model, latents), **options)[0]
+    if key == "wan-2.1-2x":
+        sample = torch.nn.functional.pixel_shuffle(sample.movedim(2, 1), 2).movedim(1, 2)
     return ((sample + 1) / 2).clamp(0, 1).movedim(1, -1)
 
 
 @torch.no_grad()
 def encoded(model: Any, pixels: Tensor) -> Tensor:
     output = model.encode(pixels * 2 - 1)
+    if isinstance(output, tuple):
+        return output[0]
     return output.latent_dist.mode() if "latent_dist" in output else output[0]
 
 
@@ -118,7 +124,7 @@ def encoded(model: Any, pixels: Tensor) -> Tensor:
 def test_images(key: str, service: Service, load: Callable[[str], Any]) -> None:
     """Test VAE Decode and VAE Encode. ComfyUI crops the middle of an image whose size the VAE cannot take."""
     model, vae = service.model(key), load(f"{service.url}/{key}")
-    is_flux2, has_frames = key.startswith("flux2"), key.startswith("qwen-image")
+    is_flux2, has_frames = key in ("flux2", "flux2-small", "taef2"), key.startswith("qwen-image")
     channels = 128 if is_flux2 else MODELS[key].latent_channels
     side = 16 if is_flux2 else MODELS[key].vae_scale_factor
     assert (vae.latent_channels, vae.spacial_compression_encode()) == (channels, side)
@@ -145,6 +151,7 @@ def test_videos(key: str, service: Service, load: Callable[[str], Any]) -> None:
     latents = noise(1, vae.latent_channels, 2, 2, 2)
     pixels = vae.decode(latents)
     assert pixels.shape[1] == vae.upscale_ratio[0](2)
+    assert pixels.shape[2:4] == (2 * vae.upscale_ratio[1],) * 2 == (2 * side * MODELS[key].upscale,) * 2
     assert torch.allclose(pixels, decoded(key, model, latents), atol=1e-5)
     count = 1 + 2 * each
     frames = random_image(count + 2, 2 * side, 2 * side)

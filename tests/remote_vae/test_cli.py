@@ -163,7 +163,7 @@ def test_layers_with_transparency(service: Service, tmp_path: Path) -> None:
     latents = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     save_file({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])}, file)
     _, error = remote_vae("decode", url, file, tmp_path / "o.png", "--layers", 2, status=1)
-    assert "holds latents of ComfyUI, which are raw for most models: add --raw" in error
+    assert "holds latents of ComfyUI, which are raw: add --raw" in error
     out, _ = remote_vae("decode", url, file, tmp_path / "o.png", "--layers", 2, "--raw")
     assert out.split() == [str(tmp_path / f"o-{index}.png") for index in range(2)]
     with Image.open(tmp_path / "o-1.png") as image, torch.no_grad():
@@ -177,6 +177,22 @@ def test_layers_with_transparency(service: Service, tmp_path: Path) -> None:
     save_file({"latent_tensor": latents}, file)
     _, error = remote_vae("decode", url, file, tmp_path / "o.png", "--raw", status=1)
     assert "it is of an old ComfyUI, which scaled latents by 0.18215" in error
+
+
+def test_comfyuis_range_is_the_models(service: Service, tmp_path: Path) -> None:
+    """Test latents of ComfyUI that are normalized patches of FLUX.2, and a tiny VAE that takes no raw ones."""
+    file, out = tmp_path / "z.latent", tmp_path / "o.png"
+    patches = torch.randn(1, 128, 2, 3, generator=torch.Generator().manual_seed(0))
+    save_file({"latent_tensor": patches, "latent_format_version_0": torch.tensor([])}, file)
+    for key in ("flux2", "taef2"):
+        expected = service.tensor(key, patches, "decode", do_scaling=True, output_type="pt", partial_postprocess=True)
+        remote_vae("decode", f"{service.url}/{key}", file, out)
+        with Image.open(out) as image:
+            assert np.array_equal(np.asarray(image), expected[0].numpy())
+        _, error = remote_vae("decode", f"{service.url}/{key}", file, out, "--raw", status=1)
+        assert "which are normalized for this model: leave --raw out" in error
+    _, error = remote_vae("decode", f"{service.url}/taesd", file, out, "--raw", status=1)
+    assert "which are those of the large VAE: decode it with that" in error
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])

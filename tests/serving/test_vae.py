@@ -108,6 +108,14 @@ class TestOwnWeights:
         assert all(torch.equal(tensor, state[name]) for name, tensor in vae.model.state_dict().items())
         assert vae.config.scaling_factor == 0.18215
 
+    def test_a_single_file_of_a_deployed_repository(self, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+        """Test the name that `make deploy WEIGHTS=anime.safetensors` gives a file."""
+        (tmp_path / "vae").mkdir()
+        weights = load_file(checkpoint("sd-v1") / "diffusion_pytorch_model.safetensors")
+        save_file(to_original(weights), tmp_path / "vae" / "vae.safetensors")
+        vae = VAE.load(Small, str(tmp_path), Settings(), "cpu")
+        assert torch.equal(vae.model.state_dict()["decoder.conv_in.weight"], weights["decoder.conv_in.weight"])
+
     def test_a_folder_of_another_model_names_those_that_it_fits(self, checkpoint: Callable[[str], Path]) -> None:
         for key, fitting in (
             ("flux", "they fit MODEL=sd3 or flux or "),

@@ -261,14 +261,17 @@ class Hub(Platform):
         return JSONResponse({"casUrl": url, "accessToken": "xet", "exp": expires}, headers=headers)
 
     async def xorb(self, request: Request) -> Response:
-        """Store a block of chunks. Each has a head of eight bytes: version, length, compression (0: none), length."""
-        body, content, start = await request.body(), b"", 0
+        """Store a block of chunks, which is one file, or several small ones.
+
+        Each chunk has a head of eight bytes: version, length, compression (0: none), length.
+        """
+        body, chunks, start = await request.body(), [], 0
         while start < len(body) and body[start] == 0:
             size = int.from_bytes(body[start + 1 : start + 4], "little")
             assert body[start + 4] == 0, "HF_XET_DATA_XORB_COMPRESSION_POLICY=none"
-            content += body[start + 8 : start + 8 + size]
+            chunks.append(body[start + 8 : start + 8 + size])
             start += 8 + size
-        self.lfs[hashlib.sha256(content).hexdigest()] = content
+        self.lfs |= {hashlib.sha256(content).hexdigest(): content for content in (b"".join(chunks), *chunks)}
         return JSONResponse({"was_inserted": True})
 
     async def shard(self, request: Request) -> Response:

@@ -72,6 +72,12 @@ class LatentsLayouts:
             raise RequestError(f"`shape` {shape} may be {candidates}; say which with `latents_layout`", 422)
         if not names:
             raise RequestError(self._refusal(shape, parameters), 422)
+        if self._may_be_images(shape, parameters):
+            raise RequestError(
+                f"`shape` {shape} may be one video, {self._describe(self.own)} without B, or a batch of images: send "
+                f"latents_layout={self.own} for the video, or images with a dimension of one frame",
+                422,
+            )
         name, axes = names[0], self._patch_axes(names[0])
         source, target = self._patterns(name, parameters.layers)
         if name == "packed":
@@ -82,6 +88,15 @@ class LatentsLayouts:
         if parameters.layers:  # a first frame that is no layer is left out
             return rearrange(latents[:, :, -parameters.layers :], "b c f h w -> (b f) c 1 h w").contiguous(), name
         return self._without_padding(latents, parameters), name
+
+    def _may_be_images(self, shape: Sequence[int], parameters: Parameters) -> bool:
+        """Return whether latents [C, F, H, W] of a VAE with frames may be [B, C, H, W], with as many images as channels.
+
+        `latents_layout` or `num_frames` tells that they are a video.
+        """
+        is_named = parameters.latents_layout or parameters.num_frames
+        fits_both = len(shape) == 4 and shape[0] == shape[1] == self.layout.latent_channels
+        return self.layout.kind == "video" and fits_both and not is_named
 
     def check_layout(self, name: LatentsLayout | None, shape: Sequence[int]) -> None:
         """Check that latents [B, C, (F,) H, W] of the VAE can be converted to a layout.

@@ -253,10 +253,12 @@ def choose_image_format(
     The default is JPEG, and PNG inside JSON, like in the Inference Toolkit, and for images with transparency.
 
     Raises:
-        RequestError: the header refuses every format; status 406. JPEG has no transparency, and no background is named;
-            status 422.
+        RequestError: the header refuses every format; status 406. JPEG has no transparency, and no background is named,
+            or a tensor has one; status 422.
     """
     if output_kind not in (OutputKind.IMAGE, OutputKind.IMAGES):
+        if is_transparent and parameters.background:
+            raise RequestError("`background`: only a decoded image is laid on a color; leave it out for a tensor", 422)
         return cast(ImageFormat, parameters.image_format or "jpg")
     keeps_transparency = is_transparent and not parameters.background
     default: ImageFormat = "png" if accept.json or keeps_transparency else "jpg"
