@@ -134,5 +134,6 @@ def fitting_models(error: Exception) -> str:
     if not isinstance(error, WrongWeights):
         return ""
     wanted = error.vae_class, error.latent_channels
-    fitting = [key for key, model in MODELS.items() if (model.vae_class, model.latent_channels) == wanted]
+    others = {key: model for key, model in MODELS.items() if model is not error.refused_by}
+    fitting = [key for key, model in others.items() if (model.vae_class, model.latent_channels) == wanted]
     return f"; they fit MODEL={' or '.join(fitting)}" if fitting else ""

@@ -39,10 +39,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 class WrongWeights(ValueError):
     """Weights of another network than the model's. `handlers.fitting_models` names the models that they fit."""
 
-    def __init__(self, problem: str, vae_class: str, latent_channels: int | None) -> None:
+    def __init__(
+        self, problem: str, vae_class: str, latent_channels: int | None, refused_by: type[Model] | None = None
+    ) -> None:
         super().__init__(problem)
         self.vae_class = vae_class
         self.latent_channels = latent_channels
+        self.refused_by = refused_by
 
 
 class Peak(NamedTuple):

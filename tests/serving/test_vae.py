@@ -21,6 +21,7 @@ from handlers.serving.vae.hub import Repository
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
 from tests.conftest import SMALL
+from tests.support.checkpoints import save as save_small
 
 
 def read_bias(vae: VAE) -> torch.Tensor:
@@ -124,6 +125,13 @@ class TestOwnWeights:
             with pytest.raises(WrongWeights) as caught:
                 VAE.load(MODELS["sdxl"], "", Settings(weights=str(checkpoint(key))), "cpu")
             assert fitting in f"{caught.value}{fitting_models(caught.value)}"
+
+    @pytest.mark.parametrize(("key", "other"), [("wan-2.1", "wan-2.1-2x"), ("wan-2.1-2x", "wan-2.1")])
+    def test_a_decoder_of_another_size(self, tmp_path: Path, key: str, other: str) -> None:
+        folder = save_small(other, tmp_path / other)
+        with pytest.raises(WrongWeights, match=rf"has upscale = {MODELS[other].upscale}$") as caught:
+            VAE.load(MODELS[key], "", Settings(weights=str(folder)), "cpu")
+        assert fitting_models(caught.value) == f"; they fit MODEL={other}"
 
     @pytest.mark.parametrize("layout", ["diffusers", "original"])
     def test_a_file_of_another_network(self, checkpoint: Callable[[str], Path], tmp_path: Path, layout: str) -> None:

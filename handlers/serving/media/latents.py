@@ -90,7 +90,7 @@ class LatentsLayouts:
         return self._without_padding(latents, parameters), name
 
     def _may_be_images(self, shape: Sequence[int], parameters: Parameters) -> bool:
-        """Return whether latents [C, F, H, W] of a VAE with frames may be [B, C, H, W], with as many images as channels.
+        """Return whether latents [C, F, H, W] of a video may be [B, C, H, W], with as many images as channels.
 
         `latents_layout` or `num_frames` tells that they are a video.
         """

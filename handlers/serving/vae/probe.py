@@ -43,8 +43,8 @@ class Probe:
         if declared.kind == "video" and has_frames(self.copy):
             frames, upscale = self._decoded(declared, channels)
         ndim = 5 if has_frames(self.copy) else 4
-        scale, colors = SIDE // latents.shape[-1], declared.pixel_channels
-        return Layout(declared.kind, channels, scale, frames, ndim, variational, declared.clip, colors, upscale)
+        scale, clip, pixel_channels = SIDE // latents.shape[-1], declared.clip, declared.pixel_channels
+        return Layout(declared.kind, channels, scale, frames, ndim, variational, clip, pixel_channels, upscale)
 
     def _decoded(self, declared: type[Model], channels: int) -> tuple[tuple[int, ...], int]:
         """Return the frames decoded from 1, 2, ... latent frames, for one period, and `Layout.upscale`.

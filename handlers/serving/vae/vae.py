@@ -100,7 +100,7 @@ class VAE:
             if settings.weights in (None, "random"):
                 raise ValueError(difference)
             if (vae.layout.latent_channels, vae.layout.upscale) != (declared.latent_channels, declared.upscale):
-                raise WrongWeights(difference, declared.vae_class, vae.layout.latent_channels)
+                raise WrongWeights(difference, declared.vae_class, vae.layout.latent_channels, declared)
             logger.warning("%s; these weights are used nevertheless", difference)
         logger.info("running on %s in %s", device, dtype)
         if is_cpu and dtype == torch.float16 and not has_instructions(dtype):

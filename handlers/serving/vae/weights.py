@@ -82,7 +82,7 @@ def load_single_file(declared: type[Model], file: Path, dtype: torch.dtype) -> A
 
     def another_network(reason: str) -> WrongWeights:
         problem = f"{file.name} has the weights of another network than {declared.__name__}: {reason}"
-        return WrongWeights(problem, declared.vae_class, channels)
+        return WrongWeights(problem, declared.vae_class, channels, declared)
 
     if expected.keys() <= tensors.keys():
         if wrong := _difference(tensors, expected):
@@ -101,8 +101,9 @@ def load_single_file(declared: type[Model], file: Path, dtype: torch.dtype) -> A
             raise another_network(reason) from error
 
 
-FIRST_LAYERS = ("decoder.conv_in.weight", "decoder.1.weight")
-"""Ends of the names of a decoder's first weights, of diffusers and original layouts, and of the TAEHV family."""
+FIRST_LAYERS = ("decoder.conv_in.weight", "decoder.1.weight", "decoder.layers.0.weight", "decoder.conv1.weight")
+"""Ends of the names of a decoder's first weights: in diffusers and original layouts, the TAEHV family, AutoencoderTiny
+and taef2, and Wan's original layout."""
 
 
 def _difference(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str | None:
