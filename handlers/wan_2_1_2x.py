@@ -11,7 +11,7 @@ class Wan21Twice(Wan21):
     checkpoint = "spacepxl/Wan2.1-VAE-upscale2x"
     subfolder = "diffusers/Wan2.1_VAE_upscale2x_imageonly_real_v1"
     upscale = 2
-    peak = {"decode": Peak(435, 280, 4, reduced=1.05, tile=4), "encode": Peak(965, 670, 5, reduced=0.98)}
+    peak = {"decode": Peak(440, 280, 4, reduced=0.96, tile=4), "encode": Peak(965, 670, 5, reduced=0.98)}
     usual_size = (960, 1664, 81)
     license_link = "https://huggingface.co/spacepxl/Wan2.1-VAE-upscale2x"
     shared_by = "Wan 2.1, Wan 2.2 A14B, Qwen-Image, Krea 2"

@@ -17,7 +17,7 @@ from scripts.console import note
 from scripts.instances import dollars, table_price
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
-WIDE = 236
+WIDE = 260
 """Columns of the table. A narrower terminal gets a few lines for each model."""
 
 
@@ -47,7 +47,7 @@ def print_list(console: Console) -> None:
         described = f"{declared(model, 'vae_class')}, {declared(model, 'dtype')} on a GPU; endpoint: {instance(key)}"
         for line in (checkpoint(model), described, model.shared_by and f"also for {model.shared_by}"):
             if line:
-                console.print(Padding(escape(line), (0, 0, 0, 4)))
+                console.print(Padding(escape(line), (0, 0, 0, 2)))
 
 
 def declared(model: type[Model], name: str) -> str:
