@@ -301,11 +301,25 @@ def test_a_large_mean_takes_no_digits() -> None:
     torch.testing.assert_close(result.double(), deepcopy(norm).double()(x.double()), atol=2e-4, rtol=0)
 
 
-def test_a_variance_that_overflows_is_not_finite() -> None:
-    """Test that the service refuses such a request, as with diffusers' own pass, and sends no gray image."""
-    x = torch.tensor([1e30, -1e30]).repeat(16 * 32).view(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    result = CpuPass(small("sd-v1"))._normalize(torch.nn.GroupNorm(4, 16), torch.nn.Identity(), x)
-    assert not result.isfinite().any()
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", [8, 33, 64])
+def test_a_variance_that_overflows_gives_diffusers_values(side: int, dtype: torch.dtype) -> None:
+    """Test that NaN stays NaN: the service refuses it, and sends no gray image. Other values are a constant."""
+    norm = torch.nn.GroupNorm(4, 16, eps=1e-6).to(dtype)
+    torch.nn.init.normal_(norm.bias)
+    noise = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    finite = []
+    for exponent in range(16, 39):
+        x = (noise * 10.0**exponent).to(dtype)
+        expected = norm(x)
+        result = CpuPass(small("sd-v1"))._normalize(
+            norm, torch.nn.Identity(), x.contiguous(memory_format=torch.channels_last)
+        )
+        torch.testing.assert_close(result, expected, equal_nan=True)
+        finite.append(bool(expected.isfinite().all()))
+    assert finite[0]
+    assert not finite[-1]
 
 
 @pytest.fixture

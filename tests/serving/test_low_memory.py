@@ -136,6 +136,14 @@ def test_the_variance_is_precise_for_a_large_mean() -> None:
     torch.testing.assert_close(variance.view(2, 2, 4)[..., 0].double(), groups.var(-1, correction=0), rtol=1e-5, atol=0)
 
 
+@torch.no_grad()
+def test_a_variance_that_overflows_is_not_finite() -> None:
+    """Test that the service refuses such a request, and sends no gray image."""
+    x = torch.tensor([1e30, -1e30]).repeat(16 * 32).view(1, 16, 8, 8)
+    norm, conv = torch.nn.GroupNorm(4, 16), torch.nn.Conv2d(16, 4, 1)
+    assert not low_memory._normalize_and_convolve(norm, torch.nn.Identity(), conv, x).isfinite().any()
+
+
 def test_weights_keep_their_names(load: Load) -> None:
     plain, low = load("hunyuan-video")
     assert list(plain.state_dict()) == list(low.state_dict())

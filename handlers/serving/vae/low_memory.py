@@ -11,6 +11,7 @@ fit otherwise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -114,7 +115,9 @@ def _group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     near = mean.to(x.dtype)
     offset = near.view(*x.shape[:2], *[1] * (x.ndim - 2))
     squares = [torch.linalg.vector_norm(rows - offset, dim=-1, dtype=dtype).square_() for rows in row_groups]
-    return mean, per_channel(squares) / x.shape[-1] - (mean - near).square()
+    variance = per_channel(squares) / x.shape[-1] - (mean - near).square()
+    # Normalized by an infinite variance, values would be a constant, and the image a wrong one that is finite.
+    return mean, variance.masked_fill(variance.isinf(), math.nan)
 
 
 def _upsample(layer: Module, x: Tensor) -> Tensor:

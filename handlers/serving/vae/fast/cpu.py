@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,9 +34,12 @@ class CpuPass(FastPass):
         return blocks.run(coder, self._ops, sample.contiguous(memory_format=torch.channels_last)).contiguous()
 
     def _normalize(self, norm: Module, activation: Module, x: Tensor) -> Tensor:
-        if not isinstance(norm, nn.GroupNorm) or x.ndim == 5 or x.dtype == torch.bfloat16:
+        if not isinstance(norm, nn.GroupNorm) or x.ndim == 5:
             return super()._normalize(norm, activation, x)
-        x = torch.cat([_group_norm(norm, item) for item in x.split(1)]) if len(x) > 1 else _group_norm(norm, x)
+        if x.dtype == torch.bfloat16:
+            x = _torch_group_norm(norm, x)
+        else:
+            x = torch.cat([_group_norm(norm, item) for item in x.split(1)]) if len(x) > 1 else _group_norm(norm, x)
         return F.silu(x, inplace=True) if isinstance(activation, nn.SiLU) else activation(x)
 
     def _causal(self, coder: Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
@@ -83,11 +85,34 @@ def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     )
     mean = means.mean(1, keepdim=True)
     variance = (variances + (means - mean).square()).mean(1, keepdim=True)
-    # Normalized by an infinite variance, values would be zeros, and the image a wrong one that is finite.
-    variance = variance.masked_fill(variance.isinf(), math.nan)
+    if not variance.isfinite().all():
+        return _group_norm_of_overflow(norm, x)
     return F.batch_norm(
         x, mean.expand_as(means).flatten(), variance.expand_as(means).flatten(), norm.weight, norm.bias, eps=norm.eps
     )
+
+
+def _torch_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Normalize [B, C, H, W] by torch's own kernel."""
+    batch, channels, height, width = x.shape
+    normalized, _, factors = torch.native_group_norm(
+        x, norm.weight, norm.bias, batch, channels, height * width, norm.num_groups, norm.eps
+    )
+    return normalized if (factors > 0).all() else _group_norm_of_overflow(norm, x)
+
+
+def _group_norm_of_overflow(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Normalize [B, C, H, W] if a variance overflows, as diffusers does: its result is then NaN or a constant.
+
+    This depends on the order of the sum, so each group is contiguous here. One group at a time takes little memory.
+    """
+    out = torch.empty_like(x)
+    tensors = ((x, 1), (out, 1), (norm.weight, 0), (norm.bias, 0))
+    for group, target, weight, bias in zip(
+        *(tensor.chunk(norm.num_groups, dim) for tensor, dim in tensors), strict=True
+    ):
+        target.copy_(F.group_norm(group.contiguous(), 1, weight, bias, norm.eps))
+    return out
 
 
 def _run_channels_last(forward: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None) -> Tensor:
