@@ -290,6 +290,7 @@ class TestCraftedFiles:
         assert message in response.json()["error"]
         assert server.is_alive
         assert server.peak - before < 200e6
+        assert server.peak <= server.limit
         assert latents(server, video(make_frames(9))).allclose(expected, atol=1e-4)
 
 
