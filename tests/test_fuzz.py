@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from traffic.memory import Memory
 from traffic.messages import Hang, Message, NoResponse, Response, send_request
 from traffic.mutations import FILES, MUTATIONS, WIRE_MUTATIONS, Case, make_case
 from traffic.samples import Sample, samples
-from traffic.servers import TRACEBACK, server
+from traffic.servers import ORIGIN, TRACEBACK, server
 from traffic.truth import Truth, Wrong, check, check_refusal
 
 COUNT = 300
@@ -218,6 +219,23 @@ def test_a_good_request_must_not_get_an_error() -> None:
     check(error)
     with pytest.raises(Wrong, match="for a good request"):
         check(error, good=True)
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_wrong"),
+    [
+        ({"Sec-Fetch-Site": "cross-site"}, True),
+        ({"Sec-Fetch-Site": "same-site"}, True),
+        ({"Origin": "https://b.example"}, True),
+        ({"Origin": ORIGIN, "Sec-Fetch-Site": "cross-site"}, False),
+        ({"Sec-Fetch-Site": "same-origin"}, False),
+    ],
+)
+def test_a_page_of_another_origin_must_get_an_error(headers: dict[str, str], is_wrong: bool) -> None:
+    message = Message(headers=tuple(headers.items()))
+    success = Response(200, {"content-type": "image/png"}, encode_png("red"))
+    with pytest.raises(Wrong, match="another origin") if is_wrong else nullcontext():
+        check(success, message)
 
 
 def test_a_refusal_must_have_retry_after() -> None:

@@ -53,7 +53,8 @@ MEDIA_TYPES = (
     "image/png", "image/jpeg", "image/webp", "image/gif", "image/*", "video/mp4", "application/x-www-form-urlencoded",
     "multipart/form-data; boundary=x", "multipart/form-data", "application/json; charset=utf-16", ";", "/", "*/*",
     "application/xml", "audio/wav", "TENSOR/BINARY", "a" * 5000, "image/png, image/jpeg", "ü/é", '"', "=;=;=;",
-    "image/png;q=nan", "tensor/binary;q=0", "application/json;q=-1",
+    "image/png;q=nan", "tensor/binary;q=0", "application/json;q=-1", "image/jpeg;q=0, image/png", "image/*;q=0",
+    "image/webp;q=0.5, image/png;q=0.9",
 )  # fmt: skip
 HOSTS = ("", "[", "[::1", "]", "[::1]:x", "a b", "host:port", "evil@host:99999", "/?#", "%zz", "ü", "x" * 5000)
 HEADERS = (
@@ -62,6 +63,8 @@ HEADERS = (
     ("Authorization", "Bearer"), ("Authorization", "Basic ü"), ("X-Request-Id", "a" * 9000), ("X-Request-Id", '{"a"}'),
     ("X-Request-Id", "ü\u202e💥"), ("X-Forwarded-For", "::::"), ("X-Forwarded-Proto", "gopher"), ("X-Empty", ""),
     ("Content-Encoding", "gzip"), ("Content-Encoding", "x" * 500), ("If-Match", "*"), ("Origin", "null"),
+    ("Sec-Fetch-Site", "cross-site"), ("Sec-Fetch-Site", "same-site"), ("Sec-Fetch-Site", "none"),
+    ("Sec-Fetch-Site", "a" * 5000), ("Origin", "https://b.example"),
     ("shape", "[1]"), ("dtype", "float32"), ("X-Scale-Up-Timeout", "-1"), ("Forwarded", 'for="'), ("Trailer", "X"),
     ("Keep-Alive", "timeout=-1"), ("Content-Length-X", "9"), ("!#$%&'", "1"),
 )  # fmt: skip

@@ -22,6 +22,7 @@ from handlers import MODELS
 from traffic.files import read_pixels
 from traffic.messages import Message, Response
 from traffic.samples import Sample
+from traffic.servers import ORIGIN
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 COUNT = re.compile(r"[1-9][0-9]{0,4}")
@@ -144,6 +145,8 @@ def check(
         if response.body:
             raise Wrong("a response to HEAD has a body")
     elif response.status == 200:
+        if method == "POST" and message is not None and is_foreign(message):
+            raise Wrong("a page of another origin may call")
         if method == "GET" and response.media_type == "application/json":
             if "version" not in json.loads(response.body):  # the response of `/config`
                 raise Wrong(f"no config: {response.body[:200]!r}")
@@ -155,6 +158,12 @@ def check(
         check_error(response)
     else:
         raise Wrong(f"status {response.status}: {response.body[:200]!r}")
+
+
+def is_foreign(message: Message) -> bool:
+    """Return whether a page of an origin that may not call sends a request, by its browser's headers."""
+    origin, site = message.header("origin"), message.header("sec-fetch-site")
+    return origin != ORIGIN and (site in ("cross-site", "same-site") or origin == "https://b.example")
 
 
 def check_error(response: Response) -> None:
