@@ -187,6 +187,12 @@ class TestOrder:
         with pytest.raises(RequestError, match="the image cannot be read"):
             inspect(early)
 
+    @pytest.mark.parametrize("end", [b"", chunk(b"PLTE", b"\7\7\7\x09\x09\x09")])
+    def test_pixels_before_their_palette_are_refused(self, end: bytes) -> None:
+        file = png((2, 1), 1, 3, [b"\x40"]).replace(chunk(b"IEND", b""), end + chunk(b"IEND", b""))
+        with pytest.raises(RequestError, match="its palette is missing, or comes after its pixels"):
+            read_image(file, LIMITS)
+
 
 class TestLoops:
     """Tests of data that Pillow reads byte by byte, or chunk by chunk, in Python: a second a megabyte."""

@@ -185,6 +185,8 @@ def _open_png(body: Body) -> Image.Image:
     file, color = _rewrite_png(body)
     image = Image.open(file, formats=("PNG",))
     depth, color_type = file.getbuffer()[24:26]
+    if color_type == 3 and image.palette is None:  # Pillow would use a palette of its own
+        raise ValueError("its palette is missing, or comes after its pixels")
     if color_type == 0 and len(color) >= 2:
         white = 2**depth - 1
         value = int.from_bytes(color[:2]) & white
