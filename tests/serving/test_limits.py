@@ -349,9 +349,10 @@ class TestToken:
         for scheme in ("Bearer", "bearer"):
             assert guarded.post(guarded.latents(), headers={"Authorization": f"{scheme} {TOKEN}"}).ok
 
-    def test_health_requires_no_token(self, guarded: Endpoint) -> None:
+    def test_health_and_metrics_require_no_token(self, guarded: Endpoint) -> None:
         for path in ("/", "/health"):
             assert requests.get(guarded.url + path, timeout=5).text == "Ok"
+        assert requests.get(f"{guarded.url}/metrics", timeout=5).ok
 
     def test_the_token_is_never_logged(self, guarded: Endpoint) -> None:
         guarded.post(guarded.latents(), headers={"Authorization": f"Bearer {TOKEN}"})

@@ -45,6 +45,7 @@ def test_a_browser_gets_the_web_demo(url: str) -> None:
     policy = response.headers["Content-Security-Policy"].split("; ")
     assert "default-src 'none'" in policy
     assert "connect-src 'self'" in policy
+    assert "frame-ancestors 'none'" in policy
     assert not {word for entry in policy for word in entry.split()} & {
         "'unsafe-inline'",
         "'unsafe-eval'",
