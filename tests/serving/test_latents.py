@@ -101,6 +101,18 @@ def test_an_ambiguous_layout_is_refused_unless_it_is_named() -> None:
     assert torch.equal(read(FRAMES_FIRST, latents, latents_layout="BFCHW", num_frames=61), latents.movedim(1, 2))
 
 
+def test_as_many_images_as_channels_are_no_video_without_a_word() -> None:
+    """[16, 16, H, W] is one video of 16 frames, or a batch of 16 images."""
+    latents = torch.randn(16, 16, 8, 8)
+    with pytest.raises(RequestError, match="latents_layout=BCFHW for the video, or images with a dimension of one"):
+        read(VIDEO, latents)
+    for settled in ({"latents_layout": "BCFHW"}, {"num_frames": 61}):
+        assert torch.equal(read(VIDEO, latents, **settled), latents[None])
+    assert read(VIDEO, latents.unsqueeze(2)).shape == (16, 16, 1, 8, 8)
+    assert read(VIDEO, latents[:, :15]).shape == (1, 16, 15, 8, 8)
+    assert torch.equal(read(IMAGE, latents), latents)
+
+
 def test_a_layout_that_the_model_does_not_have() -> None:
     with pytest.raises(RequestError, match="`latents_layout`: this model has no 'BFHWC', only BCHW, packed"):
         read(PATCHIFIED, torch.randn(1, 32, 4, 6), latents_layout="BFHWC")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,7 +38,7 @@ class CpuPass(FastPass):
         if not isinstance(norm, nn.GroupNorm) or x.ndim == 5:
             return super()._normalize(norm, activation, x)
         if x.dtype == torch.bfloat16:
-            x = _torch_group_norm(norm, x)
+            x = _group_norm_in_bfloat16(norm, x)
         else:
             x = torch.cat([_group_norm(norm, item) for item in x.split(1)]) if len(x) > 1 else _group_norm(norm, x)
         return F.silu(x, inplace=True) if isinstance(activation, nn.SiLU) else activation(x)
@@ -85,34 +86,20 @@ def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     )
     mean = means.mean(1, keepdim=True)
     variance = (variances + (means - mean).square()).mean(1, keepdim=True)
-    if not variance.isfinite().all():
-        return _group_norm_of_overflow(norm, x)
+    # Normalized by an infinite variance, values would be a constant, and the image a wrong one that is finite.
+    variance = variance.masked_fill(variance.isinf(), math.nan)
     return F.batch_norm(
         x, mean.expand_as(means).flatten(), variance.expand_as(means).flatten(), norm.weight, norm.bias, eps=norm.eps
     )
 
 
-def _torch_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Normalize [B, C, H, W] by torch's own kernel."""
+def _group_norm_in_bfloat16(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Normalize [B, C, H, W] by torch's own kernel. The result is NaN if a variance overflows, as in `_group_norm`."""
     batch, channels, height, width = x.shape
-    normalized, _, factors = torch.native_group_norm(
+    x, _, factors = torch.native_group_norm(
         x, norm.weight, norm.bias, batch, channels, height * width, norm.num_groups, norm.eps
     )
-    return normalized if (factors > 0).all() else _group_norm_of_overflow(norm, x)
-
-
-def _group_norm_of_overflow(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Normalize [B, C, H, W] if a variance overflows, as diffusers does: its result is then NaN or a constant.
-
-    This depends on the order of the sum, so each group is contiguous here. One group at a time takes little memory.
-    """
-    out = torch.empty_like(x)
-    tensors = ((x, 1), (out, 1), (norm.weight, 0), (norm.bias, 0))
-    for group, target, weight, bias in zip(
-        *(tensor.chunk(norm.num_groups, dim) for tensor, dim in tensors), strict=True
-    ):
-        target.copy_(F.group_norm(group.contiguous(), 1, weight, bias, norm.eps))
-    return out
+    return x if (factors > 0).all() else x.fill_(math.nan)
 
 
 def _run_channels_last(forward: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None) -> Tensor:
