@@ -33,6 +33,9 @@ ENDPOINTS = ".endpoints.huggingface.cloud"
 NOT_READY = (429, 502, 503)
 """Statuses that the service, or the platform's proxy, returns for now. The same request may succeed later."""
 
+LOADING = "the model is loading"
+"""Start of the error while the service loads its model. The Inference Toolkit returns it with status 400."""
+
 MAX_SENDS = 3
 """Times that a request is sent if its connection breaks before the response is complete."""
 
@@ -236,6 +239,8 @@ class Client:
             if not response.is_success:
                 with self.translated_errors():
                     content = _first_bytes(response.iter_raw())
+                if response.status_code == 404 and path != "/":
+                    self._load_model()
                 self.check(Response(response.status_code, response.headers, content), path)
             if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
                 message = f"the response is encoded ({encoding[:50]}): expected no encoding, as the request says"
@@ -244,6 +249,18 @@ class Client:
             response.close()
             raise
         return response
+
+    def _load_model(self) -> None:
+        """POST nothing. A toolkit that has unloaded its idle model loads it then, and has none of our paths before.
+
+        Raises:
+            NotReady: the model is loading.
+        """
+        try:
+            self.send("POST", "/")
+        except RemoteVAEError as error:
+            if isinstance(error, NotReady) and LOADING in str(error):
+                raise
 
     def _chunks(self, response: httpx.Response, path: str, max_bytes: int) -> Iterator[bytes]:
         """Yield the body, and read no more of it than a valid one has."""
@@ -302,8 +319,9 @@ class Client:
         status = response.status
         if 200 <= status < 300:
             return
-        message = f"{self.url}{path}: {status} {self._error_text(response)}"
-        if status in NOT_READY:
+        text = self._error_text(response)
+        message = f"{self.url}{path}: {status} {text}"
+        if status in NOT_READY or (status == 400 and text.startswith(LOADING)):
             raise NotReady(message, status, _retry_after(response.headers.get("retry-after")))
         error = Paused if status == 400 and "Invalid state" in message else RemoteVAEError
         raise error(message + _advice(status, message, self._token), status)

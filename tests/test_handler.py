@@ -14,6 +14,7 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 
 from handlers import MODELS
+from remote_vae.client import LOADING
 from scripts.local_server import ROOT, serve
 from tests.conftest import Endpoint, uint8_pixels
 from tests.support import forked
@@ -86,9 +87,9 @@ def test_an_idle_worker_is_unloaded_but_not_at_work(repository: Path, tmp_path: 
     with serve(log=log, command=gunicorn(repository), **lazy) as url:
         first = post(body)
         assert first.status_code == 400  # the toolkit's own response
-        assert first.json()["error"].startswith("the model is loading")
+        assert first.json()["error"].startswith(LOADING)
         while (health := requests.get(f"{url}/health", timeout=60)).status_code == 503:
-            assert health.json() == {"error": "the model is loading"}
+            assert health.json() == {"error": LOADING}
         assert health.text == "Ok"
         response = post(slow_body())
         assert response.ok, response.text

@@ -17,6 +17,8 @@ from typing import Any
 
 import requests
 
+from remote_vae.client import LOADING
+
 HOP_BY_HOP = ("connection", "keep-alive", "transfer-encoding", "content-length", "date", "server")
 
 
@@ -34,6 +36,8 @@ class FaultyProxy(ThreadingHTTPServer):
         """Method, path and headers of each request."""
         self.starts_until = 0.0
         """Value of `time.monotonic` until which the replica starts: the status is 502 at first and then 503."""
+        self.is_unloaded = False
+        """The toolkit has unloaded its idle model: only `/health` and `POST /` exist, and the latter loads it."""
         self.token: str | None = None
         """Token that requests must send."""
         self.drops = 0
@@ -71,6 +75,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._send_error(401, "Unauthorized")
         if proxy.token and self.headers["Authorization"] != f"Bearer {proxy.token}":
             return self._send_error(403, f"Forbidden: {self.headers['Authorization']} may not")
+        if proxy.is_unloaded and self.path != "/health":
+            proxy.is_unloaded = (self.command, self.path) != ("POST", "/")
+            return self._send_error(*((404, "Not Found") if proxy.is_unloaded else (400, f"{LOADING}: send it again")))
         if time.monotonic() < proxy.starts_until:
             return self._send_error(502 if len(proxy.seen) == 1 else 503, "Service Unavailable")
         if self.command == "POST" and proxy.response:
