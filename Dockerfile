@@ -3,7 +3,9 @@
 ARG BASE=docker.io/library/debian:bookworm-slim
 
 FROM ${BASE} AS base
+# Debian's security updates may be newer than the base image
 RUN apt-get update \
+    && apt-get upgrade -y \
     && apt-get install -y --no-install-recommends python3 \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt \
     && useradd --uid 1000 --home-dir /cache --create-home vae

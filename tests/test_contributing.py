@@ -36,6 +36,8 @@ def test_a_release_is_published_from_its_tag_without_a_stored_token() -> None:
     assert [command for command in commands if "python -m build" in command or "twine check" in command] == commands[
         -2:
     ]
+    audit = next(command for command in commands if "pip-audit" in command)
+    assert f"$ {audit}\n" in (ROOT / "docs" / "self-hosting.md").read_text()
     assert publish["needs"] == "build"
     assert publish["permissions"] == {"id-token": "write"}
     image = workflow["jobs"]["image"]

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +27,37 @@ def test_packages_outside_the_image_have_an_upper_bound() -> None:
 def test_numpy_has_the_version_of_the_image() -> None:
     """Test the NumPy version for which the image's torch was built. pip would install a newer one."""
     assert names("requirements/toolkit-image.txt")["numpy"] == "==1.26.4"
+
+
+def pins(file: str) -> dict[str, str]:
+    """Return the version of each pinned package of a requirements file."""
+    lines = re.findall(r"^([\w-]+)(?:\[[\w,-]+\])?==([\w.]+)", (ROOT / file).read_text(), re.MULTILINE)
+    return {name.lower().replace("_", "-"): version for name, version in lines}
+
+
+@pytest.mark.parametrize(
+    ("file", "replaced"),
+    [("requirements/toolkit-image.txt", {"diffusers", "peft"}), ("requirements/lock-cpu.txt", {"diffusers"})],
+)
+def test_pip_replaces_no_other_package(file: str, replaced: set[str]) -> None:
+    """Test requirements.txt over the image's packages, and over the newest ones, which a later image may have.
+
+    Any other package that pip replaces may break the toolkit: it needs a trial in the real one.
+    """
+    installed = pins(file)
+    lines = re.sub(r"#.*", "", (ROOT / "requirements.txt").read_text()).split()
+    wanted = {requirement.name.replace("_", "-"): requirement for requirement in map(Requirement, lines)}
+    assert len(installed.keys() & wanted.keys()) >= 7
+    assert replaced == {
+        name for name in installed.keys() & wanted.keys() if not wanted[name].specifier.contains(installed[name])
+    }
+
+
+def test_both_locks_have_the_same_packages() -> None:
+    """Test that one audit covers both container images."""
+    cpu, cuda = pins("requirements/lock-cpu.txt"), pins("requirements/lock-cuda.txt")
+    assert cpu.items() <= cuda.items()
+    assert all(name.startswith(("cuda-", "nvidia-")) or name == "triton" for name in cuda.keys() - cpu.keys())
 
 
 @pytest.mark.slow
