@@ -104,8 +104,6 @@ class DeviceQueue:
         """Tasks by device."""
         self._alive = set(range(len(devices)))
         self._problem: str | None = None
-        self.is_draining = False
-        """True after SIGTERM: `problem` says so, and work is taken until `close`."""
         self._closing = False
         self._seconds_per_size = 0.0
         for number, device in enumerate(devices):
@@ -126,7 +124,7 @@ class DeviceQueue:
     @property
     def problem(self) -> str | None:
         """Reason why this replica must not get more requests; None without a problem."""
-        if self.is_draining:
+        if self._closing:
             return "the service is shutting down"
         started = [start for start, _ in list(self._batches.values())]
         if started and monotonic() - min(started) > 2 * self._timeout:
@@ -175,7 +173,7 @@ class DeviceQueue:
 
     def close(self) -> None:
         """Take no more work, by `check_open`. Safe in a signal handler."""
-        self.is_draining = self._closing = True
+        self._closing = True
 
     def _drop_cancelled(self) -> None:
         self._waiting = [job for job in self._waiting if not job.future.cancelled()]

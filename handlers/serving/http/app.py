@@ -74,7 +74,7 @@ def build_app(model: str | None = None, cors_origins: Sequence[str] = ()) -> Sta
     )
     app.router.redirect_slashes = False
     app.state.handler = None
-    app.state.is_draining = False
+    app.state.is_draining = False  # True from SIGTERM on
     app.state.loopback_host = None  # set by the standalone server, if it listens on a loopback address
     return app
 
@@ -159,7 +159,7 @@ def drain_on_sigterm(app: Starlette) -> None:
     def drain(*arguments: Any) -> None:
         if app.state.handler is None:
             return stop(*arguments)
-        app.state.is_draining = True
+        is_second, app.state.is_draining = app.state.is_draining, True
         pipeline = app.state.handler.pipeline
         queue, settings = pipeline.device_queue, pipeline.settings
         loop = asyncio.get_running_loop()  # this signal has interrupted it
@@ -172,8 +172,7 @@ def drain_on_sigterm(app: Starlette) -> None:
             loop.call_soon_threadsafe(loop.call_later, settings.grace, pipeline.admission.expire)
             stop(*arguments)
 
-        if settings.drain_delay and not queue.is_draining:
-            queue.is_draining = True
+        if settings.drain_delay and not is_second:
             loop.call_soon_threadsafe(loop.call_later, settings.drain_delay, finish)
         else:
             finish()
@@ -211,7 +210,8 @@ async def encode(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """Respond 200 while the service takes requests. 503 tells the platform to replace this replica."""
-    if problem := _pipeline(request).device_queue.problem:
+    is_draining = request.app.state.is_draining
+    if problem := "the service is shutting down" if is_draining else _pipeline(request).device_queue.problem:
         raise HTTPException(503, problem, headers={"Retry-After": "1"})
     return PlainTextResponse("Ok")
 
