@@ -105,7 +105,7 @@ test: install  ## run the tests with the newest releases
 test-quick: install  ## run the tests that start no server, in under two minutes
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## run the tests with the packages of the Inference Toolkit's image
+test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## run the tests with the packages of the Inference Toolkit's image [TOOLKIT=checkout]
 	$(ENDPOINT_VENV)/bin/python -m pytest
 
 # The web demo is tested in Debian's Chromium. Playwright has a folder of its own beside .venv.

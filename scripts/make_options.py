@@ -30,7 +30,7 @@ TAKES = {
     "image": "TARGET TAG BUILD_ARGS",
     "test-image": "TAG",
     "test": "ARGS",
-    "test-endpoint": "ARGS",
+    "test-endpoint": "ARGS TOOLKIT",
     "test-page": "PAGE_ARGS TOOLKIT",
 }
 """The variables that each target takes."""

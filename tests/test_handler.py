@@ -1,6 +1,7 @@
 """Tests of `handler.py` as the Inference Toolkit loads it: module name, path, startup order, an app with `POST /`."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,12 @@ from tests.support import forked
 
 pytestmark = pytest.mark.slow
 
-TOOLKIT = ROOT / "tests" / "support" / "toolkit"
-STAND_IN = ("-m", "uvicorn", "webservice_starlette:app", "--app-dir", str(TOOLKIT))
+STAND_IN = ROOT / "tests" / "support" / "toolkit"
+STABLE_TOOLKIT = ("-m", "uvicorn", "webservice_starlette:app", "--app-dir", str(STAND_IN))
+"""Command of the toolkit 0.5.6: its stand-in, or the real one from the checkout in the variable TOOLKIT."""
+if checkout := os.environ.get("TOOLKIT"):
+    app = "huggingface_inference_toolkit.webservice_starlette:app"
+    STABLE_TOOLKIT = ("-m", "uvicorn", app, "--app-dir", f"{checkout}/src")
 
 IDLE_TIMEOUT = 0.5
 """Seconds after which the idle checker ends a worker."""
@@ -34,7 +39,7 @@ def gunicorn(repository: Path) -> tuple[str, str]:
     return "-c", (
         "import os, sys; from gunicorn.app.wsgiapp import run; "
         f"os.environ['HF_MODEL_DIR'] = {str(repository)!r}; "
-        f"sys.argv[1:] = [*{arguments}, '--chdir', {str(TOOLKIT)!r}, '--bind', '127.0.0.1:' + sys.argv[2]]; run()"
+        f"sys.argv[1:] = [*{arguments}, '--chdir', {str(STAND_IN)!r}, '--bind', '127.0.0.1:' + sys.argv[2]]; run()"
     )
 
 
@@ -55,7 +60,7 @@ def test_the_client_of_diffusers_works_with_the_toolkit(
 ) -> None:
     log = tmp_path / "log"
     environment = {"HF_MODEL_DIR": str(repository), "PYTHONSAFEPATH": "1"} if version == "0.5.6" else {}
-    with serve(log=log, command=STAND_IN if environment else gunicorn(repository), **environment) as url:
+    with serve(log=log, command=STABLE_TOOLKIT if environment else gunicorn(repository), **environment) as url:
         vae = AutoencoderKL.from_pretrained(repository / "vae").eval()
         endpoint = Endpoint("flux", url, vae, log)
         latents = endpoint.latents()

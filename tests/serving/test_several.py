@@ -25,7 +25,7 @@ from scripts.local_server import ROOT, serve
 from tests.conftest import Endpoint, uint8_pixels
 from tests.support.checkpoints import build
 from tests.support.messages import send
-from tests.test_handler import STAND_IN
+from tests.test_handler import STABLE_TOOLKIT
 
 KEYS = ("sd-v1", "flux", "hunyuan-video")
 
@@ -42,7 +42,7 @@ def endpoints(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[st
     models[1]["revision"] = "abc"
     (folder / "endpoint.json").write_text(json.dumps({"models": models, "version": "1"}))
     log = tmp_path_factory.mktemp("log") / "log"
-    with serve(log=log, command=STAND_IN, HF_MODEL_DIR=str(folder), PYTHONSAFEPATH="1") as url:
+    with serve(log=log, command=STABLE_TOOLKIT, HF_MODEL_DIR=str(folder), PYTHONSAFEPATH="1") as url:
         endpoints_by_key = {}
         for key in KEYS:
             vae_class = AutoencoderKLHunyuanVideo if key == "hunyuan-video" else AutoencoderKL
