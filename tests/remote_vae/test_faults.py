@@ -58,7 +58,7 @@ def test_a_body_is_sent_again_only_after_the_service_responds(faulty: FaultyProx
 @pytest.mark.parametrize("endpoints", [1, 2])
 def test_a_toolkit_that_has_unloaded_its_idle_model_is_made_to_load_it(faulty: FaultyProxy, endpoints: int) -> None:
     faulty.is_unloaded = True
-    remote = RemoteVAE([faulty.url] * endpoints)
+    remote = RemoteVAE([faulty.url, faulty.url.replace("127.0.0.1", "localhost")][:endpoints])
     faulty.is_unloaded = True
     assert remote.decode(LATENTS).sample.shape == (1, 3, 64, 64)
     assert [path for method, path, _ in faulty.seen if method == "POST"].count("/") == 2
