@@ -106,16 +106,18 @@ def load_pipelines(models: Mapping[str, type[Model]], path: str) -> dict[str, Pi
     HEAP.reserve = int(settings.max_in_flight_mb * 1e6)
     path = "" if settings.foreign_repository else path
     names = device_names(settings.device)
-    admission = Admission(settings, len(names))
-    devices = DevicePool([torch.device(name) for name in names], settings.timeout)
 
-    def load(key: str, declared: type[Model]) -> Pipeline:
+    def load(key: str, declared: type[Model]) -> tuple[list[VAE], Settings]:
         own, folder = settings, path
         if len(models) > 1:
             own, folder = settings.for_model(key), str(Path(path, "vae", key)) if path else ""
-        return Pipeline([VAE.load(declared, folder, own, name) for name in names], own, admission, devices)
+        return [VAE.load(declared, folder, own, name) for name in names], own
 
-    pipelines = {key: load(key, declared) for key, declared in models.items()}
+    loaded = {key: load(key, declared) for key, declared in models.items()}
+    admission = Admission(settings, len(names))
+    # The threads of the devices begin after `VAE.load` has configured the heap: earlier ones have a heap of their own.
+    devices = DevicePool([torch.device(name) for name in names], settings.timeout)
+    pipelines = {key: Pipeline(vaes, own, admission, devices) for key, (vaes, own) in loaded.items()}
     wait([end for pipeline in pipelines.values() for end in pipeline.warm_up()])
     for pipeline in pipelines.values():
         pipeline.check_fast_passes()

@@ -41,6 +41,33 @@ thread.join()
     assert run(code) < 200  # with 16384 pages
 
 
+LOADED = """
+import resource, torch
+from handlers import MODELS
+from handlers.serving.devices import JobFuture
+from handlers.serving.pipeline import load_pipelines
+from handlers.serving.vae.heap import HEAP
+
+class Passes:
+    vaes = [None]
+    def forward(self, vae, batch):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        with HEAP.settle():
+            HEAP.make_room(80 * 2**20)
+            torch.ones(20 * 2**20)
+        return [resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before for _ in batch]
+
+pool = load_pipelines({"tiny": MODELS["tiny"]}, "")["tiny"].devices
+print(min(pool.submit(Passes(), None, 0, 1, JobFuture()).result() for _ in range(10)))
+"""
+
+
+@glibc
+def test_the_thread_of_a_device_has_the_heap_of_the_process() -> None:
+    """Its own heap would be a part of 64 MB, and map each larger tensor anew."""
+    assert run(LOADED) < 200  # with 20480 pages
+
+
 PASSES = """
 import random, sys, threading
 import psutil, torch
