@@ -232,7 +232,7 @@ def latents(
     out: Annotated[
         str, typer.Option(help="Output folder, or its URL. Kohya and ai-toolkit look in the images' own folder.")
     ],
-    format: Annotated[str, typer.Option(help="kohya, musubi, ai-toolkit or webdataset.")],
+    format: Annotated[str, typer.Option(help="kohya, musubi, ai-toolkit, simpletuner or webdataset.")],
     token: Token = None,
     arch: Annotated[
         str | None, typer.Option(help="Model that the trainer trains, if several use the VAE: lumina, z_image, krea2.")
@@ -256,6 +256,9 @@ def latents(
     source_fps: Annotated[
         float | None, typer.Option(help="Frame rate of the videos, to convert it to the model's as musubi does.")
     ] = None,
+    metadata: Annotated[
+        str | None, typer.Option(help="With simpletuner: its aspect_ratio_bucket_metadata_<id>.json of the images.")
+    ] = None,
     shard: Annotated[str, typer.Option(help="Part of the images for this machine, such as 1/8 to 8/8.")] = "1/1",
 ) -> None:
     """Write the latents of a data set as a trainer reads them. Run the command again to continue an interrupted run."""
@@ -264,6 +267,7 @@ def latents(
     from remote_vae.latents.formats import FORMATS
     from remote_vae.latents.musubi import MusubiVideos
     from remote_vae.latents.run import Run
+    from remote_vae.latents.simpletuner import SimpleTuner
     from remote_vae.latents.webdataset import WebDatasetVideos
     from remote_vae.pool import connect
 
@@ -271,13 +275,17 @@ def latents(
     sampling = _read_sampling(frames, frame_extraction, frame_stride, frame_sample, max_frames, source_fps)
     if format not in FORMATS:
         raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
-    if sampling and format == "kohya":
-        raise ValueError("--frames: --format kohya has no videos; expected musubi, ai-toolkit or webdataset")
+    if metadata and format != "simpletuner":
+        raise ValueError(f"--metadata: --format {format} has none; remove it, or use --format simpletuner")
+    if sampling and format in ("kohya", "simpletuner"):
+        raise ValueError(f"--frames: --format {format} has no videos; expected musubi, ai-toolkit or webdataset")
     client = connect([url, *more_urls], token)
     config = client.config()
     options = (config["model"], size, upscale, flip, sample_mode, arch)
     cache: Format
-    if not sampling:
+    if format == "simpletuner":
+        cache = SimpleTuner(*options, metadata=metadata)
+    elif not sampling:
         cache = FORMATS[format](*options)
     elif format == "musubi":
         cache = MusubiVideos(*options, sampling=sampling)

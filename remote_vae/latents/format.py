@@ -139,7 +139,8 @@ class Format(ABC):
         suffix = relative.suffix
         return suffix.lower() in self.suffixes and (self.any_case or suffix in (suffix.lower(), suffix.upper()))
 
-    def place(self, size: Size) -> Placement:
+    def place(self, size: Size, relative: Path | None = None) -> Placement:
+        """Return the placement of an image of this size, and of this path below the data set's folder."""
         return self.buckets.place(size)
 
     def read_size(self, file: BinaryIO) -> Size:

@@ -279,7 +279,7 @@ class Run:
         path = Path(name)
         try:
             with files.open(path, HEADER_BYTES) as file:
-                return ImageFile(files, path, self.format.place(self.format.read_size(file)))
+                return ImageFile(files, path, self.format.place(self.format.read_size(file), path))
         except Exception as error:  # Pillow raises a dozen types for damaged files
             reason = error
             if isinstance(error, UnidentifiedImageError) and (plugin := PLUGINS.get(path.suffix.lower())):

@@ -15,12 +15,13 @@ from PIL import Image
 from remote_vae.cli import app
 from remote_vae.latents.formats import FORMATS
 from scripts.local_server import ROOT
+from tests.remote_vae.test_simpletuner import write_metadata
 from tests.remote_vae.test_videos import save_video
 from tests.support import forked
 from tests.support.sleeping_service import CONFIG, sleeping_service
 
 PAGE = (ROOT / "docs" / "training.md").read_text()
-COMMANDS = [line[2:] for line in PAGE.splitlines() if line.startswith("$ remote-vae latents")]
+COMMANDS = re.findall(r"^ *\$ (remote-vae latents.*)", PAGE, re.MULTILINE)
 
 
 def test_the_table_has_every_model_of_every_trainer() -> None:
@@ -28,7 +29,7 @@ def test_the_table_has_every_model_of_every_trainer() -> None:
     (head, *body) = [[cell.strip() for cell in row] for row in rows]
     for column, name in enumerate(head[1:], start=1):
         listed = {
-            (arch, row[0].strip("`")) for row in body for arch in re.findall(r"`(\S+?)`", (row + [""] * 4)[column])
+            (arch, row[0].strip("`")) for row in body for arch in re.findall(r"`(\S+?)`", (row + [""] * 5)[column])
         }
         rows_of_code = FORMATS[name.strip("`")].architectures.items()
         assert listed == {(arch, architecture.vae) for arch, architecture in rows_of_code}
@@ -41,6 +42,9 @@ def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     Path("images").mkdir()
     for index in range(9):
         Image.new("RGB", (64, 64)).save(f"images/{index}.png")
+    sizes = {key: [64, 64] for key in ("original_size", "intermediary_size", "target_size")}
+    entries = {f"{index}.png": {**sizes, "crop_coordinates": [0, 0]} for index in range(9)}
+    write_metadata(tmp_path / "images", entries, id="my-images")
     save_video(Path("videos/a.mp4"), 30)
     Path("set").mkdir()
     with tarfile.open("set/00042.tar", "w") as archive:
@@ -63,7 +67,7 @@ def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.Monk
         urls = {"URL": one.url, "URL_2": two.url, "URL_3": three.url}
         app([urls.get(argument, argument) for argument in arguments], standalone_mode=False)
     fs, out = fsspec.core.url_to_fs(arguments[arguments.index("--out") + 1])
-    assert [name for name in fs.find(out) if name.endswith((".npz", ".safetensors", ".tar"))]
+    assert [name for name in fs.find(out) if name.endswith((".npz", ".safetensors", ".pt", ".tar"))]
 
 
 def test_the_example_of_slurm_names_a_shard() -> None:

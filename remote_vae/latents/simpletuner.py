@@ -1,0 +1,177 @@
+"""Files of SimpleTuner's `cache_dir_vae`: a `.pt` for each image. SimpleTuner's own metadata says how to place it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from remote_vae.latents.buckets import Placement, Size
+from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, cropped, to_rgb
+from remote_vae.latents.storage import Folder
+
+METADATA = "aspect_ratio_bucket_metadata"
+INDICES = "aspect_ratio_bucket_indices"
+"""Beginnings of the names of SimpleTuner's files. The second has the settings of the data backend."""
+SETTINGS = (
+    "instance_data_dir",
+    "resolution",
+    "resolution_type",
+    "crop",
+    "crop_style",
+    "crop_aspect",
+    "crop_aspect_buckets",
+)
+
+
+@dataclass(frozen=True)
+class RecordedPlacement(Placement):
+    """Sizes of an image, with the corner that SimpleTuner recorded."""
+
+    recorded_corner: Size
+
+    @property
+    def corner(self) -> Size:
+        return self.recorded_corner
+
+
+@dataclass
+class SimpleTuner(Format):
+    """Latents of the images in a folder in which SimpleTuner has written its metadata.
+
+    Raises:
+        ValueError: the metadata cannot be read or does not say how to place the images, or an option contradicts it.
+    """
+
+    metadata: str | None = None
+    """Path of SimpleTuner's `aspect_ratio_bucket_metadata_<id>.json`."""
+    backend: dict[str, Any] = field(init=False)
+    """Settings of SimpleTuner's data backend by which it places images."""
+
+    architectures: ClassVar[dict[str, Architecture]] = {
+        "sd1x": Architecture("sd-v1", "sd1x", 8),
+        "sdxl": Architecture("sdxl", "sdxl", 8),
+        "sd3": Architecture("sd3", "sd3", 8),
+        "flux": Architecture("flux", "flux", 8),
+        "chroma": Architecture("flux", "chroma", 8),
+        "hidream": Architecture("flux", "hidream", 8),
+        "lumina2": Architecture("flux", "lumina2", 8),
+        "z_image": Architecture("flux", "z_image", 8),
+        "flux2": Architecture("flux2", "flux2", 16, "argmax", layout="patchified"),
+        "qwen_image": Architecture("qwen-image", "qwen_image", 8),
+        "krea2": Architecture("qwen-image", "krea2", 8),
+        "anima": Architecture("qwen-image", "anima", 16, "argmax", has_frames=True),
+        "sana": Architecture("sana", "sana", 32, normalized=False),
+        "wan": Architecture("wan-2.1", "wan", 16, "argmax", has_frames=True),
+    }
+    """The names are those of SimpleTuner's `model_family`."""
+    trainer: ClassVar[str] = "SimpleTuner"
+    suffixes: ClassVar[frozenset[str]] = frozenset(
+        {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.flip or not self.upscale or self.resolution != (1024, 1024):
+            raise ValueError("--resolution, --no-upscale, --flip: SimpleTuner's metadata has the sizes; remove them")
+        if not self.metadata:
+            raise ValueError(
+                f"--format simpletuner: add --metadata with the path of SimpleTuner's {METADATA}_<id>.json"
+            )
+        self.metadata = os.path.abspath(self.metadata)
+        self.folder, name = os.path.split(self.metadata)
+        """Absolute path of the images. SimpleTuner writes its metadata there."""
+        if not name.startswith(METADATA):
+            raise ValueError(f"--metadata {self.metadata}: expected {METADATA}_<id>.json, which SimpleTuner writes")
+        entries = _read(self.metadata)
+        config = _read(os.path.join(self.folder, name.replace(METADATA, INDICES))).get("config", {})
+        self.backend = {name: config.get(name) for name in SETTINGS}
+        if not self.backend["instance_data_dir"]:
+            raise ValueError(
+                f"--metadata {self.metadata}: it is not of a local folder; expected a backend of type local"
+            )
+        if config.get("crop") and config.get("maximum_image_size") and config.get("target_downsample_size"):
+            raise ValueError(
+                f"--metadata {self.metadata}: it lacks the sizes before the crop, because the data backend has "
+                "target_downsample_size; remove that setting and let SimpleTuner write its metadata again"
+            )
+        below = self.folder + os.sep
+        self.entries = {Path(path[len(below) :]): entry for path, entry in entries.items() if path.startswith(below)}
+        """Sizes and crop of each image by its path below the folder."""
+        if not self.entries:
+            raise ValueError(
+                f"--metadata {self.metadata} has no image in its folder; expected absolute paths such as "
+                f"{below}a.png; mount the folder at the path that SimpleTuner uses"
+            )
+
+    def loads(self, relative: Path) -> bool:
+        return super().loads(relative) and relative in self.entries
+
+    def place(self, size: Size, relative: Path | None = None) -> Placement:
+        """Return the recorded placement of an image.
+
+        Raises:
+            ValueError: it is that of an image of another size, or the VAE would cut off pixels.
+        """
+        entry = self.entries[relative or Path()]
+        names = ("original_size", "intermediary_size", "target_size", "crop_coordinates")
+        original, resized, bucket, (top, left) = ((int(entry[name][0]), int(entry[name][1])) for name in names)
+        if original != size:
+            raise ValueError(
+                f"the image has {size[0]}x{size[1]} pixels, and {original[0]}x{original[1]} in --metadata; "
+                "delete the metadata and let SimpleTuner write it again"
+            )
+        steps = self.architecture.steps
+        is_inside = 0 <= left <= resized[0] - bucket[0] and 0 <= top <= resized[1] - bucket[1]
+        if not is_inside or bucket[0] % steps or bucket[1] % steps:
+            raise ValueError(
+                f"--metadata crops {bucket[0]}x{bucket[1]} from {resized[0]}x{resized[1]}; expected a part of it, with "
+                f"sides that are multiples of {steps}; set SimpleTuner's aspect_bucket_alignment"
+            )
+        return RecordedPlacement(original, resized, bucket, (left, top))
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        """Return the image in RGB without its transparency, as SimpleTuner does."""
+        if image.mode not in ("1", "L", "P", "RGB", "RGBA", "CMYK"):
+            raise ValueError(f"SimpleTuner reads images of mode {image.mode} in its own way; save it as RGB")
+        return to_rgb(image)
+
+    def fit(self, image: Image.Image, placement: Placement) -> Image.Image:
+        """Resize as SimpleTuner resizes one image: with OpenCV if it computes the size anew, else with Pillow."""
+        if image.size != placement.resized:
+            if self.backend["crop"] and self.backend["crop_aspect"] != "random":
+                image = Image.fromarray(cv2.resize(np.array(image), placement.resized, interpolation=cv2.INTER_LINEAR))
+            else:
+                image = image.resize(placement.resized, Image.Resampling.LANCZOS)
+        return cropped(image, placement)
+
+    def files(self, images: list[ImageFile]) -> list[Path]:
+        """Return the name, which has more folders if the data backend's `instance_data_dir` is a relative path."""
+        path = os.path.join(self.folder, images[0].relative)
+        folders = os.path.dirname(path).replace(self.backend["instance_data_dir"].rstrip("/"), "").lstrip("/")
+        return [Path(folders, f"{hashlib.sha256(images[0].relative.stem.encode()).hexdigest()}.pt")]
+
+    def contents(self, encoded: list[Encoded], out: Folder) -> list[bytes]:
+        """Return the latents alone. SimpleTuner reads them also if it compresses its own (`compress_cache`)."""
+        buffer = BytesIO()
+        torch.save(encoded[0].latents.clone(), buffer)
+        return [buffer.getvalue()]
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); let SimpleTuner write it") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} has no object; delete it and let SimpleTuner write it again")
+    return content
