@@ -37,7 +37,9 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 COMMAND = re.compile(r"^(?:\$ |    )(make .*?)\s*(?:#.*)?$", re.MULTILINE)
-COMMANDS = sorted({command for document in DOCUMENTS for command in COMMAND.findall(document.read_text())})
+COMMANDS = sorted(
+    {command for document in DOCUMENTS for command in COMMAND.findall(document.read_text().replace("\\\n", ""))}
+)
 QUICK = {"num_inference_steps": 1, "height": 64, "width": 64}
 DEPRECATED = "ignore:`do_scaling` is deprecated:FutureWarning"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -116,6 +117,12 @@ def test_a_refusal_has_a_remedy_and_is_logged(running: Callable[[str], Endpoint]
         assert response.status_code == 403
         assert message in response.json()["error"]
         assert "VAE_CORS_ORIGINS" in response.json()["error"]
-        lines = [json.loads(line[line.index("{") :]) for line in endpoint.log.read_text().splitlines() if "{" in line]
-        assert any(line["status"] == 403 and line["error"].startswith(message) for line in lines)
+        for _ in range(100):  # a line is written after the response
+            text = endpoint.log.read_text()
+            lines = [json.loads(line[line.index("{") :]) for line in text.splitlines() if line.endswith("}")]
+            if any(line["status"] == 403 and line["error"].startswith(message) for line in lines):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"no line about {message}: {text}")
     assert endpoint.post(endpoint.latents()).ok

@@ -133,7 +133,7 @@ print(psutil.Process().memory_info().rss - before)
 
 @glibc
 def test_an_idle_server_returns_its_free_pages() -> None:
-    assert run(IDLE, "60") > 64 * 2**20
+    assert run(IDLE, "60") > 60 * 2**20  # of 64; other pages may have gone meanwhile
     assert run(IDLE, "0.1") < 16 * 2**20
 
 
