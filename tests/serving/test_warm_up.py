@@ -78,9 +78,10 @@ def test_a_failing_pass_ends_the_warm_up_of_its_task_alone(
         (Layout("image", 16, 8, vae_ndim=5), (1, 16, 1, 4, 6), (1, 3, 32, 48)),
         (Layout("image", 16, 8, vae_ndim=5, pixel_channels=4), (1, 16, 1, 4, 6), (1, 4, 32, 48)),
         (Layout("video", 16, 8, (1, 5, 9), vae_ndim=5), (1, 16, 3, 4, 6), (1, 3, 9, 32, 48)),
+        (Layout("video", 16, 8, (1, 5, 9), vae_ndim=5, upscale=2), (1, 16, 3, 2, 3), (1, 3, 9, 32, 48)),
         (Layout("video", 24, 16, (1, 5, 9, 13, 17, 18), vae_ndim=5, clip=5), (1, 24, 3, 2, 3), (1, 3, 5, 32, 48)),
     ],
-    ids=["Qwen-Image", "layers", "Wan", "MiniMax-H3"],
+    ids=["Qwen-Image", "layers", "Wan", "Wan of twice the size", "MiniMax-H3"],
 )
 def test_the_inputs_of_each_layout(layout: Layout, latents: tuple[int, ...], pixels: tuple[int, ...]) -> None:
     assert example_inputs(layout, "decode", 32, 48).shape == latents

@@ -73,7 +73,7 @@ def _seconds_of_a_pass(vae: VAE, task: Task, height: int, width: int) -> float:
 
 def example_inputs(layout: Layout, task: Task, height: int, width: int) -> Tensor:
     """Return one item: normal latents, or pixels in [-1, 1]."""
-    side = layout.vae_scale_factor
+    side = layout.decode_factor if task == "decode" else layout.vae_scale_factor
     rows, columns = height // side, width // side
     if task == "decode":
         latent_frames = LATENT_FRAMES if layout.kind == "video" else 1
