@@ -211,7 +211,7 @@ def test_other_settings_are_refused(service: Service, folder: Path, tmp_path: Pa
             "1280x720: expected one side; 960 has about",
         ),
         (("--format", "musubi"), "musubi-tuner has no format for latents of sdxl: expected one of qwen-image, wan-2.1"),
-        (("--format", "lora"), "expected one of kohya, musubi, ai-toolkit, webdataset"),
+        (("--format", "lora"), "expected one of kohya, musubi, ai-toolkit, simpletuner, webdataset"),
         (("--resolution", "big"), "expected 1024, or 1280x720"),
     ):
         assert message in run(folder, tmp_path / "out", f"{service.url}/sdxl", "kohya", *options, status=1)
