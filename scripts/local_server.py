@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import SystemRandom
 
 import requests
 
@@ -51,10 +52,16 @@ def start_process(arguments: Sequence[str], log: Path, environment: dict[str, st
 
 
 def free_port() -> int:
-    """Return a port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port on which nothing listens.
+
+    The kernel gives none of these ports to a connection or a server of its own choice (Linux: those from 32768 on), so
+    a port stays free until it is used, and while its server restarts.
+    """
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port := SystemRandom().randrange(20_000, 32_000)))
+            return port
 
 
 def clean_environment() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from remote_vae import Client, RemoteVAE, RemoteVAEError
+from scripts.local_server import free_port
 from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.support.small_service import Service
 
@@ -130,8 +130,7 @@ def test_the_login_is_sent_only_to_hugging_face(faulty: FaultyProxy, monkeypatch
 def test_no_network() -> None:
     with pytest.raises(RemoteVAEError, match=r"the host name in https://nowhere\.invalid is unknown"):
         RemoteVAE("https://nowhere.invalid")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     with pytest.raises(RemoteVAEError, match=f"http://127.0.0.1:{port} cannot be reached"):
         RemoteVAE(f"http://127.0.0.1:{port}", retry_timeout=2)
 
@@ -190,9 +189,7 @@ def test_valid_urls_are_accepted(url: str) -> None:
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
 def test_a_wrong_port_is_not_retried_for_long(name: str) -> None:
     """Test that the retries end soon. For a starting replica, its proxy would respond."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    start = time.monotonic()
+    port, start = free_port(), time.monotonic()
     with pytest.raises(RemoteVAEError, match=r"connection refused, nothing listens there; is the port right"):
         RemoteVAE(f"http://{name}:{port}")
     assert time.monotonic() - start < 60  # less than the 900 s of other retries
@@ -200,10 +197,10 @@ def test_a_wrong_port_is_not_retried_for_long(name: str) -> None:
 
 def test_requests_wait_for_a_restarting_server(service: Service) -> None:
     """Test that retries continue for an address that has responded before."""
-    with faulty_proxy(f"{service.url}/sd-v1") as faulty:
+    port = free_port()
+    with faulty_proxy(f"{service.url}/sd-v1", port) as faulty:
         client = Client(faulty.url, retry_timeout=60)
         client.request("GET", "/health", headers={"Connection": "close"})
-        port = faulty.server_address[1]
     faulty.server_close()
 
     def start_again() -> None:

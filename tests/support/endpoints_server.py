@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import uuid
@@ -29,7 +28,7 @@ from starlette.routing import Route
 
 from handlers import MODELS
 from scripts.deployment.plan import model_tag
-from scripts.local_server import ROOT
+from scripts.local_server import ROOT, free_port
 
 TOOLKIT = Path(__file__).parent / "toolkit"
 Script = list[str | tuple[str, str]]
@@ -97,9 +96,7 @@ class Process:
         for path, content in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder.with_suffix(".log")
         environment = {

@@ -15,6 +15,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
 
+from scripts.local_server import free_port
+
 CONFIG: dict[str, Any] = {
     "version": "0",
     "model": "sdxl",
@@ -49,7 +51,7 @@ class SleepingService(ThreadingHTTPServer):
     request_queue_size = 200
 
     def __init__(self, seconds: float = 0, **config: Any) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", free_port()), Handler)  # a stopped one's port stays free
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.seconds = seconds
         self.config = {**CONFIG, **config}
