@@ -9,6 +9,7 @@ import logging
 import statistics
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import openvino
@@ -43,7 +44,8 @@ def compare(key: str, plain: Any, vae: VAE, task: Task, size: Size, repeats: int
     data = forward.inputs(key, task, size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's tracer warns of each comparison of sizes
-        converted = openvino.convert_model(Call(plain, task).eval(), example_input=forward.with_frames(plain, data))
+        call = Call(convertible(plain), task).eval()
+        converted = openvino.convert_model(call, example_input=forward.with_frames(plain, data))
     rows = []
     for dtype in PRECISIONS if has_instructions(torch.bfloat16) and task == "decode" else ("float32",):
         fast = fast_pass(vae.model) if dtype == "float32" else half_pass(vae.model)
@@ -69,6 +71,15 @@ def compare(key: str, plain: Any, vae: VAE, task: Task, size: Size, repeats: int
             }
         )
     return rows
+
+
+def convertible(model: Any) -> Any:
+    """Return a copy with the upsamplings that OpenVINO knows. Both kinds are the same where sizes are doubled."""
+    copied = deepcopy(model)
+    for module in copied.modules():
+        if getattr(module, "mode", None) == "nearest-exact":
+            module.mode = "nearest"
+    return copied
 
 
 def compiled(model: Any, precision: str, data: Tensor) -> Callable[[], Tensor]:
