@@ -10,7 +10,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ["VAE_FAST"] = "0"
+os.environ.setdefault("VAE_FAST", "0")
 
 import io
 import signal

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import requests
 from diffusers import AutoencoderKL
@@ -19,6 +18,7 @@ from remote_vae.client import LOADING
 from scripts.local_server import ROOT, serve
 from tests.conftest import Endpoint, uint8_pixels
 from tests.support import forked
+from tests.support.values import assert_same
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_the_client_of_diffusers_works_with_the_toolkit(
         endpoint = Endpoint("flux", url, vae, log)
         latents = endpoint.latents()
         image = remote_decode(url, latents, image_format="png", **endpoint.scaling)
-        assert np.array_equal(np.asarray(image), uint8_pixels(endpoint.decoded(latents))[0])
+        assert_same(image, uint8_pixels(endpoint.decoded(latents))[0])
         assert remote_encode(url, photograph, **endpoint.scaling).shape == (1, 16, 8, 12)
         assert requests.get(f"{url}/health", timeout=5).text == "Ok"
         for method, path, status in (("GET", "/nowhere", 404), ("DELETE", "/", 405), ("POST", "/", 400)):

@@ -18,6 +18,7 @@ import torch
 from scripts.local_server import ROOT
 from tests.remote_vae.test_proxy import proxy
 from tests.support.small_service import Service, as_tensor
+from tests.support.values import assert_same
 
 CLIENTS = (ROOT / "docs" / "clients.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", CLIENTS, re.MULTILINE)
@@ -71,7 +72,7 @@ def test_requests_of_sdnext_and_kijai_through_the_proxy(service: Service, tmp_pa
                 send(f"{endpoint}/", raw, **common, do_scaling=False),
             ):
                 assert (pixels - decoded).abs().mean() < error, endpoint
-        assert torch.equal(send("/flux/", raw, **common, do_scaling=False), decoded)
+        assert_same(send("/flux/", raw, **common, do_scaling=False), decoded)
 
 
 def test_requests_of_visionatrix_node_through_the_proxy(service: Service, tmp_path: Path) -> None:
@@ -84,4 +85,4 @@ def test_requests_of_visionatrix_node_through_the_proxy(service: Service, tmp_pa
             parameters = {**common, "shape": list(shape), "height": shape[2] * 8, "width": shape[3] * 8}
             body = raw.numpy().tobytes()
             response = requests.post(f"{address}/{key}/", params=parameters, data=body, headers=headers, timeout=60)
-            assert torch.equal(as_tensor(response), service.model(key).decode(raw).sample)
+            assert_same(as_tensor(response), service.model(key).decode(raw).sample)

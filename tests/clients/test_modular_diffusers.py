@@ -18,6 +18,7 @@ from PIL import Image
 from remote_vae import RemoteVAE
 from scripts.local_server import ROOT
 from tests.support.small_service import Service
+from tests.support.values import assert_same
 
 FOLDER = ROOT / "clients" / "modular-diffusers"
 IS_PACKED = not hasattr(decoders, "FluxUnpackLatentsStep")
@@ -67,7 +68,7 @@ def test_decoded_images_are_those_of_the_local_block(service: Service, key: str,
     assert len(remote) == len(local) >= 1
     ours, theirs = (np.stack([np.asarray(each) for each in images]) for images in (remote, local))
     assert ours.std() > 0
-    np.testing.assert_array_equal(ours, theirs)
+    assert_same(ours, theirs)
     assert pipe(output_type="latent", **inputs) is latents
 
 
@@ -103,7 +104,7 @@ def test_a_remote_vae_is_a_component(service: Service, uint8: bool) -> None:
     ours, theirs = (
         pipeline(LOCAL["sdxl"](), vae)(latents=latents, output="images")[0] for vae in (remote, service.model("sdxl"))
     )
-    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    assert_same(ours, theirs)
 
 
 def test_blocks_replace_those_of_a_pipeline(service: Service) -> None:

@@ -14,6 +14,7 @@ from remote_vae import Client, RemoteVAE, RemoteVAEError
 from scripts.local_server import free_port
 from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.support.small_service import Service
+from tests.support.values import assert_same
 
 TOKEN = "hf_theTokenThatNobodyMaySee"
 LATENTS = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -76,7 +77,7 @@ def test_retries_end(faulty: FaultyProxy) -> None:
 def test_an_incomplete_response_is_requested_again(faulty: FaultyProxy, service: Service) -> None:
     remote = RemoteVAE(faulty.url)
     faulty.drops = 2
-    assert torch.equal(remote.decode(LATENTS).sample, service.model("sd-v1").decode(LATENTS).sample)
+    assert_same(remote.decode(LATENTS).sample, service.model("sd-v1").decode(LATENTS).sample)
     faulty.drops = 100
     with pytest.raises(RemoteVAEError, match="broke before the response was complete"):
         remote.decode(LATENTS)
@@ -233,7 +234,7 @@ def test_several_endpoints(faulty: FaultyProxy, service: Service) -> None:
         faulty.starts_until, faulty.response, faulty.drops = starts_until, response, drops
         for endpoint in vae.remote.client.endpoints:
             endpoint.paused_until = 0
-        assert torch.equal(vae.decode(latents).sample, expected)
+        assert_same(vae.decode(latents).sample, expected)
     assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 8, 8)
     (faulty.starts_until, faulty.response, faulty.drops), served = (0, None, 0), len(faulty.seen)
     for endpoint in vae.remote.client.endpoints:

@@ -21,6 +21,7 @@ from remote_vae import RemoteVAE, RemoteVAEError
 from remote_vae.vae import empty_vae
 from tests.support.small_pipelines import CASES, Case, make, run
 from tests.support.small_service import Service
+from tests.support.values import assert_same
 
 pytestmark = pytest.mark.filterwarnings(
     # warnings of diffusers' schedulers with the newest torch and numpy
@@ -37,7 +38,7 @@ def test_images_are_the_same(service: Service, case: Case) -> None:
     assert len(remote) == len(local) >= 1
     assert np.asarray(local[0]).std() > 20  # not plain gray
     for ours, theirs in zip(remote, local, strict=True):
-        assert np.array_equal(ours, theirs)
+        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("output_type", ["pt", "np"])
@@ -45,7 +46,7 @@ def test_floats_are_the_same(service: Service, output_type: str) -> None:
     """Compare bit by bit, because floats are not rounded to uint8."""
     local = run(make(FLUX, service.model("flux")), FLUX, output_type=output_type)[0]
     remote = run(make(FLUX, RemoteVAE(f"{service.url}/flux")), FLUX, output_type=output_type)[0]
-    assert np.array_equal(remote, local)
+    assert_same(remote, local)
 
 
 def test_every_way_to_give_a_pipeline_a_vae(service: Service, tmp_path: Path) -> None:
@@ -62,12 +63,12 @@ def test_every_way_to_give_a_pipeline_a_vae(service: Service, tmp_path: Path) ->
     copied = copy.deepcopy(pipe)
     for each in (loaded, pipe, pipe.to("cpu"), copied):
         each.set_progress_bar_config(disable=True)
-        assert np.array_equal(run(each, FLUX)[0], expected)
+        assert_same(run(each, FLUX)[0], expected)
 
     again = FluxPipeline.from_pipe(FluxImg2ImgPipeline.from_pipe(pipe))
     again.set_progress_bar_config(disable=True)
     assert again.vae is remote
-    assert np.array_equal(run(again, FLUX)[0], expected)
+    assert_same(run(again, FLUX)[0], expected)
 
     pipe.save_pretrained(tmp_path / "config")
     assert [file.name for file in (tmp_path / "config" / "vae").iterdir()] == ["config.json"]
@@ -83,7 +84,7 @@ def test_offloading_hooks(service: Service, hook: Callable[[Any], Any]) -> None:
     remote = RemoteVAE(f"{service.url}/flux")
     hook(remote)
     expected = run(make(FLUX, service.model("flux")), FLUX)[0]
-    assert np.array_equal(run(make(FLUX, remote), FLUX)[0], expected)
+    assert_same(run(make(FLUX, remote), FLUX)[0], expected)
 
 
 def empty_modules() -> dict[str, None]:
@@ -119,7 +120,7 @@ def test_statistics_equal_the_checkpoints(service: Service) -> None:
         ours, theirs = (
             dict(vae.named_buffers())[name] for vae in (RemoteVAE(f"{service.url}/{key}"), service.model(key))
         )
-        assert torch.equal(ours, theirs)
+        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("key", ["sd-v1", "taesd", "sana", "svd", "cogvideox", "qwen-image", "ltx-video-0.9.1"])
@@ -132,17 +133,17 @@ def test_methods_return_the_types_of_the_class(service: Service, key: str) -> No
     ours, theirs = remote.encode(pixels), local.encode(pixels)
     assert type(ours) is type(theirs)
     if "latent_dist" in theirs:
-        assert torch.equal(ours.latent_dist.parameters, theirs.latent_dist.parameters)
+        assert_same(ours.latent_dist.parameters, theirs.latent_dist.parameters)
         sampled = [each.latent_dist.sample(torch.Generator().manual_seed(1)) for each in (ours, theirs)]
-        assert torch.equal(*sampled)
+        assert_same(*sampled)
         latents = theirs.latent_dist.mode().clone()
     else:
-        assert torch.equal(ours[0], theirs[0])
+        assert_same(ours[0], theirs[0])
         latents = theirs[0]
     options = {"svd": {"num_frames": 2}, "ltx-video-0.9.1": {"temb": torch.tensor([0.05, 0.05])}}.get(key, {})
     decoded = remote.decode(latents, **options)
-    assert torch.equal(decoded.sample, local.decode(latents, **options).sample)
-    assert torch.equal(remote.decode(latents, return_dict=False, **options)[0], decoded.sample)
+    assert_same(decoded.sample, local.decode(latents, **options).sample)
+    assert_same(remote.decode(latents, return_dict=False, **options)[0], decoded.sample)
 
 
 def test_batches_are_split_at_the_services_limit(service: Service) -> None:
@@ -177,7 +178,7 @@ def test_partial_sizes_are_encoded_as_in_the_local_class(
     pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for _ in range(2):
         ours, theirs = remote.encode(pixels)[0], local.encode(pixels)[0]
-        assert torch.equal(getattr(ours, "parameters", ours), getattr(theirs, "parameters", theirs))
+        assert_same(getattr(ours, "parameters", ours), getattr(theirs, "parameters", theirs))
     warnings = [record.getMessage() for record in caplog.records if record.name == "remote_vae"]
     assert len(warnings) == 1
     assert warnings[0].startswith(
@@ -201,10 +202,10 @@ def test_fused_projections(service: Service) -> None:
     pipe = make(case, RemoteVAE(f"{service.url}/{case.key}"))
     expected = run(pipe, case)[0]
     pipe.vae.fuse_qkv_projections()
-    assert np.array_equal(run(pipe, case)[0], expected)
+    assert_same(run(pipe, case)[0], expected)
     pipe.vae.unfuse_qkv_projections()
     pipe.fuse_qkv_projections(unet=False)
-    assert np.array_equal(run(pipe, case)[0], expected)
+    assert_same(run(pipe, case)[0], expected)
     pipe.unfuse_qkv_projections(unet=False)
 
 
@@ -220,7 +221,7 @@ def test_decoding_while_the_next_is_generated(service: Service) -> None:
         pending.append(remote.decode_async(latents, height=64, width=64))
     images = [image for future in pending for image in future.result()]
     assert all(isinstance(image, Image.Image) for image in images)
-    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(images, expected, strict=True))
+    assert_same(np.stack(images), np.stack(expected))
 
 
 def test_a_video_while_the_next_is_generated(service: Service) -> None:
@@ -230,7 +231,7 @@ def test_a_video_while_the_next_is_generated(service: Service) -> None:
     latents = torch.stack(run(pipe, case, output_type="latent"))[None]
     latents = latents if latents.shape[1] == 16 else latents.movedim(1, 2)
     (frames,) = remote.decode_async(latents).result()
-    assert all(np.array_equal(*pair) for pair in zip(frames, run(pipe, case), strict=True))
+    assert_same(np.stack(frames), np.stack(run(pipe, case)))
     assert remote.decode_async(latents, output_type="mp4").result()[4:8] == b"ftyp"
 
 

@@ -29,6 +29,7 @@ from scripts.local_server import ROOT, free_port
 from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.support.forked import killed_at_the_end
 from tests.support.small_service import Service
+from tests.support.values import assert_same
 
 TOKEN = "hf_theTokenThatNobodyMaySee"
 LATENTS = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -108,7 +109,7 @@ def test_responses_pass_unchanged(service: Service, tmp_path: Path) -> None:
             assert [(k, v) for k, v in actual.headers.items() if k.lower() not in changing] == [
                 (k, v) for k, v in expected.headers.items() if k.lower() not in changing
             ]
-        assert torch.equal(RemoteVAE(url).decode(LATENTS).sample, service.model("sd-v1").decode(LATENTS).sample)
+        assert_same(RemoteVAE(url).decode(LATENTS).sample, service.model("sd-v1").decode(LATENTS).sample)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from starlette.applications import Starlette
 from handlers.serving.http.app import build_app
 from handlers.serving.media.output import tensor_bytes
 from tests.conftest import Endpoint, uint8_pixels
+from tests.support.values import TOLERANCE, assert_same
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -48,7 +49,7 @@ class TestDecode:
     def test_png_equals_diffusers_pixel_for_pixel(self, image_endpoint: Endpoint) -> None:
         latents = image_endpoint.latents()
         image = remote_decode(image_endpoint.url, latents, image_format="png", **image_endpoint.scaling)
-        assert np.array_equal(np.asarray(image), uint8_pixels(image_endpoint.decoded(latents))[0])
+        assert_same(image, uint8_pixels(image_endpoint.decoded(latents))[0])
 
     def test_jpg_is_the_same_image(self, image_endpoint: Endpoint) -> None:
         latents = image_endpoint.latents()
@@ -64,12 +65,12 @@ class TestDecode:
             image_endpoint.url, latents, processor=VaeImageProcessor(), return_type="pt", **image_endpoint.scaling
         )
         expected = (image_endpoint.decoded(latents) / 2 + 0.5).clamp(0, 1)
-        torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(images, expected, atol=TOLERANCE, rtol=0)
 
     def test_pt_is_the_decoder_output(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents(batch=2)
         decoded = remote_decode(endpoint.url, latents, output_type="pt", return_type="pt", **endpoint.scaling)
-        torch.testing.assert_close(decoded, endpoint.decoded(latents), atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded, endpoint.decoded(latents), atol=TOLERANCE, rtol=0)
 
     def test_exact_runs_diffusers_own_pass(self, image_endpoint: Endpoint) -> None:
         for exact in ("true", "1"):
@@ -90,7 +91,7 @@ class TestDecode:
             **endpoint.scaling,
         )
         assert pixels.dtype == torch.uint8
-        assert np.array_equal(pixels.numpy(), uint8_pixels(endpoint.decoded(latents)))
+        assert_same(pixels, uint8_pixels(endpoint.decoded(latents)))
 
     def test_pil_for_a_video_is_floats(self, video_endpoint: Endpoint) -> None:
         latents = video_endpoint.latents()
@@ -98,7 +99,7 @@ class TestDecode:
             video_endpoint.url, latents, processor=VideoProcessor(), return_type="pt", **video_endpoint.scaling
         )
         expected = (video_endpoint.decoded(latents)[0].movedim(1, 0) / 2 + 0.5).clamp(0, 1)
-        torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(frames, expected, atol=TOLERANCE, rtol=0)
 
     def test_mp4(self, video_endpoint: Endpoint) -> None:
         latents = video_endpoint.latents(frames=3)
@@ -143,7 +144,7 @@ class TestScaling:
     def test_do_scaling_uses_the_factors_of_the_checkpoint(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents()
         decoded = as_tensor(endpoint.post(latents, output_type="pt", do_scaling=True))
-        torch.testing.assert_close(decoded, endpoint.decoded(latents), atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded, endpoint.decoded(latents), atol=TOLERANCE, rtol=0)
 
     @pytest.mark.parametrize("parameters", [{}, {"do_scaling": False}])
     def test_latents_without_scaling_parameters_are_raw(self, endpoint: Endpoint, parameters: dict) -> None:
@@ -151,14 +152,14 @@ class TestScaling:
         with torch.no_grad():
             expected = endpoint.vae.decode(latents, return_dict=False)[0]
         decoded = as_tensor(endpoint.post(latents, output_type="pt", **parameters))
-        torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded, expected, atol=TOLERANCE, rtol=0)
 
     def test_scaling_factor_wins_over_do_scaling(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents()
         with torch.no_grad():
             expected = endpoint.vae.decode(latents / 0.5, return_dict=False)[0]
         decoded = as_tensor(endpoint.post(latents, output_type="pt", do_scaling=True, scaling_factor=0.5))
-        torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded, expected, atol=TOLERANCE, rtol=0)
 
 
 class TestLatentLayouts:
@@ -167,24 +168,24 @@ class TestLatentLayouts:
         image = remote_decode(
             image_endpoint.url, pack(latents), image_format="png", height=64, width=96, **image_endpoint.scaling
         )
-        assert np.array_equal(np.asarray(image), uint8_pixels(image_endpoint.decoded(latents))[0])
+        assert_same(image, uint8_pixels(image_endpoint.decoded(latents))[0])
 
     def test_unbatched_with_height_and_width(self, image_endpoint: Endpoint) -> None:
         latents = image_endpoint.latents()
         image = remote_decode(
             image_endpoint.url, latents[0], image_format="png", height=64, width=96, **image_endpoint.scaling
         )
-        assert np.array_equal(np.asarray(image), uint8_pixels(image_endpoint.decoded(latents))[0])
+        assert_same(image, uint8_pixels(image_endpoint.decoded(latents))[0])
 
     def test_height_and_width_are_ignored_for_unpacked_latents(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents()
         response = endpoint.post(latents, output_type="pt", height=2, width=77, **endpoint.scaling)
-        torch.testing.assert_close(as_tensor(response), endpoint.decoded(latents), atol=1e-5, rtol=0)
+        torch.testing.assert_close(as_tensor(response), endpoint.decoded(latents), atol=TOLERANCE, rtol=0)
 
     def test_unbatched_video(self, video_endpoint: Endpoint) -> None:
         latents = video_endpoint.latents()
         response = video_endpoint.post(latents[0], output_type="pt", **video_endpoint.scaling)
-        torch.testing.assert_close(as_tensor(response), video_endpoint.decoded(latents), atol=1e-5, rtol=0)
+        torch.testing.assert_close(as_tensor(response), video_endpoint.decoded(latents), atol=TOLERANCE, rtol=0)
 
     @pytest.mark.parametrize("size", ["64.5", "None", "-8", ""])
     def test_invalid_height_and_width_are_ignored(self, endpoint: Endpoint, size: str) -> None:
@@ -194,37 +195,37 @@ class TestLatentLayouts:
     def test_half_precision_latents(self, endpoint: Endpoint, dtype: torch.dtype) -> None:
         latents = endpoint.latents().to(dtype)
         decoded = remote_decode(endpoint.url, latents, output_type="pt", return_type="pt", **endpoint.scaling)
-        torch.testing.assert_close(decoded, endpoint.decoded(latents.float()), atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded, endpoint.decoded(latents.float()), atol=TOLERANCE, rtol=0)
 
 
 class TestEncode:
     def test_image(self, endpoint: Endpoint, photograph: Image.Image) -> None:
         latents = remote_encode(endpoint.url, photograph, **endpoint.scaling)
-        torch.testing.assert_close(latents, endpoint.encoded(preprocess(photograph, endpoint)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(latents, endpoint.encoded(preprocess(photograph, endpoint)), atol=TOLERANCE, rtol=0)
 
     def test_without_scaling(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
         latents = remote_encode(image_endpoint.url, photograph)
         with torch.no_grad():
             expected = image_endpoint.vae.encode(preprocess(photograph, image_endpoint)).latent_dist.mode()
-        torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(latents, expected, atol=TOLERANCE, rtol=0)
 
     def test_tensor(self, endpoint: Endpoint, photograph: Image.Image) -> None:
         pixels = preprocess(photograph, endpoint)
         latents = remote_encode(endpoint.url, pixels, **endpoint.scaling)
-        torch.testing.assert_close(latents, endpoint.encoded(pixels), atol=1e-5, rtol=0)
+        torch.testing.assert_close(latents, endpoint.encoded(pixels), atol=TOLERANCE, rtol=0)
 
     def test_uint8_tensor_with_channels_first(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
         channels_first = torch.from_numpy(np.asarray(photograph).copy()).permute(2, 0, 1).contiguous()
         expected = image_endpoint.encoded(preprocess(photograph, image_endpoint))
         for tensor in (channels_first, channels_first[None]):
             latents = as_tensor(image_endpoint.post(tensor, **image_endpoint.scaling))
-            torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(latents, expected, atol=TOLERANCE, rtol=0)
 
     def test_uint8_tensor_in_the_layout_of_decoding(self, endpoint: Endpoint, photograph: Image.Image) -> None:
         channels_last = torch.from_numpy(np.asarray(photograph)[None].copy())
         latents = as_tensor(endpoint.post(channels_last, **endpoint.scaling))
         expected = endpoint.encoded(preprocess(photograph, endpoint))
-        torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(latents, expected, atol=TOLERANCE, rtol=0)
 
     @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
     def test_file_formats(self, image_endpoint: Endpoint, photograph: Image.Image, image_format: str) -> None:
@@ -232,14 +233,14 @@ class TestEncode:
         photograph.save(buffer, format=image_format)
         response = requests.post(image_endpoint.url, data=buffer.getvalue(), params=image_endpoint.scaling, timeout=60)
         expected = image_endpoint.encoded(preprocess(Image.open(buffer), image_endpoint))
-        torch.testing.assert_close(as_tensor(response), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(as_tensor(response), expected, atol=TOLERANCE, rtol=0)
 
     def test_an_image_is_resized_down_to_a_multiple(self, image_endpoint: Endpoint, photograph: Image.Image) -> None:
         image = photograph.resize((77, 61))
         latents = remote_encode(image_endpoint.url, image, **image_endpoint.scaling)
         assert latents.shape[2:] == (7, 9)
         torch.testing.assert_close(
-            latents, image_endpoint.encoded(preprocess(image, image_endpoint)), atol=1e-5, rtol=0
+            latents, image_endpoint.encoded(preprocess(image, image_endpoint)), atol=TOLERANCE, rtol=0
         )
 
     def test_video(self, video_endpoint: Endpoint) -> None:
@@ -249,14 +250,14 @@ class TestEncode:
         response = requests.post(video_endpoint.url, data=video, params=video_endpoint.scaling, timeout=60)
         expected = video_endpoint.encoded(VideoProcessor(vae_scale_factor=8).preprocess_video(frames))
         assert expected.shape[2] == 2
-        torch.testing.assert_close(as_tensor(response), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(as_tensor(response), expected, atol=TOLERANCE, rtol=0)
 
     def test_the_seed_determines_the_sample(self, endpoint: Endpoint, photograph: Image.Image) -> None:
         pixels = preprocess(photograph, endpoint)
         latents = as_tensor(endpoint.post(pixels, sample_mode="sample", seed=7))
         with torch.no_grad():
             expected = endpoint.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(7))
-        torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(latents, expected, atol=TOLERANCE, rtol=0)
         unseeded = [as_tensor(endpoint.post(pixels, sample_mode="sample")) for _ in range(2)]
         assert not torch.equal(*unseeded)
 
@@ -280,7 +281,7 @@ class TestPaths:
         headers = endpoint.post(endpoint.latents(), output_type="pt").headers
         stages = ", ".join(rf"{stage};dur=\d+\.\d" for stage in ("payload", "queue", "vae", "output"))
         assert re.fullmatch(stages, headers["Server-Timing"])
-        assert headers["X-VAE-Mode"] == "full"
+        assert headers["X-VAE-Mode"] in ("full", "fast")
 
 
 class TestOlderClients:
@@ -299,7 +300,7 @@ class TestOlderClients:
         assert message["parameters"]["dtype"] == "float32"
         decoded = torch.frombuffer(bytearray(base64.b64decode(message["inputs"])), dtype=torch.float32)
         expected = endpoint.decoded(latents)
-        torch.testing.assert_close(decoded.reshape(message["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded.reshape(message["parameters"]["shape"]), expected, atol=TOLERANCE, rtol=0)
 
     @pytest.mark.parametrize("accept", ["image/png", "image/jpeg", "application/json", "*/*"])
     def test_json_image(self, image_endpoint: Endpoint, accept: str) -> None:
@@ -309,8 +310,11 @@ class TestOlderClients:
         response = requests.post(image_endpoint.url, json=message, headers={"Accept": accept}, timeout=60)
         in_json = accept in ("application/json", "*/*")
         body = base64.b64decode(response.json()) if in_json else response.content
-        difference = as_array(body).astype(int) - uint8_pixels(image_endpoint.decoded(latents))[0]
-        assert np.abs(difference).mean() < 5 if accept == "image/jpeg" else not difference.any()
+        expected = uint8_pixels(image_endpoint.decoded(latents))[0]
+        if accept == "image/jpeg":
+            assert np.abs(as_array(body).astype(int) - expected).mean() < 5
+        else:
+            assert_same(as_array(body), expected)
 
     def test_json_tensor(self, endpoint: Endpoint) -> None:
         latents = endpoint.latents()
@@ -319,7 +323,7 @@ class TestOlderClients:
         response = requests.post(endpoint.url, json=message, headers={"Accept": "application/json"}, timeout=60).json()
         decoded = torch.frombuffer(bytearray(base64.b64decode(response["inputs"])), dtype=torch.float32)
         expected = endpoint.decoded(latents)
-        torch.testing.assert_close(decoded.reshape(response["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded.reshape(response["parameters"]["shape"]), expected, atol=TOLERANCE, rtol=0)
 
     def test_json_parameters_win_over_the_query(self, image_endpoint: Endpoint) -> None:
         latents = image_endpoint.latents()
@@ -341,7 +345,7 @@ class TestOlderClients:
         response = requests.post(image_endpoint.url, json=message, timeout=60).json()
         latents = torch.frombuffer(bytearray(base64.b64decode(response["inputs"])), dtype=torch.float32)
         expected = image_endpoint.encoded(preprocess(photograph, image_endpoint))
-        torch.testing.assert_close(latents.reshape(response["parameters"]["shape"]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(latents.reshape(response["parameters"]["shape"]), expected, atol=TOLERANCE, rtol=0)
 
 
 WRONG_TENSORS = {
@@ -472,7 +476,7 @@ class TestWrongInput:
         self.assert_refused(image_endpoint, image_endpoint.post(packed), message)
         decoded = image_endpoint.post(packed, height=64, width=96, output_type="pt", **image_endpoint.scaling)
         expected = image_endpoint.decoded(image_endpoint.latents(batch=3))
-        torch.testing.assert_close(as_tensor(decoded), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(as_tensor(decoded), expected, atol=TOLERANCE, rtol=0)
 
     def test_an_image_too_large_for_its_format(self, image_endpoint: Endpoint) -> None:
         channels = image_endpoint.vae.config.latent_channels

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +20,7 @@ from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
 from tests.conftest import uint8_pixels
 from tests.support.messages import make_message, send
+from tests.support.values import assert_same
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_an_image_is_the_default(handler: EndpointHandler) -> None:
     latents = make_latents(handler)
     image = Image.open(io.BytesIO(send(handler.pipeline, latents)))
     assert image.format == "PNG"
-    assert np.array_equal(np.asarray(image), uint8_pixels(decoded(handler, latents))[0])
+    assert_same(image, uint8_pixels(decoded(handler, latents))[0])
 
 
 def test_an_image_is_encoded(handler: EndpointHandler, photograph: Image.Image) -> None:

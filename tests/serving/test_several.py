@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import requests
 import torch
@@ -25,6 +24,7 @@ from scripts.local_server import ROOT, serve
 from tests.conftest import Endpoint, uint8_pixels
 from tests.support.checkpoints import build
 from tests.support.messages import send
+from tests.support.values import assert_same
 from tests.test_handler import STABLE_TOOLKIT
 
 KEYS = ("sd-v1", "flux", "hunyuan-video")
@@ -58,7 +58,7 @@ def test_the_client_of_diffusers_works_with_each_model(
     endpoint = endpoints[name]
     latents = endpoint.latents()
     image = remote_decode(endpoint.url, latents, image_format="png", **endpoint.scaling)
-    assert np.array_equal(np.asarray(image), uint8_pixels(endpoint.decoded(latents))[0])
+    assert_same(image, uint8_pixels(endpoint.decoded(latents))[0])
     assert remote_encode(endpoint.url, photograph, **endpoint.scaling).shape[1] == latents.shape[1]
 
 
@@ -82,7 +82,7 @@ def test_config_and_metrics_distinguish_the_models(endpoints: dict[str, Endpoint
         assert about["revision"] == {"flux": "abc"}.get(key)
         assert "models" not in about
         assert requests.get(endpoints[key].url, timeout=5).text == "Ok"
-        assert endpoints[key].post(endpoints[key].latents(), "/decode").ok
+        assert endpoints[key].post(endpoints[key].latents(), "/decode", exact=True).ok
     text = requests.get(f"{endpoints[''].url}/metrics", timeout=5).text
     for key in KEYS:
         assert f'vae_requests_total{{model="{key}",route="/decode",status="200"}}' in text

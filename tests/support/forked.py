@@ -65,7 +65,7 @@ def start(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> P
 
     A server runs diffusers' own pass unless `environment` says otherwise. CUDA does not run in a forked process.
     """
-    environment = {"VAE_FAST": "0", **environment}
+    environment = {"VAE_FAST": os.environ["VAE_FAST"], **environment}
     if from_the_start(environment) != INHERITED or environment.get("VAE_DEVICE", "").startswith("cuda"):
         return start_process(arguments, log, environment)
     return Process(arguments, environment, log, log, local_server.ROOT)
