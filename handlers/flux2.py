@@ -14,6 +14,7 @@ class Flux2(EndpointHandler):
     pipeline_layout = "packed"
     latents_layouts = ("patchified",)  # from ERNIE-Image
     raw_layouts = ("BCHW",)  # from Flux2KleinPipeline; Bria FIBO 2 uses this layout for normalized latents
+    comfyui_latents = "normalized"
     instance = "nvidia-l4"  # 2.2 GB of 24, in bfloat16, which a T4 does not compute
     license = "apache-2.0"
     license_link = "https://huggingface.co/black-forest-labs/FLUX.2-klein-4B"

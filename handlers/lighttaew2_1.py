@@ -7,6 +7,7 @@ class LightTaew21(Taew21):
 
     file = "lighttaew2_1.safetensors"
     takes_scaled = False
+    comfyui_latents = "raw"
     license = "apache-2.0"
     license_link = "https://huggingface.co/lightx2v/Autoencoders"
     weights_mb = 45

@@ -7,6 +7,7 @@ class LightTaew22(Taew22):
 
     file = "lighttaew2_2.safetensors"
     takes_scaled = False
+    comfyui_latents = "raw"
     license = "apache-2.0"
     license_link = "https://huggingface.co/lightx2v/Autoencoders"
     weights_mb = 45

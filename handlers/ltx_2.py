@@ -16,6 +16,7 @@ class Ltx2(EndpointHandler):
     frame_factor = 8
     patch = 1
     raw_layouts = ("BCFHW",)  # from LTX2Pipeline
+    comfyui_latents = "normalized"
     peak = {"decode": Peak(94, 44, ALL), "encode": Peak(88, 40, ALL)}
     usual_size = (512, 768, 121)
     instance = "nvidia-l4"  # 9.2 GB of 24, in bfloat16, which a T4 does not compute

@@ -15,6 +15,7 @@ class LtxVideo(EndpointHandler):
     vae_scale_factor = 32
     frame_factor = 8
     patch = 1
+    comfyui_latents = "normalized"
     peak = {"decode": Peak(76, 36, ALL), "encode": Peak(88, 48, ALL)}
     usual_size = (480, 704, 161)
     instance = "nvidia-l4"  # 9.1 GB of 24, in bfloat16, which a T4 does not compute

@@ -23,6 +23,7 @@ class MiniMaxH3(EndpointHandler):
     least_latent_frames = 3
     pixel_statistics = IMAGENET
     always_tiles = True
+    comfyui_latents = "normalized"
     peak = {"decode": Peak(700), "encode": Peak(800, 2125, 5)}  # 5 frames are padded to a clip
     usual_size = (768, 1344, 124)
     instance = "nvidia-l4"  # 18.4 GB of 24, in tiles

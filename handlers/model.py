@@ -155,6 +155,8 @@ class Model:
     """True if the VAE itself takes the latents of the diffusion model, so that it has no raw ones."""
     raw_layouts: ClassVar[tuple[LatentsLayout, ...]] = ()
     """Layouts in which `output_type="latent"` of a pipeline gives raw latents, so `do_scaling` is ambiguous."""
+    comfyui_latents: ClassVar[Literal["raw", "normalized"] | None] = "raw"
+    """Range of ComfyUI's latents; None if they are those of a larger VAE, in a range that this one does not take."""
     padding_frames: ClassVar[int] = 0
     """Most latent frames of padding that a pipeline puts before a video. `num_frames` tells how many there are."""
     fps: ClassVar[int] = 24

@@ -13,6 +13,7 @@ class Taef1(EndpointHandler):
     dtype = "float16"
     latent_channels = 16
     tiles = ("decode",)  # tiled encoding of 16 channels fails in diffusers up to 0.42
+    comfyui_latents = None
     peak = {"decode": Peak(195), "encode": Peak(200)}
     instance = "nvidia-t4"  # 0.5 GB of 14
     license = "mit"

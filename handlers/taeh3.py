@@ -10,6 +10,7 @@ class Taeh3(Taehv):
     latent_channels = 24
     vae_scale_factor = 16
     clip = 5
+    comfyui_latents = "normalized"
     peak = {"decode": Peak(135), "encode": Peak(185)}  # one frame is padded to a clip
     usual_size = (768, 1344, 124)
     shared_by = ""

@@ -1,4 +1,4 @@
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from handlers.base import EndpointHandler
 from handlers.model import Kind, Peak
@@ -20,6 +20,7 @@ class Taehv(EndpointHandler):
     latent_channels = 16
     frame_factor = 4
     takes_scaled: ClassVar[bool] = True
+    comfyui_latents: ClassVar[Literal["raw", "normalized"] | None] = None
     tiles = ()
     peak = {"decode": Peak(530), "encode": Peak(330, 21, 5)}
     usual_size: ClassVar[tuple[int, ...]] = (720, 1280, 129)

@@ -14,6 +14,7 @@ class Taeltx2(Taehv):
     frame_factor = 8
     patch = 1
     raw_layouts = ("BCFHW",)  # from LTX2Pipeline
+    comfyui_latents = "normalized"
     peak = {"decode": Peak(56), "encode": Peak(66, 1.5, 9)}
     usual_size = (512, 768, 121)
     shared_by = ""

@@ -12,6 +12,7 @@ class Taesd(EndpointHandler):
     vae_class = "AutoencoderTiny"
     dtype = "float16"
     latent_channels = 4
+    comfyui_latents = None
     peak = {"decode": Peak(195), "encode": Peak(200)}
     instance = "nvidia-t4"  # 0.5 GB of 14
     license = "mit"

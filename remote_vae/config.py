@@ -82,6 +82,7 @@ ENTRIES: dict[str, Any] = {
         "clip": SIZE,
         "least_frames": SIZE,
         "takes_scaled": Kind("true or false", lambda value: isinstance(value, bool)),
+        "comfyui": Kind("raw, normalized or null", lambda value: value in ("raw", "normalized", None)),
     },
     "pixels": {
         "layout": one_of("BCHW", "BCFHW"),

@@ -36,15 +36,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     ".latent": lambda file: _comfyui_tensor(safetensors.torch.load_file(file)),
 }
 
-COMFYUI_NORMALIZED = {
-    "AutoencoderKLFlux2",
-    "TinyFlux2Autoencoder",
-    "AutoencoderKLLTXVideo",
-    "AutoencoderKLLTX2Video",
-    "AutoencoderKLMiniMaxH3",
-}
-"""Classes of VAEs whose latents are normalized in ComfyUI. Those of all others are raw."""
-
 
 def decode(client: AnyClient, file: Path, out: Path, parameters: dict[str, Any], stream: bool = False) -> list[Path]:
     """Decode a file's latents to an image, to one image for each of a batch, or to an MP4. Return the new files.
@@ -142,14 +133,13 @@ def read_tensor(file: Path) -> Tensor:
 
 def _comfyui_range(client: AnyClient, file: Path, is_raw: bool) -> dict[str, Any]:
     """Return the parameters for the range of a .latent file. Raise `ValueError` if the user names another one."""
-    config = client.config()
-    normalized = config["vae_class"] in COMFYUI_NORMALIZED
-    if not normalized and (config["latents"]["takes_scaled"] or config["vae_class"] == "AutoencoderTiny"):
+    expected = client.config()["latents"]["comfyui"]
+    if expected is None:
         raise ValueError(f"{file} holds latents of ComfyUI, which are those of the large VAE: decode it with that")
-    if normalized == is_raw:
-        mend = "normalized for this model: leave --raw out" if normalized else "raw: add --raw"
+    if (expected == "raw") != is_raw:
+        mend = "raw: add --raw" if expected == "raw" else "normalized for this model: leave --raw out"
         raise ValueError(f"{file} holds latents of ComfyUI, which are {mend}")
-    return {"normalized": True} if normalized else {}
+    return {} if is_raw else {"normalized": True}
 
 
 def _comfyui_tensor(tensors: dict[str, Tensor]) -> Tensor:

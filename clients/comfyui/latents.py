@@ -4,7 +4,7 @@ ComfyUI's latents are the VAE's own, raw: its samplers scale them (`comfy/latent
 ComfyUI's VAE does more than diffusers' class, and so does this module:
 
 - FLUX.2: latents are normalized and in patches of 2x2, so they have 128 channels and 1/16 of the side.
-- LTX-Video, LTX-2: latents are normalized.
+- LTX-Video, LTX-2, MiniMax-H3: latents are normalized.
 - TAESD and similar: the small decoder takes the diffusion model's latents. ComfyUI scales them back to the raw latents
   of the large VAE.
 - Qwen-Image: an image is a video of one frame, as with Wan.
@@ -22,13 +22,14 @@ from torch import Tensor
 from remote_vae import Client, tensors
 from remote_vae.batches import batch_limit, decoded_frames, encoded_frames
 
-NORMALIZED = ("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video")
-
 SCALING = {"taesd": (0.18215, 0.0), "taesdxl": (0.13025, 0.0), "taesd3": (1.5305, 0.0609), "taef1": (0.3611, 0.1159)}
 """Factor and shift of the large VAE that each small one replaces."""
 
 LTX_TIMESTEP, LTX_NOISE = 0.05, 0.025
 """Timestep and share of noise of ComfyUI's decoder for LTX-Video from 0.9.1 on."""
+
+
+LTX = ("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video")
 
 
 class Statistics:
@@ -54,7 +55,7 @@ class Latents:
         channels, factor: channels of the latents, and encoded pixels of a side for each of their values.
         decode_factor: decoded pixels of a side for each value.
         dimensions: 3 for the VAE of a video model, else 2.
-        statistics: statistics of LTX's channels; None for models whose latents are raw in ComfyUI.
+        statistics: statistics of LTX's channels; None for all other models.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -68,11 +69,10 @@ class Latents:
         if config["vae_class"] in ("AutoencoderKLFlux2", "TinyFlux2Autoencoder"):
             self.channels, self.factor = 4 * self.channels, 2 * self.factor
             self.parameters = {"latents_layout": "patchified", "do_scaling": True}
-        elif config["vae_class"] == "AutoencoderKLMiniMaxH3":
-            self.parameters["do_scaling"] = True
-        elif config["vae_class"] in NORMALIZED:
+        elif config["latents"]["comfyui"] == "normalized":
             self.parameters |= {"do_scaling": True, "normalized": True}
-            self.statistics = Statistics(config["normalization"])
+            if config["vae_class"] in LTX:
+                self.statistics = Statistics(config["normalization"])
         self.decode_factor = self.factor * config["pixels"]["upscale"]
         self.scale, self.shift = SCALING.get(config["model"], (1.0, 0.0))
         self.is_conditioned = bool(config["vae_config"].get("timestep_conditioning"))

@@ -38,6 +38,7 @@ CONFIG: dict[str, Any] = {
         "clip": 1,
         "least_frames": 1,
         "takes_scaled": False,
+        "comfyui": "raw",
     },
     "pixels": {"layout": "BCHW", "channels": 3, "upscale": 1, "frame_counts": [1, 1, 1], "statistics": None, "fps": 24},
     "limits": {"max_body_mb": 512, "max_pixels": 1 << 27, "max_frames": 1, "max_batch": 64},

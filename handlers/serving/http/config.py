@@ -47,6 +47,7 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
             "clip": layout.clip or 1,
             "least_frames": declared.least_latent_frames,
             "takes_scaled": declared.takes_scaled,
+            "comfyui": declared.comfyui_latents,
         },
         "pixels": {
             "layout": "BCFHW" if layout.kind == "video" else "BCHW",
