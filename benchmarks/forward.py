@@ -209,6 +209,7 @@ def synchronize(device: torch.device) -> None:
 
 def peak_signal_noise_ratio(result: Tensor, exact: Tensor) -> float | None:
     """Return the PSNR in dB for values in [-1, 1], or None where nothing differs."""
+    assert result.shape == exact.shape, (result.shape, exact.shape)
     error = (result.float() - exact.float()).square().mean().item()
     return 10 * math.log10(4 / error) if error else None
 

@@ -55,6 +55,7 @@ def compare(key: str, plain: Any, vae: VAE, task: Task, size: Size, repeats: int
             "fast": forward.fast_call(fast, task, data) if fast else forward.plain_call(vae.model, task, data),
         }
         results = {name: call() for name, call in calls.items()}  # sets up what later calls use
+        results["openvino"] = results["openvino"].view_as(results["diffusers"])  # an image, or a video of one frame
         times = forward.by_turns(calls, vae.device, repeats)
         rows.append(
             {
