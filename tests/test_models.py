@@ -120,3 +120,13 @@ def test_a_model_without_declarations_is_printed(
     for print_models in (models.print_table, models.print_list):
         print_models(Console(width=200))
         assert "[B, ?, H/8, W/8]" in capsys.readouterr().out
+
+
+def test_the_range_of_comfyuis_latents() -> None:
+    """Test against the latent formats of ComfyUI 0.33. Those without a scale hold normalized latents."""
+    of = {
+        value: {key for key in MODELS if MODELS[key].comfyui_latents == value} for value in ("raw", "normalized", None)
+    }
+    normalized = {"flux2", "flux2-small", "taef2", "ltx-video", "ltx-2", "ltx-2.3", "taeltx2", "taeltx2.3"}
+    assert of["normalized"] == normalized | {"minimax-h3", "taeh3"}
+    assert of[None] == {"taesd", "taesdxl", "taesd3", "taef1", "taehv", "taehv1.5", "taecvx", "taew2.1", "taew2.2"}
