@@ -22,6 +22,8 @@ from remote_vae.latents.storage import Folder
 METADATA = "aspect_ratio_bucket_metadata"
 INDICES = "aspect_ratio_bucket_indices"
 """Beginnings of the names of SimpleTuner's files. The second has the settings of the data backend."""
+PAIRS = ("original_size", "intermediary_size", "target_size", "crop_coordinates")
+"""Entries of an image's metadata that place it: width and height, or top and left."""
 SETTINGS = (
     "instance_data_dir",
     "resolution",
@@ -122,9 +124,7 @@ class SimpleTuner(Format):
         Raises:
             ValueError: it is that of an image of another size, or the VAE would cut off pixels.
         """
-        entry = self.entries[relative or Path()]
-        names = ("original_size", "intermediary_size", "target_size", "crop_coordinates")
-        original, resized, bucket, (top, left) = ((int(entry[name][0]), int(entry[name][1])) for name in names)
+        original, resized, bucket, (top, left) = (_pair(self.entries[relative or Path()], name) for name in PAIRS)
         if original != size:
             raise ValueError(
                 f"the image has {size[0]}x{size[1]} pixels, and {original[0]}x{original[1]} in --metadata; "
@@ -165,6 +165,17 @@ class SimpleTuner(Format):
         buffer = BytesIO()
         torch.save(encoded[0].latents.clone(), buffer)
         return [buffer.getvalue()]
+
+
+def _pair(entry: dict[str, Any], name: str) -> tuple[int, int]:
+    """Return two numbers of an image's metadata."""
+    try:
+        first, second = entry[name]
+        return int(first), int(second)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"its --metadata has no {name} of two numbers; delete the metadata and let SimpleTuner write it again"
+        ) from None
 
 
 def _read(path: str) -> dict[str, Any]:

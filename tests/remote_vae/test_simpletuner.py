@@ -148,6 +148,16 @@ def test_refused_placements(entry: dict[str, Any], arch: str, message: str, tmp_
         format.place((300, 200), Path("a.png"))
 
 
+@pytest.mark.parametrize("value", [None, 256, [256], ["a", "b"]])
+def test_incomplete_entries_are_refused(value: Any, tmp_path: Path) -> None:
+    """Test entries that lack a pair of numbers, or have something else in its place."""
+    entries = {"a.png": {**ENTRY, "target_size": value}, "b.png": {"original_size": [300, 200]}, "c.png": None}
+    format = make_format(write_metadata(tmp_path, entries))
+    for name, missing in (("a.png", "target_size"), ("b.png", "intermediary_size"), ("c.png", "original_size")):
+        with pytest.raises(ValueError, match=f"has no {missing} of two numbers; delete the metadata"):
+            format.place((300, 200), Path(name))
+
+
 def test_refused_options(tmp_path: Path) -> None:
     metadata = write_metadata(tmp_path, {"a.png": ENTRY})
     for options in ({"flip": True}, {"upscale": False}, {"sample_mode": "argmax"}):
