@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import json
+import re
 import tarfile
 from array import array
 from collections.abc import Iterator
@@ -88,8 +89,15 @@ class WebDataset(Format):
         return self._stored.has(self.name(image).as_posix(), image.relative.as_posix())
 
     def name(self, image: ImageFile) -> Path:
-        """Return the sample's key. It has no dot: the part of a member's name after the first dot is its type."""
-        return Path(image.relative.with_suffix("").as_posix().replace(".", "_"))
+        """Return the sample's key. It has no dot: the part of a member's name after the first dot is its type.
+
+        Raises:
+            ValueError: webdataset skips samples of this name.
+        """
+        key = image.relative.with_suffix("").as_posix().replace(".", "_")
+        if re.match("__[^/]*__/", key):
+            raise ValueError("webdataset skips what is in a folder such as __name__; rename the folder")
+        return Path(key)
 
     def files(self, images: list[ImageFile]) -> list[Path]:
         """Return the first free name of a shard."""
