@@ -208,8 +208,8 @@ def _read_sampling(frames: str | None, extraction: str, *options: int | float | 
     return None
 
 
-def _only_length(frames: str | None, sampling: Sampling) -> int:
-    """Return the one number of frames, which ai-toolkit spreads over a whole video.
+def _only_length(format: str, frames: str | None, sampling: Sampling) -> int:
+    """Return the one number of frames that ai-toolkit and SimpleTuner take of each video.
 
     Raises:
         ValueError: the options are those of musubi-tuner.
@@ -218,7 +218,7 @@ def _only_length(frames: str | None, sampling: Sampling) -> int:
 
     lengths = _read_frames(frames or "")
     if len(lengths) != 1 or sampling != Sampling(lengths):
-        raise ValueError("--format ai-toolkit takes one number of --frames, and no other option of frames")
+        raise ValueError(f"--format {format} takes one number of --frames, and no other option of frames")
     return lengths[0]
 
 
@@ -247,7 +247,8 @@ def latents(
         list[str], typer.Option("--url", help="URL of one more endpoint of the model, to share the load. Repeatable.")
     ] = [],  # noqa: B006
     frames: Annotated[
-        str | None, typer.Option(help="Encode videos: lengths of clips, such as 1,25,45 (musubi), or one (ai-toolkit).")
+        str | None,
+        typer.Option(help="Encode videos: lengths of clips, such as 1,25,45; one with ai-toolkit and simpletuner."),
     ] = None,
     frame_extraction: Annotated[str, typer.Option(help="head, chunk, slide, uniform or full, as in musubi.")] = "head",
     frame_stride: Annotated[int, typer.Option(help="With slide.")] = 1,
@@ -256,6 +257,10 @@ def latents(
     source_fps: Annotated[
         float | None, typer.Option(help="Frame rate of the videos, to convert it to the model's as musubi does.")
     ] = None,
+    i2v: Annotated[
+        bool,
+        typer.Option("--i2v", help="Add latents of the first frame, as musubi's --i2v and ai-toolkit's do_i2v do."),
+    ] = False,
     metadata: Annotated[
         str | None, typer.Option(help="With simpletuner: its aspect_ratio_bucket_metadata_<id>.json of the images.")
     ] = None,
@@ -265,9 +270,9 @@ def latents(
     from remote_vae.latents.ai_toolkit import AIToolkitVideos
     from remote_vae.latents.format import Format
     from remote_vae.latents.formats import FORMATS
-    from remote_vae.latents.musubi import MusubiVideos
+    from remote_vae.latents.musubi import Musubi, MusubiVideos
     from remote_vae.latents.run import Run
-    from remote_vae.latents.simpletuner import SimpleTuner
+    from remote_vae.latents.simpletuner import SimpleTuner, SimpleTunerVideos
     from remote_vae.latents.webdataset import WebDatasetVideos
     from remote_vae.pool import connect
 
@@ -277,25 +282,31 @@ def latents(
         raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     if metadata and format != "simpletuner":
         raise ValueError(f"--metadata: --format {format} has none; remove it, or use --format simpletuner")
-    if sampling and format in ("kohya", "simpletuner"):
-        raise ValueError(f"--frames: --format {format} has no videos; expected musubi, ai-toolkit or webdataset")
+    if sampling and format == "kohya":
+        raise ValueError(
+            f"--frames: --format {format} has no videos; expected musubi, ai-toolkit, simpletuner or webdataset"
+        )
+    if i2v and format != "musubi" and not (format == "ai-toolkit" and sampling):
+        raise ValueError("--i2v: expected --format musubi, or ai-toolkit with --frames; remove the option")
     client = connect([url, *more_urls], token)
     config = client.config()
     options = (config["model"], size, upscale, flip, sample_mode, arch)
     cache: Format
-    if format == "simpletuner":
+    if format == "simpletuner" and sampling:
+        cache = SimpleTunerVideos(*options, metadata=metadata, frames=_only_length(format, frames, sampling))
+    elif format == "simpletuner":
         cache = SimpleTuner(*options, metadata=metadata)
+    elif format == "musubi":
+        cache = MusubiVideos(*options, i2v, sampling) if sampling else Musubi(*options, i2v)
     elif not sampling:
         cache = FORMATS[format](*options)
-    elif format == "musubi":
-        cache = MusubiVideos(*options, sampling=sampling)
     elif format == "webdataset":
         if config["kind"] != "video" or config["pixels"]["frame_counts"][:2] != [1, 5]:
             message = f"--frames: {config['model']} does not encode 1, 5, 9, ... frames"
             raise ValueError(f"{message}; expected a VAE of videos that does, such as wan-2.1")
         cache = WebDatasetVideos(*options, sampling=sampling)
     else:
-        cache = AIToolkitVideos(*options, frames=_only_length(frames, sampling))
+        cache = AIToolkitVideos(*options, frames=_only_length(format, frames, sampling), i2v=i2v)
     run = Run(client, config, images, out, cache, seed, workers, _read_shard(shard))
     run.encode(console)
     print_line(f"{run.encoded} encoded, {run.already_stored} already stored, {run.failures.count} failed")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -19,7 +18,7 @@ from safetensors.torch import save
 from remote_vae.latents.buckets import AIToolkitBuckets, Placement, Size
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, cropped
 from remote_vae.latents.storage import Folder
-from remote_vae.latents.videos import FRAME_FACTOR, captured, read_spread
+from remote_vae.latents.videos import FRAME_FACTOR, captured, frame_size, read_spread
 
 
 @dataclass
@@ -43,7 +42,9 @@ class AIToolkit(Format):
         "anima": Architecture("qwen-image", "anima", 32),
         "cogview4": Architecture("cogview4", "cogview4", 8),
         "wan21": Architecture("wan-2.1", "wan21", 16, has_frames=True),
+        "wan21_i2v": Architecture("wan-2.1", "wan21_i2v", 16, has_frames=True),
         "wan22_14b": Architecture("wan-2.1", "wan22_14b", 16, has_frames=True),
+        "wan22_14b_i2v": Architecture("wan-2.1", "wan22_14b_i2v", 16, has_frames=True),
         "wan22_5b": Architecture("wan-2.2", "wan22_5b", 32, has_frames=True),
     }
     """Each ending is the name of the latent space in the files' metadata."""
@@ -94,8 +95,6 @@ class AIToolkit(Format):
             "latent_space_version": self.architecture.ending,
             "latent_version": 1,
         }
-        if image.clip:
-            metadata["num_frames"] = image.clip[1]
         return {**metadata, "flip_x": True} if flip else metadata
 
     def contents(self, encoded: list[Encoded], out: Folder) -> list[bytes]:
@@ -109,6 +108,8 @@ class AIToolkit(Format):
                 arrays = {"latent": latents.contiguous()}
                 if item.image.clip:
                     arrays["num_frames"] = torch.tensor(item.image.clip[1], dtype=torch.int32)
+                if item.first is not None:
+                    arrays["first_frame_latent"] = item.first.contiguous()
                 contents.append(save(arrays, {**metadata, "format": "pt"}))
         return contents
 
@@ -118,6 +119,8 @@ class AIToolkitVideos(AIToolkit):
     """Videos of a data set with `num_frames` and `shrink_video_to_frames`, ai-toolkit's default."""
 
     frames: int = 1
+    i2v: bool = False
+    """`do_i2v`: store the latents of the first frame too."""
 
     suffixes: ClassVar[frozenset[str]] = frozenset({".mp4", ".avi", ".mov", ".webm", ".mkv", ".wmv", ".m4v", ".flv"})
 
@@ -130,17 +133,28 @@ class AIToolkitVideos(AIToolkit):
             raise ValueError("--flip: mirrored videos are not supported; remove the option, and `flip_x` of ai-toolkit")
         if self.frames < 2 or self.frames % FRAME_FACTOR != 1:
             raise ValueError(f"--frames {self.frames}: expected 5, 9, 13, ..., a count that the VAE encodes whole")
+        if self.i2v and self.arch != "wan22_5b":
+            raise ValueError(
+                f"--i2v: ai-toolkit stores no first frame for {self.arch}: expected wan22_5b; remove the option"
+            )
 
     @property
     def set_name(self) -> str:
-        return f"{super().set_name}-{self.frames}-frames"  # the names of the files have it, too
+        return f"{super().set_name}-{self.frames}-frames{'-i2v' * self.i2v}"  # the names of the files have it, too
 
     def read_size(self, file: BinaryIO) -> Size:
         with captured(file) as video:
-            return int(video.get(cv2.CAP_PROP_FRAME_WIDTH)), int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
+            return frame_size(video)
 
     def files(self, images: list[ImageFile]) -> list[Path]:
         return super().files([replace(images[0], clip=(0, self.frames))])
+
+    def _metadata(self, image: ImageFile, flip: bool) -> dict[str, Any]:
+        metadata = {**super()._metadata(image, flip), "num_frames": self.frames}
+        return {**metadata, "do_i2v": True} if self.i2v else metadata
+
+    def first_frame(self, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        return pixels[:1] if self.i2v else None
 
     def parts(self, image: ImageFile, out: Folder) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
         """Yield the video with its frames [F, H, W, 3] in 8 bits."""

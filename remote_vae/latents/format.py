@@ -48,6 +48,8 @@ class Encoded:
     latents: Tensor
     flipped: Tensor | None = None
     caption: bytes | None = None
+    first: Tensor | None = None
+    """Latents of `Format.first_frame`, for image-to-video training."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Architecture:
     """Layout of the latents, if it is not the VAE's own."""
     has_frames: bool = False
     """Store latents [C, F, h, w] with the one frame of an image, not [C, h, w]."""
+    unit_range: bool = False
+    """Encode pixels in [0, 1], as the trainer does, not in [-1, 1]."""
 
 
 @dataclass
@@ -155,7 +159,8 @@ class Format(ABC):
         The endpoint reads the same pixels from a JPEG in RGB or gray. One with EXIF or XMP may be turned.
         """
         placement = image.placement
-        if self.flip or not placement.original == placement.resized == placement.bucket:
+        is_changed = self.flip or self.architecture.unit_range
+        if is_changed or not placement.original == placement.resized == placement.bucket:
             return None
         if image.relative.suffix.lower() not in (".jpg", ".jpeg"):
             return None
@@ -173,6 +178,13 @@ class Format(ABC):
             upright = ImageOps.exif_transpose(opened) if self.applies_exif else opened
             pixels = [np.array(each) for each in self.pixels(upright, image.placement)]
         yield image, np.stack(pixels) if len(pixels) > 1 else pixels[0][None]
+
+    def first_frame(self, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """Return what is encoded in addition to a clip [F, H, W, 3] for image-to-video training; None: nothing.
+
+        It has 8 bits, or floats in [-1, 1].
+        """
+        return None
 
     def pixels(self, image: Image.Image, placement: Placement) -> list[Image.Image]:
         """Return the image in RGB as the trainer encodes it, and with `flip` its mirror image."""

@@ -20,6 +20,7 @@ from threading import Lock
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
@@ -213,6 +214,7 @@ class Run:
         if self.format.mixes_resolutions:
             del settings["resolution"]
         earlier = _read_settings(self.out, file) if self.out.is_file(file) else settings
+        earlier = {"i2v": False, **earlier}  # earlier versions had no such option
         changed = [f"{name}={earlier.get(name)}" for name in settings if earlier.get(name) != settings[name]]
         if changed:
             options = ", ".join(changed)
@@ -317,9 +319,10 @@ class Run:
         encoded: list[Encoded] = []
         part = None
         try:
-            for part, latents in self._encode_parts(image):
+            for part, latents, first in self._encode_parts(image):
                 flipped = latents[1] if self.format.flip else None
-                encoded.append(Encoded(part, latents[0], flipped, self.format.caption(image)))
+                caption = self.format.caption(image)
+                encoded.append(Encoded(part, latents[0], flipped, caption, None if first is None else first[0]))
                 if part.clip and self.format.images_per_file == 1:
                     self._write_files(encoded)
                     encoded.clear()
@@ -339,9 +342,10 @@ class Run:
                 self.encoded += 1
         return encoded
 
-    def _encode_parts(self, image: ImageFile) -> Iterator[tuple[ImageFile, Tensor]]:
-        """Yield an image, or the clips of a video, with the latents, and with `flip` those of the mirror image.
+    def _encode_parts(self, image: ImageFile) -> Iterator[tuple[ImageFile, Tensor, Tensor | None]]:
+        """Yield an image, or the clips of a video, with the latents and, for image-to-video, those of the first frame.
 
+        The latents are those of one image, or with `flip` of two.
         An image that needs no change is sent as its file: it has fewer bytes than its pixels, and is not decoded here.
         """
         if file := self.format.jpeg(image):
@@ -351,15 +355,23 @@ class Run:
                 if error.status not in IMAGE_ERRORS or isinstance(error, Paused):
                     raise
             else:
-                yield image, self._without_frames(latents)
+                yield image, self._without_frames(latents), None
                 return
         for part, pixels in self.format.parts(image, self.out):
-            batch = torch.from_numpy(pixels)
-            if part.clip:
-                batch = batch.movedim(-1, 0).unsqueeze(0).contiguous()
-            elif self.is_video:  # an image is a video of one frame
-                batch = batch.movedim(-1, 1).unsqueeze(2).contiguous()
-            yield part, self._without_frames(tensors.encode(self.client, batch, **self._parameters(part)))
+            latents = self._encode_pixels(part, pixels)
+            first = self.format.first_frame(pixels) if part.clip else None
+            yield part, latents, None if first is None else self._encode_pixels(part, first)
+
+    def _encode_pixels(self, part: ImageFile, pixels: np.ndarray[Any, Any]) -> Tensor:
+        """Return the latents of pixels [B, H, W, 3], or [F, H, W, 3] of a clip."""
+        batch = torch.from_numpy(pixels)
+        if self.format.architecture.unit_range:
+            batch = batch.float() / 255
+        if part.clip:
+            batch = batch.movedim(-1, 0).unsqueeze(0).contiguous()
+        elif self.is_video:  # an image is a video of one frame
+            batch = batch.movedim(-1, 1).unsqueeze(2).contiguous()
+        return self._without_frames(tensors.encode(self.client, batch, **self._parameters(part)))
 
     def _without_frames(self, latents: Tensor) -> Tensor:
         """Return latents without the dimension of frames if the trainer stores none."""

@@ -1,14 +1,15 @@
-"""Files of SimpleTuner's `cache_dir_vae`: a `.pt` for each image. SimpleTuner's own metadata says how to place it."""
+"""Files of SimpleTuner's `cache_dir_vae`: a `.pt` for each image or video, which its own metadata says how to place."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from remote_vae.latents.buckets import Placement, Size
 from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, cropped, to_rgb
 from remote_vae.latents.storage import Folder
+from remote_vae.latents.videos import SUFFIXES, captured, frame_size, read_first
 
 METADATA = "aspect_ratio_bucket_metadata"
 INDICES = "aspect_ratio_bucket_indices"
@@ -74,6 +76,12 @@ class SimpleTuner(Format):
         "anima": Architecture("qwen-image", "anima", 16, "argmax", has_frames=True),
         "sana": Architecture("sana", "sana", 32, normalized=False),
         "wan": Architecture("wan-2.1", "wan", 16, "argmax", has_frames=True),
+        "sanavideo": Architecture("wan-2.1", "sanavideo", 16, "argmax", has_frames=True, unit_range=True),
+        "longcat_video": Architecture(
+            "wan-2.1", "longcat_video", 16, normalized=False, has_frames=True, unit_range=True
+        ),
+        "kandinsky5-video": Architecture("hunyuan-video", "kandinsky5-video", 16, has_frames=True, unit_range=True),
+        "ltxvideo": Architecture("ltx-video", "ltxvideo", 64, has_frames=True, unit_range=True),
     }
     """The names are those of SimpleTuner's `model_family`."""
     trainer: ClassVar[str] = "SimpleTuner"
@@ -96,6 +104,7 @@ class SimpleTuner(Format):
             raise ValueError(f"--metadata {self.metadata}: expected {METADATA}_<id>.json, which SimpleTuner writes")
         entries = _read(self.metadata)
         config = _read(os.path.join(self.folder, name.replace(METADATA, INDICES))).get("config", {})
+        self.check_frames((config.get("video") or {}).get("num_frames"))
         self.backend = {name: config.get(name) for name in SETTINGS}
         if not self.backend["instance_data_dir"]:
             raise ValueError(
@@ -114,6 +123,11 @@ class SimpleTuner(Format):
                 f"--metadata {self.metadata} has no image in its folder; expected absolute paths such as "
                 f"{below}a.png; mount the folder at the path that SimpleTuner uses"
             )
+
+    def check_frames(self, frames: int | None) -> None:
+        """Compare with the data backend's number of frames, which is None for images."""
+        if frames is not None:
+            raise ValueError(f"--metadata {self.metadata}: it is of videos; add --frames {frames}")
 
     def loads(self, relative: Path) -> bool:
         return super().loads(relative) and relative in self.entries
@@ -165,6 +179,46 @@ class SimpleTuner(Format):
         buffer = BytesIO()
         torch.save(encoded[0].latents.clone(), buffer)
         return [buffer.getvalue()]
+
+
+@dataclass
+class SimpleTunerVideos(SimpleTuner):
+    """The first frames of the videos in a folder. Their number is the data backend's `num_frames`."""
+
+    frames: int = 1
+
+    suffixes: ClassVar[frozenset[str]] = SUFFIXES | {".3gp", ".ogv"}
+
+    @property
+    def set_name(self) -> str:
+        return f"{super().set_name}-videos"
+
+    def check_frames(self, frames: int | None) -> None:
+        names = [name for name, row in self.architectures.items() if row.has_frames and name != "anima"]
+        if self.arch not in names:
+            raise ValueError(f"--frames: {self.arch} has no videos; expected one of {', '.join(names)}")
+        if frames != self.frames:
+            expected = f"--frames {frames}, its num_frames" if frames else "no --frames, since it is of images"
+            raise ValueError(
+                f"--frames {self.frames}: --metadata {self.metadata} has other frames: expected {expected}"
+            )
+
+    def read_size(self, file: BinaryIO) -> Size:
+        with captured(file) as video:
+            return frame_size(video)
+
+    def parts(self, image: ImageFile, out: Folder) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
+        """Yield the video with its first frames [F, H, W, 3] in 8 bits."""
+        with image.files.open(image.relative) as file, captured(file) as video:
+            pixels = read_first(video, self.frames, lambda frame: self.fit(frame, image.placement))
+        yield replace(image, clip=(0, self.frames)), pixels
+
+    def fit(self, image: Image.Image, placement: Placement) -> Image.Image:
+        """Stretch a frame to the bucket, and then resize and crop it. SimpleTuner does both with each video."""
+        for size in (placement.bucket, placement.resized):
+            if image.size != size:
+                image = Image.fromarray(cv2.resize(np.array(image), size, interpolation=cv2.INTER_LINEAR))
+        return cropped(image, placement)
 
 
 def _pair(entry: dict[str, Any], name: str) -> tuple[int, int]:

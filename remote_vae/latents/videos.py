@@ -1,4 +1,4 @@
-"""Frames of videos: which ones musubi-tuner and ai-toolkit train on, and how they read them."""
+"""Frames of videos: which ones the trainers train on, and how they read them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from remote_vae.latents.buckets import Placement
 from remote_vae.latents.format import ImageFile
 
 FRAME_FACTOR = 4
-"""Frames per latent frame, after the first, of every VAE for which these trainers cache videos."""
+"""Frames per latent frame, after the first, of every VAE for which musubi-tuner and ai-toolkit cache videos."""
 
 SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})
 """Suffixes of the videos that musubi-tuner loads, in lower case."""
@@ -189,6 +189,26 @@ def captured(file: BinaryIO) -> Iterator[cv2.VideoCapture]:
             yield video
         finally:
             video.release()
+
+
+def frame_size(video: cv2.VideoCapture) -> tuple[int, int]:
+    """Return width and height of the frames."""
+    return int(video.get(cv2.CAP_PROP_FRAME_WIDTH)), int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
+
+
+def read_first(video: cv2.VideoCapture, frames: int, fit: Callable[[Image.Image], Image.Image]) -> np.ndarray[Any, Any]:
+    """Return the first frames of a video [F, H, W, 3] in 8 bits.
+
+    Raises:
+        ValueError: the video has fewer.
+    """
+    fitted: list[np.ndarray[Any, Any]] = []
+    while len(fitted) < frames:
+        is_read, frame = video.read()
+        if not is_read:
+            raise ValueError(f"the video has {len(fitted)} frames that can be read: expected {frames} or more")
+        fitted.append(np.array(fit(Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))))
+    return np.stack(fitted)
 
 
 def spread(count: int, frames: int) -> list[int]:

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from remote_vae.latents.format import ImageFile
-from remote_vae.latents.simpletuner import SimpleTuner
+from remote_vae.latents.simpletuner import SimpleTuner, SimpleTunerVideos
 from remote_vae.latents.storage import LocalFolder
 from tests.remote_vae.test_latents import failures
 from tests.remote_vae.test_trainers import TRAINERS, sample_image
+from tests.remote_vae.test_videos import encode_locally, save_video
 from tests.support import forked
 from tests.support.small_service import Service
 
@@ -39,9 +40,14 @@ def make_format(metadata: str | None, arch: str = "sdxl", **options: Any) -> Sim
     return SimpleTuner(SimpleTuner.architectures[arch].vae, (1024, 1024), arch=arch, metadata=metadata, **options)
 
 
-def run(folder: Path, url: str, out: Path, arch: str, status: int = 0) -> str:
+def make_videos(metadata: str, frames: int, arch: str = "wan") -> SimpleTunerVideos:
+    vae = SimpleTuner.architectures[arch].vae
+    return SimpleTunerVideos(vae, (1024, 1024), arch=arch, metadata=metadata, frames=frames)
+
+
+def run(folder: Path, url: str, out: Path, arch: str, *more: str, status: int = 0) -> str:
     metadata = folder / "aspect_ratio_bucket_metadata_set.json"
-    options = ["--format", "simpletuner", "--arch", arch, "--metadata", str(metadata), "--out", str(out)]
+    options = ["--format", "simpletuner", "--arch", arch, "--metadata", str(metadata), "--out", str(out), *more]
     actual, _, errors = forked.run("-m", "remote_vae", "latents", url, str(folder), *options, COLUMNS="200")
     assert actual == status, errors
     assert "Traceback" not in errors
@@ -63,6 +69,21 @@ def test_pixels(row: list[Any], tmp_path: Path) -> None:
     np.testing.assert_allclose(pixels[0, 4::40, 4::40].reshape(-1), theirs, atol=1)
 
 
+@pytest.mark.parametrize("row", THEIRS["videos"], ids=lambda row: f"{row[0]}-{row[2]}")
+def test_frames_of_videos(row: list[Any], tmp_path: Path) -> None:
+    """Compare the first and the last frame. The file keeps every pixel, so that no encoder's version matters."""
+    config, count, size, frames, entry, theirs = row
+    save_video(tmp_path / "a.mkv", count, tuple(size), codec="ffv1")
+    metadata = write_metadata(tmp_path, {"a.mkv": entry}, video={"num_frames": frames}, **THEIRS["config"][config])
+    format, folder = make_videos(metadata, frames), LocalFolder(tmp_path)
+    with (tmp_path / "a.mkv").open("rb") as file:
+        image = ImageFile(folder, Path("a.mkv"), format.place(format.read_size(file), Path("a.mkv")))
+    ((part, pixels),) = format.parts(image, folder)
+    assert part.clip == (0, frames)
+    assert pixels.shape == (frames, *entry["target_size"][::-1], 3)
+    np.testing.assert_allclose(pixels[[0, -1], 4::40, 4::40].reshape(-1), theirs, atol=1)
+
+
 @pytest.mark.parametrize(("instance_data_dir", "folder", "image", "theirs"), THEIRS["names"])
 def test_names(instance_data_dir: str, folder: str, image: str, theirs: str, tmp_path: Path) -> None:
     format = make_format(write_metadata(tmp_path, {image: ENTRY}, instance_data_dir=instance_data_dir))
@@ -77,7 +98,7 @@ def test_every_architecture_has_a_row() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arch", ["sdxl", "flux2", "krea2", "anima", "sana"])
+@pytest.mark.parametrize("arch", ["sdxl", "flux2", "krea2", "anima", "sana", "kandinsky5-video"])
 def test_latents(service: Service, tmp_path: Path, arch: str) -> None:
     """Compare each kind of latents with local encoding. SimpleTuner's own code gives the same, with the same noise."""
     vae_key, shape = next(row[1:] for row in THEIRS["latents"] if row[0] == arch)
@@ -96,28 +117,64 @@ def test_latents(service: Service, tmp_path: Path, arch: str) -> None:
     (file,) = format.files([image])
     ours = torch.load(tmp_path / "out" / file)
     assert list(ours.shape) == shape
-    theirs = encode(service.model(vae_key), pixels, zlib.crc32(name.as_posix().encode()), format.sample_mode)
+    theirs = encode(service.model(vae_key), pixels, zlib.crc32(name.as_posix().encode()), format)
     torch.testing.assert_close(ours, theirs.reshape(shape), atol=1e-3, rtol=1e-3)
     assert (tmp_path / "out" / file).stat().st_size < ours.nbytes + 4096  # no other image's latents
 
 
-def encode(vae: Any, pixels: np.ndarray[Any, Any], seed: int, sample_mode: str | None) -> torch.Tensor:
+def encode(vae: Any, pixels: np.ndarray[Any, Any], seed: int, format: SimpleTuner) -> torch.Tensor:
     """Return the latents that SimpleTuner stores, if it samples with this seed."""
-    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    values = values if format.architecture.unit_range else values * 2 - 1
     if "DC" in type(vae).__name__:
         return vae.encode(values).latent
-    is_video = "Qwen" in type(vae).__name__
+    is_video = "Qwen" in type(vae).__name__ or "Video" in type(vae).__name__
     distribution = vae.encode(values.unsqueeze(2) if is_video else values).latent_dist
     mode, noise = distribution.mode(), torch.Generator().manual_seed(seed)
-    latents = mode if sample_mode == "argmax" else distribution.sample(noise)
-    if is_video:
+    latents = mode if format.sample_mode == "argmax" else distribution.sample(noise)
+    if "Qwen" in type(vae).__name__:
         mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
         return (latents - mean) / std
     if "Flux2" in type(vae).__name__:
         mean, variance = vae.bn.running_mean.view(1, -1, 1, 1), vae.bn.running_var.view(1, -1, 1, 1)
         patches = torch.nn.functional.pixel_unshuffle(latents, 2)
         return (patches - mean) / (variance + vae.config.batch_norm_eps).sqrt()
-    return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def test_videos(service: Service, tmp_path: Path) -> None:
+    """Compare the latents of the first frames with local encoding. SANA-Video's pixels are in [0, 1]."""
+    folder, sizes = tmp_path / "videos", {"original_size": [160, 96], "intermediary_size": [160, 96]}
+    for name, count in (("a.mp4", 12), ("short.mp4", 5)):
+        save_video(folder / name, count, (160, 96))
+    (folder / "cut.mp4").write_bytes((folder / "a.mp4").read_bytes()[:300])
+    entry = {**sizes, "target_size": [96, 96], "crop_coordinates": [0, 32]}
+    metadata = write_metadata(folder, dict.fromkeys(("a.mp4", "cut.mp4", "short.mp4"), entry), video={"num_frames": 9})
+    options = (folder, f"{service.url}/wan-2.1", tmp_path / "out", "sanavideo", "--frames", "9")
+    assert "1 encoded, 0 already stored, 2 failed" in run(*options, status=1)
+    assert "the video has 5 frames that can be read: expected 9" in failures(tmp_path / "out")["short.mp4"]
+    assert "0 encoded, 1 already stored, 2 failed" in run(*options, status=1)
+    (file,) = (tmp_path / "out").glob("*.pt")
+    format = make_videos(metadata, 9, "sanavideo")
+    image = ImageFile(LocalFolder(folder), Path("a.mp4"), format.place((160, 96), Path("a.mp4")))
+    ((_, pixels),) = format.parts(image, LocalFolder(folder))
+    theirs = encode_locally(service.model("wan-2.1"), torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 255)
+    torch.testing.assert_close(torch.load(file), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_refused_videos(tmp_path: Path) -> None:
+    """Test metadata of videos without --frames, of images with it, and other numbers of frames."""
+    videos = write_metadata(tmp_path / "videos", {"a.mp4": ENTRY}, video={"num_frames": 9})
+    images = write_metadata(tmp_path / "images", {"a.png": ENTRY})
+    with pytest.raises(ValueError, match="it is of videos; add --frames 9"):
+        make_format(videos)
+    with pytest.raises(ValueError, match="expected --frames 9, its num_frames"):
+        make_videos(videos, 5)
+    with pytest.raises(ValueError, match="expected no --frames, since it is of images"):
+        make_videos(images, 9)
+    with pytest.raises(ValueError, match="anima has no videos; expected one of wan, "):
+        make_videos(videos, 9, "anima")
 
 
 def test_other_sizes_are_refused(service: Service, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load
 
 from remote_vae import Client
 from remote_vae.latents.ai_toolkit import AIToolkitVideos
@@ -90,7 +91,8 @@ def test_contents(trainer: str, tmp_path: Path) -> None:
         format = make_format(trainer, arch, [256, 256], flip=trainer == "sd-scripts")
         folder = LocalFolder(tmp_path)
         image = ImageFile(folder, Path("a.png"), Placement((256, 192), (256, 192), (256, 192)))
-        latents = torch.zeros(next(shape for key, shape in shapes.items() if key.startswith("latents")))
+        shape = next(shape for key, shape in shapes.items() if key.startswith("latents"))
+        latents = torch.zeros([32, 24, 32] if arch == "ideogram4" else shape)
         path = tmp_path / format.files([image])[0]
         (data,) = format.contents([Encoded(image, latents, latents if format.flip else None)], folder)
         path.write_bytes(data)
@@ -102,6 +104,44 @@ def test_contents(trainer: str, tmp_path: Path) -> None:
             with safe_open(path, "pt") as file:
                 assert {key: list(file.get_tensor(key).shape) for key in file.keys()} == shapes  # noqa: SIM118
                 assert file.metadata() == metadata
+
+
+def test_first_frames(tmp_path: Path) -> None:
+    """Compare the keys, the mask and the latents of first frames for image-to-video training of Wan."""
+    folder = LocalFolder(tmp_path)
+    format = MusubiVideos("wan-2.1", (64, 64), arch="wan", i2v=True)
+    for frames, shapes, values in TRAINERS["i2v"]["musubi-tuner"]:
+        pixels = (np.arange(frames * 16 * 24 * 3) % 251).reshape(frames, 16, 24, 3).astype(np.uint8)
+        image = ImageFile(folder, Path("a.mp4"), Placement((24, 16), (24, 16), (24, 16)), clip=(0, frames))
+        first = format.first_frame(pixels)
+        encoded = Encoded(image, mean_latents(pixels), first=None if first is None else mean_latents(first))
+        (data,) = format.contents([encoded], folder)
+        arrays = load(data)
+        assert {key: list(array.shape) for key, array in arrays.items()} == shapes
+        (latents,) = (array for key, array in arrays.items() if key.startswith("latents_image"))
+        np.testing.assert_allclose(latents[[0, 3, 4, 5, 19], :, 1, 2], values, atol=1e-5)
+
+
+def mean_latents(pixels: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Return the mean of the pixels of each latent [16, F, h, w], in [-1, 1], in place of a VAE's latents."""
+    values = pixels / 127.5 - 1 if pixels.dtype == np.uint8 else pixels
+    groups = [values[:1], *(values[start : start + 4] for start in range(1, len(values), 4))]
+    frames = np.stack([group.mean(axis=0) for group in groups])
+    count, height, width, _ = frames.shape
+    means = frames.reshape(count, height // 8, 8, width // 8, 8, 3).mean(axis=(2, 4))
+    return torch.from_numpy(means).float().permute(3, 0, 1, 2)[[channel % 3 for channel in range(16)]]
+
+
+def test_patches_of_ideogram(tmp_path: Path) -> None:
+    """Compare the order of the channels."""
+    ((latents, theirs),) = TRAINERS["patches"]["musubi-tuner"]
+    folder = LocalFolder(tmp_path)
+    image = ImageFile(folder, Path("a.png"), Placement((32, 16), (32, 16), (32, 16)))
+    (data,) = make_format("musubi-tuner", "ideogram4", [64, 64]).contents(
+        [Encoded(image, torch.tensor(latents))], folder
+    )
+    (array,) = load(data).values()
+    assert array.tolist() == theirs
 
 
 def test_clips_of_videos(tmp_path: Path) -> None:
@@ -129,24 +169,28 @@ def test_clips_of_videos(tmp_path: Path) -> None:
 
 
 def test_videos_of_ai_toolkit(tmp_path: Path) -> None:
-    """Compare sizes, names, contents, and which frames of a video are taken."""
+    """Compare sizes, names, contents with and without `do_i2v`, and which frames of a video are taken."""
     folder = LocalFolder(tmp_path)
-    for row in TRAINERS["videos"]["ai-toolkit"]:
-        arch, frames, resolution, name, count, size, *theirs, shapes, metadata, indices = row
+    for row in [*TRAINERS["videos"]["ai-toolkit"], *TRAINERS["i2v"]["ai-toolkit"]]:
+        arch, frames, resolution, name, count, size, *theirs, shapes, metadata, last = row
+        do_i2v = last if last == "true" else None
         vae = AIToolkitVideos.architectures[arch].vae
-        format = AIToolkitVideos(vae, (resolution, resolution), arch=arch, frames=frames)
+        format = AIToolkitVideos(vae, (resolution, resolution), arch=arch, frames=frames, i2v=bool(do_i2v))
         placement = format.place(tuple(size))
         image = ImageFile(folder, Path(name), placement)
         (file,) = format.files([image])
         assert [[[*placement.resized], [*placement.bucket], [*placement.corner]], file.as_posix()] == theirs
-        assert spread(count, frames) == indices
-        (data,) = format.contents([Encoded(replace(image, clip=(0, frames)), torch.zeros(shapes["latent"]))], folder)
+        assert do_i2v or spread(count, frames) == last
+        latents, first = (torch.zeros(shapes.get(key, 0)) for key in ("latent", "first_frame_latent"))
+        encoded = Encoded(replace(image, clip=(0, frames)), latents, first=first if do_i2v else None)
+        (data,) = format.contents([encoded], folder)
         path = tmp_path / "file"
         path.write_bytes(data)
         with safe_open(path, "pt") as stored:
             assert {key: list(stored.get_tensor(key).shape) for key in stored.keys()} == shapes  # noqa: SIM118
             assert stored.get_tensor("num_frames") == frames
             assert stored.metadata()["num_frames"] == metadata
+            assert stored.metadata().get("do_i2v") == do_i2v
 
 
 @pytest.mark.parametrize("trainer", TRAINERS["trainers"])

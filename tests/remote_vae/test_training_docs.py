@@ -42,10 +42,9 @@ def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     Path("images").mkdir()
     for index in range(9):
         Image.new("RGB", (64, 64)).save(f"images/{index}.png")
-    sizes = {key: [64, 64] for key in ("original_size", "intermediary_size", "target_size")}
-    entries = {f"{index}.png": {**sizes, "crop_coordinates": [0, 0]} for index in range(9)}
-    write_metadata(tmp_path / "images", entries, id="my-images")
+    write_metadata(tmp_path / "images", {f"{index}.png": entry(64, 64) for index in range(9)}, id="my-images")
     save_video(Path("videos/a.mp4"), 30)
+    write_metadata(tmp_path / "videos", {"a.mp4": entry(64, 48)}, id="my-videos", video={"num_frames": 25})
     Path("set").mkdir()
     with tarfile.open("set/00042.tar", "w") as archive:
         archive.add("images/0.png", "0.png")
@@ -70,10 +69,32 @@ def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert [name for name in fs.find(out) if name.endswith((".npz", ".safetensors", ".pt", ".tar"))]
 
 
+def entry(width: int, height: int) -> dict[str, list[int]]:
+    """Return SimpleTuner's metadata of an image or video that keeps its size."""
+    sizes = {key: [width, height] for key in ("original_size", "intermediary_size", "target_size")}
+    return {**sizes, "crop_coordinates": [0, 0]}
+
+
 def test_the_example_of_slurm_names_a_shard() -> None:
     (line,) = re.findall(r"--array=(\S+) --wrap '(.+)'", PAGE)
     assert line[0] == "1-8"
     assert line[1].endswith("--shard $SLURM_ARRAY_TASK_ID/8")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset does not close shards
+def test_the_example_of_webdataset_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read a shard by the page's own loop, with the real loader."""
+    (example,) = re.findall(r"```python\n(import webdataset.*?)```", PAGE, re.DOTALL)
+    (command,) = re.findall(r"remote-vae latents URL images (--out shards .*)", PAGE)
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    Image.new("RGB", (64, 64)).save("images/a.png")
+    Path("images/a.txt").write_text("a caption")
+    with sleeping_service() as service:
+        app(["latents", service.url, "images", *shlex.split(command)], standalone_mode=False)
+    found: dict[str, Any] = {}
+    exec(example.replace("000041", "000000"), found)
+    assert (found["latents"].shape, found["caption"]) == ((4, 128, 128), "a caption")
 
 
 def test_the_script_of_a_job_runs(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
+from webdataset import WebDataset
 
 from remote_vae import Client
 from remote_vae.cli import app
 from remote_vae.latents.ai_toolkit import AIToolkitVideos
-from remote_vae.latents.format import ImageFile
+from remote_vae.latents.format import Format, ImageFile
 from remote_vae.latents.musubi import MusubiVideos
 from remote_vae.latents.run import Run
 from remote_vae.latents.storage import LocalFolder
@@ -29,14 +30,14 @@ from tests.support.sleeping_service import CONFIG, sleeping_service
 from tests.support.small_service import Service
 
 
-def save_video(path: Path, count: int, size: tuple[int, int] = (64, 48)) -> Path:
-    """Save a video of so many frames, which differ."""
+def save_video(path: Path, count: int, size: tuple[int, int] = (64, 48), codec: str | None = None) -> Path:
+    """Save a video of so many frames, which differ. The codec "ffv1" keeps every pixel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     y, x = np.mgrid[: size[1], : size[0]]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("vp9" if path.suffix == ".webm" else "mpeg4", rate=24)
+        stream = container.add_stream(codec or ("vp9" if path.suffix == ".webm" else "mpeg4"), rate=24)
         stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
         for index in range(count):
             pixels = np.stack([(x * 4 + index * 9) % 256, y * 5 % 256, x * 0 + index * 11 % 256], axis=-1)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.astype(np.uint8), "rgb24")))
@@ -110,8 +111,9 @@ def test_videos_of_ai_toolkit_are_continued(tmp_path: Path) -> None:
         np.testing.assert_allclose(pixels[..., 2].mean(axis=(1, 2)), [blue[index] for index in indices], atol=3)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset does not close shards
 def test_videos_in_shards_are_continued(tmp_path: Path) -> None:
-    """Encode clips of videos to shards. A second run encodes only clips that are not in them."""
+    """Encode clips of videos to shards, and read them. A second run encodes only clips that are not in them."""
     folder, out = tmp_path / "videos", tmp_path / "out"
     for name, count in {"a.mp4": 12, "more/b.mov": 5}.items():
         save_video(folder / name, count)
@@ -130,14 +132,14 @@ def test_videos_in_shards_are_continued(tmp_path: Path) -> None:
         assert [encode_clips(), encode_clips()] == [3, 0]
         save_video(folder / "a.mp4", 17)
         assert encode_clips() == 1
-    with tarfile.open(out / "shard-000000.tar") as archive:
-        names = [f"{key}.{end}" for key in ("a_00000-005", "a_00005-005") for end in ("moments.npy", "json", "txt")]
-        assert archive.getnames() == [*names, "more/b_00000-005.moments.npy", "more/b_00000-005.json"]
-        assert json.load(archive.extractfile("a_00005-005.json"))["clip"] == [5, 5]
-        moments = np.load(io.BytesIO(archive.extractfile("a_00005-005.moments.npy").read()))
-        assert moments.shape == (16, 2, 8, 8)
-    with tarfile.open(out / "shard-000001.tar") as archive:
-        assert archive.getnames() == ["a_00010-005.moments.npy", "a_00010-005.json", "a_00010-005.txt"]
+    shards = [str(out / f"shard-00000{index}.tar") for index in (0, 1)]
+    samples = {sample["__key__"]: sample for sample in WebDataset(shards, shardshuffle=False).decode()}
+    assert [*samples] == ["a_00000-005", "a_00005-005", "more/b_00000-005", "a_00010-005"]
+    for key, sample in samples.items():
+        assert sample.get("txt") == (None if key.startswith("more") else "a caption")
+        assert sample["json"]["clip"] == [int(key[-9:-4]), 5]
+        assert sample["moments.npy"].shape == (16, 2, 8, 8)
+        assert sample["__url__"] == shards[key == "a_00010-005"]
 
 
 def test_frames_are_held_only_as_long_as_a_clip_needs_them() -> None:
@@ -173,22 +175,61 @@ def test_clips_equal_local_encoding(service: Service, tmp_path: Path) -> None:
     video = save_video(tmp_path / "videos" / "a.mp4", 12)
     options = ("--frames", "1,9", "--frame-extraction", "uniform", "--frame-sample", "2")
     assert "1 encoded" in run(tmp_path / "videos", tmp_path / "out", f"{service.url}/wan-2.1", "musubi", *options)
-    vae = service.model("wan-2.1")
-    mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     format = MusubiVideos("wan-2.1", (128, 128))
-    placement = format.place((64, 48))
-    with av.open(str(video)) as container:
-        frames = [np.array(format.fit(frame.to_image(), placement)) for frame in container.decode(video=0)]
-    pixels = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
-    width, height = placement.bucket
+    pixels = read_pixels(video, format)
+    width, height = format.place((64, 48)).bucket
     names = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert len(names) == 4
     for start, count in ((0, 1), (11, 1), (0, 9), (3, 9)):
-        latents = vae.encode(pixels[None, :, start : start + count]).latent_dist.mode()[0]
+        latents = encode_locally(service.model("wan-2.1"), pixels[:, start : start + count])
         name = f"a_{start:05}-{count:03}_{width:04}x{height:04}_wan.safetensors"
         with safe_open(tmp_path / "out" / name, "pt") as file:
             (key,) = file.keys()
-            torch.testing.assert_close(file.get_tensor(key), (latents - mean) / std, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(file.get_tensor(key), latents, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_first_frames_equal_local_encoding(service: Service, tmp_path: Path) -> None:
+    """Encode clips with their first frames for Wan 2.2: the 14B model in musubi-tuner, the 5B model in ai-toolkit."""
+    video = save_video(tmp_path / "videos" / "a.mp4", 9)
+    options = ("--arch", "wan", "--frames", "1,5", "--i2v")
+    assert "1 encoded" in run(video.parent, tmp_path / "out", f"{service.url}/wan-2.1", "musubi", *options)
+    pixels = read_pixels(video, MusubiVideos("wan-2.1", (128, 128), arch="wan"))[:, :5]
+    pixels[:, 1:] = 0
+    (name,) = (tmp_path / "out").glob("*-005_*.safetensors")
+    with safe_open(name, "pt") as file:
+        (key,) = (key for key in file.keys() if key.startswith("latents_image"))  # noqa: SIM118
+        latents = file.get_tensor(key)
+    assert latents[:4, 0].unique().tolist() == [1]
+    assert latents[:4, 1:].unique().tolist() == [0]
+    theirs = encode_locally(service.model("wan-2.1"), pixels)
+    torch.testing.assert_close(latents[4:], theirs, atol=1e-4, rtol=1e-4)
+
+    options = ("--arch", "wan22_5b", "--frames", "5", "--i2v")
+    assert "1 encoded" in run(video.parent, tmp_path, f"{service.url}/wan-2.2", "ai-toolkit", *options)
+    (name,) = (tmp_path / "_latent_cache").glob("*.safetensors")
+    with safe_open(name, "pt") as file:
+        latents = file.get_tensor("first_frame_latent")
+    pixels = read_pixels(video, AIToolkitVideos("wan-2.2", (128, 128), arch="wan22_5b", frames=5))[:, :1]
+    noise = torch.Generator().manual_seed(zlib.crc32(b"a.mp4 (0, 5)"))
+    theirs = encode_locally(service.model("wan-2.2"), pixels, noise)
+    torch.testing.assert_close(latents, theirs, atol=1e-4, rtol=1e-4)
+
+
+def read_pixels(video: Path, format: Format) -> torch.Tensor:
+    """Return all frames as a trainer resizes them [3, F, H, W], in [-1, 1]."""
+    with av.open(str(video)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    pixels = np.stack([np.array(format.fit(frame, format.place(frame.size))) for frame in frames])
+    return torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def encode_locally(vae: Any, pixels: torch.Tensor, noise: torch.Generator | None = None) -> torch.Tensor:
+    """Return the normalized latents of a video [C, F, h, w]: the mode, or a sample with this noise."""
+    distribution = vae.encode(pixels[None]).latent_dist
+    latents = distribution.sample(noise) if noise else distribution.mode()
+    mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return (latents[0] - mean) / std
 
 
 @pytest.mark.parametrize(
@@ -206,6 +247,9 @@ def test_clips_equal_local_encoding(service: Service, tmp_path: Path) -> None:
         (("--frames", "9,5", "--format", "ai-toolkit", "--arch", "wan21"), "takes one number of --frames"),
         (("--frames", "9", "--format", "ai-toolkit", "--arch", "wan21", "--source-fps", "30"), "no other option of"),
         (("--frames", "9", "--format", "ai-toolkit", "--arch", "wan21", "--flip"), "--flip: mirrored videos"),
+        (("--frames", "9", "--format", "ai-toolkit", "--arch", "wan21", "--i2v"), "expected wan22_5b"),
+        (("--i2v", "--format", "ai-toolkit"), "--i2v: expected --format musubi, or ai-toolkit with --frames"),
+        (("--frames", "9", "--i2v", "--format", "webdataset"), "--i2v: expected --format musubi"),
     ],
 )
 def test_wrong_options(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
