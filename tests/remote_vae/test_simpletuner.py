@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from remote_vae.latents.format import ImageFile
 from remote_vae.latents.simpletuner import SimpleTuner, SimpleTunerVideos
@@ -161,6 +162,17 @@ def test_videos(service: Service, tmp_path: Path) -> None:
     ((_, pixels),) = format.parts(image, LocalFolder(folder))
     theirs = encode_locally(service.model("wan-2.1"), torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 255)
     torch.testing.assert_close(torch.load(file), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_jpeg_files_are_decoded_here_for_other_ranges(tmp_path: Path) -> None:
+    """Test that a JPEG of the right size is sent as it is only if its pixels are encoded in [-1, 1]."""
+    sizes = {name: [64, 64] for name in ("original_size", "intermediary_size", "target_size")}
+    metadata = write_metadata(tmp_path, {"a.jpg": {**sizes, "crop_coordinates": [0, 0]}})
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
+    for arch, is_sent in (("wan", True), ("longcat_video", False)):
+        format = make_format(metadata, arch)
+        image = ImageFile(LocalFolder(tmp_path), Path("a.jpg"), format.place((64, 64), Path("a.jpg")))
+        assert (format.jpeg(image) is not None) == is_sent
 
 
 def test_refused_videos(tmp_path: Path) -> None:

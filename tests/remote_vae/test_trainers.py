@@ -107,19 +107,21 @@ def test_contents(trainer: str, tmp_path: Path) -> None:
 
 
 def test_first_frames(tmp_path: Path) -> None:
-    """Compare the keys, the mask and the latents of first frames for image-to-video training of Wan."""
+    """Compare the keys, the mask and the latents of first frames, and for Kandinsky 5 of the last ones."""
     folder = LocalFolder(tmp_path)
-    format = MusubiVideos("wan-2.1", (64, 64), arch="wan", i2v=True)
-    for frames, shapes, values in TRAINERS["i2v"]["musubi-tuner"]:
+    for arch, frames, shapes, values in TRAINERS["i2v"]["musubi-tuner"]:
+        is_wan = arch == "wan"
+        format = MusubiVideos(Musubi.architectures[arch].vae, (64, 64), arch=arch, i2v=is_wan)
+        channels, scale = ([0, 3, 4, 5, 19], 1) if is_wan else ([0, 1, 15], 0.476986)
         pixels = (np.arange(frames * 16 * 24 * 3) % 251).reshape(frames, 16, 24, 3).astype(np.uint8)
         image = ImageFile(folder, Path("a.mp4"), Placement((24, 16), (24, 16), (24, 16)), clip=(0, frames))
         first = format.first_frame(pixels)
-        encoded = Encoded(image, mean_latents(pixels), first=None if first is None else mean_latents(first))
+        encoded = Encoded(image, mean_latents(pixels) * scale, first=None if first is None else mean_latents(first))
         (data,) = format.contents([encoded], folder)
         arrays = load(data)
         assert {key: list(array.shape) for key, array in arrays.items()} == shapes
         (latents,) = (array for key, array in arrays.items() if key.startswith("latents_image"))
-        np.testing.assert_allclose(latents[[0, 3, 4, 5, 19], :, 1, 2], values, atol=1e-5)
+        np.testing.assert_allclose(latents[channels, :, 1, 2], values, atol=1e-5)
 
 
 def mean_latents(pixels: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import zlib
 from pathlib import Path
@@ -214,6 +215,22 @@ def test_first_frames_equal_local_encoding(service: Service, tmp_path: Path) -> 
     noise = torch.Generator().manual_seed(zlib.crc32(b"a.mp4 (0, 5)"))
     theirs = encode_locally(service.model("wan-2.2"), pixels, noise)
     torch.testing.assert_close(latents, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_clips_with_and_without_first_frames_are_not_mixed(tmp_path: Path) -> None:
+    """Continue a run of a version that had no --i2v, with and without it."""
+    save_video(tmp_path / "videos" / "a.mp4", 5)
+    options = [str(tmp_path / "videos"), "--out", str(tmp_path), "--format", "musubi", "--frames", "5"]
+    with sleeping_service(model="wan-2.1", kind="video") as service:
+        app(["latents", service.url, *options], standalone_mode=False)
+        file = tmp_path / ".remote-vae" / "musubi-tuner-wan-videos.json"
+        settings = json.loads(file.read_text())
+        assert settings.pop("i2v") is False
+        file.write_text(json.dumps(settings))
+        app(["latents", service.url, *options], standalone_mode=False)
+        with pytest.raises(ValueError, match="made with i2v=False"):
+            app(["latents", service.url, *options, "--i2v"], standalone_mode=False)
+        assert service.served == 1
 
 
 def read_pixels(video: Path, format: Format) -> torch.Tensor:
