@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
-from webdataset import WebDataset
 
 from remote_vae import Client
 from remote_vae.cli import app
@@ -27,6 +26,7 @@ from remote_vae.latents.run import Run
 from remote_vae.latents.storage import LocalFolder
 from remote_vae.latents.videos import Sampling, read_clips
 from tests.remote_vae.test_latents import failures, run
+from tests.support.shards import read_shards
 from tests.support.sleeping_service import CONFIG, sleeping_service
 from tests.support.small_service import Service
 
@@ -112,7 +112,6 @@ def test_videos_of_ai_toolkit_are_continued(tmp_path: Path) -> None:
         np.testing.assert_allclose(pixels[..., 2].mean(axis=(1, 2)), [blue[index] for index in indices], atol=3)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset does not close shards
 def test_videos_in_shards_are_continued(tmp_path: Path) -> None:
     """Encode clips of videos to shards, and read them. A second run encodes only clips that are not in them."""
     folder, out = tmp_path / "videos", tmp_path / "out"
@@ -134,7 +133,7 @@ def test_videos_in_shards_are_continued(tmp_path: Path) -> None:
         save_video(folder / "a.mp4", 17)
         assert encode_clips() == 1
     shards = [str(out / f"shard-00000{index}.tar") for index in (0, 1)]
-    samples = {sample["__key__"]: sample for sample in WebDataset(shards, shardshuffle=False).decode()}
+    samples = {sample["__key__"]: sample for sample in read_shards(*shards)}
     assert [*samples] == ["a_00000-005", "a_00005-005", "more/b_00000-005", "a_00010-005"]
     for key, sample in samples.items():
         assert sample.get("txt") == (None if key.startswith("more") else "a caption")
