@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save
 
 from remote_vae.latents.buckets import AIToolkitBuckets, Placement, Size
-from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, cropped
+from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, Pixels, cropped
 from remote_vae.latents.storage import Folder
 from remote_vae.latents.videos import FRAME_FACTOR, captured, frame_size, read_spread
 
@@ -65,13 +65,13 @@ class AIToolkit(Format):
     def loads(self, relative: Path) -> bool:
         return super().loads(relative) and relative.parent.name != "_controls"
 
-    def pixels(self, image: Image.Image, placement: Placement) -> list[Image.Image]:
+    def pixels(self, image: Image.Image, placement: Placement) -> list[Pixels]:
         """Mirror before the crop, as ai-toolkit does: it matters if an odd number of pixels is cut off."""
         image = self.convert(image)
         return [self.fit(each, placement) for each in ([image, ImageOps.mirror(image)] if self.flip else [image])]
 
-    def fit(self, image: Image.Image, placement: Placement) -> Image.Image:
-        return cropped(image.resize(placement.resized, Image.Resampling.BICUBIC), placement)
+    def fit(self, image: Image.Image, placement: Placement) -> Pixels:
+        return cropped(np.array(image.resize(placement.resized, Image.Resampling.BICUBIC)), placement)
 
     def files(self, images: list[ImageFile]) -> list[Path]:
         return [self._file(images[0], flip) for flip in ([False, True] if self.flip else [False])]

@@ -18,6 +18,9 @@ from torch import Tensor
 from remote_vae.latents.buckets import AIToolkitBuckets, KohyaBuckets, MusubiBuckets, Placement, Size
 from remote_vae.latents.storage import Files, Folder
 
+Pixels = np.ndarray[Any, Any]
+"""Pixels in 8 bits, with the channels last."""
+
 METADATA = {"exif", "xmp"}
 """Pillow's names of metadata that may turn an image."""
 
@@ -176,7 +179,7 @@ class Format(ABC):
         """
         with Image.open(BytesIO(image.files.read(image.relative))) as opened:
             upright = ImageOps.exif_transpose(opened) if self.applies_exif else opened
-            pixels = [np.array(each) for each in self.pixels(upright, image.placement)]
+            pixels = self.pixels(upright, image.placement)
         yield image, np.stack(pixels) if len(pixels) > 1 else pixels[0][None]
 
     def first_frame(self, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
@@ -186,24 +189,26 @@ class Format(ABC):
         """
         return None
 
-    def pixels(self, image: Image.Image, placement: Placement) -> list[Image.Image]:
-        """Return the image in RGB as the trainer encodes it, and with `flip` its mirror image."""
+    def pixels(self, image: Image.Image, placement: Placement) -> list[Pixels]:
+        """Return the pixels [H, W, 3] of the image as the trainer encodes it, and with `flip` of its mirror image."""
         fitted = self.fit(self.convert(image), placement)
-        return [fitted, ImageOps.mirror(fitted)] if self.flip else [fitted]
+        return [fitted, fitted[:, ::-1]] if self.flip else [fitted]
 
     def convert(self, image: Image.Image) -> Image.Image:
         """Return the image in the mode in which it is resized."""
         return to_rgb(image)
 
-    def fit(self, image: Image.Image, placement: Placement) -> Image.Image:
-        """Resize and crop as kohya's trainers do: shrink with OpenCV's area, enlarge with Pillow's Lanczos."""
+    def fit(self, image: Image.Image, placement: Placement) -> Pixels:
+        """Resize and crop as kohya's trainers do: shrink with OpenCV's area, enlarge with Pillow's Lanczos.
+
+        Return pixels [H, W, 3].
+        """
+        width, height = placement.resized
+        if image.size != placement.resized and image.width >= width and image.height >= height:
+            return cropped(cv2.resize(np.array(image), placement.resized, interpolation=cv2.INTER_AREA), placement)
         if image.size != placement.resized:
-            if image.width >= placement.resized[0] and image.height >= placement.resized[1]:
-                pixels = cv2.resize(np.array(image), placement.resized, interpolation=cv2.INTER_AREA)
-                image = Image.fromarray(pixels)
-            else:
-                image = image.resize(placement.resized, Image.Resampling.LANCZOS)
-        return cropped(image, placement)
+            image = image.resize(placement.resized, Image.Resampling.LANCZOS)
+        return cropped(np.array(image), placement)
 
     def caption(self, image: ImageFile) -> bytes | None:
         """Return the caption if the format stores it beside the latents."""
@@ -233,11 +238,10 @@ class Format(ABC):
         """Return the new contents of the `files` of these images in the output folder."""
 
 
-def cropped(image: Image.Image, placement: Placement) -> Image.Image:
-    left, top = placement.corner
-    if image.size != placement.bucket:
-        image = image.crop((left, top, left + placement.bucket[0], top + placement.bucket[1]))
-    return to_rgb(image)
+def cropped(pixels: Pixels, placement: Placement) -> Pixels:
+    """Return the bucket of a resized image, without its transparency."""
+    (left, top), (width, height) = placement.corner, placement.bucket
+    return pixels[top : top + height, left : left + width, :3]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

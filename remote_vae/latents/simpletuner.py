@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from remote_vae.latents.buckets import Placement, Size
-from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, cropped, to_rgb
+from remote_vae.latents.format import Architecture, Encoded, Format, ImageFile, Pixels, cropped, to_rgb
 from remote_vae.latents.storage import Folder
 from remote_vae.latents.videos import SUFFIXES, captured, frame_size, read_first
 
@@ -159,14 +159,13 @@ class SimpleTuner(Format):
             raise ValueError(f"SimpleTuner reads images of mode {image.mode} in its own way; save it as RGB")
         return to_rgb(image)
 
-    def fit(self, image: Image.Image, placement: Placement) -> Image.Image:
+    def fit(self, image: Image.Image, placement: Placement) -> Pixels:
         """Resize as SimpleTuner resizes one image: with OpenCV if it computes the size anew, else with Pillow."""
+        if self.backend["crop"] and self.backend["crop_aspect"] != "random":
+            return cropped(resized(np.array(image), placement.resized), placement)
         if image.size != placement.resized:
-            if self.backend["crop"] and self.backend["crop_aspect"] != "random":
-                image = Image.fromarray(cv2.resize(np.array(image), placement.resized, interpolation=cv2.INTER_LINEAR))
-            else:
-                image = image.resize(placement.resized, Image.Resampling.LANCZOS)
-        return cropped(image, placement)
+            image = image.resize(placement.resized, Image.Resampling.LANCZOS)
+        return cropped(np.array(image), placement)
 
     def files(self, images: list[ImageFile]) -> list[Path]:
         """Return the name, which has more folders if the data backend's `instance_data_dir` is a relative path."""
@@ -213,22 +212,24 @@ class SimpleTunerVideos(SimpleTuner):
             pixels = read_first(video, self.frames, lambda frame: self.fit(frame, image.placement))
         yield replace(image, clip=(0, self.frames)), pixels
 
-    def fit(self, image: Image.Image, placement: Placement) -> Image.Image:
+    def fit(self, image: Image.Image, placement: Placement) -> Pixels:
         """Stretch a frame to the bucket, and then resize and crop it. SimpleTuner does both with each video."""
-        for size in (placement.bucket, placement.resized):
-            if image.size != size:
-                image = Image.fromarray(cv2.resize(np.array(image), size, interpolation=cv2.INTER_LINEAR))
-        return cropped(image, placement)
+        return cropped(resized(resized(np.array(image), placement.bucket), placement.resized), placement)
 
 
-def _pair(entry: dict[str, Any], name: str) -> tuple[int, int]:
+def resized(pixels: Pixels, size: Size) -> Pixels:
+    return pixels if pixels.shape[1::-1] == size else cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
+
+
+def _pair(entry: Any, name: str) -> tuple[int, int]:
     """Return two numbers of an image's metadata."""
     try:
         first, second = entry[name]
         return int(first), int(second)
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"its --metadata has no {name} of two numbers; delete the metadata and let SimpleTuner write it again"
+            f"its {name} in --metadata is missing or not two numbers; delete the metadata and let SimpleTuner write it "
+            "again"
         ) from None
 
 

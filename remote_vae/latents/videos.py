@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from remote_vae.latents.buckets import Placement
-from remote_vae.latents.format import ImageFile
+from remote_vae.latents.format import ImageFile, Pixels
 
 FRAME_FACTOR = 4
 """Frames per latent frame, after the first, of every VAE for which musubi-tuner and ai-toolkit cache videos."""
@@ -127,7 +127,7 @@ def read_frames(container: Any, sampling: Sampling, target_fps: float) -> Iterat
 
 
 def read_clips(
-    frames: Iterator[Any], clips: list[Clip], fit: Callable[[Image.Image], Image.Image]
+    frames: Iterator[Any], clips: list[Clip], fit: Callable[[Image.Image], Pixels]
 ) -> Iterator[tuple[Clip, np.ndarray[Any, Any]]]:
     """Yield each clip with its pixels [F, H, W, 3] in 8 bits. Hold only the frames of clips that are not complete."""
     waiting = sorted(clips, key=lambda clip: (sum(clip), clip))
@@ -150,7 +150,7 @@ def missing_clips(
     sampling: Sampling,
     rate: float,
     is_stored: Callable[[ImageFile], bool],
-    fit: Callable[[Image.Image, Placement], Image.Image],
+    fit: Callable[[Image.Image, Placement], Pixels],
 ) -> Iterator[tuple[ImageFile, np.ndarray[Any, Any]]]:
     """Yield the clips of a video that are not stored yet, with their pixels [F, H, W, 3] in 8 bits.
 
@@ -196,7 +196,7 @@ def frame_size(video: cv2.VideoCapture) -> tuple[int, int]:
     return int(video.get(cv2.CAP_PROP_FRAME_WIDTH)), int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
 
 
-def read_first(video: cv2.VideoCapture, frames: int, fit: Callable[[Image.Image], Image.Image]) -> np.ndarray[Any, Any]:
+def read_first(video: cv2.VideoCapture, frames: int, fit: Callable[[Image.Image], Pixels]) -> np.ndarray[Any, Any]:
     """Return the first frames of a video [F, H, W, 3] in 8 bits.
 
     Raises:
@@ -217,9 +217,7 @@ def spread(count: int, frames: int) -> list[int]:
     return [min(round(index * interval), count - 1) for index in range(frames)]
 
 
-def read_spread(
-    video: cv2.VideoCapture, frames: int, fit: Callable[[Image.Image], Image.Image]
-) -> np.ndarray[Any, Any]:
+def read_spread(video: cv2.VideoCapture, frames: int, fit: Callable[[Image.Image], Pixels]) -> np.ndarray[Any, Any]:
     """Return so many frames of a video [F, H, W, 3] in 8 bits, evenly from the first to the last.
 
     Raises:

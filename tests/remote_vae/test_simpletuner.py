@@ -223,7 +223,7 @@ def test_incomplete_entries_are_refused(value: Any, tmp_path: Path) -> None:
     entries = {"a.png": {**ENTRY, "target_size": value}, "b.png": {"original_size": [300, 200]}, "c.png": None}
     format = make_format(write_metadata(tmp_path, entries))
     for name, missing in (("a.png", "target_size"), ("b.png", "intermediary_size"), ("c.png", "original_size")):
-        with pytest.raises(ValueError, match=f"has no {missing} of two numbers; delete the metadata"):
+        with pytest.raises(ValueError, match=f"its {missing} in --metadata is missing or not two numbers; delete"):
             format.place((300, 200), Path(name))
 
 
