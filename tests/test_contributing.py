@@ -73,6 +73,7 @@ IN_THE_BACKGROUND = """
 import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 import tests.conftest
+assert "torch" not in sys.modules, "the process that distributes the tests would import it too"
 ignores = "import signal, sys; sys.exit(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
 sys.exit(subprocess.call([sys.executable, "-c", ignores]))
 """

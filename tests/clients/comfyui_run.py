@@ -32,6 +32,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from handlers import MODELS
 from scripts.local_server import ROOT, free_port, serve
+from tests.support.checkpoints import checkpoint
 from tests.support.small_service import running_service
 
 SMALL = ("tiny", "sd-v1", "flux", "wan-2.1")
@@ -223,7 +224,7 @@ def main(
             serve("--folder", str(base / "large"), log=base / "large.log", command=command) as large,
             comfyui(checkout, python, base) as comfy,
         ):
-            local = [("LocalVAE", {"folder": str(base / "checkpoints" / key)}) for key in model]
+            local = [("LocalVAE", {"folder": str(checkpoint(base / "checkpoints", key))}) for key in model]
             own = [("VAELoader", {"vae_name": f"{key}.safetensors"}) for key in published]
             urls = [f"{service.url}/{key}" for key in model] + [f"{large}/{key}" for key in published]
             selects = comfy.has("SelectVAEDevice")

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 from handlers.serving.media.output import write_mp4
 from scripts.local_server import ROOT, serve
-from tests.conftest import Endpoint, faulty_endpoint, same_video
 from tests.page.conftest import Visit, visit
 from tests.remote_vae.test_proxy import proxy
 from tests.support.checkpoints import model_for
+from tests.support.endpoint import Endpoint, faulty_endpoint, same_video
 from tests.support.faulty_server import THIRD_CHUNK_SLOW
 from tests.support.small_service import SERVED, Service
 

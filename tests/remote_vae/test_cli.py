@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scripts.local_server import ROOT, free_port
-from tests.conftest import same_video
 from tests.support import forked
+from tests.support.endpoint import same_video
 from tests.support.faulty_proxy import faulty_proxy
 from tests.support.small_service import Service
 

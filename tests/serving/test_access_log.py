@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import requests
 
-from tests.conftest import SERVERS, Endpoint, faulty_endpoint
 from tests.serving.test_limits import metric
+from tests.support.endpoint import SERVERS, Endpoint, faulty_endpoint
 
 
 @pytest.fixture(scope="module", params=SERVERS)

@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 
 from handlers.serving.http.app import build_app
 from handlers.serving.media.output import tensor_bytes
-from tests.conftest import Endpoint, uint8_pixels
+from tests.support.endpoint import Endpoint, uint8_pixels
 from tests.support.values import TOLERANCE, assert_same
 
 

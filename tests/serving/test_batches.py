@@ -16,8 +16,8 @@ from PIL import Image
 
 from handlers import MODELS
 from handlers.serving.vae.autoencoder import PixelRange
-from tests.conftest import Endpoint, uint8_pixels
 from tests.support.checkpoints import model_for
+from tests.support.endpoint import Endpoint, uint8_pixels
 from tests.support.small_service import SERVED, Service, as_tensor
 
 

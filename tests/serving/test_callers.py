@@ -11,8 +11,8 @@ import pytest
 import requests
 
 from handlers.serving.http.app import build_app
-from tests.conftest import Endpoint
 from tests.serving.test_page import send_request
+from tests.support.endpoint import Endpoint
 
 FOREIGN = {"Origin": "https://evil.example"}
 CROSS_SITE = {"Sec_Fetch_Site": "cross-site"}

@@ -24,8 +24,8 @@ import requests
 from handlers.serving.media.output import tensor_bytes
 from scripts import local_server
 from scripts.local_server import ROOT, clean_environment, free_port
-from tests.conftest import SERVERS, Endpoint, faulty_endpoint
 from tests.serving.test_limits import metric, open_connection, wait_for_metric
+from tests.support.endpoint import SERVERS, Endpoint, faulty_endpoint
 from tests.support.faulty_server import (
     BUG,
     DEVICE_LOST,

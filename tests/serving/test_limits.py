@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from handlers.serving.limits import Limits
-from tests.conftest import SERVERS, Endpoint, faulty_endpoint
+from tests.support.endpoint import SERVERS, Endpoint, faulty_endpoint
 from tests.support.faulty_server import SLOW
 
 TOKEN = "a-token-of-this-test"

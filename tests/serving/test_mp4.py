@@ -19,7 +19,7 @@ from handlers.serving.media import output
 from handlers.serving.media.output import tensor_bytes, write_mp4
 from handlers.serving.pipeline import Work
 from handlers.serving.vae.memory import Mode
-from tests.conftest import same_video, uint8_pixels
+from tests.support.endpoint import same_video, uint8_pixels
 from tests.support.messages import send
 
 Actions = list[Callable[[], None]]

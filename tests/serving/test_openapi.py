@@ -14,7 +14,7 @@ from PIL import Image
 
 from handlers.serving.http.openapi import DECODE_ONLY, ENCODE_ONLY, ERRORS
 from handlers.serving.media.request import Parameters
-from tests.conftest import Endpoint
+from tests.support.endpoint import Endpoint
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -14,7 +14,7 @@ import pytest
 from handlers.serving.errors import RequestError
 from handlers.serving.media import output
 from handlers.serving.media.output import Mp4Writer, write_mp4
-from tests.conftest import same_video
+from tests.support.endpoint import same_video
 
 CHUNKED_DECODERS = (13, 12, 8)
 

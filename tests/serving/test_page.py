@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from handlers.serving.http.app import EXPOSED, build_app
 from handlers.serving.http.web_demo import PAGE
 from handlers.serving.settings import Settings
-from tests.conftest import Endpoint
+from tests.support.endpoint import Endpoint
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 

@@ -18,7 +18,7 @@ from handlers.serving.settings import Settings
 from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
-from tests.conftest import uint8_pixels
+from tests.support.endpoint import uint8_pixels
 from tests.support.messages import make_message, send
 from tests.support.values import assert_same
 

@@ -21,8 +21,8 @@ from handlers.serving.settings import Settings
 from handlers.serving.vae.vae import VAE
 from handlers.version import VERSION
 from scripts.local_server import ROOT, serve
-from tests.conftest import Endpoint, uint8_pixels
 from tests.support.checkpoints import build
+from tests.support.endpoint import Endpoint, uint8_pixels
 from tests.support.messages import send
 from tests.support.values import assert_same
 from tests.test_handler import STABLE_TOOLKIT

@@ -22,8 +22,8 @@ import torch
 from handlers.serving.errors import RequestError
 from handlers.serving.media.output import Mp4Writer, tensor_bytes
 from handlers.serving.media.stream import BOUND, Stream
-from tests.conftest import SERVERS, Endpoint, faulty_endpoint
 from tests.serving.test_limits import metric, wait_for_metric
+from tests.support.endpoint import SERVERS, Endpoint, faulty_endpoint
 from tests.support.faulty_server import (
     BUG,
     CHUNK_BUG,

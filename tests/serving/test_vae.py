@@ -20,8 +20,8 @@ from handlers.serving.settings import Settings
 from handlers.serving.vae.hub import Repository
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
-from tests.conftest import SMALL
-from tests.support.checkpoints import save as save_small
+from tests.support.checkpoints import checkpoint as small_checkpoint
+from tests.support.endpoint import SMALL
 
 
 def read_bias(vae: VAE) -> torch.Tensor:
@@ -128,7 +128,7 @@ class TestOwnWeights:
 
     @pytest.mark.parametrize(("key", "other"), [("wan-2.1", "wan-2.1-2x"), ("wan-2.1-2x", "wan-2.1")])
     def test_a_decoder_of_another_size(self, tmp_path: Path, key: str, other: str) -> None:
-        folder = save_small(other, tmp_path / other)
+        folder = small_checkpoint(tmp_path, other)
         with pytest.raises(WrongWeights, match=rf"has upscale = {MODELS[other].upscale}$") as caught:
             VAE.load(MODELS[key], "", Settings(weights=str(folder)), "cpu")
         assert fitting_models(caught.value) == f"; they fit MODEL={other}"

@@ -9,11 +9,15 @@ from math import cos, sin
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from filelock import FileLock
+from packaging.version import Version
 from torch import nn
 
 from handlers import MODELS, EndpointHandler
 from handlers.serving.vae.weights import find_class
+from scripts.local_server import ROOT
 from tests.support.tiny_videos import seeded_weights
 
 
@@ -287,10 +291,18 @@ def build(key: str) -> Any:
     return vae
 
 
-def save(key: str, folder: Path) -> Path:
-    """Write the small model as `save_pretrained` does."""
-    build(key).save_pretrained(folder)
-    return folder
+def checkpoint(folder: Path, key: str) -> Path:
+    """Return the checkpoint of a small model, or of `tiny`, in a folder that processes share.
+
+    The first use makes it as `save_pretrained` does.
+    """
+    path = folder / key
+    with FileLock(folder / f"{key}.lock"):
+        if not path.exists() and key == "tiny":
+            path.symlink_to(ROOT / "models" / "tiny")
+        elif not path.exists():
+            build(key).save_pretrained(path)
+    return path
 
 
 def _latents(encoded: Any) -> torch.Tensor:
@@ -323,6 +335,12 @@ def _statistics(vae: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def model_for(key: str) -> type[EndpointHandler] | None:
     """Return a served model for a small checkpoint. Some checkpoints have more than one model."""
     return MODELS.get(max((name for name in MODELS if key.startswith(name)), key=len, default=""))
+
+
+SERVED = [
+    key for key in SMALL if (model := model_for(key)) and Version(diffusers.__version__) >= Version(model.diffusers)
+]
+"""Checkpoints that this version of diffusers can load."""
 
 
 def small_tiles(vae: Any, scale: int) -> None:

@@ -1,6 +1,7 @@
 """A server of all small checkpoints, each app under `/<key>`: `python -m tests.support.models_server --folder F`.
 
-`/<key>-float16` and `/<key>-bfloat16` are the same models in these dtypes. Their first request loads them.
+`/<key>-float16` and `/<key>-bfloat16` are the same models in these dtypes. The first request to a model loads it, and
+makes its checkpoint unless it exists.
 
 After `POST /mode/<mode>` every request runs in that memory mode, or is refused by a model without it.
 """
@@ -26,7 +27,7 @@ from handlers.serving.pipeline import Pipeline
 from handlers.serving.settings import Settings
 from handlers.serving.vae import vae
 from handlers.serving.vae.memory import Mode, choose_modes
-from tests.support.checkpoints import model_for, small_tiles
+from tests.support.checkpoints import SERVED, checkpoint, model_for, small_tiles
 
 forced: Mode | None = None
 
@@ -49,7 +50,7 @@ async def health(request: Request) -> Response:
 
 
 class Handler:
-    def __init__(self, key: str, folder: Path, dtype: str | None = None) -> None:
+    def __init__(self, key: str, folder: Path, dtype: str | None) -> None:
         settings = Settings(model=key, weights=str(folder), dtype=dtype, fast=os.environ["VAE_FAST"] == "1")
         loaded = vae.VAE.load(model_for(key), "", settings, os.environ.get("VAE_DEVICE", "cpu"))
         for model in (loaded.model, loaded.probe.copy):
@@ -60,17 +61,17 @@ class Handler:
         self.pipeline = Pipeline([loaded], settings)
 
 
-def load(checkpoint: Path, dtype: str | None = None) -> Starlette:
-    app = build_app(checkpoint.name)
-    app.state.handler = Handler(checkpoint.name, checkpoint, dtype)
+def load(folder: Path, key: str, dtype: str | None) -> Starlette:
+    app = build_app(key)
+    app.state.handler = Handler(key, checkpoint(folder, key), dtype)
     return app
 
 
 class LazyApp:
-    """An app that loads at its first request. It serves a model in another dtype, which few tests need."""
+    """An app that loads at its first request, because few tests need every model."""
 
-    def __init__(self, checkpoint: Path, dtype: str) -> None:
-        self.app = cache(partial(load, checkpoint, dtype))
+    def __init__(self, folder: Path, key: str, dtype: str | None = None) -> None:
+        self.app = cache(partial(load, folder, key, dtype))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.app()(scope, receive, send)
@@ -80,10 +81,10 @@ def main(folder: Annotated[Path, typer.Option()], port: int = 8000) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     vae.choose_modes = lambda *plan: choose(*plan[:-1], offered=plan[-1])
     routes = [Route("/health", health), Route("/mode/{mode}", force, methods=["POST"])]
-    for checkpoint in sorted(folder.iterdir()):
-        routes.append(Mount(f"/{checkpoint.name}", app=load(checkpoint)))
+    for key in (*SERVED, "tiny"):
         routes += [
-            Mount(f"/{checkpoint.name}-{dtype}", app=LazyApp(checkpoint, dtype)) for dtype in ("float16", "bfloat16")
+            Mount(f"/{key}", app=LazyApp(folder, key)),
+            *(Mount(f"/{key}-{dtype}", app=LazyApp(folder, key, dtype)) for dtype in ("float16", "bfloat16")),
         ]
     uvicorn.run(Starlette(routes=routes), host="127.0.0.1", port=port, access_log=False)
 

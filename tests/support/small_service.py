@@ -9,21 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import requests
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from handlers.serving.media.output import describe, tensor_bytes
 from handlers.serving.vae.weights import find_class
-from scripts.local_server import ROOT, serve
-from tests.support.checkpoints import SMALL, model_for, save, small_tiles
+from scripts.local_server import serve
+from tests.support.checkpoints import SERVED, SMALL, checkpoint, model_for, small_tiles
 
-SERVED = [
-    key for key in SMALL if (model := model_for(key)) and Version(diffusers.__version__) >= Version(model.diffusers)
-]
-"""Checkpoints that this version of diffusers can load."""
+__all__ = ["SERVED", "Service", "as_tensor", "running_service"]
 
 
 class Service:
@@ -35,7 +30,7 @@ class Service:
     def _load(self, key: str) -> Any:
         model = (
             find_class(SMALL[key][0] if key in SMALL else "AutoencoderKL")
-            .from_pretrained(self.folder / key)
+            .from_pretrained(checkpoint(self.folder, key))
             .eval()
             .requires_grad_(False)
         )
@@ -70,18 +65,9 @@ def as_tensor(response: requests.Response) -> Tensor:
     return torch.frombuffer(bytearray(response.content), dtype=dtype).reshape(json.loads(response.headers["shape"]))
 
 
-def save_checkpoints(folder: Path) -> None:
-    """Save all small checkpoints and `tiny`, unless they exist."""
-    for key in SERVED:
-        if not (folder / key).exists():
-            save(key, folder / key)
-    if not (folder / "tiny").exists():
-        (folder / "tiny").symlink_to(ROOT / "models" / "tiny")
-
-
 @contextmanager
 def running_service(folder: Path, log: Path, **environment: str) -> Iterator[Service]:
-    """Serve the checkpoints in a folder. Make them if they are missing."""
-    save_checkpoints(folder)
+    """Serve the small checkpoints. Each is made in this folder at its first use."""
+    folder.mkdir(exist_ok=True)
     with serve("--folder", str(folder), log=log, command=("-m", "tests.support.models_server"), **environment) as url:
         yield Service(url, folder)
