@@ -16,8 +16,8 @@ from PIL import Image
 from handlers import MODELS
 from remote_vae.client import LOADING
 from scripts.local_server import ROOT, serve
-from tests.conftest import Endpoint, uint8_pixels
 from tests.support import forked
+from tests.support.endpoint import Endpoint, uint8_pixels
 from tests.support.values import assert_same
 
 pytestmark = pytest.mark.slow
@@ -33,14 +33,13 @@ IDLE_TIMEOUT = 0.5
 """Seconds after which the idle checker ends a worker."""
 
 
-def gunicorn(repository: Path) -> tuple[str, str]:
-    """Return the command of the toolkit that follows 0.5.6. It takes the place of `--port N` in its arguments."""
-    arguments = ["webservice_starlette:app", "-k", "uvicorn.workers.UvicornWorker", "--no-control-socket"]
-    return "-c", (
-        "import os, sys; from gunicorn.app.wsgiapp import run; "
-        f"os.environ['HF_MODEL_DIR'] = {str(repository)!r}; "
-        f"sys.argv[1:] = [*{arguments}, '--chdir', {str(STAND_IN)!r}, '--bind', '127.0.0.1:' + sys.argv[2]]; run()"
-    )
+ARGUMENTS = ["webservice_starlette:app", "-k", "uvicorn.workers.UvicornWorker", "--no-control-socket"]
+NEXT_TOOLKIT = (
+    "-c",
+    "import sys; from gunicorn.app.wsgiapp import run; "
+    f"sys.argv[1:] = [*{ARGUMENTS}, '--chdir', {str(STAND_IN)!r}, '--bind', '127.0.0.1:' + sys.argv[2]]; run()",
+)
+"""Command of the toolkit that follows 0.5.6, in which `--bind` takes the place of `--port N`."""
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +53,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[s
     return folder
 
 
-@pytest.mark.parametrize("version", ["0.5.6", "next"])
+@pytest.mark.parametrize("command", [STABLE_TOOLKIT, NEXT_TOOLKIT], ids=["0.5.6", "next"])
 def test_the_client_of_diffusers_works_with_the_toolkit(
-    version: str, repository: Path, tmp_path: Path, photograph: Image.Image
+    command: tuple[str, ...], repository: Path, tmp_path: Path, photograph: Image.Image
 ) -> None:
     log = tmp_path / "log"
-    environment = {"HF_MODEL_DIR": str(repository), "PYTHONSAFEPATH": "1"} if version == "0.5.6" else {}
-    with serve(log=log, command=STABLE_TOOLKIT if environment else gunicorn(repository), **environment) as url:
+    with serve(log=log, command=command, HF_MODEL_DIR=str(repository), PYTHONSAFEPATH="1") as url:
         vae = AutoencoderKL.from_pretrained(repository / "vae").eval()
         endpoint = Endpoint("flux", url, vae, log)
         latents = endpoint.latents()
@@ -88,8 +86,9 @@ def test_an_idle_worker_is_unloaded_but_not_at_work(repository: Path, tmp_path: 
         assert "the idle checker ends this worker" not in log.read_text()
         yield body[100:]
 
+    environment = {"HF_MODEL_DIR": str(repository), "PYTHONSAFEPATH": "1"}
     lazy = {"UNLOAD_IDLE": "1", "IDLE_TIMEOUT": str(IDLE_TIMEOUT)}
-    with serve(log=log, command=gunicorn(repository), **lazy) as url:
+    with serve(log=log, command=NEXT_TOOLKIT, **environment, **lazy) as url:
         first = post(body)
         assert first.status_code == 400  # the toolkit's own response
         assert first.json()["error"].startswith(LOADING)

@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -25,11 +24,12 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 
 from remote_vae import RemoteVAE
-from scripts.local_server import ROOT, free_port
+from scripts.local_server import free_port
+from tests.support import forked
 from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
-from tests.support.forked import killed_at_the_end
 from tests.support.small_service import Service
 from tests.support.values import assert_same
+from traffic.servers import listening
 
 TOKEN = "hf_theTokenThatNobodyMaySee"
 LATENTS = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -54,21 +54,18 @@ def listens(port: int) -> bool:
 def proxy(target: str, folder: Path, *arguments: str, token: str | None = TOKEN) -> Iterator[str]:
     """Run the command in its own process. Nothing that it prints contains the token."""
     port, log = free_port(), folder / "proxy.log"
-    command = [sys.executable, "-m", "remote_vae", "proxy", target, "--port", str(port), *arguments]
+    command = ["-m", "remote_vae", "proxy", target, "--port", str(port), *arguments]
     environment = {**os.environ, "COLUMNS": "200", **({"REMOTE_VAE_TOKEN": token} if token else {})}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    with killed_at_the_end(process):
-        try:
-            deadline = time.monotonic() + 30
-            while not listens(port) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            yield url
-        finally:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 0
-            assert TOKEN not in log.read_text()
+    process = forked.Process(command, environment, log, log)
+    try:
+        deadline = time.monotonic() + 30
+        while not listens(port) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(10) == 0
+        assert TOKEN not in log.read_text()
 
 
 def test_the_client_of_diffusers_reaches_a_protected_starting_endpoint(
@@ -114,8 +111,6 @@ def test_responses_pass_unchanged(service: Service, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
-    import psutil
-
     class Echo(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -146,7 +141,7 @@ def test_large_bodies_pass_in_little_memory(tmp_path: Path) -> None:
             body.write(chunk := bytes([index % 256]) * (1 << 20))
             expected.update(chunk)
     with proxy(f"http://127.0.0.1:{server.server_address[1]}", tmp_path) as url:
-        process = next(child for child in psutil.Process().children() if "proxy" in child.cmdline())
+        process = listening(urlsplit(url).port)
         before = process.memory_info().rss
         with file.open("rb") as body:
             response = requests.post(url, data=body, stream=True, timeout=60)

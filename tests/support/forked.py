@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,15 +23,48 @@ from scripts.local_server import ROOT, start_process
 
 FROM_THE_START = ("HOME", "TMPDIR", "HF_", "OMP_", "PYTHON")
 """Prefixes of variables that a process must have when its imports begin."""
+LATER = ("HF_MODEL_DIR", "PYTHONSAFEPATH")
+"""Variables with these prefixes that a forked process can have: the toolkit reads the first, `_run` the second."""
+IMPORTED = (
+    "av",
+    "cv2",
+    "diffusers.image_processor",
+    "diffusers.models.autoencoders",
+    "einops",
+    "fsspec",
+    "httpx2",
+    "rich.logging",
+    "rich.progress",
+    "safetensors.torch",
+    "tests.support.forked",
+    "typer",
+    "uvicorn.protocols.http.httptools_impl",
+    "handlers.serving.http.app",
+    "handlers.serving.pipeline",
+    "remote_vae.files",
+    "remote_vae.latents.formats",
+    "remote_vae.latents.run",
+    "remote_vae.proxy",
+    "remote_vae.vae",
+    "scripts.connections",
+)
+"""Modules that a process has from the fork: packages, and this project's own, but none that reads its environment."""
+OWN = ("benchmarks", "handlers", "prometheus_client", "remote_vae", "scripts", "tests", "traffic")
+"""Packages that a process imports anew if it runs another copy of the project. The metrics are those of one copy."""
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    ["torch", "diffusers.models.autoencoders", "av", "cv2", "httpx2", "rich.progress", "safetensors.torch", "uvicorn"]
-)
+context.set_forkserver_preload(list(IMPORTED))
+
+
+@cache
+def prepare() -> None:
+    """Start the process that is forked, in the project's folder, from which it imports."""
+    with chdir(ROOT):
+        forkserver.ensure_running()
 
 
 def from_the_start(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(FROM_THE_START)}
+    return {name: value for name, value in environment.items() if name.startswith(FROM_THE_START) and name not in LATER}
 
 
 INHERITED = from_the_start(os.environ)
@@ -44,6 +79,7 @@ class Process(context.Process):
     ) -> None:
         for path in (output, errors):
             path.write_text("")
+        prepare()
         super().__init__(target=_run, args=(list(arguments), environment, str(output), str(errors), str(folder)))
         self.start()
 
@@ -99,9 +135,12 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, errors:
     os.environ.update(environment)
     os.chdir(folder)
     others = [path for path in sys.path if path and Path(path).resolve() != ROOT]
-    sys.path[:] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep), *others]
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("scripts", "tests", "traffic")]:
-        del sys.modules[name]  # modules of this project may come from another folder
+    added = [] if environment.get("PYTHONSAFEPATH") else [folder]
+    added += filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [*added, *others]
+    if Path(folder).resolve() != ROOT or {"PYTHONSAFEPATH", "VAE_REPOSITORY"} & environment.keys():
+        for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
+            del sys.modules[name]
     option, code, *sys.argv[1:] = arguments
     if option == "-c":
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
