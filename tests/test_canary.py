@@ -51,7 +51,7 @@ def compare(local: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[str
 
 
 def test_the_canary_deletes_everything_and_records_without_names(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
-    hub.serve = "process"
+    hub.serve = "fork"
     file = tmp_path / "recording.json"
 
     result = deploy("canary", "--record", str(file))

@@ -105,7 +105,7 @@ class Runner:
             return self.process(*arguments, token=token, stdin=stdin, **variables)
         from scripts import deploy
 
-        clock = Clock(0.2 if self.hub.serve == "process" else 0)
+        clock = Clock(0.2 if self.hub.serve != "stub" else 0)
         constants = "huggingface_hub.constants"
         with ExitStack() as patches:
             patches.enter_context(patch.dict(os.environ, {**self.environment(token), **variables}, clear=True))
