@@ -34,38 +34,48 @@ def test_the_documents_show_every_target() -> None:
     assert {shlex.split(command)[1] for command in commands} == set(TARGETS)
 
 
-@pytest.fixture
-def make(deploy: Runner, tmp_path: Path) -> list[str]:
-    """Return `make` with the Python of the tests instead of its own virtual environment."""
-    venv = tmp_path / "venv" / "bin"
+def save_python(folder: Path, command: str) -> list[str]:
+    """Return `make` with this shell command as the Python of its virtual environment."""
+    venv = folder / "venv" / "bin"
     venv.mkdir(parents=True)
-    (venv / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (venv / "python").write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     (venv / "python").chmod(0o755)
     (venv / ".installed").touch()
-    return ["make", f"DEPLOY_VENV={venv.parent}"]
+    return ["make", "--no-print-directory", f"DEPLOY_VENV={venv.parent}"]
 
 
-def run_all(hub: Hub, deploy: Runner, make: list[str], text: str) -> None:
+@pytest.fixture
+def make(tmp_path: Path) -> list[str]:
+    """Return `make` with the Python of the tests instead of its own virtual environment."""
+    return save_python(tmp_path, shlex.quote(sys.executable))
+
+
+@pytest.fixture
+def printing_make(tmp_path: Path) -> list[str]:
+    """Return `make` with a stand-in for Python, which prints its arguments, one a line."""
+    return save_python(tmp_path, "printf '%s\\n'")
+
+
+def run_all(hub: Hub, deploy: Runner, printing_make: list[str], text: str) -> None:
+    """Run the commands of `make` in this process."""
     hub.tokens[TOKEN] = identity(NAMESPACE, orgs={"my-lab": "write"})
     for command in documented_commands(text):
         arguments = shlex.split(command.replace("http://127.0.0.1:8000", f"{hub.url}/live/{NAMESPACE}/my-sdxl-vae"))[1:]
-        done = subprocess.run(
-            [*make, *arguments],
-            cwd=PROJECT,
-            env={**deploy.environment(), "MAKEFLAGS": ""},
-            input="y\n",
-            capture_output=True,
-            text=True,
-            timeout=120,
+        environment = {**os.environ, "MAKEFLAGS": ""}
+        printed = subprocess.run(
+            [*printing_make, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
         )
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        option, module, *words = printed.stdout.splitlines()
+        assert (option, module) == ("-m", "scripts.deploy")
+        done = deploy(*words, stdin="y\n")
+        assert done.status == 0, f"{command}: {done.out}{done.err}"
 
 
-def test_every_command_in_the_guide_works_in_order(hub: Hub, deploy: Runner, make: list[str]) -> None:
-    run_all(hub, deploy, make, (PROJECT / "docs" / "deploying.md").read_text())
+def test_every_command_in_the_guide_works_in_order(hub: Hub, deploy: Runner, printing_make: list[str]) -> None:
+    run_all(hub, deploy, printing_make, (PROJECT / "docs" / "deploying.md").read_text())
 
 
-def test_every_command_in_the_readme_works(hub: Hub, deploy: Runner, make: list[str]) -> None:
+def test_every_command_in_the_readme_works(hub: Hub, deploy: Runner, printing_make: list[str]) -> None:
     """Run each block of code by itself, because the blocks are alternatives."""
     blocks = [
         block
@@ -75,10 +85,10 @@ def test_every_command_in_the_readme_works(hub: Hub, deploy: Runner, make: list[
     assert blocks
     for block in blocks:
         hub.endpoints.clear()
-        run_all(hub, deploy, make, block)
+        run_all(hub, deploy, printing_make, block)
 
 
-def test_make_passes_every_variable(deploy: Runner, make: list[str]) -> None:
+def test_make_passes_every_variable(make: list[str]) -> None:
     variables = {
         "MODEL": "sdxl", "NAMESPACE": "lab", "NAME": "mine", "INSTANCE": "nvidia-a100", "SIZE": "x2", "VENDOR": "aws",
         "REGION": "eu-west-1", "ACCESS": "private", "MIN_REPLICA": "1", "MAX_REPLICA": "5", "SCALE_TO_ZERO": "20",

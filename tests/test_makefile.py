@@ -118,9 +118,16 @@ def test_words_for_tests_of_the_web_demo_are_data(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("name", ["PYTHON", "VENV", "BIN", "ENDPOINT_VENV", "DEPLOY_VENV"])
+UNSAFE = ["a$(shell touch {})", "a;touch {}", "a\ntouch {}", "a: ; touch {} #", "a b", "`touch {}`"]
+
+
+# PYTHON runs the check itself. The check of the others is one expression, whose message has the name.
 @pytest.mark.parametrize(
-    "path", ["a$(shell touch {})", "a;touch {}", "a\ntouch {}", "a: ; touch {} #", "a b", "`touch {}`"]
+    ("name", "path"),
+    [
+        *(("PYTHON", path) for path in UNSAFE),
+        *zip(("VENV", "BIN", "ENDPOINT_VENV", "DEPLOY_VENV"), UNSAFE, strict=False),
+    ],
 )
 def test_a_path_has_plain_characters(name: str, path: str, tmp_path: Path) -> None:
     """Test a path, because it is part of rules."""
