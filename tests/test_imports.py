@@ -4,6 +4,8 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -33,15 +35,28 @@ def find_layer(path: Path) -> str:
     return path.relative_to(SERVING).with_suffix("").parts[0]
 
 
+@cache
+def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    """Return the imports of a file, at its top or inside a function."""
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported(path: Path) -> set[str]:
-    """Return the full names of the modules that a file imports, at its top or inside a function."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Return the full names of the imported modules, and of what is imported from them."""
+    names = {alias.name for node in imports(path) if isinstance(node, ast.Import) for alias in node.names}
+    members = [node for node in imports(path) if isinstance(node, ast.ImportFrom)]
+    return names.union(*({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} for node in members))
+
+
+def imported_modules(files: Iterable[Path]) -> set[str]:
+    """Return the full names of the modules that files import, without relative imports."""
+    modules = set()
+    for node in (node for file in files for node in imports(file)):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            modules |= {alias.name for alias in node.names}
+        elif not node.level:
+            modules.add(node.module)
+    return modules
 
 
 FILES = [path for path in SERVING.rglob("*.py") if path.parent != SERVING or path.stem != "__init__"]
@@ -79,25 +94,18 @@ def test_only_latents_import_the_packages_of_their_extra() -> None:
 
 def test_imports_have_no_cycle() -> None:
     """Test also imports inside functions. No import may be only for types."""
-    trees = {path: ast.parse(path.read_text()) for path in (ROOT / "handlers").rglob("*.py")}
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in trees}
-    imports: dict[str, set[str]] = {}
-    for module, path in modules.items():
-        assert "TYPE_CHECKING" not in ast.dump(trees[path]), module
-        nodes = [node for node in ast.walk(trees[path]) if isinstance(node, ast.ImportFrom)]
-        names = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
-        imports[module] = (names | {node.module for node in nodes}) & modules.keys()
-    assert len(list(TopologicalSorter(imports).static_order())) == len(modules)
-    assert imports["handlers.base"] == {"handlers.model", "handlers.serving.pipeline"}
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "handlers").rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {module: imported(path) & modules.keys() for module, path in modules.items()}
+    assert not [module for module, path in modules.items() if "TYPE_CHECKING" in path.read_text()]
+    assert len(list(TopologicalSorter(graph).static_order())) == len(modules)
+    assert graph["handlers.base"] == {"handlers.model", "handlers.serving.pipeline"}
 
 
 @pytest.mark.slow
 def test_one_private_module_of_torch_is_imported() -> None:
     """Test the only private module of torch that the image's older torch has too."""
-    files = [file for folder in MAY_IMPORT for file in (ROOT / folder).rglob("*.py")]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
-    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    modules = imported_modules(file for folder in MAY_IMPORT for file in (ROOT / folder).rglob("*.py"))
     assert {module for module in modules if module.startswith("torch._")} == {"torch._subclasses"}
 
 
@@ -114,9 +122,6 @@ def test_every_folder_is_linted() -> None:
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_a_folder_imports_only_allowed_folders(folder: str) -> None:
-    files = [ROOT / "handler.py"] if folder == "handler" else (ROOT / folder).rglob("*.py")
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
-    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    modules = imported_modules([ROOT / "handler.py"] if folder == "handler" else (ROOT / folder).rglob("*.py"))
     others = {module.split(".")[0] for module in modules} & MAY_IMPORT.keys() - {folder}
     assert others <= MAY_IMPORT[folder]
