@@ -58,9 +58,9 @@ def inputs(vae: VAE, task: str, batch: int) -> Tensor:
     generator, video = torch.Generator().manual_seed(0), vae.layout.kind == "video"
     if task == "decode":
         frames = (3,) if video else (1,) if has_frames(vae.model) and vae.layout.ndim == 5 else ()
-        return torch.randn(batch, vae.layout.latent_channels, *frames, 5, 5, generator=generator)
-    frames, side = (9,) if video else (), vae.layout.vae_scale_factor * 5
-    return torch.rand(batch, vae.layout.pixel_channels, *frames, side, side, generator=generator) * 2 - 1
+        return torch.randn(batch, vae.layout.latent_channels, *frames, 5, 2, generator=generator)
+    frames, scale = (9,) if video else (), vae.layout.vae_scale_factor
+    return torch.rand(batch, vae.layout.pixel_channels, *frames, 5 * scale, 2 * scale, generator=generator) * 2 - 1
 
 
 def run(vae: VAE, task: str, tensor: Tensor, watch: Convolutions) -> tuple[Tensor, Mode]:
