@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -49,25 +49,31 @@ class _LiveTensors(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.current = self.peak = 0
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.storages: dict[weakref.ref[torch.UntypedStorage], int] = {}
+        """Bytes of each storage that exists; 0 for those from before."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs or {})):  # earlier tensors do not count
-            if tensor.untyped_storage() not in self.seen:
-                self.seen.add(tensor.untyped_storage())
+        for tensor in _tensors((args, kwargs)):
+            self.storages.setdefault(weakref.ref(tensor.untyped_storage(), self._free), 0)
         result = function(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
-            if storage not in self.seen:
-                self.seen.add(storage)
+            reference = weakref.ref(storage, self._free)
+            if reference not in self.storages:
+                self.storages[reference] = storage.nbytes()
                 self.current += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.current)
         return result
 
-    def _free(self, nbytes: int) -> None:
-        self.current -= nbytes
+    def _free(self, reference: weakref.ref[torch.UntypedStorage]) -> None:
+        self.current -= self.storages.pop(reference, 0)
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _tensors(part)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
