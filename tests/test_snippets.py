@@ -22,6 +22,7 @@ SERVED = [key for key in MODELS if key in small_service.SERVED or key == "tiny"]
 def test_check_with_each_model(service: Service, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Check only shapes, because random weights do not reproduce the image."""
     monkeypatch.setattr(check, "MIN_PSNR", 0)
+    monkeypatch.setattr(check, "SIZE", 96)
     result = check.check(f"{service.url}/{model}")
 
     assert result.shape[1] == MODELS[model].latent_channels
