@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tenacity import Retrying
 
 from remote_vae import Client, RemoteVAE, RemoteVAEError, files, tensors
 from scripts.local_server import ROOT
@@ -252,6 +253,20 @@ def test_no_server_makes_a_client_wait_beyond_its_retry_timeout(
     with pytest.raises(RemoteVAEError, match="503 full"):
         RemoteVAE(stranger.url, retry_timeout=1)
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(("retry_after", "seconds"), [("3600", 60), ("7", 7)])
+def test_no_server_makes_a_client_wait_longer_than_a_minute_at_a_time(
+    stranger: Stranger, retry_after: str, seconds: float
+) -> None:
+    stranger.status = 503
+    stranger.responses["/config"] = ({"Retry-After": retry_after}, b'{"error": "full"}')
+    client, waits = Client(stranger.url), []
+    with pytest.raises(RemoteVAEError, match="503 full"):
+        for attempt in client.attempts(Retrying, sleep=waits.append, is_cancelled=lambda: len(waits) == 2):
+            with attempt:
+                client.send("GET", "/config")
+    assert waits == [seconds] * 2
 
 
 @pytest.mark.slow
