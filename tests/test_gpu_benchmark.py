@@ -50,6 +50,7 @@ def load_small(key: str, device: str) -> tuple[Any, VAE]:
     return deepcopy(model), VAE(model, MODELS[key])
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_pass(results: Any) -> None:
     rows = results("environment", "kernels", "attention", "upsampling", "convolutions", "videos", "transfers")
     assert "failed" not in rows
@@ -62,6 +63,7 @@ def test_the_parts_of_a_pass(results: Any) -> None:
     assert all(row["ms"] > 0 for stage in rows if stage != "environment" for row in rows[stage])
 
 
+@pytest.mark.slow
 def test_the_passes_and_a_video(results: Any) -> None:
     rows = results("passes", "wan")
     assert "failed" not in rows

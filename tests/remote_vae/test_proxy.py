@@ -269,6 +269,7 @@ def values(received: dict[str, Any], name: str) -> list[str]:
     return [value for key, value in received["headers"] if key.lower() == name]
 
 
+@pytest.mark.slow
 def test_headers_pass_once_except_connection_headers(recorder: str, tmp_path: Path) -> None:
     with proxy(recorder, tmp_path) as url:
         received, head = send_raw(
@@ -298,6 +299,7 @@ def test_headers_pass_once_except_connection_headers(recorder: str, tmp_path: Pa
     assert (with_length["body"], values(with_length, "content-length")) == ("abc", ["3"])
 
 
+@pytest.mark.slow
 def test_the_clients_token_passes_without_a_token_of_the_proxy(recorder: str, tmp_path: Path) -> None:
     with proxy(recorder, tmp_path, token=None) as url:
         received, _ = send_raw(url, "Authorization: Bearer hf_ofTheClient")

@@ -22,7 +22,7 @@ def test_the_config_reads_no_tensor_of_the_model(key: str) -> None:
     assert describe(pipeline) == described
 
 
-@pytest.mark.parametrize("key", ["sd-v1", "wan-2.1"])
+@pytest.mark.parametrize("key", ["sd-v1", pytest.param("wan-2.1", marks=pytest.mark.slow)])
 def test_a_request_does_not_search_the_model_for_its_device_and_dtype(
     key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

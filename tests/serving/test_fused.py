@@ -26,6 +26,8 @@ from handlers.serving.vae.fast.fused import CausalPass, ImagePass, fused_pass
 from tests.serving.test_fast import both, errors, inputs, outputs, small
 from tests.support import reference_kernels
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     ("sd-v1", None, ImagePass),
     ("flux2", None, ImagePass),

@@ -86,6 +86,7 @@ IMAGES = {"_partial_moments": (4, 0), "_apply": (4, 4), "_add": (8, 4), "_interl
 """Loads and stores of 16 bytes in a thread of each kernel that reads an image: 32 values of half precision."""
 
 
+@pytest.mark.slow
 def test_the_compiled_kernels_move_16_bytes_at_a_time(compiled: dict[str, dict[str, Any]]) -> None:
     names = {label.split()[1] for label in compiled}
     assert names == {*IMAGES, "_merge_moments"}
@@ -98,6 +99,7 @@ def test_the_compiled_kernels_move_16_bytes_at_a_time(compiled: dict[str, dict[s
             assert kernel["stores"].count(128) == stores, label
 
 
+@pytest.mark.slow
 def test_the_compiled_kernels_fit_in_registers(compiled: dict[str, dict[str, Any]]) -> None:
     for label, kernel in compiled.items():
         assert kernel["registers"] <= 128, label

@@ -75,6 +75,7 @@ def test_parameters_are_valid_or_refused(values: dict[str, Any]) -> None:
             assert number is None or math.isfinite(number)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(shape=st.lists(st.integers(1, 2**31 - 1), max_size=8).map(tuple), size=st.integers(0, 4096))
 def test_the_bytes_of_a_tensor_match_its_shape(shape: tuple[int, ...], size: int) -> None:

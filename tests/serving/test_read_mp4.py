@@ -195,6 +195,7 @@ class TestReading:
             read_video(video(make_frames(9)), Limits(timeout=0.01))
         assert refused.value.status == 504
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("memory", [20_000_000, 30_000_000, 45_000_000])
     def test_decoding_ends_at_its_memory_limit(self, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mp4, "BASE_MEMORY", memory)

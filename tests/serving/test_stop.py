@@ -145,6 +145,7 @@ def test_a_repetition_in_float32_stops_and_restores_the_dtype() -> None:
     assert torch.equal(result, expected)
 
 
+@pytest.mark.slow
 def test_tensors_are_freed_while_the_error_propagates() -> None:
     """Test the count of tensors, because the heap counts memory after the error."""
     vae = small("sd-v1")

@@ -126,6 +126,7 @@ class TestOwnWeights:
                 VAE.load(MODELS["sdxl"], "", Settings(weights=str(checkpoint(key))), "cpu")
             assert fitting in f"{caught.value}{fitting_models(caught.value)}"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("key", "other"), [("wan-2.1", "wan-2.1-2x"), ("wan-2.1-2x", "wan-2.1")])
     def test_a_decoder_of_another_size(self, tmp_path: Path, key: str, other: str) -> None:
         folder = small_checkpoint(tmp_path, other)
