@@ -29,6 +29,7 @@ from tests.support import forked
 from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.support.forked import killed_at_the_end
 from tests.support.small_service import Service
+from tests.support.values import TOLERANCE
 
 SIZES = [(300, 200), (200, 300), (256, 256), (100, 90), (640, 200), (128, 128), (90, 100), (257, 255)]
 
@@ -97,7 +98,7 @@ def names(folder: Path) -> list[Path]:
 
 
 def close(ours: Any, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(torch.as_tensor(ours), theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.as_tensor(ours), theirs, atol=10 * TOLERANCE, rtol=10 * TOLERANCE)
 
 
 @pytest.mark.parametrize(("key", "end"), [("sdxl", ""), ("flux", "_{}x{}")])
