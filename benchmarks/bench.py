@@ -17,10 +17,8 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from time import sleep
 from typing import Annotated, Any
 
-import httpx2
 import torch
 import typer
 from diffusers.utils import logging as diffusers_logging
@@ -35,7 +33,7 @@ from handlers import MODELS, get_model
 from handlers.model import Task
 from handlers.serving.vae.heap import map_gpu_memory
 from handlers.serving.vae.vae import VAE
-from scripts.local_server import ROOT, serve
+from scripts.local_server import ROOT, serve, wait_until_checked
 
 BENCHMARKS = ROOT / "benchmarks"
 console = Console()
@@ -275,8 +273,7 @@ def server(key: str, device: str, log: Path | None = None) -> Iterator[str]:
     log = log or Path(tempfile.mkdtemp()) / "server.log"
     weights = () if key == "tiny" else ("--weights", "random")
     with serve("--model", key, "--device", device, *weights, log=log, VAE_FAST="1") as url:
-        while "off: not checked yet" in httpx2.get(f"{url}/config").json()["fast"].values():
-            sleep(1)
+        wait_until_checked(url)
         yield url
 
 

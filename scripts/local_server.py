@@ -51,6 +51,12 @@ def start_process(arguments: Sequence[str], log: Path, environment: dict[str, st
         return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
+def wait_until_checked(url: str) -> None:
+    """Wait until a model's fast passes are checked, which runs between requests."""
+    while "off: not checked yet" in requests.get(f"{url}/config", timeout=60).json()["fast"].values():
+        time.sleep(0.5)
+
+
 def free_port() -> int:
     """Return a port on which nothing listens.
 

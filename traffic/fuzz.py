@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from handlers.serving.devices import IDLE_SECONDS
+from scripts.local_server import wait_until_checked
 from traffic.images import IMAGES
 from traffic.ledger import Ledger
 from traffic.messages import Address, Hang, NoResponse, Response, send_request
@@ -62,10 +63,11 @@ class Fuzz:
         return make_case(target.samples, self.seed, number, kinds)
 
     def warm_up(self) -> None:
-        """Send one good request of each sample, and record the memory of the servers."""
+        """Send one good request of each sample, wait for the check of the fast pass, and record the servers' memory."""
         for target in self.targets:
             for sample in target.samples:
                 self._send_good(target, sample, 0)
+            wait_until_checked(target.server.url)
             target.start = target.server.memory
 
     def run(self, numbers: Iterable[int], advance: Callable[[], None] = lambda: None) -> None:
