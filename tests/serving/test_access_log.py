@@ -95,10 +95,10 @@ def test_metrics_count_requests(endpoint: Endpoint) -> None:
         "passes": 'vae_passes_total{mode="full",model="sd-v1",task="decode"}',
         **{stage: f'vae_stage_seconds_count{{stage="{stage}"}}' for stage in ("payload", "queue", "vae", "output")},
     }
-    endpoint.post(endpoint.latents(), "/decode")
+    endpoint.post(endpoint.latents(), "/decode", exact=True)
     endpoint.post(endpoint.latents(), "/decode", dtype="int4")  # now each counter has a value
     before = {key: metric(endpoint, name) for key, name in names.items()}
-    response = endpoint.post(endpoint.latents(), "/decode", headers={"X-Request-Id": "counted"})
+    response = endpoint.post(endpoint.latents(), "/decode", headers={"X-Request-Id": "counted"}, exact=True)
     assert endpoint.post(endpoint.latents(), "/decode", dtype="int4", headers={"X-Request-Id": "counted-2"}).text
     read_line(endpoint, "counted-2")
     difference = {key: metric(endpoint, name) - before[key] for key, name in names.items()}

@@ -15,7 +15,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's
 
 def run(code: str, *arguments: str) -> int:
     """Run code in its own process, whose heap it changes. Return the value that it prints."""
-    status, output, errors = forked.run("-c", code, *arguments)
+    status, output, errors = forked.run("-c", code, *arguments, VAE_FAST="0")
     assert status == 0, errors
     return int(output)
 

@@ -1,7 +1,7 @@
 """Tests of the handler with JSON messages, batches, and a device with little memory."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,14 @@ from handlers.serving.vae.vae import VAE
 from tests.support.endpoint import uint8_pixels
 from tests.support.messages import make_message, send
 from tests.support.values import assert_same
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_fast_pass() -> Iterator[None]:
+    """Run diffusers' own pass: tests run passes on their own thread, and the device's would check the fast one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VAE_FAST", "0")
+        yield
 
 
 @pytest.fixture(scope="module")
