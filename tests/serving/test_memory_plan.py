@@ -33,35 +33,36 @@ BY_PRICE = sorted(MEMORY_GB, key=lambda instance: HOURLY[instance]["x1"])
 def cases(declared: type[Model], task: Task) -> Iterator[Case]:
     """Yield few cases, because each is a pass of a published architecture, operator by operator.
 
-    The first model of an architecture has all of them. The others differ in the channels of their latents.
+    Every model has a small one, because the channels of latents differ. The first model of a class with these peaks
+    also has those of whole passes, and the first of a class those of a pass in parts.
     """
     if declared.always_tiles:
         yield Case(task, Mode.TILED, 256, 256, 22, batch=2)
         yield Case(task, Mode.TILED, 320, 256, 39)
         return
     yield Case(task, Mode.FULL, 128, 128)
-    if declared is not next(model for model in MODELS.values() if architecture(model) == architecture(declared)):
-        return
     half, factor = torch.float16, declared.frame_factor
     few, fewer = (2 * factor + 1, factor + 1) if declared.kind == "video" else (1, 1)
-    alone, both = offered(declared, task), offered(declared, task, batch=2)
-    height, width, frames = (*declared.usual_size, 1)[:3]
-    if declared.peak[task].frames < ALL:
-        frames = min(frames, 17)  # more take no more memory, but time
-    yield Case(task, Mode.FULL, height, width, frames, dtype=half)
-    if Mode.FULL in both:
-        yield Case(task, Mode.FULL, 256, 384, few, batch=2)
-    if Mode.REDUCED in both:
-        yield Case(task, Mode.REDUCED, 256, 384, few, batch=2, dtype=half)
-    yield Case(task, Mode.SLICED, 128, 192, fewer, batch=2)
-    if Mode.TILED in alone:
-        unit = declared.vae_scale_factor * declared.upscale
-        side = -(-tile_side(declared, task) * 9 // 8 // unit) * unit
-        yield Case(task, Mode.TILED, side, side, fewer, dtype=half)  # a batch runs one by one, as in slices
+    if is_first(declared, "vae_class", "peak"):
+        both = offered(declared, task, batch=2)
+        height, width, frames = (*declared.usual_size, 1)[:3]
+        if declared.peak[task].frames < ALL:
+            frames = min(frames, few)  # more take no more memory, but time
+        yield Case(task, Mode.FULL, height, width, frames, batch=2 if Mode.FULL in both else 1, dtype=half)
+        if Mode.REDUCED in both:
+            yield Case(task, Mode.REDUCED, 256, 384, few, batch=2, dtype=half)
+    if is_first(declared, "vae_class"):
+        yield Case(task, Mode.SLICED, 128, 192, fewer, batch=2)
+        if Mode.TILED in offered(declared, task):
+            unit = declared.vae_scale_factor * declared.upscale
+            side = -(-tile_side(declared, task) * 9 // 8 // unit) * unit
+            yield Case(task, Mode.TILED, side, side, fewer, dtype=half)  # a batch runs one by one, as in slices
 
 
-def architecture(declared: type[Model]) -> tuple[str, object]:
-    return declared.vae_class, declared.peak
+def is_first(declared: type[Model], *names: str) -> bool:
+    """Return whether no model before this one declares the same values."""
+    same = (model for model in MODELS.values() if all(getattr(model, n) == getattr(declared, n) for n in names))
+    return declared is next(same)
 
 
 def takes_less(declared: type[Model], case: Case) -> bool:
