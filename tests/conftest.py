@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Set before the import of Triton and torch: kernels run on a CPU, and the small passes of the tests and their servers
@@ -46,6 +47,17 @@ collect_ignore_glob = (
 SLOW = {"service", "running", "checkpoint", "hub"}
 """Fixtures that start servers. Tests that use them are marked `slow`. A few other slow tests carry the mark themselves.
 """
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Exclude from garbage collection what the imports made. Each collection would take half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
