@@ -12,6 +12,7 @@ import pytest
 import scripts.canary  # noqa: F401  (which adds the command)
 from tests.support.deploy_runner import NAMESPACE, TOKEN, Runner, deploy, hub, storage_client
 from tests.support.hub_server import Hub
+from tests.support.project_copy import PROJECT
 
 __all__ = ["deploy", "hub", "storage_client"]  # fixtures
 
@@ -50,8 +51,11 @@ def compare(local: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[str
     ]
 
 
-def test_the_canary_deletes_everything_and_records_without_names(hub: Hub, deploy: Runner, tmp_path: Path) -> None:
-    hub.serve = "fork"
+def test_the_canary_deletes_everything_and_records_without_names(
+    hub: Hub, deploy: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.serves = True
+    monkeypatch.setattr("scripts.deployment.repository.PROJECT", PROJECT)
     file = tmp_path / "recording.json"
 
     result = deploy("canary", "--record", str(file))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from handlers import MODELS
 from scripts.instances import table_price
 from tests.support.deploy_runner import NAMESPACE, PROJECT, PUBLISHED, TOKEN, Runner, deploy, hub
 from tests.support.hub_server import Hub, identity
+from tests.test_makefile import ENVIRONMENT
 
 __all__ = ["deploy", "hub"]  # fixtures
 
@@ -56,22 +56,30 @@ def printing_make(tmp_path: Path) -> list[str]:
     return save_python(tmp_path, "printf '%s\\n'")
 
 
+def printed_words(printing_make: list[str], arguments: list[str]) -> list[str]:
+    """Return the arguments of `scripts.deploy` in the command of `make` with these arguments."""
+    printed = subprocess.run(
+        [*printing_make, *arguments], cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    option, module, *words = printed.stdout.splitlines()
+    assert (option, module) == ("-m", "scripts.deploy")
+    return words
+
+
 def run_all(hub: Hub, deploy: Runner, printing_make: list[str], text: str) -> None:
     """Run the commands of `make` in this process."""
     hub.tokens[TOKEN] = identity(NAMESPACE, orgs={"my-lab": "write"})
     for command in documented_commands(text):
         arguments = shlex.split(command.replace("http://127.0.0.1:8000", f"{hub.url}/live/{NAMESPACE}/my-sdxl-vae"))[1:]
-        environment = {**os.environ, "MAKEFLAGS": ""}
-        printed = subprocess.run(
-            [*printing_make, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
-        )
-        option, module, *words = printed.stdout.splitlines()
-        assert (option, module) == ("-m", "scripts.deploy")
-        done = deploy(*words, stdin="y\n")
+        done = deploy(*printed_words(printing_make, arguments), stdin="y\n")
         assert done.status == 0, f"{command}: {done.out}{done.err}"
 
 
-def test_every_command_in_the_guide_works_in_order(hub: Hub, deploy: Runner, printing_make: list[str]) -> None:
+def test_every_command_in_the_guide_works_in_order(
+    hub: Hub, deploy: Runner, printing_make: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run `make deploy-all` with three models. `tests/test_deploy.py` deploys all."""
+    monkeypatch.setattr("scripts.deploy.published_models", lambda image: ["sdxl", "flux", "wan-2.1"])
     run_all(hub, deploy, printing_make, (PROJECT / "docs" / "deploying.md").read_text())
 
 
@@ -88,33 +96,27 @@ def test_every_command_in_the_readme_works(hub: Hub, deploy: Runner, printing_ma
         run_all(hub, deploy, printing_make, block)
 
 
-def test_make_passes_every_variable(make: list[str]) -> None:
+def test_make_passes_every_variable(deploy: Runner, printing_make: list[str]) -> None:
     variables = {
         "MODEL": "sdxl", "NAMESPACE": "lab", "NAME": "mine", "INSTANCE": "nvidia-a100", "SIZE": "x2", "VENDOR": "aws",
         "REGION": "eu-west-1", "ACCESS": "private", "MIN_REPLICA": "1", "MAX_REPLICA": "5", "SCALE_TO_ZERO": "20",
         "TIMEOUT": "3", "DRY_RUN": "1",
     }  # fmt: skip
-    done = subprocess.run(
-        [*make, "deploy", *(f"{name}={value}" for name, value in variables.items())],
-        cwd=PROJECT,
-        env={**os.environ, "MAKEFLAGS": ""},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0
+    arguments = ["deploy", *(f"{name}={value}" for name, value in variables.items())]
+    done = deploy(*printed_words(printing_make, arguments), token=None)
+    assert done.status == 0
     for text in (
         "MODEL=sdxl NAMESPACE=lab NAME=mine", "huggingface.co/lab/mine", "nvidia-a100 x2, aws eu-west-1", "private: ",
         "1 to 5", "at most $25.00 an hour",
     ):  # fmt: skip
-        assert text in done.stdout
+        assert text in done.out
 
 
 def test_make_fails_with_one_line(make: list[str]) -> None:
     done = subprocess.run(
         [*make, "deploy", "MODEL=fluks"],
         cwd=PROJECT,
-        env={**os.environ, "MAKEFLAGS": ""},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )

@@ -19,31 +19,28 @@ KEY = f"{NAMESPACE}/{NAME}"
 LIVE = f"/live/{KEY}"
 
 REQUESTS = {
-    "token": ("GET", "whoami", None),
-    "endpoint": ("GET", f"^/v2/endpoint/{KEY}$", False),
-    "repository": ("GET", f"^/api/models/{KEY}$", None),
-    "checkpoint": ("GET", f"^/api/models/{MODELS['flux'].checkpoint}", None),
-    "hardware": ("GET", "/v2/provider/", None),
-    "new repository": ("POST", "/api/repos/create", None),
-    "copy": ("POST", "/lfs-files/duplicate", None),
-    "commit": ("POST", "/commit/", None),
-    "new endpoint": ("POST", f"^/v2/endpoint/{NAMESPACE}$", None),
-    "wait": ("GET", f"^/v2/endpoint/{KEY}$", True),
-    "encode": ("POST", f"{LIVE}/encode", None),
-    "decode": ("POST", f"{LIVE}/decode", None),
+    "token": ("GET", "whoami", None, "check the token"),
+    "endpoint": ("GET", f"^/v2/endpoint/{KEY}$", False, f"look up the endpoint {NAME}"),
+    "repository": ("GET", f"^/api/models/{KEY}$", None, "look up the repository"),
+    "checkpoint": ("GET", f"^/api/models/{MODELS['flux'].checkpoint}", None, "look up the checkpoint"),
+    "hardware": ("GET", "/v2/provider/", None, None),
+    "new repository": ("POST", "/api/repos/create", None, f"create {KEY}"),
+    "copy": ("POST", "/lfs-files/duplicate", None, f"upload to {KEY}"),
+    "commit": ("POST", "/commit/", None, f"upload to {KEY}"),
+    "new endpoint": ("POST", f"^/v2/endpoint/{NAMESPACE}$", None, f"create the endpoint {NAME}"),
+    "wait": ("GET", f"^/v2/endpoint/{KEY}$", True, None),
+    "encode": ("POST", f"{LIVE}/encode", None, None),
+    "decode": ("POST", f"{LIVE}/decode", None, None),
 }
-"""Method and path of a request, and whether the endpoint must exist already."""
+"""Method and path of a request, whether the endpoint must exist already, and the task in the Hub's error message."""
 CHANGING = ("new repository", "copy", "commit", "new endpoint")
 """Requests whose work may be complete when the response is lost."""
-FAULTS = ("cut", 500, "Ctrl-C")
-"""Faults of every request."""
-STATUSES = (401, 403, 429, 504)
-"""Further statuses for a request to the platform, to the Hub and to the endpoint."""
 CASES = [
-    *((name, False, fault) for name in REQUESTS for fault in FAULTS),
-    *((name, True, fault) for name in CHANGING for fault in FAULTS),
-    *((name, False, status) for name in ("token", "commit", "new endpoint") for status in STATUSES),
-    *(("encode", False, status) for status in (401, 403, 504)),  # 429 is retried, as long as the endpoint starts
+    *((name, False, fault) for name in REQUESTS for fault in (500, "Ctrl-C")),
+    *((name, after, "cut") for name in CHANGING for after in (False, True)),
+    *((name, True, "Ctrl-C") for name in CHANGING),
+    *((name, False, status) for name in ("token", "commit", "new endpoint", "encode") for status in (401, 403)),
+    ("encode", False, 504),  # which is retried, as long as the endpoint starts
 ]
 
 
@@ -52,7 +49,7 @@ def test_a_fault_tells_what_remains_and_the_same_command_continues(
     hub: Hub, deploy: Runner, request_name: str, after: bool, fault: str | int
 ) -> None:
     """Test each fault. `after` does not apply to a read, because a lost response is then the same as a lost request."""
-    method, path, endpoint_exists = REQUESTS[request_name]
+    method, path, endpoint_exists, task = REQUESTS[request_name]
     hub.script = ["pending", "running"]
     if fault == "cut":
         hub.drop(method, path, after=after, endpoint_exists=endpoint_exists)
@@ -72,7 +69,7 @@ def test_a_fault_tells_what_remains_and_the_same_command_continues(
         assert "run the same command again to continue" in last
     else:
         assert result.status == 1
-        assert last.startswith("error: ")
+        assert last.startswith(f"error: could not {task}: " if task else "error: ")
     if result.status and KEY in hub.endpoints:
         if hub.endpoints[KEY]["status"]["state"] == "paused":
             assert f"the endpoint {NAME} is paused and costs nothing; `make resume MODEL=flux` starts it" in last

@@ -16,7 +16,9 @@ from scripts.models import license_link
 from scripts.snippets import calling_code
 
 URL = "https://YOUR-ENDPOINT.endpoints.huggingface.cloud"
-TEMPLATES = FileSystemLoader(Path(__file__).with_name("templates"))
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")), undefined=StrictUndefined, trim_blocks=True
+)
 
 
 def describe_origin(plan: Plan, model: str) -> str:
@@ -36,8 +38,7 @@ GLOBALS |= {function.__name__: function for function in FUNCTIONS}
 
 def render(name: str, plan: Plan, **values: Any) -> str:
     """Return a template, filled in for this plan."""
-    templates = Environment(loader=TEMPLATES, undefined=StrictUndefined, trim_blocks=True)
-    return templates.get_template(name, globals=GLOBALS).render(plan=plan, **values)
+    return TEMPLATES.get_template(name, globals=GLOBALS).render(plan=plan, **values)
 
 
 def model_card(plan: Plan, revisions: dict[str, str]) -> str:

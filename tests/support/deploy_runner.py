@@ -15,10 +15,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
+import httpcore2
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from handlers import MODELS
@@ -26,7 +29,7 @@ from scripts.deployment.weights import file_names
 from scripts.models import why_not_deployable
 from tests.support.forked import killed_at_the_end
 from tests.support.hub_server import Hub, Repo, identity, running_hub
-from tests.support.project_copy import PROJECT
+from tests.support.project_copy import PROJECT, few_files
 
 CLOCK = Path(__file__).parent / "fast_clock"
 TOKEN = "hf_writeTokenOfTheTests"
@@ -42,6 +45,11 @@ XET = {
 BAR = re.compile(r"Processing Files|New Data Upload|Validating|\d%\||\x1b")
 """A progress bar of the storage's client."""
 WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
+CACHED = {
+    "typer.testing._get_command": cache(typer.main.get_command),
+    "httpcore2.default_ssl_context": cache(httpcore2.default_ssl_context),
+}
+"""Functions that a process of a command calls once, and whose results all commands of the tests share."""
 
 
 @dataclass
@@ -105,12 +113,14 @@ class Runner:
             return self.process(*arguments, token=token, stdin=stdin, **variables)
         from scripts import deploy
 
-        clock = Clock(0.2 if self.hub.serve != "stub" else 0)
+        clock = Clock(0.2 if self.hub.serves else 0)
         constants = "huggingface_hub.constants"
         with ExitStack() as patches:
             patches.enter_context(patch.dict(os.environ, {**self.environment(token), **variables}, clear=True))
             patches.enter_context(patch(f"{constants}.HF_HUB_CACHE", str(self.home / "cache")))
             patches.enter_context(patch(f"{constants}.HF_TOKEN_PATH", str(self.home / "token")))
+            for name, function in CACHED.items():
+                patches.enter_context(patch(name, function))
             for module in ("scripts.deployment.endpoint", "tenacity.nap", "huggingface_hub.utils._http"):
                 patches.enter_context(patch(f"{module}.time", clock))
             done = CliRunner().invoke(deploy.app, arguments, input=stdin or None)
@@ -169,8 +179,12 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def deploy(hub: Hub, tmp_path: Path) -> Runner:
-    """Return a runner with a token that may write, and put the published checkpoints on the Hub."""
+def deploy(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Return a runner with a token that may write, and put the published checkpoints on the Hub.
+
+    A command in this process uploads a project of few files. A test that serves them sets `PROJECT` itself.
+    """
+    monkeypatch.setattr("scripts.deployment.repository.PROJECT", few_files(tmp_path / "few-files"))
     for key in PUBLISHED:
         checkpoint, folder = MODELS[key].checkpoint, f"{MODELS[key].subfolder}/" if MODELS[key].subfolder else ""
         names = [name for other in PUBLISHED if MODELS[other].checkpoint == checkpoint for name in file_names(other)]

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -29,7 +27,7 @@ from starlette.routing import Route
 from handlers import MODELS
 from scripts.deployment.plan import model_tag
 from scripts.local_server import ROOT, free_port
-from tests.support.forked import Process as ForkedProcess
+from tests.support import forked
 
 TOOLKIT = Path(__file__).parent / "toolkit"
 Script = list[str | tuple[str, str]]
@@ -92,7 +90,7 @@ class Process:
     It is the stand-in toolkit, which has no other files of the project, or the command of the project's own image.
     """
 
-    def __init__(self, files: dict[str, bytes], folder: Path, image: dict[str, Any] | None, forked: bool) -> None:
+    def __init__(self, files: dict[str, bytes], folder: Path, image: dict[str, Any] | None) -> None:
         self.files, self.image = files, image
         for path, content in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -113,15 +111,7 @@ class Process:
         if image:  # the repository is at /repository, and the port is the image's own
             environment |= {"VAE_REPOSITORY": str(folder), "HOST": "127.0.0.1", "PORT": str(port)}
             command, cwd = ["-m", "scripts.serve"], ROOT
-        if forked:
-            self.process: ForkedProcess | subprocess.Popen = ForkedProcess(
-                command, environment, self.log, self.log, cwd
-            )
-            return
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *command], cwd=cwd, env=environment, stdout=log, stderr=log
-            )
+        self.process = forked.Process(command, environment, self.log, self.log, cwd)
 
     @property
     def state(self) -> tuple[str, str]:
@@ -145,9 +135,8 @@ class Platform(ABC):
     folder: Path
     endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     hardware: list[Hardware] = field(default_factory=default_hardware)
-    serve: Literal["stub", "process", "fork"] = "stub"
-    """The container: a stub that returns the image that it was sent, or the real files in the toolkit, in a new process
-    or in one that is forked (`forked`)."""
+    serves: bool = False
+    """Whether the container runs the real files in the toolkit. A stub returns the image that it was sent."""
     script: Script = field(default_factory=lambda: ["pending", "initializing", "running"])
     """The states of an endpoint, one for each poll. The last state stays."""
     deletion: int = 2
@@ -324,12 +313,12 @@ class Platform(ABC):
         """Start a deployment of the endpoint's pinned revision. A process that already runs it is kept, for speed."""
         raw = self.endpoints[key]
         self.pending[key] = [*first, *self.script]
-        if self.serve != "stub":
+        if self.serves:
             container = (self.files(raw), raw["model"]["image"].get("custom"))
             if key not in self.processes or (self.processes[key].files, self.processes[key].image) != container:
                 self.halt(key)
                 folder = Path(self.folder, uuid.uuid4().hex)
-                self.processes[key] = Process(container[0], folder, container[1], forked=self.serve == "fork")
+                self.processes[key] = Process(container[0], folder, container[1])
         raw["status"] |= {"url": f"{self.url}/live/{key}", "updatedAt": now()}
         self.advance(key)
 

@@ -8,6 +8,14 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[2]
 
 
+def few_files(folder: Path) -> Path:
+    """Copy the files beside the models that every upload has, and one model."""
+    for name in ("handler.py", "requirements.txt", "handlers/__init__.py", "handlers/flux.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, folder / name)
+    return folder
+
+
 def copy_project(folder: Path) -> Path:
     """Copy the project, with the files of a working tree that must not be uploaded."""
     copy = folder / "project"
