@@ -6,16 +6,12 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable
-from contextlib import suppress
 from copy import deepcopy
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks import bench, forward, gpu
@@ -26,6 +22,7 @@ from scripts.local_server import ROOT
 from tests import test_gpu
 from tests.support import forked, reference_kernels
 from tests.support.checkpoints import build
+from tests.support.packages import dependencies
 
 
 @pytest.fixture
@@ -102,21 +99,6 @@ def test_the_stages_of_the_calls_exist() -> None:
 
 
 SCRIPT = (ROOT / "benchmarks" / "gpu.sh").read_text()
-
-
-def dependencies(names: Iterable[str]) -> set[str]:
-    """Return packages and all packages that they need, by the versions that are installed here."""
-    found: dict[str, Requirement] = {}
-    waiting = [Requirement(name) for name in names]
-    while waiting:
-        package = waiting.pop()
-        if str(package) not in found:
-            found[str(package)] = package
-            with suppress(PackageNotFoundError):  # for another version of a package that is installed
-                for needed in map(Requirement, requires(package.name) or []):
-                    if any(not needed.marker or needed.marker.evaluate({"extra": e}) for e in ("", *package.extras)):
-                        waiting.append(needed)
-    return {canonicalize_name(package.name) for package in found.values()}
 
 
 def test_the_wheels_and_the_machine_have_every_package() -> None:
