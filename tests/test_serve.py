@@ -15,7 +15,7 @@ import requests
 from handlers import MODELS
 from scripts.local_server import ROOT, clean_environment, free_port, wait_until_healthy
 from tests.support import forked
-from tests.support.hub_server import Repo, running_hub
+from tests.support.hub_server import Repo, run_with_hub, running_hub
 
 pytestmark = pytest.mark.slow
 
@@ -41,23 +41,18 @@ def test_a_server_that_cannot_start_has_a_one_line_error(arguments: list[str], m
     assert stderr.splitlines()[-1].startswith("error: " + message.replace("{empty}", str(tmp_path)))
 
 
+SERVE = 'import runpy; runpy.run_module("scripts.serve", run_name="__main__", alter_sys=True)'
+
+
 def test_a_checkpoint_that_the_hub_refuses(tmp_path: Path) -> None:
     """Test the command. `tests/serving/test_hub.py` has other reasons."""
     checkpoint = MODELS["flux"].checkpoint
     with running_hub(tmp_path) as running:
         running.repos[checkpoint] = Repo(gated=True)
         running.repos[checkpoint].commit({"vae/config.json": b"{}"})
-        result = subprocess.run(
-            [sys.executable, "-m", "scripts.serve", "--model", "flux"],
-            cwd=ROOT,
-            env={**clean_environment(), "HF_HOME": str(tmp_path), "HF_ENDPOINT": running.url},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
-    assert result.stderr.splitlines()[-1].startswith(f"error: {checkpoint} is gated: accept its conditions on")
+        status, _, error = run_with_hub(running.url, tmp_path, SERVE, "--model", "flux")
+    assert (status, "Traceback" in error) == (1, False)
+    assert error.splitlines()[-1].startswith(f"error: {checkpoint} is gated: accept its conditions on")
 
 
 FEW_DESCRIPTORS = """

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from scripts.local_server import ROOT, clean_environment, free_port
-from tests.support.hub_server import Hub, Repo, running_hub
+from scripts.local_server import free_port
+from tests.support.hub_server import Hub, Repo, run_with_hub, running_hub
 
 FETCH = """
 import json, sys
-from handlers.serving.vae.hub import fetch
+from handlers.serving.vae import hub
 
+hub.REACH_SECONDS = 1
 for checkpoint in json.loads(sys.argv[1]):
     try:
-        print(*sorted(path.name for path in fetch(*checkpoint).iterdir()))
+        print(*sorted(path.name for path in hub.fetch(*checkpoint).iterdir()))
     except OSError as error:
         print(error)
 """
@@ -49,16 +48,9 @@ def fetch(
     url: str, cache: Path, *checkpoints: Sequence[str | None], code: str = FETCH, **environment: str
 ) -> list[str]:
     """Return the files of each checkpoint, or the error."""
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, json.dumps(checkpoints)],
-        cwd=ROOT,
-        env={**clean_environment(), "HF_HOME": str(cache), "HF_ENDPOINT": url, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return result.stdout.splitlines()
+    status, out, error = run_with_hub(url, cache, code, json.dumps(checkpoints), **environment)
+    assert status == 0, error
+    return out.splitlines()
 
 
 @pytest.mark.slow

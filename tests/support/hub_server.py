@@ -28,6 +28,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from tests.support import forked
 from tests.support.endpoints_server import Platform
 
 NO_REPOSITORY = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
@@ -383,6 +384,26 @@ def is_lfs(path: str) -> bool:
 
 def gated() -> Response:
     return JSONResponse({"error": "Access to this model is restricted"}, 403, {"X-Error-Code": "GatedRepo"})
+
+
+ANEW = """
+import json, os, sys, warnings
+
+os.environ.update(json.loads(sys.argv.pop(1)))
+for name in list(sys.modules):
+    if name.partition(".")[0] in ("handlers", "huggingface_hub", "prometheus_client", "remote_vae", "scripts"):
+        del sys.modules[name]
+warnings.simplefilter("error")
+"""
+
+
+def run_with_hub(url: str, cache: Path, code: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Run code with the Hub at `url`. Return the status, standard output and standard error.
+
+    huggingface_hub reads its environment when it is imported, so the forked process imports it anew.
+    """
+    environment |= {"HF_HOME": str(cache), "HF_ENDPOINT": url}
+    return forked.run("-c", ANEW + code, json.dumps(environment), *arguments)
 
 
 @contextmanager
