@@ -165,6 +165,7 @@ def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     )
     monkeypatch.setattr(bench, "CPU", plan)
     monkeypatch.setattr(bench, "TINY", size)
+    monkeypatch.setitem(forward.MATRIX_SIDES, "cpu", size)
     monkeypatch.setattr(bench, "BENCHMARKS", tmp_path)
     bench.main(device="cpu", models="tiny")
     (folder,) = tmp_path.iterdir()

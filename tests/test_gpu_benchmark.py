@@ -31,6 +31,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name in ("group_norm", "add", "interleave", "rms_norm"):
         monkeypatch.setattr(kernels, name, getattr(reference_kernels, name))
     monkeypatch.setattr(forward, "load", load_small)
+    monkeypatch.setitem(forward.MATRIX_SIDES, "cpu", 64)
     monkeypatch.setattr(VAE, "load", lambda declared, *_: VAE(build("wan-2.1"), declared))
     monkeypatch.setenv("OUT", str(tmp_path))
 

@@ -59,9 +59,9 @@ def test_tiny_is_small_enough_to_ship() -> None:
 
 @pytest.mark.slow
 def test_tiny_reproduces_a_photograph_outside_its_training_set(tiny: EndpointHandler) -> None:
-    photograph = data.astronaut()
+    photograph = data.astronaut()[:256, 100:356]
     latents = send(tiny.pipeline, Image.fromarray(photograph), do_scaling=True)
-    assert latents.shape == (1, 8, 128, 128)
+    assert latents.shape == (1, 8, 64, 64)
     image = Image.open(io.BytesIO(send(tiny.pipeline, latents, do_scaling=True)))
     assert peak_signal_noise_ratio(photograph, np.asarray(image)) >= 32
 
@@ -69,7 +69,7 @@ def test_tiny_reproduces_a_photograph_outside_its_training_set(tiny: EndpointHan
 @pytest.mark.slow
 def test_tiny_is_as_good_in_half_precision() -> None:
     """Use a small crop, because a processor without float16 instructions takes 200 times as long in float16."""
-    crop = data.astronaut()[80:176, 180:276]
+    crop = data.astronaut()[96:144, 200:248]
     photograph = torch.from_numpy(crop).permute(2, 0, 1)[None] / 127.5 - 1
     single, *others = (psnr(photograph, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
     assert single >= 32
