@@ -57,7 +57,8 @@ def test_the_wheel_in_a_clean_environment(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"remote_vae", f"remote_vae-{VERSION}.dist-info"}
-    assert "remote_vae/py.typed" in names
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "remote_vae").rglob("*.py")}
+    assert modules | {"remote_vae/py.typed"} <= set(names)
     commands, packages = empty_environment(tmp_path / "venv")
     python = commands / "python"
     install = ("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-compile", wheel)
