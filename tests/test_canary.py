@@ -54,7 +54,7 @@ def compare(local: list[dict[str, Any]], real: list[dict[str, Any]]) -> list[str
 def test_the_canary_deletes_everything_and_records_without_names(
     hub: Hub, deploy: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.serves = True
+    hub.serve_files()
     monkeypatch.setattr("scripts.deployment.repository.PROJECT", PROJECT)
     file = tmp_path / "recording.json"
 

@@ -147,7 +147,7 @@ def test_an_endpoint_from_creation_to_deletion(
     hub: Hub, deploy: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Deploy a copy of the project with many other files to a real server, which has only the uploaded files."""
-    hub.serves = True
+    hub.serve_files()
     project = copy_project(tmp_path)
     monkeypatch.setattr("scripts.deployment.repository.PROJECT", project)
     monkeypatch.setattr("scripts.snippets.SIZE", 96)

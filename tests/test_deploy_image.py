@@ -83,7 +83,7 @@ def test_the_settings_are_those_of_the_image() -> None:
 @pytest.mark.slow
 def test_the_image_serves_the_repository(hub: Hub, deploy: Runner) -> None:
     """Run the image's command on the deployed files, and send an image through it."""
-    hub.serves = True
+    hub.serve_files()
     result = deploy("deploy", "--model", "tiny", "--access", "public", "--image", IMAGE)
     assert result.status == 0, result.err
     (process,) = hub.processes.values()

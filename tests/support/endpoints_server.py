@@ -164,6 +164,11 @@ class Platform(ABC):
     @abstractmethod
     def files(self, raw: dict[str, Any]) -> dict[str, bytes]: ...
 
+    def serve_files(self) -> None:
+        """Set `serves`, once the process that is forked has its imports. A request would wait for them."""
+        forked.run("-c", "")
+        self.serves = True
+
     def stop(self) -> None:
         for process in self.processes.values():
             process.stop()
