@@ -228,8 +228,8 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
     return sdpa_flop_count(query, key, value)
 
 
-MATRIX_SIDES = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the matrices of `matrix_rate`."""
+MATRIX_SIDES = {"cpu": 2048, "cuda": 8192, "mps": 2048}
+"""Rows and columns of the matrices of `matrix_rate`, by the type of device."""
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
