@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor
 
 from handlers.serving.vae.fast import kernels
-from scripts.local_server import ROOT
-from tests.support import reference_kernels
+from tests.support import forked, reference_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # of masked values
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
@@ -72,14 +69,22 @@ def test_rms_norm_of_any_frames(width: int, is_slice: bool) -> None:
     assert_equal(kernels.rms_norm(x, weight, bias, 24**0.5, room=2)[:, :, 2:], expected)
 
 
+COMPILE = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] == "triton" and not name.startswith("triton._C")]:
+    del sys.modules[name]
+from tests.support import compiled_kernels
+compiled_kernels.main()
+"""
+"""Code of a forked process. It imports Triton anew, because a forked Triton is interpreted, except for its C++ part."""
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    # Triton's own library is interpreted or compiled from its import on, so this needs another process.
     settings = {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_ALWAYS_COMPILE": "1"}
-    command = [sys.executable, "-m", "tests.support.compiled_kernels"]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    status, output, errors = forked.run("-c", COMPILE, **settings)
+    assert status == 0, errors
+    return json.loads(output)
 
 
 IMAGES = {"_partial_moments": (4, 0), "_apply": (4, 4), "_add": (8, 4), "_interleave": (4, 4), "_rms_norm": (4, 4)}

@@ -18,6 +18,7 @@ from handlers.serving.settings import Settings
 from handlers.serving.vae.heap import HEAP
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.vae import VAE
+from tests.support.checkpoints import small_tiles
 from tests.support.endpoint import uint8_pixels
 from tests.support.messages import make_message, send
 from tests.support.values import assert_same
@@ -173,7 +174,9 @@ class TestMemory:
     def test_the_mode_depends_on_the_free_memory(
         self, vae: VAE, expected: Mode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        latents = torch.randn((3, 4, 80, 80), generator=torch.Generator().manual_seed(0))
+        small_tiles(vae.model, 8)
+        vae = VAE(vae.model, MODELS["sd-v1"])
+        latents = torch.randn((3, 4, 10, 10), generator=torch.Generator().manual_seed(0))
         free = vae.memory.estimate("decode", vae.layout, latents.shape, 4).needed(expected, 3)
         monkeypatch.setattr(HEAP, "available", lambda: free)
         result, mode = vae.decode(latents)

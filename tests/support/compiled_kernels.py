@@ -100,9 +100,13 @@ def _widths(ptx: str, operation: str) -> Iterator[int]:
         yield int(vector or 1) * int(bits)
 
 
-if __name__ == "__main__":
+def main() -> None:
     results = {}
     for capability, channels in CHANNELS.items():
         for start in record(torch.float16 if capability < 80 else torch.bfloat16, *channels):
             results[f"{capability} {start[0]} {start[2]}"] = compile_start(start, capability)
     print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
