@@ -23,7 +23,7 @@ from handlers.serving.vae.vae import VAE
 
 LIMITS = Limits(max_pixels=100_000)
 EXAMPLES = settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 NUMBERS = st.one_of(

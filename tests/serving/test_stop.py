@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from handlers.serving.vae.fast.forward import FastPass
 from handlers.serving.vae.memory import Mode
 from handlers.serving.vae.stop import PassStopped, stoppable
 from handlers.serving.vae.vae import VAE
+from handlers.serving.vae.weights import find_class
 from tests.support.checkpoints import SMALL, build, model_for, small_tiles
 from tests.support.small_service import SERVED
 
@@ -48,19 +48,21 @@ class Convolutions(TorchFunctionMode):
 
 @cache
 def small(key: str) -> VAE:
-    vae = VAE(build(key), model_for(key))
+    vae_class, config = SMALL[key]
+    torch.manual_seed(0)
+    vae = VAE(find_class(vae_class).from_config(config), model_for(key))
     small_tiles(vae.model, vae.layout.vae_scale_factor)
     return vae
 
 
-def inputs(vae: VAE, task: str, batch: int) -> Tensor:
-    """Return an input larger than a tile, or a video of several chunks if the class has chunks."""
+def inputs(vae: VAE, task: str, batch: int = 1, rows: int = 2) -> Tensor:
+    """Return an input of this many rows of latents. A video has two latent frames, the first one and a later one."""
     generator, video = torch.Generator().manual_seed(0), vae.layout.kind == "video"
     if task == "decode":
-        frames = (3,) if video else (1,) if has_frames(vae.model) and vae.layout.ndim == 5 else ()
-        return torch.randn(batch, vae.layout.latent_channels, *frames, 5, 2, generator=generator)
-    frames, scale = (9,) if video else (), vae.layout.vae_scale_factor
-    return torch.rand(batch, vae.layout.pixel_channels, *frames, 5 * scale, 2 * scale, generator=generator) * 2 - 1
+        frames = (2,) if video else (1,) if has_frames(vae.model) and vae.layout.ndim == 5 else ()
+        return torch.randn(batch, vae.layout.latent_channels, *frames, rows, 2, generator=generator)
+    frames, scale = vae.layout.frame_counts[1:2] if video else (), vae.layout.vae_scale_factor
+    return torch.rand(batch, vae.layout.pixel_channels, *frames, rows * scale, 2 * scale, generator=generator) * 2 - 1
 
 
 def run(vae: VAE, task: str, tensor: Tensor, watch: Convolutions) -> tuple[Tensor, Mode]:
@@ -84,7 +86,7 @@ def test_a_pass_stops_within_an_operation_and_the_next_succeeds(
     vae = small(key)
     for mode in modes(vae, task, monkeypatch):
         force(mode)
-        tensor = inputs(vae, task, 2 if mode is Mode.SLICED else 1)
+        tensor = inputs(vae, task, batch=2 if mode is Mode.SLICED else 1, rows=5 if mode is Mode.TILED else 2)
         whole = Convolutions()
         expected, run_in = run(vae, task, tensor, whole)
         assert run_in is mode
@@ -106,9 +108,9 @@ def modes(vae: VAE, task: str, monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
     return [mode for mode in Mode if mode in offered or (mode is Mode.FAST and fast)]
 
 
-def test_values_equal_diffusers(checkpoint: Callable[[str], Path]) -> None:
-    vae = small("sd-v1")
-    latents = inputs(vae, "decode", 1)
+def test_values_equal_diffusers() -> None:
+    vae = VAE(build("sd-v1"), MODELS["sd-v1"])
+    latents = inputs(vae, "decode")
     with pytest.raises(PassStopped):
         run(vae, "decode", latents, Convolutions(5))
     result, mode = run(vae, "decode", latents, Convolutions())
@@ -125,7 +127,7 @@ def test_a_stop_is_not_a_failure_of_the_mode(monkeypatch: pytest.MonkeyPatch) ->
     begin = vae._pass
     monkeypatch.setattr(vae, "_pass", lambda task, mode: passes.append(mode) or begin(task, mode))
     with pytest.raises(PassStopped):
-        run(vae, "decode", inputs(vae, "decode", 1), Convolutions(3))
+        run(vae, "decode", inputs(vae, "decode"), Convolutions(3))
     assert passes == [Mode.FULL]
     assert {parameter.dtype for parameter in vae.model.parameters()} == {torch.bfloat16}
 
@@ -149,7 +151,7 @@ def test_a_repetition_in_float32_stops_and_restores_the_dtype() -> None:
 def test_tensors_are_freed_while_the_error_propagates() -> None:
     """Test the count of tensors, because the heap counts memory after the error."""
     vae = small("sd-v1")
-    latents = inputs(vae, "decode", 1)
+    latents = inputs(vae, "decode")
 
     def tensors() -> int:
         gc.collect()
