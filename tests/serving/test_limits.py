@@ -1,4 +1,7 @@
-"""Tests of limits: sizes, formats, tokens, and concurrent requests. Each runs alone and in the Inference Toolkit."""
+"""Tests of limits: sizes, formats, tokens, and concurrent requests.
+
+Those of connections and tokens run alone and in the Inference Toolkit, the others alone.
+"""
 
 import http.client
 import io
@@ -27,6 +30,8 @@ from tests.support.endpoint import SERVERS, Endpoint, faulty_endpoint
 from tests.support.faulty_server import SLOW
 
 TOKEN = "a-token-of-this-test"
+ALONE = pytest.mark.parametrize("narrow", ["standalone"], indirect=True)
+"""Mark of tests that run without the toolkit, because no code of theirs depends on it."""
 
 
 @pytest.fixture(scope="module", params=SERVERS)
@@ -103,6 +108,7 @@ class TestSizes:
             assert response.json() == {"error": "the body is larger than 1 MB, the limit here (VAE_MAX_BODY_MB)"}
         assert narrow.post(narrow.latents()).ok
 
+    @ALONE
     @pytest.mark.parametrize(
         ("tensor", "message"),
         [
@@ -117,6 +123,7 @@ class TestSizes:
         assert response.status_code == 413
         assert re.search(message, response.json()["error"]), response.json()
 
+    @ALONE
     @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
     def test_an_image_with_too_many_pixels_is_not_decoded(self, narrow: Endpoint, image_format: str) -> None:
         buffer = io.BytesIO()
@@ -125,6 +132,7 @@ class TestSizes:
         message = "640x512 pixels; at most 300000 in one request, the limit here (VAE_MAX_PIXELS)"
         assert (response.status_code, response.json()) == (413, {"error": message})
 
+    @ALONE
     def test_a_decompression_bomb_takes_no_memory(self, narrow: Endpoint) -> None:
         before = metric(narrow, "process_resident_memory_bytes")
         response = requests.post(narrow.url, data=png_bomb(30_000), timeout=10)
@@ -132,6 +140,7 @@ class TestSizes:
         assert response.json()["error"].startswith("30000x30000 pixels; at most 300000")
         assert metric(narrow, "process_resident_memory_bytes") - before < 100e6  # decoded it takes 2.7 GB
 
+    @ALONE
     def test_the_decoded_size_of_a_body_counts_too(self, narrow: Endpoint) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (512, 512)).save(buffer, format="PNG")  # 3 MB as floats
@@ -168,6 +177,7 @@ def png_bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+@ALONE
 class TestValues:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 3, 64, 64)])
@@ -233,6 +243,7 @@ class TestOddRequests:
             with connection.makefile("rb") as stream:
                 assert read_response(stream)[0] == (403 if foreign else status)
 
+    @ALONE
     def test_half_a_surrogate_pair(self, narrow: Endpoint) -> None:
         parameters = '{"shape": [1, 4, 16, 16], "dtype": "float32", "height": "\\ud800", "width": 64, "fps": "\\ud800"}'
         body = f'{{"inputs": "{"A" * 8}", "parameters": {parameters}}}'
@@ -242,6 +253,7 @@ class TestOddRequests:
 
 
 class TestConcurrency:
+    @ALONE
     def test_a_full_queue_returns_503_and_loses_no_request(self, narrow: Endpoint) -> None:
         with ThreadPoolExecutor(30) as clients:
             responses = list(clients.map(lambda _: slow(narrow), range(30)))
@@ -267,6 +279,7 @@ class TestConcurrency:
             assert busy.result().ok
         assert "Traceback" not in narrow.log.read_text()
 
+    @ALONE
     def test_two_hundred_connections_all_get_a_response(self, narrow: Endpoint) -> None:
         inputs = [narrow.latents(height=16, width=16, seed=seed) for seed in range(200)]
 
@@ -278,10 +291,9 @@ class TestConcurrency:
 
         with ThreadPoolExecutor(200) as clients:
             responses = list(clients.map(persist, inputs))
-        for latents, body in zip(inputs, responses, strict=True):
-            expected = narrow.decoded(latents * narrow.vae.config.scaling_factor)
-            decoded = torch.frombuffer(bytearray(body), dtype=torch.float32).view(expected.shape)
-            torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
+        expected = narrow.decoded(torch.cat(inputs) * narrow.vae.config.scaling_factor)
+        decoded = torch.frombuffer(bytearray(b"".join(responses)), dtype=torch.float32).view(expected.shape)
+        torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
 
     def test_pipelined_requests_get_responses_in_order(self, narrow: Endpoint) -> None:
         body = bytes(4 * 4 * 8 * 8)

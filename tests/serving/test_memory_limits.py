@@ -1,36 +1,57 @@
-"""Tests of small files with large declared sizes, or slow to read, sent to `tiny` in 2 GB.
+"""Tests of small files with large declared sizes, or slow to read, sent to a server in 2 GB.
 
-The server must survive, and other clients must not wait.
+The server must survive, other clients must not wait, and no file may be written.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import av
 import diffusers
 import numpy as np
 import pytest
 import requests
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from scripts.local_server import ROOT
 from tests.support.small_service import as_tensor
+from traffic import mp4_files
 from traffic.memory_limit import LimitedServer, limited_server
+from traffic.mp4_files import add, box, make_frames, table, video
 
 LIMIT = 2 * 10**9
+VIDEO = "hunyuan-video"
+TABLES = "moov/trak/mdia/minf/stbl"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitedServer]:
-    log = tmp_path_factory.mktemp("limited") / "log"
-    with limited_server(LIMIT, "--model", "tiny", "--weights", str(ROOT / "models" / "tiny"), log=log) as running:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the server's weights, log and temporary files."""
+    return tmp_path_factory.mktemp("limited")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, checkpoint: Callable[[str], Path]) -> Iterator[LimitedServer]:
+    """Run a server of an image model, at the root, and of a video model."""
+    (folder / "tiny").symlink_to(ROOT / "models" / "tiny")
+    (folder / VIDEO).symlink_to(checkpoint(VIDEO))
+    for name in ("home", "tmp"):
+        (folder / name).mkdir()
+    folders = {"HOME": str(folder / "home"), "XDG_CACHE_HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
+    arguments = ("--model", f"tiny,{VIDEO}", "--weights", str(folder))
+    with limited_server(LIMIT, *arguments, log=folder / "log", **folders) as running:
+        running.files = sorted(folder.rglob("*"))
         yield running
 
 
@@ -133,3 +154,100 @@ def test_an_image_that_fits_is_encoded_within_the_limit(server: LimitedServer, v
     torch.testing.assert_close(as_tensor(response), expected, atol=1e-3, rtol=0)
     assert server.is_alive
     assert server.peak <= LIMIT
+
+
+def many_boxes(count: int) -> bytes:
+    return box("ftyp", b"isom\0\0\0\0") + box("free") * count
+
+
+def nested_boxes(depth: int) -> bytes:
+    boxes = (struct.pack(">I4s", 8 * (depth - level), b"moov") for level in range(depth))
+    return box("ftyp", b"isom\0\0\0\0") + b"".join(boxes)
+
+
+def fragmented() -> bytes:
+    return video(make_frames(9), flags="frag_keyframe+empty_moov+default_base_moof")
+
+
+CRAFTED: dict[str, tuple[Callable[[], bytes], int, str]] = {
+    "edits of many samples": (
+        lambda: mp4_files.with_edits(mp4_files.with_samples(video(make_frames(2)), 90_000), *[(3_750_000, 0)] * 3000),
+        413,
+        "the video track has 3000 edits of 90000 samples; at most 11 edits of so many; export the edited video",
+    ),
+    "samples of one size": (
+        lambda: mp4_files.with_samples(video(make_frames(2)), 4_000_000_000),
+        413,
+        "the video track has 4000000000 samples; at most 100000 are read, and at most 257 frames (VAE_MAX_FRAMES)",
+    ),
+    "samples of a fragment": (
+        lambda: mp4_files.with_fragment(fragmented(), 60_000_000),
+        413,
+        "the video track has 60000009 samples; at most 100000 are read, and at most 257 frames (VAE_MAX_FRAMES)",
+    ),
+    "samples of many fragments": (
+        lambda: fragmented() + 20 * mp4_files.with_fragment(b"", 9_000_000),
+        413,
+        "the video track has 180000009 samples",
+    ),
+    "composition times": (
+        lambda: add(video(make_frames(2)), TABLES, table("ctts", 200_000_000)),
+        413,
+        "the video track has 200000000 entries in its `ctts` table; at most 100000",
+    ),
+    "a compressed header": (lambda: mp4_files.compressed_header(300_000_000), 400, "the file has no video"),
+    "boxes beside each other": (lambda: many_boxes(200_000), 400, "the MP4 file has more than 100000 boxes"),
+    "boxes in each other": (lambda: nested_boxes(2000), 400, "the file has no video"),
+    "a frame that is shown in part": (
+        lambda: mp4_files.cropped(video(np.full((4, 2048, 2048, 3), 128, np.uint8), preset="ultrafast"), 64, 64),
+        400,
+        "the video cannot be read (its frames have 2048x2048 pixels, but show only 64x64)",
+    ),
+}
+"""Makers of files that declare more than they contain, with the status and the error of each."""
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Callable[[str], Path]) -> torch.Tensor:
+    """Return the latents of `video(make_frames(9))`."""
+    vae = diffusers.AutoencoderKLHunyuanVideo.from_pretrained(checkpoint(VIDEO)).eval()
+    with av.open(io.BytesIO(video(make_frames(9)))) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    with torch.no_grad():
+        return vae.encode(VideoProcessor(vae_scale_factor=8).preprocess_video(frames)).latent_dist.mode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_video_is_refused_and_the_next_request_succeeds(
+    server: LimitedServer, expected: torch.Tensor, name: str
+) -> None:
+    make, status, message = CRAFTED[name]
+    file = make()
+    server.reset_peak()
+    before, start = server.resident, time.monotonic()
+    response = requests.post(f"{server.url}/{VIDEO}/encode", data=file, timeout=60)
+    assert time.monotonic() - start < 10
+    assert response.status_code == status, response.text
+    assert message in response.json()["error"]
+    assert server.is_alive
+    assert server.peak - before < 200e6
+    assert server.peak <= server.limit
+    encoded = as_tensor(requests.post(f"{server.url}/{VIDEO}/encode", data=video(make_frames(9)), timeout=60))
+    torch.testing.assert_close(encoded, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_service_writes_no_files(server: LimitedServer, folder: Path) -> None:
+    """Test responses of each kind, after the requests of the other tests."""
+    for model, shape, kinds in (
+        ("tiny", (1, 8, 8, 8), ("image/png", "image/jpeg", "image/webp", "application/zip", "tensor/binary")),
+        (VIDEO, (1, 16, 2, 2, 2), ("video/mp4",)),
+    ):
+        for accept in kinds:
+            parameters = {"shape": list(shape), "dtype": "float32"}
+            body, headers = bytes(4 * math.prod(shape)), {"Accept": accept}
+            url = f"{server.url}/{model}/decode"
+            response = requests.post(url, data=body, params=parameters, headers=headers, timeout=60)
+            assert (response.status_code, response.headers["Content-Type"]) == (200, accept)
+    assert sorted(folder.rglob("*")) == server.files

@@ -1,30 +1,21 @@
-"""Tests of reading MP4 files: chosen frames, orientation, and the cost of crafted files."""
+"""Tests of reading MP4 files: chosen frames, orientation, and limits. `test_memory_limits` has crafted files."""
 
 import io
 import struct
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import av
-import diffusers
 import numpy as np
 import psutil
 import pytest
-import requests
-import torch
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from handlers import MODELS
 from handlers.serving.errors import RequestError
 from handlers.serving.limits import Limits
 from handlers.serving.media import mp4
 from handlers.serving.media.mp4 import read_video
 from traffic import mp4_files
-from traffic.memory_limit import LimitedServer, limited_server
-from traffic.mp4_files import add, box, change, make_frames, table, video
+from traffic.mp4_files import change, make_frames, video
 
 LIMITS = Limits()
 TABLES = "moov/trak/mdia/minf/stbl"
@@ -203,99 +194,3 @@ class TestReading:
         monkeypatch.setattr(mp4, "PIXEL_MEMORY", 0)
         with pytest.raises(RequestError, match="the video cannot be read"):
             read_video(video(make_frames(20, 1280, 720)), LIMITS)
-
-
-def many_boxes(count: int) -> bytes:
-    return box("ftyp", b"isom\0\0\0\0") + box("free") * count
-
-
-def nested_boxes(depth: int) -> bytes:
-    boxes = (struct.pack(">I4s", 8 * (depth - level), b"moov") for level in range(depth))
-    return box("ftyp", b"isom\0\0\0\0") + b"".join(boxes)
-
-
-def fragmented() -> bytes:
-    return video(make_frames(9), flags="frag_keyframe+empty_moov+default_base_moof")
-
-
-CRAFTED: dict[str, tuple[Callable[[], bytes], int, str]] = {
-    "edits of many samples": (
-        lambda: mp4_files.with_edits(mp4_files.with_samples(video(make_frames(2)), 90_000), *[(3_750_000, 0)] * 3000),
-        413,
-        "the video track has 3000 edits of 90000 samples; at most 11 edits of so many; export the edited video",
-    ),
-    "samples of one size": (
-        lambda: mp4_files.with_samples(video(make_frames(2)), 4_000_000_000),
-        413,
-        "the video track has 4000000000 samples; at most 100000 are read, and at most 257 frames (VAE_MAX_FRAMES)",
-    ),
-    "samples of a fragment": (
-        lambda: mp4_files.with_fragment(fragmented(), 60_000_000),
-        413,
-        "the video track has 60000009 samples; at most 100000 are read, and at most 257 frames (VAE_MAX_FRAMES)",
-    ),
-    "samples of many fragments": (
-        lambda: fragmented() + 20 * mp4_files.with_fragment(b"", 9_000_000),
-        413,
-        "the video track has 180000009 samples",
-    ),
-    "composition times": (
-        lambda: add(video(make_frames(2)), TABLES, table("ctts", 200_000_000)),
-        413,
-        "the video track has 200000000 entries in its `ctts` table; at most 100000",
-    ),
-    "a compressed header": (lambda: mp4_files.compressed_header(300_000_000), 400, "the file has no video"),
-    "boxes beside each other": (lambda: many_boxes(200_000), 400, "the MP4 file has more than 100000 boxes"),
-    "boxes in each other": (lambda: nested_boxes(2000), 400, "the file has no video"),
-    "a frame that is shown in part": (
-        lambda: mp4_files.cropped(video(np.full((4, 2048, 2048, 3), 128, np.uint8), preset="ultrafast"), 64, 64),
-        400,
-        "the video cannot be read (its frames have 2048x2048 pixels, but show only 64x64)",
-    ),
-}
-"""Makers of files that declare more than they contain, with the status and the error of each."""
-
-
-@pytest.fixture(scope="module")
-def server(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitedServer]:
-    """Return a server with two gigabytes of memory."""
-    weights, log = checkpoint("hunyuan-video"), tmp_path_factory.mktemp("crafted") / "log"
-    with limited_server(2 * 10**9, "--model", "hunyuan-video", "--weights", str(weights), log=log) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoint: Callable[[str], Path]) -> torch.Tensor:
-    """Return the latents of `video(make_frames(9))`."""
-    vae: Any = getattr(diffusers, MODELS["hunyuan-video"].vae_class).from_pretrained(checkpoint("hunyuan-video"))
-    pixels = VideoProcessor(vae_scale_factor=8).preprocess_video(shown(video(make_frames(9))))
-    with torch.no_grad():
-        return vae.eval().encode(pixels).latent_dist.mode()
-
-
-@pytest.mark.slow
-class TestCraftedFiles:
-    """Tests of small files that would take gigabytes, sent to a server with two."""
-
-    @pytest.mark.parametrize("name", CRAFTED)
-    def test_a_crafted_file_is_refused_and_the_next_request_succeeds(
-        self, server: LimitedServer, expected: torch.Tensor, name: str
-    ) -> None:
-        make, status, message = CRAFTED[name]
-        file = make()
-        server.reset_peak()
-        before, start = server.resident, time.monotonic()
-        response = requests.post(f"{server.url}/encode", data=file, timeout=60)
-        assert time.monotonic() - start < 10
-        assert response.status_code == status, response.text
-        assert message in response.json()["error"]
-        assert server.is_alive
-        assert server.peak - before < 200e6
-        assert server.peak <= server.limit
-        assert latents(server, video(make_frames(9))).allclose(expected, atol=1e-4)
-
-
-def latents(server: LimitedServer, file: bytes) -> torch.Tensor:
-    response = requests.post(f"{server.url}/encode", data=file, timeout=60)
-    assert response.ok, response.text
-    return torch.frombuffer(bytearray(response.content), dtype=torch.float32).view(1, 16, 3, 4, 8)

@@ -1,4 +1,7 @@
-"""Tests of videos that are sent while they are decoded, with faults. Each runs alone and in the Inference Toolkit."""
+"""Tests of videos that are sent while they are decoded, with faults.
+
+Those of the connection run alone and in the Inference Toolkit, the others alone.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,8 @@ from tests.support.faulty_server import (
 TIMEOUT = 4
 DEVICE_SECONDS = 0.5
 IN_FLIGHT_MB = 14
+ALONE = pytest.mark.parametrize("faulty", ["standalone"], indirect=True)
+"""Mark of tests that run without the toolkit, because no code of theirs depends on it."""
 
 
 class Broken(Exception):
@@ -151,6 +156,7 @@ class TestResponse:
         assert time.monotonic() - sent_at > DEVICE_SECONDS / 2  # the device waits a fixed time
         assert np.array_equal(read_frames(first + remaining)[: len(frames_so_far)], frames_so_far)
 
+    @ALONE
     @pytest.mark.parametrize("frames", [1, 2])
     def test_a_short_video_arrives_at_once(self, faulty: Endpoint, frames: int) -> None:
         response = send_request(faulty, latents=faulty.latents(frames=frames, height=32, width=32))
@@ -172,6 +178,7 @@ def playable(file: bytes) -> np.ndarray:
     return np.array(frames)
 
 
+@ALONE
 class TestRefused:
     """Tests of errors before the first byte: they have a status and JSON, as without `stream`."""
 
@@ -227,12 +234,15 @@ class TestBroken:
     """
 
     @pytest.mark.parametrize(
-        ("fault", "logs"),
+        ("faulty", "fault", "logs"),
         [
-            (CHUNK_BUG, "a secret"),
-            (CHUNK_OUT_OF_MEMORY, "CUDA out of memory. Tried to allocate 2.00 GiB."),
-            (CHUNK_NOT_FINITE, "FloatingPointError"),
+            ("standalone", CHUNK_BUG, "a secret"),
+            ("standalone", CHUNK_OUT_OF_MEMORY, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+            ("standalone", CHUNK_NOT_FINITE, "FloatingPointError"),
+            ("toolkit", CHUNK_BUG, "a secret"),
         ],
+        indirect=["faulty"],
+        scope="module",
     )
     def test_a_failure_midway(self, faulty: Endpoint, fault: int, logs: str) -> None:
         before = metric(faulty, "vae_broken_streams_total")
@@ -249,6 +259,7 @@ class TestBroken:
         assert metric(faulty, "vae_broken_streams_total") == before + 1
         assert_well(faulty)
 
+    @ALONE
     def test_out_of_memory_before_the_first_byte_is_tried_in_the_next_mode(self, faulty: Endpoint) -> None:
         response = send_request(faulty, seed=OUT_OF_MEMORY)
         assert response.headers["X-VAE-Mode"] == "tiled"
@@ -265,6 +276,7 @@ class TestBroken:
         assert metric(faulty, "vae_broken_streams_total") == before
         assert metric(faulty, "vae_stopped_passes_total") == stopped + 1
 
+    @ALONE
     def test_a_stalled_reader_is_disconnected_at_the_deadline(self, faulty: Endpoint) -> None:
         latents = small(faulty)
         lines = [
@@ -355,12 +367,9 @@ class TestStream:
         assert len(read_frames(file)) == count
 
 
-@pytest.mark.parametrize("kind", SERVERS)
-def test_when_the_device_is_lost_midway_the_stream_breaks(
-    kind: str, checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_when_the_device_is_lost_midway_the_stream_breaks(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Test a lost device, in an endpoint of its own, because it is then unusable."""
-    with run_faulty(kind, checkpoint("hunyuan-video"), tmp_path / "log") as faulty:
+    with run_faulty("standalone", checkpoint("hunyuan-video"), tmp_path / "log") as faulty:
         response = send_request(faulty, seed=CHUNK_LOSES_DEVICE)
         assert response.status_code == 200
         with pytest.raises(Broken):
