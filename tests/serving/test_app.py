@@ -6,6 +6,7 @@ import io
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,17 @@ from handlers.serving.http.app import build_app
 from handlers.serving.media.output import tensor_bytes
 from tests.support.endpoint import Endpoint, uint8_pixels
 from tests.support.values import TOLERANCE, assert_same
+
+
+# `test_several` and `test_limits` have requests to `sd-v1`.
+@pytest.fixture
+def image_endpoint(running: Callable[[str], Endpoint]) -> Endpoint:
+    return running("flux")
+
+
+@pytest.fixture(params=["flux", "hunyuan-video"])
+def endpoint(request: pytest.FixtureRequest, running: Callable[[str], Endpoint]) -> Endpoint:
+    return running(request.param)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -188,8 +200,8 @@ class TestLatentLayouts:
         torch.testing.assert_close(as_tensor(response), video_endpoint.decoded(latents), atol=TOLERANCE, rtol=0)
 
     @pytest.mark.parametrize("size", ["64.5", "None", "-8", ""])
-    def test_invalid_height_and_width_are_ignored(self, endpoint: Endpoint, size: str) -> None:
-        assert endpoint.post(endpoint.latents(), output_type="pt", height=size, width=size).ok
+    def test_invalid_height_and_width_are_ignored(self, image_endpoint: Endpoint, size: str) -> None:
+        assert image_endpoint.post(image_endpoint.latents(), output_type="pt", height=size, width=size).ok
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_latents(self, endpoint: Endpoint, dtype: torch.dtype) -> None:
@@ -450,9 +462,10 @@ class TestWrongInput:
     """Tests of errors: each is a 4xx with the actual and the expected value, and the next request succeeds."""
 
     @pytest.mark.parametrize("name", WRONG_TENSORS)
-    def test_tensor(self, endpoint: Endpoint, name: str) -> None:
+    def test_tensor(self, image_endpoint: Endpoint, name: str) -> None:
         parameters, message = WRONG_TENSORS[name]
-        self.assert_refused(endpoint, endpoint.post(endpoint.latents(), **parameters), message)
+        response = image_endpoint.post(image_endpoint.latents(), **parameters)
+        self.assert_refused(image_endpoint, response, message)
 
     def test_wrong_channel_count(self, endpoint: Endpoint) -> None:
         channels = endpoint.vae.config.latent_channels
@@ -515,8 +528,8 @@ class TestWrongInput:
             (b"GIF89a rubbish", "the body is no PNG, JPEG, WebP or MP4 file"),
         ],
     )
-    def test_unreadable_image(self, endpoint: Endpoint, body: bytes, message: str) -> None:
-        self.assert_refused(endpoint, requests.post(endpoint.url, data=body, timeout=60), message)
+    def test_unreadable_image(self, image_endpoint: Endpoint, body: bytes, message: str) -> None:
+        self.assert_refused(image_endpoint, requests.post(image_endpoint.url, data=body, timeout=60), message)
 
     def test_unreadable_video(self, video_endpoint: Endpoint) -> None:
         response = requests.post(video_endpoint.url, data=b"\x00\x00\x00 ftypisom rubbish", timeout=60)
@@ -538,9 +551,10 @@ class TestWrongInput:
             ("[" * 100_000, "the body is not JSON"),
         ],
     )
-    def test_json(self, endpoint: Endpoint, body: str, message: str) -> None:
-        response = requests.post(endpoint.url, data=body, headers={"Content-Type": "application/json"}, timeout=60)
-        self.assert_refused(endpoint, response, message)
+    def test_json(self, image_endpoint: Endpoint, body: str, message: str) -> None:
+        headers = {"Content-Type": "application/json"}
+        response = requests.post(image_endpoint.url, data=body, headers=headers, timeout=60)
+        self.assert_refused(image_endpoint, response, message)
 
     def test_image_to_decode_and_latents_to_encode(self, endpoint: Endpoint, photograph: Image.Image) -> None:
         buffer = io.BytesIO()

@@ -16,9 +16,10 @@ from PIL import Image
 
 from handlers import MODELS
 from handlers.serving.vae.autoencoder import PixelRange
+from tests.serving.test_stop import CLASSES
 from tests.support.checkpoints import model_for
 from tests.support.endpoint import Endpoint, uint8_pixels
-from tests.support.small_service import SERVED, Service, as_tensor
+from tests.support.small_service import Service, as_tensor
 
 
 def make_images(count: int = 3, size: tuple[int, int] = (96, 64)) -> list[Image.Image]:
@@ -132,7 +133,7 @@ class TestZip:
         assert "a video cannot be sent as images" in response.json()["error"]
 
 
-@pytest.mark.parametrize("key", SERVED)
+@pytest.mark.parametrize("key", CLASSES)
 @torch.no_grad()
 def test_moments_are_the_encoder_output(service: Service, key: str) -> None:
     vae, about = service.model(key), requests.get(f"{service.url}/{key}/config", timeout=5).json()
@@ -195,7 +196,7 @@ def test_channels_last_equals_the_model_bit_for_bit(service: Service) -> None:
 
 
 class TestConfig:
-    @pytest.mark.parametrize("key", SERVED)
+    @pytest.mark.parametrize("key", CLASSES)
     def test_config_describes_the_model(self, service: Service, key: str) -> None:
         about = requests.get(f"{service.url}/{key}/config", timeout=5).json()
         vae = service.model(key)
@@ -210,7 +211,9 @@ class TestConfig:
             assert torch.equal(torch.tensor(values, dtype=buffers[name].dtype), buffers[name])
         assert bool(about["buffers"]) == key.startswith(("flux2", "ltx"))
 
-    @pytest.mark.parametrize("key", [key for key in SERVED if key in MODELS and not MODELS[key].takes_scaled])
+    @pytest.mark.parametrize(
+        "key", [key for key in (*CLASSES, "flux", "flux2") if key in MODELS and not MODELS[key].takes_scaled]
+    )
     def test_config_has_the_normalization_of_the_service(self, service: Service, key: str) -> None:
         """Check ``raw = scaled * std / factor + mean``, or ``scaled / factor + shift``."""
         about = requests.get(f"{service.url}/{key}/config", timeout=5).json()

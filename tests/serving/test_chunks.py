@@ -104,10 +104,9 @@ def test_a_failure_midway_restores_the_model(model: Any, monkeypatch: pytest.Mon
     assert torch.equal(model.decode(latents(6)).sample, expected)
 
 
-@pytest.mark.parametrize("key", ["sd-v1", "tiny"])
 @torch.inference_mode()
-def test_an_image_is_one_chunk(key: str) -> None:
-    handler = MODELS[key]
+def test_an_image_is_one_chunk() -> None:
+    handler = MODELS["tiny"]
     model = find_class(handler.vae_class).from_config(handler.published_config).eval()
     z = torch.zeros(1, handler.published_config["latent_channels"], 4, 4)
     (pixels,) = decode_chunks(model, z)

@@ -110,10 +110,10 @@ def test_networks_of_one_structure_have_one_result() -> None:
 
 def test_a_video_of_minimax_h3_may_end_within_a_clip() -> None:
     """Compare with the frames of a longer video, because each frame depends on those before it alone."""
-    model = network("taeh3")
-    whole = model.decode(latents("taeh3"))[0]
+    model, z = network("taeh3"), latents("taeh3", rows=1, columns=1)
+    whole = model.decode(z)[0]
     for latent_frames, frames in ((1, 1), (3, 9), (5, 17), (6, 18)):
-        part = model.decode(latents("taeh3")[:, :, :latent_frames])[0]
+        part = model.decode(z[:, :, :latent_frames])[0]
         assert torch.equal(part, whole[:, :, :frames])
         assert MODELS["taeh3"].decoded_frames(latent_frames) == frames
     image = pixels("taeh3", 22)[:, :, :1]
@@ -129,7 +129,7 @@ def test_memory_does_not_grow_with_the_video() -> None:
         with torch.no_grad():
             return peak_bytes(lambda: [None for _ in model.decode_frames(frames)])
 
-    assert decoding(16) == pytest.approx(decoding(4), rel=0.01)
+    assert decoding(8) == pytest.approx(decoding(4), rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ class TestService:
     @pytest.mark.parametrize("key", ["taew2.1", "taecvx", "taeltx2", "taeh3"])
     def test_scaled_latents(self, tiny_videos: Service, key: str) -> None:
         model, scaled = network(key), {"do_scaling": True}
-        batch, frames = latents(key, batch=2, rows=3, columns=5), PUBLISHED[key][0][0]
+        batch, frames = latents(key, batch=2, rows=1, columns=2), PUBLISHED[key][0][0]
         sent = {**scaled, "normalized": True, "latents_layout": "BCFHW", "output_type": "pt"}
         if key == "taecvx":
             sent["num_frames"] = 13
@@ -187,9 +187,9 @@ class TestService:
 
     def test_a_stream_has_every_frame(self, tiny_videos: Service) -> None:
         sent = {"output_type": "mp4", "do_scaling": True}
-        plain = tiny_videos.post("taew2.1", latents("taew2.1", frames=16), "decode", **sent)
-        streamed = tiny_videos.post("taew2.1", latents("taew2.1", frames=16), "decode", stream=True, **sent)
-        assert frames_in(plain.content) == frames_in(streamed.content) == 61
+        plain = tiny_videos.post("taew2.1", latents("taew2.1", frames=5), "decode", **sent)
+        streamed = tiny_videos.post("taew2.1", latents("taew2.1", frames=5), "decode", stream=True, **sent)
+        assert frames_in(plain.content) == frames_in(streamed.content) == 17
 
 
 def frames_in(video: bytes) -> int:
