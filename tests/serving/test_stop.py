@@ -74,6 +74,7 @@ def run(vae: VAE, task: str, tensor: Tensor, watch: Convolutions) -> tuple[Tenso
 def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mode], None]:
     """Force passes into one mode, with rows in small chunks."""
     monkeypatch.setattr(low_memory, "GROUP_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(low_memory, "MIN_ROWS", 8)
     return lambda mode: monkeypatch.setattr(vae_module, "choose_modes", lambda *_: [mode])
 
 
