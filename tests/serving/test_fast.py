@@ -49,7 +49,7 @@ ONE_FRAME = [("qwen-image", 1), ("hunyuan-video", 1)]
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 """Device of the kernels. conftest.py has Triton interpret them unless the environment says otherwise."""
 
-IMAGE, VIDEO = (5, 7), (3, 1)
+IMAGE, VIDEO = (5, 7), (3, 5)
 """Height and width of latents. A processor without instructions for float16 takes seconds for larger videos."""
 small = cache(build)
 
