@@ -56,10 +56,10 @@ def small(key: str) -> VAE:
 
 
 def inputs(vae: VAE, task: str, batch: int = 1, rows: int = 2) -> Tensor:
-    """Return an input of this many rows of latents. A video has two latent frames, the first one and a later one."""
+    """Return an input of this many rows of latents. A video has three latent frames to decode, and two encoded ones."""
     generator, video = torch.Generator().manual_seed(0), vae.layout.kind == "video"
     if task == "decode":
-        frames = (2,) if video else (1,) if has_frames(vae.model) and vae.layout.ndim == 5 else ()
+        frames = (3,) if video else (1,) if has_frames(vae.model) and vae.layout.ndim == 5 else ()
         return torch.randn(batch, vae.layout.latent_channels, *frames, rows, 2, generator=generator)
     frames, scale = vae.layout.frame_counts[1:2] if video else (), vae.layout.vae_scale_factor
     return torch.rand(batch, vae.layout.pixel_channels, *frames, rows * scale, 2 * scale, generator=generator) * 2 - 1
