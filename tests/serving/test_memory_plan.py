@@ -37,26 +37,25 @@ def cases(declared: type[Model], task: Task) -> Iterator[Case]:
     also has those of whole passes, and the first of a class those of a pass in parts.
     """
     if declared.always_tiles:
-        yield Case(task, Mode.TILED, 256, 256, 22, batch=2)
         yield Case(task, Mode.TILED, 320, 256, 39)
         return
     yield Case(task, Mode.FULL, 128, 128)
     half, factor = torch.float16, declared.frame_factor
-    few, fewer = (2 * factor + 1, factor + 1) if declared.kind == "video" else (1, 1)
+    most, few = (4 * factor + 1, factor + 1) if declared.kind == "video" else (1, 1)
     if is_first(declared, "vae_class", "peak"):
         both = offered(declared, task, batch=2)
         height, width, frames = (*declared.usual_size, 1)[:3]
-        if declared.peak[task].frames < ALL:
-            frames = min(frames, few)  # more take no more memory, but time
+        # more frames take more memory only if the model keeps all of them, but they take time
+        frames = min(frames, most if declared.peak[task].frames == ALL else 2 * factor + 1)
         yield Case(task, Mode.FULL, height, width, frames, batch=2 if Mode.FULL in both else 1, dtype=half)
         if Mode.REDUCED in both:
             yield Case(task, Mode.REDUCED, 256, 384, few, batch=2, dtype=half)
     if is_first(declared, "vae_class"):
-        yield Case(task, Mode.SLICED, 128, 192, fewer, batch=2)
+        yield Case(task, Mode.SLICED, 128, 192, few, batch=2)
         if Mode.TILED in offered(declared, task):
             unit = declared.vae_scale_factor * declared.upscale
-            side = -(-tile_side(declared, task) * 9 // 8 // unit) * unit
-            yield Case(task, Mode.TILED, side, side, fewer, dtype=half)  # a batch runs one by one, as in slices
+            height, width = (-(-tile_side(declared, task) * part // 8 // unit) * unit for part in (9, 6))  # two tiles
+            yield Case(task, Mode.TILED, height, width, few, dtype=half)  # a batch runs one by one, as in slices
 
 
 def is_first(declared: type[Model], *names: str) -> bool:
