@@ -102,7 +102,7 @@ test-page: export PYTEST_ADDOPTS := $(value PYTEST_ADDOPTS) $(value PAGE_ARGS)
 test: install  ## run the tests with the newest releases
 	$(BIN)/python -m pytest
 
-test-quick: install  ## run the tests that start no server, in under two minutes
+test-quick: install  ## run the tests that start no server and take no seconds, in half a minute
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-endpoint: $(ENDPOINT_VENV)/bin/.installed  ## run the tests with the packages of the Inference Toolkit's image [TOOLKIT=checkout]

@@ -14,6 +14,8 @@ from benchmarks.peak import allocated_peak, peak_bytes
 from benchmarks.service import Client, Load, percentiles
 from handlers import MODELS
 
+pytestmark = pytest.mark.slow
+
 KIBIBYTE = torch.empty(256)  # the bytes of a float32
 
 
@@ -146,7 +148,6 @@ def test_the_fast_pass_is_compared_with_openvino(results: dict[str, Any]) -> Non
     assert "| float32 | 2.000 | x 0.800 | x 0.600 | 0.75 | 100 |  |" in report.openvino_table(results["openvino"])
 
 
-@pytest.mark.slow
 def test_a_run_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = 64
     plan = bench.Plan(
@@ -199,7 +200,6 @@ def test_images_of_a_cpu_have_a_price(results: dict[str, Any]) -> None:
     assert report.cost_section({**results["about"], "kind": "cuda"}, results["forward"]) == ""
 
 
-@pytest.mark.slow
 def test_bfloat16_is_less_accurate_than_float32() -> None:
     float32, bfloat16, *diffusers = map(float, accuracy.decibels("tiny", 32))
     assert float32 > 60 > bfloat16 > 45

@@ -15,6 +15,8 @@ import yaml
 from scripts.local_server import ROOT, serve
 from tests.support.manifests import Manifests, problems, unknown_series
 
+pytestmark = pytest.mark.slow
+
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 MONITORING = KUBERNETES / "components" / "monitoring"
@@ -147,13 +149,11 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> str:
         return requests.get(f"{url}/metrics", timeout=20).text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("query", queries())
 def test_a_query_is_about_metrics_of_the_service(query: str, exposition: str) -> None:
     assert unknown_series(query, exposition) == []
 
 
-@pytest.mark.slow
 def test_an_unknown_metric_is_found(exposition: str) -> None:
     assert unknown_series("sum(rate(vae_requests[5m]))", exposition) == ["vae_requests []"]
     assert unknown_series('vae_passes_total{kind="tiled"}', exposition) == ["vae_passes_total ['kind']"]

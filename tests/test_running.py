@@ -15,6 +15,8 @@ from handlers.serving.settings import Settings
 from scripts.local_server import ROOT
 from tests.support.manifests import KUBECTL, VARIABLES, Manifests
 
+pytestmark = pytest.mark.slow
+
 GUIDE = (ROOT / "docs" / "running.md").read_text()
 CLUSTER = GUIDE[GUIDE.index("## A cluster") : GUIDE.index("### Ray")]
 COMMANDS = re.findall(r"^ *\$ (.*?)(?: +#.*)?$", CLUSTER, re.MULTILINE)

@@ -23,6 +23,8 @@ from remote_vae.latents.run import Run
 from remote_vae.pool import ClientPool, connect
 from tests.support.sleeping_service import SleepingService, sleeping_service
 
+pytestmark = pytest.mark.slow
+
 PAUSED = (400, "Bad Request: Invalid state")
 
 

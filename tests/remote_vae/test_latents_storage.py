@@ -26,6 +26,8 @@ from remote_vae.latents.storage import Shard, open_data_set, open_folder
 from tests.remote_vae.test_latents_scale import encode, save_images, stored
 from tests.support.sleeping_service import sleeping_service
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def memory() -> Iterator[fsspec.AbstractFileSystem]:

@@ -101,6 +101,7 @@ def test_other_dtypes(service: Service) -> None:
     assert run(pipe, FLUX, **embeddings)[0].size == (64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in MODELS if hasattr(diffusers, MODELS[key].vae_class)])
 def test_a_remote_vae_takes_no_memory(key: str) -> None:
     """Compare with the class at its published size."""

@@ -30,6 +30,8 @@ from remote_vae.latents.storage import LocalFolder
 from remote_vae.latents.videos import Sampling, spread
 from tests.remote_vae.test_videos import save_video
 
+pytestmark = pytest.mark.slow
+
 TRAINERS: dict[str, Any] = json.loads(Path(__file__).with_name("trainers.json").read_text())
 
 

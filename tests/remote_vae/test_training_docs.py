@@ -21,6 +21,8 @@ from tests.support import forked
 from tests.support.shards import shards_left_open
 from tests.support.sleeping_service import CONFIG, sleeping_service
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "training.md").read_text()
 COMMANDS = re.findall(r"^ *\$ (remote-vae latents.*)", PAGE, re.MULTILINE)
 

@@ -30,6 +30,8 @@ from tests.support.shards import read_shards
 from tests.support.sleeping_service import CONFIG, sleeping_service
 from tests.support.small_service import Service
 
+pytestmark = pytest.mark.slow
+
 
 def save_video(path: Path, count: int, size: tuple[int, int] = (64, 48), codec: str | None = None) -> Path:
     """Save a video of so many frames, which differ. The codec "ffv1" keeps every pixel."""

@@ -16,7 +16,10 @@ from torch import Tensor
 from handlers.serving.vae.fast import kernels
 from tests.support import forked, reference_kernels
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # of masked values
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # of masked values
+]
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 """Device of the kernels. conftest.py has Triton interpret them unless the environment says otherwise."""
 
@@ -91,7 +94,6 @@ IMAGES = {"_partial_moments": (4, 0), "_apply": (4, 4), "_add": (8, 4), "_interl
 """Loads and stores of 16 bytes in a thread of each kernel that reads an image: 32 values of half precision."""
 
 
-@pytest.mark.slow
 def test_the_compiled_kernels_move_16_bytes_at_a_time(compiled: dict[str, dict[str, Any]]) -> None:
     names = {label.split()[1] for label in compiled}
     assert names == {*IMAGES, "_merge_moments"}
@@ -104,7 +106,6 @@ def test_the_compiled_kernels_move_16_bytes_at_a_time(compiled: dict[str, dict[s
             assert kernel["stores"].count(128) == stores, label
 
 
-@pytest.mark.slow
 def test_the_compiled_kernels_fit_in_registers(compiled: dict[str, dict[str, Any]]) -> None:
     for label, kernel in compiled.items():
         assert kernel["registers"] <= 128, label

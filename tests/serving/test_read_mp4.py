@@ -104,6 +104,7 @@ def edit_list(file: bytes) -> bytes:
     return contents[0]
 
 
+@pytest.mark.slow
 class TestOtherTracks:
     @pytest.fixture
     def expected(self) -> list[Image.Image]:

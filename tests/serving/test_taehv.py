@@ -20,6 +20,8 @@ from scripts.local_server import serve
 from tests.support.small_service import Service
 from tests.support.tiny_videos import seeded_values, seeded_weights
 
+pytestmark = pytest.mark.slow
+
 Samples = tuple[float, float, list[float]]
 """Mean, deviation and five values of a tensor."""
 
@@ -143,7 +145,6 @@ def tiny_videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield Service(url, folder)
 
 
-@pytest.mark.slow
 class TestService:
     """Tests over HTTP."""
 
