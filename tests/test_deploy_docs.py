@@ -112,6 +112,7 @@ def test_make_passes_every_variable(deploy: Runner, printing_make: list[str]) ->
         assert text in done.out
 
 
+@pytest.mark.slow
 def test_make_fails_with_one_line(make: list[str]) -> None:
     done = subprocess.run(
         [*make, "deploy", "MODEL=fluks"],

@@ -231,6 +231,7 @@ def test_make_accepts_each_documented_command(command: str) -> None:
     make_options.check([target], dict(variable.split("=", 1) for variable in variables))
 
 
+@pytest.mark.slow
 def test_make_has_each_documented_target() -> None:
     targets = {shlex.split(command)[1] for command in COMMANDS}
     subprocess.run(["make", "-n", *sorted(targets)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, check=True)
@@ -294,6 +295,7 @@ def test_models_table_matches_the_code() -> None:
         assert (sent == "`do_scaling=False`") == models.gives_raw_latents(model)
 
 
+@pytest.mark.slow
 def test_models_are_printed() -> None:
     command = [sys.executable, "-m", "scripts.models"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -239,6 +239,7 @@ class TestLoops:
         segments = b"".join(chunk(b"IDAT", data[offset : offset + 1]) for offset in range(length))
         assert (rgb(body[:begin] + segments + body[begin + 12 + length :]) == np.asarray(photo)).all()
 
+    @pytest.mark.slow
     def test_a_jpeg_with_empty_scans_is_refused_by_its_pixels(self) -> None:
         body = saved(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True)
         scan = body.rindex(b"\xff\xda")
@@ -249,6 +250,7 @@ class TestLoops:
 class TestFloats:
     """Tests that the VAE's input equals diffusers' in each bit and stride. Strides affect the rounding of kernels."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [(40, 24), (41, 29), (1500, 1200)])
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
     def test_a_batch(self, size: tuple[int, int], mode: str) -> None:

@@ -98,6 +98,7 @@ def test_an_unknown_model_is_404_and_lists_the_models(endpoints: dict[str, Endpo
         assert response.json()["error"].endswith("/sd-v1/decode, /flux/decode, /hunyuan-video/decode")
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_one_model_does_not_affect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings()
     devices = DevicePool([torch.device("cpu")], settings.timeout)

@@ -350,6 +350,7 @@ class TestStream:
         with pytest.raises(RequestError, match="nobody reads this stream any more"):
             error.result(10)
 
+    @pytest.mark.slow
     def test_a_slow_reader_blocks_only_the_encoder(self) -> None:
         begun = threading.Event()
         stream, noise = Stream(begun.set), np.random.default_rng(0)

@@ -41,6 +41,7 @@ def test_results_equal_the_published_code(task: str, expected: tuple[float, floa
     assert [flat.mean().item(), flat.std().item(), *samples] == pytest.approx([mean, deviation, *values], abs=2e-5)
 
 
+@pytest.mark.slow
 def test_weights_are_a_file_as_it_is_published(tmp_path: Path) -> None:
     file = tmp_path / "taef2.safetensors"
     save_file({name: value.half() for name, value in network().state_dict().items()}, file)
