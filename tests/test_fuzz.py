@@ -70,7 +70,7 @@ def assert_nothing_broke(ledger: Ledger) -> None:
 
 @pytest.mark.slow
 def test_a_short_soak(tmp_path: Path) -> None:
-    with server("tiny,hunyuan-video", tmp_path, VAE_GRACE="3") as running:
+    with server("tiny,hunyuan-video", tmp_path, VAE_GRACE="2") as running:
         traffic = Traffic(running, seed=1)
         result = soak.run(traffic, seconds=3)
     assert_nothing_broke(traffic.ledger)
