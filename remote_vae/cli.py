@@ -208,20 +208,6 @@ def _read_sampling(frames: str | None, extraction: str, *options: int | float | 
     return None
 
 
-def _only_length(format: str, frames: str | None, sampling: Sampling) -> int:
-    """Return the one number of frames that ai-toolkit and SimpleTuner take of each video.
-
-    Raises:
-        ValueError: the options are those of musubi-tuner.
-    """
-    from remote_vae.latents.videos import Sampling
-
-    lengths = _read_frames(frames or "")
-    if len(lengths) != 1 or sampling != Sampling(lengths):
-        raise ValueError(f"--format {format} takes one number of --frames, and no other option of frames")
-    return lengths[0]
-
-
 @app.command()
 def latents(
     url: Url,
@@ -267,46 +253,17 @@ def latents(
     shard: Annotated[str, typer.Option(help="Part of the images for this machine, such as 1/8 to 8/8.")] = "1/1",
 ) -> None:
     """Write the latents of a data set as a trainer reads them. Run the command again to continue an interrupted run."""
-    from remote_vae.latents.ai_toolkit import AIToolkitVideos
-    from remote_vae.latents.format import Format
-    from remote_vae.latents.formats import FORMATS
-    from remote_vae.latents.musubi import Musubi, MusubiVideos
+    from remote_vae.latents.formats import check_options, make_format
     from remote_vae.latents.run import Run
-    from remote_vae.latents.simpletuner import SimpleTuner, SimpleTunerVideos
-    from remote_vae.latents.webdataset import WebDatasetVideos
     from remote_vae.pool import connect
 
     size = _read_resolution(resolution)
     sampling = _read_sampling(frames, frame_extraction, frame_stride, frame_sample, max_frames, source_fps)
-    if format not in FORMATS:
-        raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}")
-    if metadata and format != "simpletuner":
-        raise ValueError(f"--metadata: --format {format} has none; remove it, or use --format simpletuner")
-    if sampling and format == "kohya":
-        raise ValueError(
-            f"--frames: --format {format} has no videos; expected musubi, ai-toolkit, simpletuner or webdataset"
-        )
-    if i2v and format != "musubi" and not (format == "ai-toolkit" and sampling):
-        raise ValueError("--i2v: expected --format musubi, or ai-toolkit with --frames; remove the option")
+    check_options(format, sampling, i2v, metadata)
     client = connect([url, *more_urls], token)
     config = client.config()
     options = (config["model"], size, upscale, flip, sample_mode, arch)
-    cache: Format
-    if format == "simpletuner" and sampling:
-        cache = SimpleTunerVideos(*options, metadata=metadata, frames=_only_length(format, frames, sampling))
-    elif format == "simpletuner":
-        cache = SimpleTuner(*options, metadata=metadata)
-    elif format == "musubi":
-        cache = MusubiVideos(*options, i2v, sampling) if sampling else Musubi(*options, i2v)
-    elif not sampling:
-        cache = FORMATS[format](*options)
-    elif format == "webdataset":
-        if config["kind"] != "video" or config["pixels"]["frame_counts"][:2] != [1, 5]:
-            message = f"--frames: {config['model']} does not encode 1, 5, 9, ... frames"
-            raise ValueError(f"{message}; expected a VAE of videos that does, such as wan-2.1")
-        cache = WebDatasetVideos(*options, sampling=sampling)
-    else:
-        cache = AIToolkitVideos(*options, frames=_only_length(format, frames, sampling), i2v=i2v)
+    cache = make_format(format, options, config, sampling, i2v, metadata)
     run = Run(client, config, images, out, cache, seed, workers, _read_shard(shard))
     run.encode(console)
     print_line(f"{run.encoded} encoded, {run.already_stored} already stored, {run.failures.count} failed")

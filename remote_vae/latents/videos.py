@@ -36,7 +36,7 @@ class Sampling:
     """
 
     frames: tuple[int, ...]
-    """`target_frames`: lengths of clips. Each is rounded down to 1, 5, 9, ..."""
+    """`target_frames`: lengths of clips."""
     extraction: str = "head"
     """`frame_extraction`."""
     stride: int = 1
@@ -54,12 +54,16 @@ class Sampling:
             raise ValueError(f"--frame-extraction {self.extraction}: expected one of {', '.join(kinds)}")
         if min(*self.frames, self.stride, self.samples, self.max_frames, self.source_fps or 1, 1) <= 0:
             raise ValueError("the options of frames must be above 0")
-        object.__setattr__(self, "frames", tuple(sorted({_rounded(frames) for frames in self.frames})))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the lengths of clips, each rounded down to 1, 5, 9, ..."""
+        return sorted({_rounded(frames) for frames in self.frames})
 
     @property
     def end(self) -> int | None:
         """Frame at which reading may stop."""
-        return max(self.frames) if self._kind == "head" else None
+        return max(self.lengths) if self._kind == "head" else None
 
     @property
     def _kind(self) -> str:
@@ -71,7 +75,7 @@ class Sampling:
             frames = _rounded(min(count, self.max_frames))
             return [(0, frames)] if frames > 0 else []
         clips: list[Clip] = []
-        for frames in self.frames:
+        for frames in self.lengths:
             last = count - frames
             starts: Iterable[int] = {
                 "head": [0],
@@ -161,7 +165,7 @@ def missing_clips(
         count = sum(1 for _ in read_frames(container, sampling, rate))
     parts = {clip: replace(image, clip=clip) for clip in sampling.clips(count)}
     if not parts:
-        raise ValueError(f"the video has {count} frames, too few for clips of {min(sampling.frames)}")
+        raise ValueError(f"the video has {count} frames, too few for clips of {min(sampling.lengths)}")
     missing = [clip for clip, part in parts.items() if not is_stored(part)]
     with image.files.open(image.relative) as file, opened(file) as container:
         frames = read_frames(container, sampling, rate)
