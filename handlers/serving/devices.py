@@ -123,7 +123,7 @@ class DeviceQueue:
 
     @property
     def problem(self) -> str | None:
-        """Reason why this replica must not get more requests; None without a problem."""
+        """Reason why this replica must not get more requests, for `/health`; None without a problem."""
         if self._closing:
             return "the service is shutting down"
         started = [start for start, _ in list(self._batches.values())]

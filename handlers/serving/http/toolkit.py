@@ -99,6 +99,7 @@ def load_in_background(load: Callable[[], None]) -> None:
     task = asyncio.get_running_loop().create_task(run())
     _tasks.add(task)
     task.add_done_callback(_tasks.discard)
+    # the toolkit makes it a 400
     raise RequestError(
         "the model is loading: UNLOAD_IDLE loads it at the first request, which gets no result; send it again", 503
     )

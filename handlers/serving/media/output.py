@@ -40,7 +40,7 @@ class Content:
 
 
 MAX_SIDE = {"jpg": 65500, "webp": 16383, "png": 65535, "mp4": 16384}
-"""Largest height and width in pixels of a format or its encoder."""
+"""Largest height and width in pixels of a file that the encoder writes and readers open."""
 
 
 def check_size(output_kind: OutputKind, image_format: str, width: int, height: int) -> None:

@@ -138,7 +138,7 @@ IMAGE_FORMATS: dict[str, ImageFormat] = {
     "image/png": "png",
     "image/webp": "webp",
 }
-"""Image formats, by media type."""
+"""Image formats, by media type. A new one changes the response to clients that already name it in `Accept`."""
 KNOWN_RANGES = {*IMAGE_FORMATS, "image/*", "application/json", "application/zip", "*/*"}
 """Media ranges that the service can send, beside those that begin with `tensor/`."""
 
