@@ -228,13 +228,13 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
     return sdpa_flop_count(query, key, value)
 
 
-MATRIX_SIDES = {"cpu": 2048, "cuda": 8192, "mps": 2048}
-"""Rows and columns of the matrices of `matrix_rate`, by the type of device."""
+MATRIX_SIDES = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the matrices of `matrix_rate`, by the type of device. Others take those of a CPU."""
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
     """Measure the operations a second in a product of two large matrices, the most that this device reaches."""
-    size = MATRIX_SIDES[torch.device(device).type]
+    size = MATRIX_SIDES.get(torch.device(device).type, MATRIX_SIDES["cpu"])
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b
     return 2 * size**3 / min(timed(lambda: a @ b, a.device) for _ in range(10))

@@ -220,7 +220,7 @@ def latents(
     ],
     format: Annotated[str, typer.Option(help="kohya, musubi, ai-toolkit, simpletuner or webdataset.")],
     token: Token = None,
-    arch: Annotated[str | None, typer.Option(help="Trained model, if several use the VAE: lumina, krea2.")] = None,
+    arch: Annotated[str | None, typer.Option(help="Trained model, if several use it: lumina, z_image, krea2.")] = None,
     resolution: Annotated[str, typer.Option(help="Area to which images are resized: 1024, or 1280x720.")] = "1024",
     upscale: Annotated[bool, typer.Option(help="Enlarge smaller images; ai-toolkit never does.")] = True,
     flip: Annotated[bool, typer.Option(help="Add mirrored images.")] = False,

@@ -1,4 +1,4 @@
-"""Formats by the name of their `--format`."""
+"""Formats by the name of their `--format`, and their own options."""
 
 from __future__ import annotations
 

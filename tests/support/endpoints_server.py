@@ -136,7 +136,7 @@ class Platform(ABC):
     endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     hardware: list[Hardware] = field(default_factory=default_hardware)
     serves: bool = False
-    """Whether the container runs the real files in the toolkit. A stub returns the image that it was sent."""
+    """True if the container runs the real files in the toolkit. A stub returns the image that it was sent."""
     script: Script = field(default_factory=lambda: ["pending", "initializing", "running"])
     """The states of an endpoint, one for each poll. The last state stays."""
     deletion: int = 2
